@@ -98,6 +98,29 @@ def train(
 
 
 @app.command()
+def preview(
+    name: RecipeArgument,
+    overrides: OverridesArgument = None,
+    rows: Annotated[int, typer.Option("-n", "--rows", min=0, help="Training sequences to show.")] = 3,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Put a mark between tokens.")] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Also write data_report.json and lengths.png there.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the training data as the model will see it.
+
+    Trained text is marked. Exit code 2 if a run would be refused.
+    """
+    from .recipe import load_recipe
+
+    recipe = load_recipe(name, overrides or ())
+    from . import cli_preview
+
+    cli_preview.show(recipe, rows=rows, tokens=tokens, output_dir=output_dir, as_json=as_json)
+
+
+@app.command()
 def noise(
     name: RecipeArgument,
     overrides: OverridesArgument = None,

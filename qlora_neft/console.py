@@ -101,9 +101,12 @@ def show_answers(console: Console, before: list[Answer], after: list[Answer], co
 
 
 def _request(prompt: str) -> str:
-    """The part of an Alpaca prompt that differs from row to row."""
-    body = prompt.split("### Instruction:\n")[-1].removesuffix("### Response:")
-    return _one_line(body.replace("### Input:\n", ""), 200)
+    """The part of a prompt that differs from row to row."""
+    if "### Instruction:\n" in prompt:
+        body = prompt.split("### Instruction:\n")[-1].removesuffix("### Response:")
+        return _one_line(body.replace("### Input:\n", ""), 200)
+    flat = " ".join(prompt.split())
+    return flat if len(flat) <= 200 else "..." + flat[-197:]  # a conversation's last request stands at its end
 
 
 def _one_line(text: str, width: int = 110) -> str:

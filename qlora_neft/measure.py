@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .answers import Answer, exact_match, greedy_answers
-from .data import Example
+from .answers import Answer, Question, exact_match, greedy_answers, questions
 from .trainer import QLoRANeftTrainer
 
 ANSWERS_SHOWN = 3
@@ -46,31 +45,40 @@ class Measurement:
 
 
 def measure(
-    trainer: QLoRANeftTrainer, tokenizer: Any, held_out: Sequence[Example], num_answers: int | str = "auto"
+    trainer: QLoRANeftTrainer,
+    tokenizer: Any,
+    held_out: Any | None,
+    num_answers: int | str = "auto",
+    stop_token_ids: Sequence[int] = (),
 ) -> Measurement:
     """Measure a trainer's model as it is now; no random stream is moved.
 
     Args:
-        trainer: With an evaluation set if ``held_out`` is not empty.
+        trainer: With an evaluation set if there are held-out rows.
         tokenizer: Its tokenizer.
-        held_out: Prompts to answer, and their references.
-        num_answers: How many of them; ``"auto"`` for a few to look at.
+        held_out: Held-out sequences, a dataset of ``input_ids`` and ``labels``; None without any.
+        num_answers: How many of them to answer; ``"auto"`` for a few to look at.
+        stop_token_ids: Tokens that end an answer.
     """
     loss = trainer.clean_train_loss()
-    if not held_out:
+    if held_out is None:
         return Measurement(loss)
-    asked = held_out[: ANSWERS_SHOWN if num_answers == "auto" else int(num_answers)]
-    return Measurement(loss, trainer.held_out_loss(), _answers(trainer, tokenizer, asked))
+    count = ANSWERS_SHOWN if num_answers == "auto" else int(num_answers)
+    asked = questions(held_out, tokenizer, count, stop_token_ids)
+    return Measurement(loss, trainer.held_out_loss(), _answers(trainer, tokenizer, asked, stop_token_ids))
 
 
-def _answers(trainer: QLoRANeftTrainer, tokenizer: Any, asked: Sequence[Example]) -> list[Answer]:
+def _answers(
+    trainer: QLoRANeftTrainer, tokenizer: Any, asked: Sequence[Question], stop_token_ids: Sequence[int]
+) -> list[Answer]:
     if not asked:
         return []
-    longest = max(len(ids) for ids in tokenizer([example.completion for example in asked])["input_ids"])
+    longest = max(len(question.reference_ids) for question in asked)
     return greedy_answers(
         trainer.model,
         tokenizer,
         asked,
         max_new_tokens=min(longest + SPARE_TOKENS, MAX_ANSWER_TOKENS),
         batch_size=trainer.args.per_device_eval_batch_size,
+        stop_token_ids=stop_token_ids,
     )

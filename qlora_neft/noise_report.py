@@ -11,13 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .bundled import resolve_bundled
-from .data import read_rows, to_examples, tokenize
+from .data.lengths import sequence_lengths
 from .neftune import expected_norm, noise_scale
 from .quantization import check_base_config
 from .quiet import quiet_libraries
 from .recipe import Recipe
 from .tokenizer import load_tokenizer
+from .unpack import data_of, model_path
 
 UPSTREAM_ROWS = 4  # rows padded or packed together in the comparison
 
@@ -99,14 +99,11 @@ def _share(value: float, published: float) -> str:
 
 
 def _lengths(recipe: Recipe, rows: int) -> list[int]:
-    model, data = resolve_bundled(recipe.model.name_or_path), recipe.data
-    tokenizer = load_tokenizer(model, revision=recipe.model.revision)
-    found = read_rows(resolve_bundled(data.path), split=data.split, revision=data.revision)
-    examples = to_examples(found[:rows], data.format, data.prompt_template)
-    return [len(ids) for ids in tokenize(examples, tokenizer, data.max_length).dataset["input_ids"]]
+    tokenizer = load_tokenizer(model_path(recipe), revision=recipe.model.revision)
+    return sequence_lengths(data_of(recipe, tokenizer).train)[:rows].tolist()
 
 
 def _embedding_width(recipe: Recipe) -> int:
-    config = check_base_config(resolve_bundled(recipe.model.name_or_path), revision=recipe.model.revision)
+    config = check_base_config(model_path(recipe), revision=recipe.model.revision)
     text = config.get_text_config()
     return int(getattr(text, "word_embed_proj_dim", text.hidden_size))  # OPT-350m's embeddings are narrower

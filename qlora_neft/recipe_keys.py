@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from .recipe_schema import Recipe
+from .recipe_types import Section
 
 # Names other trainers use, and ours. A name with a section in front is meant in that section only.
 _SYNONYMS = {
@@ -75,6 +76,12 @@ def fields_of(section: str) -> dict[str, FieldInfo]:
     annotation = Recipe.model_fields[section].annotation
     model = next(kind for kind in (*get_args(annotation), annotation) if kind is not type(None))
     return model.model_fields
+
+
+def item_fields(section: str, key: str) -> dict[str, FieldInfo]:
+    """The keys of the mappings in a list, for a key that holds such a list."""
+    [item] = get_args(fields_of(section)[key].annotation)
+    return item.model_fields
 
 
 def key_names() -> list[str]:
@@ -143,6 +150,8 @@ def _words(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
         return " or ".join(word for word in words if not (numbers and word.startswith("whole")))
     if origin is list:
         return f"list of {_words(arguments[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"mapping ({', '.join(annotation.model_fields)})"
     word = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}[annotation]
     return " ".join([word, " and ".join(_bound(bound) for bound in metadata if _bound(bound))]).strip()
 

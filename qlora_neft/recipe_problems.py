@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
-from .recipe_keys import describe_type, fields_of, unknown_key
+from .recipe_keys import describe_type, fields_of, item_fields, unknown_key
 from .recipe_yaml import RecipeText
 
 Place = tuple[str, ...]
@@ -28,18 +28,40 @@ def describe_problems(
     Returns:
         The lines, those of the file in its order, then those of overrides.
     """
-    found: dict[Place, tuple[int, str]] = {}
+    found: dict[tuple[Place, str], tuple[int, str]] = {}
     for details in error.errors():
         context = details.get("ctx", {})
         # A key that may be one of several types fails once for each: what it may be is said in one line.
         place = tuple(str(part) for part in details["loc"][:2])
         if context.get("key"):
             place = (place[0], context["key"])
-        if place not in found:
-            message = _message(place, details["type"], context, values)
+        inner = _inside_a_list(details["loc"])
+        if (place, inner) not in found:
+            message = _message_inside(details) if inner else _message(place, details["type"], context, values)
             line, where = _where(place, context.get("involves", ()), written, overrides)
-            found[place] = (line, f"{where}: {'.'.join(place)}: {message}")
+            found[place, inner] = (line, f"{where}: {'.'.join(place)}{inner}: {message}")
     return [text for _, text in sorted(found.values(), key=lambda item: item[0])]
+
+
+def _inside_a_list(loc: tuple[int | str, ...]) -> str:
+    """``[2].weight`` for a key of the second mapping in a list, else nothing."""
+    return f"[{loc[2] + 1}].{loc[3]}" if len(loc) == 4 and isinstance(loc[2], int) else ""
+
+
+def _message_inside(details: Any) -> str:
+    """What is wrong with a key of a mapping in a list."""
+    if details["type"] == "rule":
+        return details["ctx"]["message"]
+    if details["type"] == "extra_forbidden":
+        section, key, _, name = details["loc"]
+        keys = list(item_fields(section, key))
+        close = difflib.get_close_matches(str(name), keys, n=1)
+        return f"unknown key.{f' Did you mean {close[0]}?' if close else ''} Keys: {', '.join(keys)}."
+    if details["type"] == "missing":
+        return "required key is missing."
+    section, key, _, name = details["loc"]
+    field = item_fields(section, key)[name]
+    return f"expected {describe_type(field)}, got {_show(details['input'])}."
 
 
 def _where(

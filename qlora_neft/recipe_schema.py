@@ -9,30 +9,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from .bundled import PREFIX
-from .recipe_types import Auto, Count, CountOrZero, NotNegative, Positive, Text, broken_rule
-
-# Values of a later version, refused by name: (key, value) would otherwise look like a typing error.
-_LATER = {
-    "format": ("sharegpt", "messages", "text"),
-    "prompt_template": ("vicuna", "chat"),
-}
+from .recipe_data import Data
+from .recipe_types import Auto, Count, CountOrZero, NotNegative, Positive, Section, Text, broken_rule
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
-
-
-class Model(_Section):
+class Model(Section):
     """The base model, whose weights stay as they are."""
 
     name_or_path: Text = Field(description="Hub id, local folder, or bundled:NAME")
     revision: Text = Field("main", description="Hub branch, tag or commit")
 
 
-class Quantization(_Section):
+class Quantization(Section):
     """How the frozen base is stored."""
 
     bnb_4bit_quant_type: Literal["nf4"] = Field("nf4", description="4-bit code of the weights")
@@ -49,7 +39,7 @@ class Quantization(_Section):
         return value
 
 
-class Lora(_Section):
+class Lora(Section):
     """The adapter, all that is trained."""
 
     r: Count = Field(description="rank")
@@ -60,7 +50,7 @@ class Lora(_Section):
     )
 
 
-class Neftune(_Section):
+class Neftune(Section):
     """Noise on the input embeddings while training. Leaving the section out means none."""
 
     noise_alpha: NotNegative = Field(description="strength, dimensionless; 0: none")
@@ -86,70 +76,7 @@ class Neftune(_Section):
         return value
 
 
-class Data(_Section):
-    """The examples. Local paths are relative to the current directory."""
-
-    path: Text = Field(description="Hub id, local .json or .jsonl, or bundled:NAME")
-    revision: Text | None = Field(None, description="Hub branch, tag or commit of path")
-    split: Text = Field("train", description="as in datasets, for instance train[:128]")
-    eval_path: Text | None = Field(None, description="held-out examples, like path")
-    eval_split: Text | None = Field(None, description="split of eval_path (default train), else of path")
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="share of path to hold out, the same rows on every machine"
-    )
-    format: Literal["auto", "alpaca", "prompt-completion"] = Field("auto", description="names of the columns")
-    prompt_template: Literal["alpaca"] = Field("alpaca", description="text around instruction and input")
-    max_length: Annotated[int, Field(ge=8)] = Field(description="tokens per sequence")
-
-    @field_validator("format", "prompt_template", mode="before")
-    @classmethod
-    def _not_yet(cls, value: Any, info: ValidationInfo) -> Any:
-        if value in _LATER[info.field_name]:
-            raise broken_rule(f"{value} comes in a later version.")
-        return value
-
-    @field_validator("revision")
-    @classmethod
-    def _only_on_the_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
-        path = info.data.get("path", "")
-        if value is not None and (path.startswith((PREFIX, ".", "/", "~")) or path.endswith((".json", ".jsonl"))):
-            raise broken_rule(
-                f"has an effect only on data from the Hub, and data.path is {path!r}. Remove it.",
-                involves=("path",),
-            )
-        return value
-
-    @field_validator("eval_split")
-    @classmethod
-    def _held_out_is_not_trained_on(cls, value: str | None, info: ValidationInfo) -> str | None:
-        path, eval_path, split = (info.data.get(key) for key in ("path", "eval_path", "split"))
-        named = value is not None or eval_path is not None
-        if path is not None and named and (eval_path or path, value or "train") == (path, split):
-            raise broken_rule(
-                f"the held-out rows would be the training rows ({path}, {split}). "
-                "Give another split or eval_path, or eval_fraction to hold out a share.",
-                involves=("eval_path", "path", "split"),
-            )
-        return value
-
-    @field_validator("eval_fraction")
-    @classmethod
-    def _one_source_of_held_out_rows(cls, value: float | None, info: ValidationInfo) -> float | None:
-        other = [key for key in ("eval_path", "eval_split") if info.data.get(key) is not None]
-        if value is not None and other:
-            raise broken_rule(
-                f"cannot be combined with data.{' and data.'.join(other)}, got {value:g}. Keep one.",
-                involves=tuple(other),
-            )
-        return value
-
-    @property
-    def has_eval_rows(self) -> bool:
-        """Whether the recipe names held-out examples, in any of the three ways."""
-        return (self.eval_path, self.eval_split, self.eval_fraction) != (None, None, None)
-
-
-class Train(_Section):
+class Train(Section):
     """The optimization."""
 
     effective_batch_size: Count = Field(description="sequences per optimizer step, on any machine")
@@ -191,7 +118,7 @@ class Train(_Section):
         return value
 
 
-class Machine(_Section):
+class Machine(Section):
     """How the run is carried out. Whatever stands here, the same is learned; auto: the machine decides."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model is")
@@ -208,6 +135,8 @@ class Machine(_Section):
     )
     padding_free: Auto | bool = Field("auto", description="join sequences instead of padding them")
     dataloader_num_workers: CountOrZero = Field(0, description="processes that prepare batches")
+    dataset_num_proc: Auto | Count = Field("auto", description="processes that tokenize; the result is the same")
+    streaming: bool = Field(False, description="read Hub data row by row, without downloading all of it first")
     threads: Auto | Count = Field("auto", description="CPU threads")
     logging_steps: Auto | Count = Field("auto", description="optimizer steps between two log lines")
     eval_steps: Auto | Count = Field("auto", description="optimizer steps between two evaluations")
@@ -219,7 +148,7 @@ class Machine(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run, completely described; frozen. Made by `load_recipe`."""
 
     model: Model

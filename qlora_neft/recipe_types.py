@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -13,6 +14,16 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Auto = Literal["auto"]
 Text = Annotated[str, Field(min_length=1)]
+
+LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+TEMPLATES = ("auto", "alpaca", "vicuna", "chat")
+JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
+
+class Section(BaseModel):
+    """A section of a recipe: strict types, no unknown keys, nothing changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
 
 
 def broken_rule(message: str, *, involves: tuple[str, ...] = (), key: str | None = None) -> PydanticCustomError:
@@ -26,3 +37,12 @@ def broken_rule(message: str, *, involves: tuple[str, ...] = (), key: str | None
     """
     # The text goes in as a value: as a template, its own braces would be read as names.
     return PydanticCustomError("rule", "{message}", {"message": message, "involves": involves, "key": key})
+
+
+def template_name(value: str) -> str:
+    """A prompt template: one of ours, or a Jinja file by its suffix."""
+    if value in TEMPLATES or value.endswith(JINJA_SUFFIXES):
+        return value
+    close = difflib.get_close_matches(value, TEMPLATES, n=1)
+    meant = f" Did you mean {close[0]}?" if close else ""
+    raise broken_rule(f"one of {', '.join(TEMPLATES)}, or a .jinja file, got the text {value!r}.{meant}")

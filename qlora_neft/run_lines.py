@@ -18,15 +18,20 @@ def noise_line(noise: Mapping[str, Any] | None) -> str:
     return f"noise: NEFTune alpha {noise['noise_alpha']:g}{way}, {noise['distribution']}, norm {norm:.2f} per sequence"
 
 
-def data_lines(counts: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
-    """Rows and tokens of each part of the data, and what was cut or left out."""
-    lines = []
-    for name, rows in counts.items():
-        if rows is not None:
+def data_lines(report: Mapping[str, Any]) -> list[str]:
+    """Sources, rows and tokens of each part of the data, what was cut or left out, and what is suspicious."""
+    lines = [
+        f"data: {source['path']}, {source['format']}, prompt template {source['prompt_template']}"
+        for source in report["sources"]
+    ]
+    for name in ("train", "eval"):
+        if report[name] is not None:
+            rows = report[name]
             cut = f", {rows['truncated']} truncated" * bool(rows["truncated"])
-            gone = f", {rows['dropped']} dropped (no room for a response)" * bool(rows["dropped"])
-            lines.append(f"{name} data: {rows['rows']} rows, {rows['tokens']} tokens{cut}{gone}")
-    return lines
+            gone = f", {rows['dropped']} dropped" * bool(rows["dropped"])
+            share = f", {rows['share_trained']:.0%} of them trained"
+            lines.append(f"{name} data: {rows['rows']} rows, {rows['tokens']} tokens{share}{cut}{gone}")
+    return lines + [f"warning: {warning}" for warning in report["warnings"]]
 
 
 def lines_after(output_dir: Path, steps: int, seconds: float, *, drawn: bool) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import resource
 import sys
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from .json_file import finite
 
 PACKAGES = (
     "qlora-neft",
@@ -50,18 +51,6 @@ class MetricsFile(TrainerCallback):
     def read(self) -> list[dict[str, Any]]:
         """Every line so far."""
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that JSON has no word for (NaN, infinity) as null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from .adapter import save_adapter
 from .checkpointing import CheckpointSomeBlocks
 from .clean_evaluation import CleanEvaluationTrainer
+from .label_check import check_labels
 from .neftune import NEFTuneNoise, NoiseStatistics, alpha_at, expected_norm, lookup_scale, noisy_embeddings
 from .quantization import keep_nf4_layout
 from .randomness import keyed_rng, preserved_rng, stream_key
@@ -131,6 +132,8 @@ class QLoRANeftTrainer(CleanEvaluationTrainer):
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward through the micro-batches of one optimizer step; returns the step's loss."""
         step = inputs if isinstance(inputs, StepBatch) else StepBatch.of(inputs)
+        if self.tokens_seen == 0:
+            check_labels(step, self.processing_class)
         offset = self._first_ordinal(step)
         if self.aux_loss_enabled:
             self.current_gradient_accumulation_steps = len(step)  # upstream averages a router loss over these

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors gain nothing from threads, and two test processes would fight
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Prepared data is kept beside what `datasets` keeps: of one test session only, and not in the user's cache.
+_cache = tempfile.TemporaryDirectory(prefix="qlora_neft-tests-")
+os.environ["HF_DATASETS_CACHE"] = _cache.name
 
 
 @pytest.fixture(autouse=True)

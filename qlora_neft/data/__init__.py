@@ -1,19 +1,8 @@
-"""From a file or a Hub id to tokenized rows: reading, formats, templates, tokens, the held-out split."""
+"""From files or the Hub to tokenized sequences: reading, formats, templates, tokens, the gate, the held-out split."""
 
-from .formats import Example, to_examples
+from .gate import DataRefused, Limits
 from .prepare import PreparedData, prepare_data
-from .read import read_rows
-from .split import split_by_hash
-from .tokens import TokenizedRows, fingerprint, tokenize
+from .sources import Source
+from .worker import Settings
 
-__all__ = [
-    "Example",
-    "PreparedData",
-    "TokenizedRows",
-    "fingerprint",
-    "prepare_data",
-    "read_rows",
-    "split_by_hash",
-    "to_examples",
-    "tokenize",
-]
+__all__ = ["DataRefused", "Limits", "PreparedData", "Settings", "Source", "prepare_data"]

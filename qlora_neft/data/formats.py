@@ -1,112 +1,231 @@
-"""What rows look like on the way in, and the one form that training sees: a prompt and its completion."""
+"""The formats that rows come in, and what a row of each means."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import UserInputError
+from .examples import BadRow, Dialogue, EmptyRow, Example, Instruction, Message, Passage
 
-# Stanford Alpaca's prompts, with which the NEFTune paper trains on Alpaca and Evol-Instruct (section 3.2).
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
-)
-REQUIRED_COLUMNS = {"alpaca": ("instruction", "output"), "prompt-completion": ("prompt", "completion")}
-OPTIONAL_COLUMNS = {"alpaca": ("input",), "prompt-completion": ()}
-MAX_ROWS_NAMED = 5  # bad rows listed in one message
+# Column names that make a format; the first whose columns are there is the one.
+REQUIRED_COLUMNS = {
+    "alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "text": ("text",),
+}
+# Names of the speakers in shared conversations, as the field's public files spell them.
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
-class Example:
-    """One row as training sees it; the loss is on ``completion`` and the end token alone."""
-
-    prompt: str
-    completion: str
-
-
-def detect_format(columns: Iterable[str], key: str = "data.path") -> str:
-    """Name the format that a dataset's columns fit.
+def detect_format(rows: Sequence[Mapping[str, Any]], key: str = "data.path") -> str:
+    """Name the format that the columns of some rows fit.
 
     Raises:
         UserInputError: If they fit none.
     """
-    found = set(columns)
+    columns = {str(name) for row in rows for name in row}
     for name, required in REQUIRED_COLUMNS.items():
-        if found >= set(required):
-            return name
+        if columns >= set(required):
+            return "messages" if name == "sharegpt" and _speaks_openai(rows) else name
     forms = "; ".join(f"{name} needs {' and '.join(required)}" for name, required in REQUIRED_COLUMNS.items())
-    raise UserInputError(f"{key}: the columns {', '.join(sorted(found)) or '(none)'} fit no format: {forms}.")
+    raise UserInputError(
+        f"{key}: the columns {', '.join(sorted(columns)) or '(none)'} fit no format: {forms}. Rename them."
+    )
 
 
-def to_examples(
-    rows: Any, format: str = "auto", prompt_template: str = "alpaca", key: str = "data.path"
-) -> list[Example]:
-    """Turn rows into examples.
-
-    Args:
-        rows: A `datasets.Dataset` or a list of mappings, which may lack optional fields.
-        format: ``"alpaca"``, ``"prompt-completion"``, or ``"auto"`` by columns.
-        prompt_template: Text around an instruction and its input; ``"alpaca"``. Prompts that come ready, in
-            prompt-completion form, are taken as they are.
-        key: What the caller wrote, for messages.
+def check_columns(rows: Sequence[Mapping[str, Any]], format: str, key: str = "data.path") -> None:
+    """See that a named format's columns are there at all.
 
     Raises:
-        UserInputError: If columns are missing, or rows hold something that is not text (rows are named, from 1).
+        UserInputError: If one is in none of the rows.
     """
-    rows = list(rows)
-    columns = sorted({name for row in rows for name in row})
-    chosen = detect_format(columns, key) if format == "auto" else format
-    missing = [name for name in REQUIRED_COLUMNS[chosen] if name not in columns]
-    if missing:
+    columns = {str(name) for row in rows for name in row}
+    required = REQUIRED_COLUMNS[format]
+    if format == "messages" and "conversations" in columns:
+        return
+    if not columns >= set(required):
         raise UserInputError(
-            f"data.format: {chosen} needs the columns {' and '.join(REQUIRED_COLUMNS[chosen])}, {key} has "
-            f"{', '.join(columns)}. Rename them, or set data.format to what they are."
+            f"data.format: {format} needs the columns {' and '.join(required)}, {key} has "
+            f"{', '.join(sorted(columns)) or '(none)'}. Rename them, or set data.format to what they are."
         )
-    _check_text(rows, chosen, key)
-    return [_example(row, chosen) for row in rows]
 
 
-def alpaca_prompt(instruction: str, input: str | None = None) -> str:
-    """Stanford Alpaca's prompt, with or without its input section; ends where the response begins."""
-    if input:
-        return ALPACA_WITH_INPUT.format(instruction=instruction, input=input)
-    return ALPACA_WITHOUT_INPUT.format(instruction=instruction)
+def to_example(row: Mapping[str, Any], format: str) -> tuple[Example, int]:
+    """Read one row.
+
+    Args:
+        row: Column names to values.
+        format: One of `REQUIRED_COLUMNS`.
+
+    Returns:
+        What it says, and how many turns were left out: those before the first request of a shared conversation (as
+        in FastChat's training code), and those after the last response.
+
+    Raises:
+        BadRow: If it is not what the format says.
+        EmptyRow: If there is nothing in it to learn.
+    """
+    return _READERS[format](row)
 
 
-def _example(row: Mapping[str, Any], format: str) -> Example:
-    if format == "prompt-completion":
-        return Example(row["prompt"], row["completion"])
-    return Example(alpaca_prompt(row["instruction"], row.get("input")), row["output"])
+def _instruction(row: Mapping[str, Any]) -> tuple[Example, int]:
+    given = "" if row.get("input") is None else row["input"]
+    example = Instruction(
+        _text(row.get("instruction"), "instruction"), _text(given, "input"), _text(row.get("output"), "output")
+    )
+    if not (example.instruction + example.input).strip():
+        raise EmptyRow("instruction and input are blank")
+    if not example.output.strip():
+        raise EmptyRow("output is blank")
+    return example, 0
 
 
-def _check_text(rows: list[Mapping[str, Any]], format: str, key: str) -> None:
-    bad = [
-        f"row {number}: {name} is {_shown(row.get(name))}"
-        for number, row in enumerate(rows, start=1)
-        for name in (*REQUIRED_COLUMNS[format], *OPTIONAL_COLUMNS[format])
-        if not _is_text(row.get(name)) and not (name in OPTIONAL_COLUMNS[format] and row.get(name) is None)
-    ]
-    if bad:
-        more = f" and {len(bad) - MAX_ROWS_NAMED} more" if len(bad) > MAX_ROWS_NAMED else ""
-        raise UserInputError(f"{key}: every field must be text; {'; '.join(bad[:MAX_ROWS_NAMED])}{more}.")
+def _prompt_completion(row: Mapping[str, Any]) -> tuple[Example, int]:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
+        if any(isinstance(m, Mapping) and m.get("role") == "assistant" for m in prompt):
+            raise BadRow("prompt holds an assistant's message; put the whole conversation into one column, messages")
+        return _messages({**row, "messages": [*prompt, *completion]})
+    example = Passage(_text(prompt, "prompt"), _text(completion, "completion"))
+    if not example.completion.strip():
+        raise EmptyRow("completion is blank")
+    return example, 0
 
 
-def _is_text(value: Any) -> bool:
+def _plain_text(row: Mapping[str, Any]) -> tuple[Example, int]:
+    text = _text(row.get("text"), "text")
+    if not text.strip():
+        raise EmptyRow("text is blank")
+    return Passage("", text), 0
+
+
+def _messages(row: Mapping[str, Any]) -> tuple[Example, int]:
+    column = "messages" if row.get("messages") is not None else "conversations"
+    turns = _turns(row.get(column), "messages" if column == "messages" else column)
+    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+    kept = _up_to_the_last_response(messages)
+    return Dialogue(tuple(kept), _tools(row.get("tools"))), len(messages) - len(kept)
+
+
+def _shared_conversation(row: Mapping[str, Any]) -> tuple[Example, int]:
+    turns = _turns(row.get("conversations"), "conversations")
+    messages: list[Message] = [_shared_turn(turn, number) for number, turn in enumerate(turns, start=1)]
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
+    head = [m for m in messages[:1] if m["role"] == "system"]
+    body = messages[len(head) :]
+    first = next((i for i, message in enumerate(body) if message["role"] == "user"), len(body))
+    kept = _up_to_the_last_response([*head, *body[first:]])
+    return Dialogue(tuple(kept), _tools(row.get("tools"))), len(messages) - len(kept)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Example, int]]] = {
+    "alpaca": _instruction,
+    "prompt-completion": _prompt_completion,
+    "messages": _messages,
+    "sharegpt": _shared_conversation,
+    "text": _plain_text,
+}
+
+
+def _turns(value: Any, column: str) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list | tuple):
+        raise BadRow(f"{column} is {_shown(value)}, not a list of turns")
+    for number, turn in enumerate(value, start=1):
+        if not isinstance(turn, Mapping):
+            raise BadRow(f"{column}, turn {number}, is {_shown(turn)}, not an object with named fields")
+    if not value:
+        raise EmptyRow(f"{column} has no turns")
+    return list(value)
+
+
+def _message(turn: Mapping[str, Any], number: int) -> Message:
+    """One message as OpenAI spells it. Absent fields that a table stores as null are left away."""
+    role = turn.get("role")
+    if role not in MESSAGE_ROLES:
+        raise BadRow(f"turn {number}: role is {_shown(role)}, not one of {', '.join(MESSAGE_ROLES)}")
+    message = {name: value for name, value in turn.items() if value is not None}
+    calls = role == "assistant" and message.get("tool_calls")
+    content = message.get("content")
+    if calls and not content:
+        return {**message, "content": ""}
+    if isinstance(content, list):  # parts
+        message["content"] = _joined_parts(content, number)
+    else:
+        _text(content, f"turn {number}: content")
+    return _checked(message, number)
+
+
+def _shared_turn(turn: Mapping[str, Any], number: int) -> Message:
+    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if speaker not in ROLES:
+        raise BadRow(f"turn {number}: from is {_shown(speaker)}, not one of {', '.join(ROLES)}")
+    return _checked({"role": ROLES[speaker], "content": _text(text, f"turn {number}: value")}, number)
+
+
+def _checked(message: Message, number: int) -> Message:
+    if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
+        raise EmptyRow(f"turn {number}: the response is blank")
+    return message
+
+
+def _joined_parts(parts: list[Any], number: int) -> str:
+    if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
+        raise BadRow(f"turn {number}: content has parts that are not text")
+    return "".join(_text(part.get("text"), f"turn {number}: content") for part in parts)
+
+
+def _up_to_the_last_response(messages: list[Message]) -> list[Message]:
+    """What follows the last response trains nothing, and is left away."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    if last is None:
+        raise EmptyRow("has no response")
+    return messages[: last + 1]
+
+
+def _tools(value: Any) -> tuple[Mapping[str, Any], ...] | None:
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise BadRow("tools is text that is not JSON") from error
+    if not value:
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow(f"tools is {_shown(value)}, not a list of function descriptions")
+    return tuple(value)
+
+
+def _speaks_openai(rows: Iterable[Mapping[str, Any]]) -> bool:
+    turns = next((row["conversations"] for row in rows if isinstance(row.get("conversations"), list)), [])
+    return any(isinstance(turn, Mapping) and "role" in turn and "from" not in turn for turn in turns)
+
+
+def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        return False
+        raise BadRow(f"{name} is {_shown(value)}")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        return False
-    return True
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise BadRow(f"{name} is {_shown(value)}, with half of a surrogate pair") from error
+    return value
 
 
 def _shown(value: Any) -> str:

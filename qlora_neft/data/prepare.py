@@ -1,15 +1,27 @@
-"""A recipe's data section carried out: training rows and held-out rows, tokenized and counted."""
+"""A recipe's data section carried out: training and held-out sequences, counted, checked and kept on disk."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from ..errors import UserInputError
-from .formats import Example, to_examples
-from .read import read_rows
-from .split import split_by_hash
-from .tokens import TokenizedRows, fingerprint, tokenize
+import pyarrow as pa
+from datasets import Dataset
+
+from . import cache
+from .build import Part, Progress, build
+from .gate import DataRefused, Limits
+from .reading import source_fingerprint
+from .report import data_report
+from .sources import Source
+from .store import SequenceWriter, read_sequences
+from .tally import Tally
+from .templates import JINJA_SUFFIXES, read_jinja
+from .worker import Settings
+
+TRAIN, EVAL = "train.arrow", "eval.arrow"
 
 
 @dataclass(frozen=True)
@@ -17,93 +29,161 @@ class PreparedData:
     """What a run trains on and is measured on.
 
     Attributes:
-        train: Tokenized training rows.
-        train_sha256: Fingerprint of the training examples, in order.
-        eval: Tokenized held-out rows, None without any.
-        eval_examples: Held-out prompts and completions.
-        eval_sha256: Their fingerprint, None without any.
+        train: Training sequences: ``input_ids``, ``labels``, ``source`` and ``row`` they come from; memory mapped.
+        eval: Held-out sequences, None without any.
+        report: The data report, see `prepare_data`.
+        largest_token_id: In any sequence, -1 without any.
+        stop_token_ids: Tokens that end a response.
+        chat_template: Text of the user's Jinja template, None without one.
+        from_cache: Whether they were prepared before.
     """
 
-    train: TokenizedRows
-    train_sha256: str
-    eval: TokenizedRows | None
-    eval_examples: list[Example]
-    eval_sha256: str | None
-
-    def largest_token_id(self) -> int:
-        """The largest id in any row."""
-        return max(max(ids) for rows in (self.train, self.eval) if rows for ids in rows.dataset["input_ids"])
-
-    def summary(self) -> dict[str, dict[str, Any] | None]:
-        """Rows, tokens, truncated, dropped and fingerprint of both parts."""
-        held_out = None if self.eval is None else _counts(self.eval, self.eval_sha256)
-        return {"train": _counts(self.train, self.train_sha256), "eval": held_out}
+    train: Dataset
+    eval: Dataset | None
+    report: dict[str, Any]
+    largest_token_id: int
+    stop_token_ids: tuple[int, ...]
+    chat_template: str | None
+    from_cache: bool
 
 
 def prepare_data(
     tokenizer: Any,
     *,
-    path: str,
-    max_length: int,
-    split: str = "train",
-    revision: str | None = None,
-    eval_path: str | None = None,
-    eval_split: str | None = None,
+    sources: Sequence[Source],
+    eval_sources: Sequence[Source] = (),
     eval_fraction: float | None = None,
-    format: str = "auto",
-    prompt_template: str = "alpaca",
+    settings: Settings,
+    limits: Limits | None = None,
+    refuse: bool = True,
+    num_proc: int | str = "auto",
+    streaming: bool = False,
+    progress: Progress | None = None,
 ) -> PreparedData:
-    """Read, format, split and tokenize.
+    """Read, format, render, tokenize, cut and check; what was prepared before is found again.
 
     Args:
-        tokenizer: The model's tokenizer.
-        path: Training rows, see `read_rows`.
-        max_length: Tokens per row at most.
-        split, revision: Which of them.
-        eval_path: Held-out rows; None takes ``eval_split`` from ``path``.
-        eval_split: Which of them; default ``train`` of ``eval_path``.
-        eval_fraction: Share of ``path`` to hold out by hash, instead of the two above.
-        format, prompt_template: See `to_examples`.
+        tokenizer: The model's tokenizer, with an end token.
+        sources: Training rows, mixed in order.
+        eval_sources: Held-out rows.
+        eval_fraction: Share of ``sources`` to hold out by hash instead.
+        settings: How rows become sequences.
+        limits: How much may be wrong with the data; changing them prepares nothing anew.
+        refuse: Whether problems raise; else they are in the report alone.
+        num_proc: Processes that prepare; the result is the same with any number.
+        streaming: Whether Hub data is read without being downloaded first.
+        progress: Called with the number of rows done since its last call.
+
+    Returns:
+        Sequences and report. The report holds ``rows``, ``tokens``, ``trained_tokens`` and ``truncated`` of the
+        training part, ``problems``, ``warnings``, ``settings``, ``sources``, and both parts, ``train`` and ``eval``.
 
     Raises:
-        UserInputError: Whatever is wrong with the data.
+        DataRefused: With all problems of the gate, if ``refuse``.
+        UserInputError: If data cannot be read at all.
     """
-
-    def examples(source: str, which: str, at: str | None, key: str) -> list[Example]:
-        return to_examples(read_rows(source, split=which, revision=at, key=key), format, prompt_template, key)
-
-    train = examples(path, split, revision, "data.path")
-    held_out: list[Example] = []
-    if eval_fraction is not None:
-        train, held_out = _hold_out(train, eval_fraction)
-    elif eval_path is not None:
-        held_out = examples(eval_path, eval_split or "train", None, "data.eval_path")
-    elif eval_split is not None:
-        held_out = examples(path, eval_split, revision, "data.path")
+    limits = limits or Limits()
+    key = _key(tokenizer, sources, eval_sources, eval_fraction, settings)
+    ready = _load(key)
+    from_cache = ready is not None
+    if ready is None:
+        options = {"num_proc": num_proc, "streaming": streaming, "progress": progress}
+        ready = _prepare(key, tokenizer, sources, eval_sources, eval_fraction, settings, options)
+    state, train, held_out = ready
+    report = data_report(state, train, held_out, settings, limits, eval_fraction)
+    if refuse and report["problems"]:
+        raise DataRefused(report["problems"], report)
+    tallies = [Tally.from_dict(state[part]) for part in ("train", "eval") if state[part]]
     return PreparedData(
-        train=tokenize(train, tokenizer, max_length),
-        train_sha256=fingerprint(train),
-        eval=tokenize(held_out, tokenizer, max_length, "data.eval_path") if held_out else None,
-        eval_examples=held_out,
-        eval_sha256=fingerprint(held_out) if held_out else None,
+        train,
+        held_out,
+        report,
+        largest_token_id=max(tally.largest_token_id for tally in tallies),
+        stop_token_ids=tuple(state["stop_token_ids"]),
+        chat_template=next((read_jinja(s.prompt_template) for s in sources if _is_file(s)), None),
+        from_cache=from_cache,
     )
 
 
-def _hold_out(examples: list[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    train, held_out = split_by_hash(examples, fraction)
-    if not train or not held_out:
-        raise UserInputError(
-            f"data.eval_fraction: {fraction:g} of {len(examples)} rows leaves no rows on one side. Give more rows or "
-            "another fraction."
-        )
-    return train, held_out
+Ready = tuple[dict[str, Any], Dataset, Dataset | None]
 
 
-def _counts(rows: TokenizedRows, sha256: str | None) -> dict[str, Any]:
-    return {
-        "rows": len(rows.dataset),
-        "truncated": rows.num_truncated,
-        "dropped": rows.num_dropped,
-        "tokens": sum(len(ids) for ids in rows.dataset["input_ids"]),
-        "sha256": sha256,
-    }
+def _prepare(
+    key: str,
+    tokenizer: Any,
+    sources: Sequence[Source],
+    eval_sources: Sequence[Source],
+    eval_fraction: float | None,
+    settings: Settings,
+    options: dict[str, Any],
+) -> Ready:
+    with cache.new_folder(key) as folder:
+        train = Part(SequenceWriter(folder / TRAIN))
+        has_eval = bool(eval_sources) or eval_fraction is not None
+        held_out = Part(SequenceWriter(folder / EVAL)) if has_eval else None
+        described = build(tokenizer, sources, train, held_out, settings, eval_fraction=eval_fraction or 0.0, **options)
+        if held_out is not None and eval_sources:
+            described_eval = build(tokenizer, eval_sources, held_out, None, settings, **options)
+        else:
+            described_eval = []
+        for part in (train, held_out):
+            if part is not None:
+                part.writer.close()
+        ends = {d["end"] for d in described + described_eval if d["end"] is not None} | {tokenizer.eos_token}
+        state = {
+            "train": train.tally.to_dict(),
+            "train_sha256": train.digest.hexdigest(),
+            "eval": held_out and held_out.tally.to_dict(),
+            "eval_sha256": held_out and held_out.digest.hexdigest(),
+            "sources": described,
+            "eval_sources": described_eval,
+            "overlap": len(train.first_rows.keys() & held_out.first_rows.keys()) if held_out else 0,
+            "stop_token_ids": sorted(tokenizer.convert_tokens_to_ids(end) for end in ends),
+            "eos_token": tokenizer.eos_token,
+        }
+        return _opened(cache.keep(folder, key, state), state)
+
+
+def _load(key: str) -> Ready | None:
+    found = cache.load_state(key)
+    try:
+        return found and _opened(*found)
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError):  # damaged: prepare it anew
+        return None
+
+
+def _opened(folder: Path, state: dict[str, Any]) -> Ready:
+    train = read_sequences(folder / TRAIN)
+    held_out = read_sequences(folder / EVAL) if state["eval"] else None
+    for part, dataset in (("train", train), ("eval", held_out)):
+        if dataset is not None and len(dataset) != state[part]["sequences"]:
+            raise pa.ArrowInvalid(f"{folder} is not complete")
+    return state, train, held_out
+
+
+def _key(
+    tokenizer: Any,
+    sources: Sequence[Source],
+    eval_sources: Sequence[Source],
+    eval_fraction: float | None,
+    settings: Settings,
+) -> str:
+    return cache.fingerprint(
+        {
+            "tokenizer": cache.tokenizer_fingerprint(tokenizer),
+            "sources": [_source_key(source) for source in sources],
+            "eval_sources": [_source_key(source) for source in eval_sources],
+            "eval_fraction": eval_fraction,
+            "settings": asdict(settings),
+        }
+    )
+
+
+def _source_key(source: Source) -> list[Any]:
+    template = read_jinja(source.prompt_template) if _is_file(source) else source.prompt_template
+    # The path is in it for the report, which names it.
+    return [source.path, source_fingerprint(source), source.format, template, source.weight]
+
+
+def _is_file(source: Source) -> bool:
+    return source.prompt_template.endswith(JINJA_SUFFIXES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -9,19 +10,25 @@ import shutil
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, mixed_rows, tiny_trainer
 from transformers import AutoTokenizer
 
 from qlora_neft import load_recipe
-from qlora_neft.answers import Answer, exact_match, greedy_answers
-from qlora_neft.data import Example, fingerprint, split_by_hash, to_examples, tokenize
+from qlora_neft.answers import Answer, Question, exact_match, greedy_answers, questions
+from qlora_neft.data.encode import Encoder
+from qlora_neft.data.examples import content_hash
+from qlora_neft.data.formats import to_example
+from qlora_neft.data.split import unit_interval
+from qlora_neft.data.templates import AlpacaTemplate
+from qlora_neft.json_file import finite, write_json
 from qlora_neft.lora import LARGE_MODEL_PARAMETERS, default_lora_config
 from qlora_neft.loss_plot import plot_losses
 from qlora_neft.quantization import load_nf4_base
 from qlora_neft.run import run
-from qlora_neft.run_record import finite, versions, write_json
+from qlora_neft.run_record import versions
 
 NUM_ROWS, BATCH, MAX_LENGTH = 10, 4, 250
 TRAIN = [
@@ -29,6 +36,25 @@ TRAIN = [
     for n in range(NUM_ROWS)
 ]
 HELD_OUT = [{"instruction": f"Repeat {n}", "input": "", "output": str(n)} for n in (77, 88)]
+
+
+def sequences(rows):
+    """What the rows should become."""
+    template = AlpacaTemplate("</s>")
+    pieces = [template.render(to_example(row, "alpaca")[0]) for row in rows]
+    return Encoder(byte_tokenizer(), adds_special_tokens=True).encode(pieces)
+
+
+def hashes(rows):
+    return [content_hash(to_example(row, "alpaca")[0]) for row in rows]
+
+
+def question(prompt):
+    return Question(byte_tokenizer()(prompt)["input_ids"], [65], prompt, "a")
+
+
+def fingerprint(rows):
+    return hashlib.sha256(b"".join(hashes(rows))).hexdigest()
 
 
 def recipe_for(model, folder, *overrides):
@@ -87,7 +113,7 @@ def test_every_file_of_a_run_is_there_and_no_pickle(finished):
     output_dir = finished[0]
     files = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-    records = {"recipe.yaml", "metrics.jsonl", "summary.json", "loss.png"}
+    records = {"recipe.yaml", "metrics.jsonl", "summary.json", "loss.png", "data_report.json", "lengths.png"}
     assert files - {"special_tokens_map.json", "chat_template.jinja"} == {
         "adapter_model.safetensors",
         "adapter_config.json",
@@ -162,21 +188,25 @@ def test_the_summary_on_disk_is_the_one_returned_and_says_what_was_run(finished)
 
 def test_the_summary_counts_what_was_seen(finished):
     _, _, summary = finished
-    examples = to_examples(TRAIN)
-    rows = tokenize(examples, byte_tokenizer(), MAX_LENGTH).dataset
-    tokens = sum(len(ids) for ids in rows["input_ids"])
-    trained = sum(label != -100 for labels in rows["labels"] for label in labels)
+    rows = sequences(TRAIN)
+    tokens = sum(len(row.ids) for row in rows)
+    trained = sum(row.num_trained() for row in rows)
     assert summary["steps"] == math.ceil(NUM_ROWS / BATCH) == 3
     assert (summary["tokens_seen"], summary["trained_tokens_seen"]) == (tokens, trained)
-    assert summary["data"]["train"] == {
-        "rows": NUM_ROWS,
-        "truncated": 0,
-        "dropped": 0,
-        "tokens": tokens,
-        "sha256": fingerprint(examples),
-    }
+    counts = {"rows": NUM_ROWS, "truncated": 0, "dropped": 0, "duplicates": 0, "tokens": tokens}
+    counts |= {"trained_tokens": trained, "ended": NUM_ROWS, "sha256": fingerprint(TRAIN)}
+    assert {name: summary["data"]["train"][name] for name in counts} == counts
     assert summary["data"]["eval"]["rows"] == len(HELD_OUT)
-    assert summary["data"]["eval"]["sha256"] == fingerprint(to_examples(HELD_OUT))
+    assert summary["data"]["eval"]["sha256"] == fingerprint(HELD_OUT)
+
+
+def test_the_data_report_stands_beside_the_summary(finished):
+    output_dir, _, summary = finished
+    report = json.loads((output_dir / "data_report.json").read_text())
+    assert (report["problems"], report["truncated"], report["rows"]) == ([], 0, NUM_ROWS)
+    assert report["trained_tokens"] == summary["trained_tokens_seen"]
+    assert 0 <= report["train"]["padding_waste"]["as_run"] <= report["train"]["padding_waste"]["random_batches"] < 1
+    assert (output_dir / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_summary_counts_parameters(finished, llama):
@@ -236,14 +266,16 @@ def test_no_noise_section_is_alpha_zero_bit_for_bit_and_differs_from_noise(finis
 
 def test_max_steps_ends_a_run_early(llama, tmp_path):
     summary = run(recipe_for(llama, tmp_path, "train.max_steps=2", *without_held_out()), tmp_path / "out")
-    lengths = [len(ids) for ids in tokenize(to_examples(TRAIN), byte_tokenizer(), MAX_LENGTH).dataset["input_ids"]]
+    lengths = [len(row.ids) for row in sequences(TRAIN)]
     assert summary["steps"] == 2
     assert sum(sorted(lengths)[: 2 * BATCH]) <= summary["tokens_seen"] <= sum(sorted(lengths)[-2 * BATCH :])
 
 
 def test_eval_fraction_holds_rows_out_of_training(llama, tmp_path):
     recipe = recipe_for(llama, tmp_path, "data.eval_path=null", "data.eval_fraction=0.4", "train.max_steps=1")
-    train, held_out = split_by_hash(to_examples(TRAIN), 0.4)
+    is_out = [unit_interval(digest) < 0.4 for digest in hashes(TRAIN)]
+    train = [row for row, out in zip(TRAIN, is_out, strict=True) if not out]
+    held_out = [row for row, out in zip(TRAIN, is_out, strict=True) if out]
     assert train and held_out
     data = run(recipe, tmp_path / "out")["data"]
     assert (data["train"]["rows"], data["eval"]["rows"]) == (len(train), len(held_out))
@@ -304,7 +336,7 @@ def test_answers_do_not_depend_on_the_batch_and_keep_within_the_context(architec
     folder = architecture_dir("opt")  # learned positions: one token beyond the context is an error
     model = load_nf4_base(str(folder), device=torch.device("cpu"), compute_dtype=torch.float32)
     context = model.config.max_position_embeddings
-    examples = [Example("Q" * length, "a") for length in (3, context - 2, 40, context, context + 9, context - 1, 7)]
+    examples = [question("Q" * length) for length in (3, context - 2, 40, context, context + 9, context - 1, 7)]
     one, many = (
         greedy_answers(model, byte_tokenizer(), examples, max_new_tokens=5, batch_size=size) for size in (1, 4)
     )
@@ -317,7 +349,7 @@ def test_answers_do_not_depend_on_the_batch_and_keep_within_the_context(architec
 def test_answers_leave_mode_and_random_stream_alone(llama):
     model = load_nf4_base(str(llama), device=torch.device("cpu"), compute_dtype=torch.float32).train()
     before = torch.get_rng_state()
-    greedy_answers(model, byte_tokenizer(), [Example("Q", "a")], max_new_tokens=3, batch_size=2)
+    greedy_answers(model, byte_tokenizer(), [question("Q")], max_new_tokens=3, batch_size=2)
     assert model.training
     assert torch.equal(before, torch.get_rng_state())
 
@@ -353,3 +385,13 @@ def test_lora_defaults_are_qloras(billions, dropout):
     assert (config.r, config.lora_alpha, config.lora_dropout) == (64, 16, dropout)
     assert (config.target_modules, config.bias) == ("all-linear", "none")
     assert LARGE_MODEL_PARAMETERS == 14e9
+
+
+def test_a_question_is_a_held_out_row_up_to_its_last_response():
+    ids = byte_tokenizer()("ab</s>cdef</s>\n")["input_ids"]
+    labels = [-100, *ids[1:3], -100, -100, *ids[5:8], -100]
+    rows = Dataset.from_list([{"input_ids": ids, "labels": labels}, {"input_ids": ids[5:8], "labels": ids[5:8]}])
+    [asked] = questions(rows, byte_tokenizer(), 5, [258])  # the second has no prompt
+    assert (asked.prompt, asked.reference) == ("abcd", "ef")
+    assert asked.prompt_ids == ids[:5] and asked.reference_ids == ids[5:7]
+    assert questions(rows, byte_tokenizer(), 0, [258]) == []

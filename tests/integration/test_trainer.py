@@ -12,9 +12,11 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, losses, mixed_rows, rows_of_lengths, tiny_config, tiny_lora, tiny_trainer
+from transformers import DataCollatorForLanguageModeling
 from trl import SFTConfig
 
 from qlora_neft import QLoRANeftConfig, QLoRANeftTrainer
+from qlora_neft.errors import UserInputError
 
 ROWS = mixed_rows(24, seed=31)
 
@@ -162,3 +164,25 @@ def test_the_last_step_of_an_epoch_may_be_smaller(llama, tmp_path):
 def test_precision_cannot_be_asked_of_a_device_that_lacks_it(tmp_path):
     with pytest.raises(ValueError, match="fp16 training needs a CUDA device"):
         QLoRANeftConfig(str(tmp_path), use_cpu=True, fp16=True)
+
+
+def test_a_collator_that_masks_the_end_token_as_padding_is_refused(llama, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    mask_pads = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+    def masking(rows):
+        return mask_pads([{"input_ids": row["input_ids"]} for row in rows])
+
+    trainer = tiny_trainer(llama, tmp_path, ROWS, processing_class=tokenizer, data_collator=masking)
+    with pytest.raises(UserInputError, match="pad token and end token are one, and the collator masks both"):
+        trainer.train()
+    trainer = tiny_trainer(llama, tmp_path, ROWS, processing_class=tokenizer, max_steps=1)
+    trainer.train()  # the trainer's own collator pads by place, not by token
+
+
+def test_rows_without_a_label_are_refused(llama, tmp_path):
+    rows = Dataset.from_list([{"input_ids": [65] * 9, "labels": [-100] * 9}] * 8)
+    trainer = tiny_trainer(llama, tmp_path, rows)
+    with pytest.raises(UserInputError, match="the first optimizer step has no label"):
+        trainer.train()

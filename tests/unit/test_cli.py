@@ -259,5 +259,5 @@ def test_the_shell_completes_names_and_keys():
         )
         return result.stdout.split()
 
-    assert complete("qlora-neft show llama2-7b", 2) == ["llama2-7b-alpaca", "llama2-7b-evol"]
+    assert complete("qlora-neft show llama2-13b", 2) == ["llama2-13b-alpaca", "llama2-13b-evol"]
     assert complete("qlora-neft train demo neftune.noise", 3) == ["neftune.noise_alpha="]

@@ -1,159 +1,182 @@
-"""From a file to tokenized rows: reading, formats, the template, labels, the held-out split."""
+"""What a row means, the text around it, its tokens and labels: formats, templates, encoding, turns."""
 
 from __future__ import annotations
 
-import json
-import random
-
+import numpy as np
 import pytest
-from datasets import Dataset
 from tiny import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from qlora_neft.data import Example, fingerprint, read_rows, split_by_hash, to_examples, tokenize
-from qlora_neft.data.formats import alpaca_prompt, detect_format
-from qlora_neft.data.tokens import IGNORE_INDEX, prompt_ids
+from qlora_neft.data.encode import Encoded, Encoder, cut_to_length, joins_cleanly
+from qlora_neft.data.examples import BadRow, Dialogue, EmptyRow, Instruction, Passage, Piece, content_hash
+from qlora_neft.data.formats import check_columns, detect_format, to_example
+from qlora_neft.data.templates import AlpacaTemplate, NoTemplate, VicunaTemplate, alpaca_prompt, make_template
+from qlora_neft.data.turns import split_dialogue
 from qlora_neft.errors import UserInputError
 
-ROWS = [{"instruction": f"Say {n}", "input": "", "output": str(n)} for n in range(10)]
+ALPACA = {"instruction": "Say 1", "input": "", "output": "1"}
 
 
-def as_lines(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Write a file into the current directory and return its name."""
-    monkeypatch.chdir(tmp_path)
-
-    def write_file(content, name="rows.jsonl"):
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        return name
-
-    return write_file
-
-
-def refusal(function, *args, **kwargs):
-    with pytest.raises(UserInputError) as caught:
+def refusal(error, function, *args, **kwargs):
+    with pytest.raises(error) as caught:
         function(*args, **kwargs)
     return str(caught.value)
 
 
-# ---- Reading ----
+def dialogue(*texts, system=None):
+    """User and assistant in turn."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return Dialogue((*([{"role": "system", "content": system}] if system else []), *turns))
 
 
-def test_lines_and_an_array_of_objects_are_the_same_rows(write):
-    lines = read_rows(write(as_lines(ROWS)))
-    array = read_rows(write(json.dumps(ROWS, indent=2), "rows.json"))
-    assert lines == array == ROWS
+def shared(*pairs):
+    return {"conversations": [{"from": who, "value": text} for who, text in pairs]}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\xef\xbb\xbf" + as_lines(ROWS).encode(),  # a byte order mark
-        as_lines(ROWS).replace("\n", "\r\n"),
-        "\n\n" + as_lines(ROWS).replace("\n", "\n\n"),
-        " " * 9000 + "\n" + as_lines(ROWS),
-        as_lines(ROWS).rstrip("\n"),
-    ],
-    ids=["byte order mark", "Windows", "blank lines", "a long blank start", "no last line end"],
-)
-def test_harmless_differences_change_no_row(write, content):
-    assert read_rows(write(content)) == ROWS
+def text_of(pieces):
+    return "".join(piece.text for piece in pieces)
 
 
-def test_line_separators_inside_a_text_do_not_end_a_line(write):
-    rows = [{"instruction": "a\u2028b\x85c", "output": "d"}]
-    assert read_rows(write(json.dumps(rows[0], ensure_ascii=False))) == rows
+def trained_text(pieces):
+    return [piece.text for piece in pieces if piece.trained]
 
 
-def test_a_field_that_first_appears_late_is_not_lost(write):
-    rows = [{"instruction": "a", "output": "b"}] * 50 + [{"instruction": "a", "output": "b", "input": "late"}]
-    assert to_examples(read_rows(write(as_lines(rows))))[-1].prompt == alpaca_prompt("a", "late")
+# ---- Formats ----
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "rule"),
+    ("row", "format"),
     [
-        ("rows.jsonl", None, "no file at 'rows.jsonl'. Paths are relative to the current directory."),
-        ("./rows", None, "no file at 'rows'"),
-        ("rows.jsonl", "", "'rows.jsonl' is empty. It needs one JSON object per example."),
-        ("rows.jsonl", " \n\n ", "is empty"),
-        ("rows.json", "[]", "is empty"),
-        ("rows.csv", "instruction,output\na,b\n", "must be a .json or .jsonl file or a Hub id, got 'rows.csv'"),
-        ("rows.jsonl", '{"a": "b"}\n{"a": \n', "line 2, is not JSON"),
-        ("rows.jsonl", "hello\n", "line 1, is not JSON"),
-        ("rows.json", '[{"a": "b"},\n {"a" "b"}]', "line 2, is not JSON"),
-        ("rows.json", json.dumps({"data": ROWS}, indent=1), "one object per line, or one array of objects"),
-        ("rows.json", "[" * 100_000, "is not JSON"),
-        ("rows.jsonl", '{"a": "b"}\nnull\n', "line 2, is NoneType 'None'. Every example must be a JSON object"),
-        ("rows.jsonl", '{"a": "b"}\n\n3\n', "line 3, is int '3'"),
-        ("rows.json", '[{"a": "b"}, "text"]', "entry 2, is str 'text'"),
-        ("rows.jsonl", b'{"instruction": "caf\xe9", "output": "b"}\n', "is not UTF-8 text, byte 21 is not"),
-        ("rows.jsonl", as_lines(ROWS).encode("utf-16"), "is not UTF-8 text, byte 1 is not"),
+        ({"output": "a", "instruction": "b", "extra": 1}, "alpaca"),
+        ({"completion": "a", "prompt": "b"}, "prompt-completion"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "messages"),
+        (shared(("human", "a")), "sharegpt"),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "messages"),
+        ({"text": "a"}, "text"),
     ],
 )
-def test_a_file_that_cannot_be_read_as_rows_is_refused(write, name, content, rule):
-    if content is not None:
-        write(content, name)
-    message = refusal(read_rows, name)
-    assert message.startswith("data.path: ")
-    assert rule in message
+def test_format_is_found_by_the_columns(row, format):
+    assert detect_format([row]) == format
 
 
-def test_a_folder_is_refused(write, tmp_path):
-    assert "must be a .json or .jsonl file" in refusal(read_rows, str(tmp_path))
-    (tmp_path / "folder.json").mkdir()
-    assert "must be a .json or .jsonl file" in refusal(read_rows, "folder.json")
+def test_columns_that_fit_no_format_are_named_with_what_would_fit():
+    message = refusal(UserInputError, detect_format, [{"question": "a", "answer": "b"}])
+    assert message.startswith("data.path: the columns answer, question fit no format")
+    assert "alpaca needs instruction and output; prompt-completion needs prompt and completion" in message
+    assert "(none)" in refusal(UserInputError, detect_format, [{}])
 
 
-def test_messages_name_the_key_of_the_caller(write):
-    assert refusal(read_rows, "no.jsonl", key="data.eval_path").startswith("data.eval_path: no file")
-    name = write(as_lines(ROWS))
-    assert refusal(read_rows, name, split="test", key="data.eval_path").startswith("data.eval_split: 'test'")
+def test_a_format_that_the_columns_do_not_have_is_refused():
+    message = refusal(UserInputError, check_columns, [ALPACA], "prompt-completion")
+    assert message.startswith("data.format: prompt-completion needs the columns prompt and completion")
 
 
-def test_a_hub_dataset_that_cannot_be_reached_is_refused(write):
-    message = refusal(read_rows, "no-such-owner/no-such-dataset")
-    assert message.startswith("data.path: the dataset 'no-such-owner/no-such-dataset' cannot be read from the Hub.")
-    assert "\n" not in message
+@pytest.mark.parametrize("row", [{"input": ""}, {"input": None}, {}], ids=["empty", "null", "missing"])
+def test_no_input_is_no_input_however_it_is_written(row):
+    example, _ = to_example({"instruction": "Go", "output": "ok", **row}, "alpaca")
+    assert example == Instruction("Go", "", "ok")
 
 
 @pytest.mark.parametrize(
-    ("split", "expected"),
+    ("row", "format", "reason"),
     [
-        ("train", range(10)),
-        ("train[:3]", range(3)),
-        ("train[3:]", range(3, 10)),
-        ("train[-2:]", range(8, 10)),
-        ("train[:20%]", range(2)),
-        ("train[:500]", range(10)),
-        ("train[:2]+train[8:]", [0, 1, 8, 9]),
+        ({"instruction": "a", "output": None}, "alpaca", "output is missing"),
+        ({"instruction": "a"}, "alpaca", "output is missing"),
+        ({"instruction": "a", "output": 7}, "alpaca", "output is int '7'"),
+        ({"instruction": ["a"], "output": "b"}, "alpaca", "instruction is list"),
+        ({"instruction": "a", "output": "b", "input": {"c": 1}}, "alpaca", "input is dict"),
+        ({"instruction": "a", "output": "half \ud800"}, "alpaca", "half of a surrogate pair"),
+        ({"prompt": 1, "completion": "b"}, "prompt-completion", "prompt is int '1'"),
+        ({"text": 2.5}, "text", "text is float '2.5'"),
+        ({"messages": "hello"}, "messages", "messages is str 'hello', not a list of turns"),
+        ({"messages": ["hello"]}, "messages", "messages, turn 1, is str 'hello'"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, "messages", "turn 1: role is str 'bot', not one of"),
+        ({"messages": [{"role": "user"}]}, "messages", "turn 1: content is missing"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages", "parts that are not text"),
+        (shared(("human", "a"), ("alien", "b")), "sharegpt", "turn 2: from is str 'alien', not one of"),
+        (shared(("human", 3)), "sharegpt", "turn 1: value is int '3'"),
+        ({**shared(("human", "a"), ("gpt", "b")), "tools": "{"}, "sharegpt", "tools is text that is not JSON"),
     ],
 )
-def test_splits_slice_as_in_datasets(write, split, expected):
-    rows = read_rows(write(as_lines(ROWS)), split=split)
-    assert [row["output"] for row in rows] == [str(n) for n in expected]
+def test_what_is_not_the_format_is_said(row, format, reason):
+    message = refusal(BadRow, to_example, row, format)
+    assert reason in message
 
 
-@pytest.mark.parametrize("split", ["test", "train[[:3", "", "train[:200%]"])
-def test_a_split_that_does_not_exist_is_refused(write, split):
-    message = refusal(read_rows, write(as_lines(ROWS)), split=split)
-    assert message.startswith(f"data.split: {split!r} does not fit 'rows.jsonl'")
+@pytest.mark.parametrize(
+    ("row", "format", "reason"),
+    [
+        ({"instruction": "a", "output": " \n"}, "alpaca", "output is blank"),
+        ({"instruction": " ", "output": "b"}, "alpaca", "instruction and input are blank"),
+        ({"prompt": "a", "completion": ""}, "prompt-completion", "completion is blank"),
+        ({"text": ""}, "text", "text is blank"),
+        ({"conversations": []}, "sharegpt", "has no turns"),
+        (shared(("human", "a")), "sharegpt", "has no response"),
+        (shared(("gpt", "a")), "sharegpt", "has no response"),
+        (shared(("human", "a"), ("gpt", " ")), "sharegpt", "turn 2: the response is blank"),
+    ],
+)
+def test_rows_with_nothing_to_learn_are_told_apart(row, format, reason):
+    with pytest.raises(EmptyRow) as caught:
+        to_example(row, format)
+    assert reason in str(caught.value)
 
 
-@pytest.mark.parametrize("split", ["train[:0]", "train[500:]", "train[5:2]", "train[:5%]"])
-def test_a_split_without_rows_is_refused(write, split):
-    name = write(as_lines(ROWS))
-    assert refusal(read_rows, name, split=split).startswith(f"data.split: {split!r} takes none of its 10 rows")
+def test_turns_that_train_nothing_are_left_out_and_counted():
+    row = shared(("gpt", "hi"), ("human", "a"), ("gpt", "b"), ("human", "bye"))
+    example, left_out = to_example(row, "sharegpt")
+    assert (example, left_out) == (dialogue("a", "b"), 2)
 
 
-# ---- Formats and the template ----
+def test_speakers_have_many_names_and_one_meaning():
+    names = [("system", "s"), ("user", "a"), ("chatgpt", "b"), ("human", "c"), ("bing", "d")]
+    example, _ = to_example(shared(*names), "sharegpt")
+    assert example == dialogue("a", "b", "c", "d", system="s")
 
 
-def test_the_template_is_stanford_alpacas_to_the_letter():
+def test_messages_keep_tools_calls_and_text_parts_and_lose_nulls():
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    row = {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "1", "tool_calls": None},
+            {"role": "assistant", "content": "done"},
+        ],
+        "tools": '[{"type": "function"}]',
+    }
+    example, left_out = to_example(row, "messages")
+    assert example.messages == (
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "done"},
+    )
+    assert (example.tools, left_out) == (({"type": "function"},), 0)
+
+
+def test_prompts_and_completions_may_be_messages():
+    row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    assert to_example(row, "prompt-completion")[0] == dialogue("a", "b")
+    history = {**row, "prompt": [*row["prompt"], {"role": "assistant", "content": "c"}]}
+    assert "put the whole conversation into one column" in refusal(BadRow, to_example, history, "prompt-completion")
+
+
+def test_the_hash_is_of_what_a_row_says():
+    same = [
+        content_hash(to_example({**ALPACA, "input": value, "id": n}, "alpaca")[0]) for n, value in enumerate(("", None))
+    ]
+    assert same[0] == same[1]
+    assert content_hash(Instruction("a", "b", "c")) != content_hash(Instruction("ab", "", "c"))
+    assert content_hash(dialogue("a", "b")) != content_hash(dialogue("a", "b", system="s"))
+
+
+# ---- Templates ----
+
+
+def test_alpacas_prompt_is_stanfords_to_the_letter():
     # https://github.com/tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT
     assert alpaca_prompt("Add.", "1 2") == (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -167,69 +190,85 @@ def test_the_template_is_stanford_alpacas_to_the_letter():
     )
 
 
-@pytest.mark.parametrize("row", [{"input": ""}, {"input": None}, {}], ids=["empty", "null", "missing"])
-def test_no_input_gives_the_prompt_without_an_input_section(row):
-    examples = to_examples([{"instruction": "Go", "output": "ok", **row}])
-    assert examples == [Example(alpaca_prompt("Go"), "ok")]
+def test_alpacas_response_follows_at_once_and_ends_with_the_end_token():
+    pieces = AlpacaTemplate("</s>").render(Instruction("Add.", "", "3"))
+    assert text_of(pieces) == alpaca_prompt("Add.") + "3</s>"
+    assert trained_text(pieces) == ["3</s>"]
 
 
 def test_braces_in_a_text_are_text():
-    [example] = to_examples([{"instruction": "{input} {0} {", "input": "{instruction}", "output": "}"}])
-    assert "### Instruction:\n{input} {0} {\n" in example.prompt
-    assert "### Input:\n{instruction}\n" in example.prompt
+    pieces = AlpacaTemplate("</s>").render(Instruction("{input} {0} {", "{instruction}", "}"))
+    assert "### Instruction:\n{input} {0} {\n" in text_of(pieces)
+    assert "### Input:\n{instruction}\n" in text_of(pieces)
 
 
-def test_prompts_that_come_ready_are_taken_as_they_are():
-    assert to_examples([{"prompt": "a ", "completion": " b"}]) == [Example("a ", " b")]
+def test_a_single_exchange_fits_alpacas_prompt_and_a_conversation_does_not():
+    template = AlpacaTemplate("</s>")
+    assert template.render(dialogue("Add.", "3")) == template.render(Instruction("Add.", "", "3"))
+    message = refusal(BadRow, template.render, dialogue("a", "b", "c", "d", "e", "f"))
+    assert "(user, assistant, user, assistant, ...)" in message
+    assert "set data.prompt_template: vicuna or chat" in message
 
 
-def test_a_dataset_of_datasets_serves_as_rows():
-    assert to_examples(Dataset.from_list(ROWS)) == to_examples(ROWS)
+def test_vicunas_text_is_fastchats_to_the_letter():
+    # https://github.com/lm-sys/FastChat, fastchat/conversation.py, vicuna_v1.1 (SeparatorStyle.ADD_COLON_TWO)
+    pieces = VicunaTemplate("</s>").render(dialogue("Hello!", "Hi!", "How are you?", "Good."))
+    assert text_of(pieces) == (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: Hello! ASSISTANT: Hi!</s>USER: How are you? ASSISTANT: Good.</s>"
+    )
+    assert trained_text(pieces) == [" Hi!</s>", " Good.</s>"]
 
 
-def test_format_is_found_by_the_columns():
-    assert detect_format(["output", "instruction", "extra"]) == "alpaca"
-    assert detect_format(["completion", "prompt"]) == "prompt-completion"
+def test_generation_begins_where_vicunas_training_had_the_response():
+    template = VicunaTemplate("</s>")
+    pieces = template.render(dialogue("a", "b", "c", "d"))
+    assert template.prompt(dialogue("a", "b", "c").messages) == text_of(pieces[:-1])
+    assert template.prompt(dialogue("a").messages) == pieces[0].text
 
 
-def test_columns_that_fit_no_format_are_named_with_what_would_fit():
-    message = refusal(to_examples, [{"question": "a", "answer": "b"}])
-    assert message.startswith("data.path: the columns answer, question fit no format")
-    assert "alpaca needs instruction and output; prompt-completion needs prompt and completion" in message
-    assert "(none)" in refusal(to_examples, [{}])
+def test_a_system_message_replaces_vicunas():
+    pieces = VicunaTemplate("</s>").render(dialogue("a", "b", system="Be brief."))
+    assert text_of(pieces) == "Be brief. USER: a ASSISTANT: b</s>"
 
 
-def test_a_format_that_the_columns_do_not_have_is_refused():
-    message = refusal(to_examples, ROWS, format="prompt-completion")
-    assert message.startswith("data.format: prompt-completion needs the columns prompt and completion")
+def test_vicunas_turns_alternate():
+    twice = Dialogue(({"role": "user", "content": "a"},) * 2 + ({"role": "assistant", "content": "b"},))
+    assert "turn 2 is user" in refusal(BadRow, VicunaTemplate("</s>").render, twice)
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("name", "format", "kind"),
     [
-        ({"output": None}, "row 3: output is missing"),
-        ({"output": 7}, "row 3: output is int '7'"),
-        ({"instruction": ["a"]}, "row 3: instruction is list"),
-        ({"input": {"a": 1}}, "row 3: input is dict"),
-        ({"output": "half a pair \ud800"}, "row 3: output is str"),
+        ("auto", "alpaca", AlpacaTemplate),
+        ("auto", "sharegpt", VicunaTemplate),
+        ("auto", "prompt-completion", NoTemplate),
+        ("auto", "text", NoTemplate),
+        ("alpaca", "prompt-completion", NoTemplate),
+        ("vicuna", "prompt-completion", VicunaTemplate),
+        ("vicuna", "alpaca", VicunaTemplate),
+        ("vicuna", "text", NoTemplate),
     ],
 )
-def test_a_field_that_is_not_text_is_named_by_its_row(bad, said):
-    rows = [dict(row) for row in ROWS]
-    rows[2] |= bad
-    message = refusal(to_examples, rows)
-    assert message.startswith("data.path: every field must be text; ")
-    assert said in message
+def test_which_template_a_format_has(name, format, kind):
+    assert isinstance(make_template(name, format, byte_tokenizer()), kind)
 
 
-def test_a_row_that_lacks_a_field_is_named():
-    assert "row 11: output is missing" in refusal(to_examples, [*ROWS, {"instruction": "a"}])
+def test_text_that_comes_ready_stays_as_it_is():
+    assert NoTemplate("</s>").render(Passage("a ", " b")) == [Piece("a ", False), Piece(" b</s>", True)]
+    assert NoTemplate("</s>").render(Passage("", "b")) == [Piece("b</s>", True)]
+    assert "needs a template" in refusal(BadRow, NoTemplate("</s>").render, dialogue("a", "b"))
 
 
-def test_many_bad_rows_are_counted_not_listed():
-    message = refusal(to_examples, [{"instruction": "a", "output": n} for n in range(12)])
-    assert message.count("row ") == 5
-    assert "and 7 more" in message
+def test_an_instruction_with_input_is_one_request_elsewhere():
+    pieces = VicunaTemplate("</s>").render(Instruction("Add.", "1 2", "3"))
+    assert "USER: Add.\n1 2 ASSISTANT:" in text_of(pieces)
+
+
+def test_a_template_file_that_is_not_there_is_refused():
+    message = refusal(UserInputError, make_template, "no.jinja", "messages", byte_tokenizer())
+    assert message.startswith("data.prompt_template: 'no.jinja' cannot be read (No such file or directory).")
 
 
 # ---- Tokens and labels ----
@@ -244,12 +283,48 @@ def with_special_tokens(template):
     return tokenizer
 
 
-def test_prompt_is_masked_and_completion_and_end_are_trained():
-    tokenizer = byte_tokenizer()
-    [row] = tokenize([Example("abc", "de")], tokenizer, 64).dataset
-    assert tokenizer.decode(row["input_ids"]) == "abcde</s>"
-    assert row["labels"] == [IGNORE_INDEX] * 3 + row["input_ids"][3:]
-    assert row["labels"][-1] == tokenizer.eos_token_id
+def merging_tokenizer(trims_offsets=False):
+    """Byte-level BPE with a token ":=" and a token " b": both can reach across the beginning of a response."""
+    from tokenizers import pre_tokenizers
+    from tokenizers.processors import ByteLevel
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, ":=", "Ġb", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[(":", "="), ("Ġ", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if trims_offsets:
+        tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+def sentencepiece_like():
+    """A tokenizer that puts a space in front of every text, as Llama 2's does."""
+    words = ["▁", "▁a", "▁b", "a", "b", ":", "=", "▁:", ":=", "<unk>", "</s>"]
+    merges = [("▁", "a"), ("▁", "b"), ("▁", ":"), (":", "=")]
+    tokenizer = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def encode(tokenizer, *pieces, adds_special_tokens=True):
+    [encoded] = Encoder(tokenizer, adds_special_tokens=adds_special_tokens).encode(
+        [[Piece(*piece) for piece in pieces]]
+    )
+    return encoded
+
+
+def parts(tokenizer, encoded):
+    """The untrained and the trained text."""
+    return tokenizer.decode(encoded.ids[~encoded.trained]), tokenizer.decode(encoded.ids[encoded.trained])
+
+
+def test_prompt_is_masked_and_response_and_end_are_trained():
+    encoded = encode(byte_tokenizer(), ("abc", False), ("de</s>", True))
+    assert parts(byte_tokenizer(), encoded) == ("abc", "de</s>")
+    assert encoded.labels().tolist() == [-100] * 3 + encoded.ids[3:].tolist()
+    assert encoded.num_trained() == 3
 
 
 @pytest.mark.parametrize(
@@ -257,103 +332,131 @@ def test_prompt_is_masked_and_completion_and_end_are_trained():
 )
 def test_one_end_token_stands_at_the_end_whatever_the_tokenizer_adds(template, begins):
     tokenizer = with_special_tokens(template)
-    [row] = tokenize([Example("ab", "cd")], tokenizer, 64).dataset
-    assert tokenizer.decode(row["input_ids"]) == "<s>" * begins + "abcd</s>"
-    assert row["labels"].count(IGNORE_INDEX) == 2 + begins
+    encoded = encode(tokenizer, ("ab", False), ("cd</s>", True))
+    assert tokenizer.decode(encoded.ids) == "<s>" * begins + "abcd</s>"
+    assert (~encoded.trained).sum() == 2 + begins
 
 
-def test_generation_meets_the_prompt_that_training_saw():
-    tokenizer, example = with_special_tokens("<s> $A </s>"), Example("What?", "That.")
-    [row] = tokenize([example], tokenizer, 64).dataset
-    [prompt] = prompt_ids(tokenizer, [example.prompt])
-    assert prompt == [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+def test_a_chat_template_writes_its_own_begin_token():
+    encoded = encode(with_special_tokens("<s> $A </s>"), ("<s>ab", False), ("cd</s>", True), adds_special_tokens=False)
+    assert encoded.ids[0] == 257 and encoded.ids[1] != 257 and len(encoded.ids) == 6
 
 
-def test_no_prompts_have_no_ids():
-    assert prompt_ids(byte_tokenizer(), []) == []
+@pytest.mark.parametrize("trims_offsets", [False, True])
+@pytest.mark.parametrize(("prompt", "response"), [("a:", "=a"), ("a ", "b")], ids=["merge", "leading space"])
+def test_a_token_across_the_beginning_of_a_response_is_cut_there(prompt, response, trims_offsets):
+    tokenizer = merging_tokenizer(trims_offsets)
+    whole = tokenizer(prompt + response)["input_ids"]
+    assert len(whole) < len(tokenizer(prompt)["input_ids"]) + len(tokenizer(response)["input_ids"])
+    encoded = encode(tokenizer, (prompt, False), (response + "</s>", True))
+    assert encoded.cut_apart
+    # What generation will be given is what training had.
+    assert encoded.ids[~encoded.trained].tolist() == tokenizer(prompt)["input_ids"]
+    assert parts(tokenizer, encoded) == (prompt, response + "</s>")
 
 
-def test_an_empty_completion_trains_the_end_token_alone():
-    [row] = tokenize([Example("abc", "")], byte_tokenizer(), 64).dataset
-    assert row["labels"] == [IGNORE_INDEX] * 3 + [258]
+def test_a_space_that_belongs_to_the_response_is_not_cut():
+    tokenizer = merging_tokenizer(trims_offsets=True)
+    encoded = encode(tokenizer, ("a:", False), (" b</s>", True))
+    assert not encoded.cut_apart
+    assert parts(tokenizer, encoded) == ("a:", " b</s>")
 
 
-def test_nothing_is_cut_or_dropped_in_silence():
-    lengths = {"fits": (4, 3), "fits exactly": (4, 5), "cut by one": (4, 6), "one token left": (9, 8)}
-    gone = {"no room": (10, 1), "prompt too long": (30, 1)}
-    examples = [Example("p" * p, "c" * c) for p, c in [*lengths.values(), *gone.values()]]
-    result = tokenize(examples, byte_tokenizer(), max_length=10)
-    rows = list(result.dataset)
-    assert [len(row["input_ids"]) for row in rows] == [8, 10, 10, 10]
-    assert [sum(label != -100 for label in row["labels"]) for row in rows] == [4, 6, 6, 1]
-    assert [row["input_ids"][-1] == 258 for row in rows] == [True, True, False, False]
-    assert (result.num_truncated, result.num_dropped) == (2, 2)
+def test_sentencepiece_text_is_tokenized_whole_as_the_papers_code_does():
+    tokenizer = sentencepiece_like()
+    assert not joins_cleanly(tokenizer) and joins_cleanly(byte_tokenizer())
+    encoded = encode(tokenizer, ("a:", False), ("b</s>", True))
+    assert encoded.ids.tolist() == tokenizer("a:b</s>")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained].tolist()) == ["b", "</s>"]
 
 
-def test_a_row_of_an_end_token_alone_trains_nothing_and_is_dropped():
-    result = tokenize([Example("", ""), Example("", "a")], byte_tokenizer(), 64)
-    assert (len(result.dataset), result.num_dropped, result.num_truncated) == (1, 1, 0)
+def test_where_cutting_would_change_the_text_the_token_across_is_not_trained():
+    tokenizer = sentencepiece_like()
+    encoded = encode(tokenizer, ("a:", False), ("=b</s>", True))
+    assert tokenizer.convert_ids_to_tokens(encoded.ids.tolist()) == ["▁a", ":=", "b", "</s>"]
+    assert encoded.trained.tolist() == [False, False, True, True]
 
 
-def test_no_row_left_is_refused_with_the_remedy():
-    message = refusal(tokenize, [Example("p" * 20, "c")], byte_tokenizer(), 20)
-    assert message == "data.max_length: 20 tokens leave no room for a response in any row of data.path. Raise it."
+def test_every_response_of_a_conversation_is_trained_with_its_end():
+    tokenizer = with_special_tokens("<s> $A")
+    pieces = VicunaTemplate("</s>").render(dialogue("ab", "cd", "ef", "gh"))
+    [encoded] = Encoder(tokenizer, adds_special_tokens=True).encode([pieces])
+    assert tokenizer.decode(encoded.ids[encoded.trained]) == " cd</s> gh</s>"
 
 
-def test_a_tokenizer_without_an_end_token_is_refused():
-    tokenizer = byte_tokenizer()
-    tokenizer.eos_token = None
-    message = refusal(tokenize, [Example("a", "b")], tokenizer, 64)
-    assert message.startswith("model.name_or_path: its tokenizer has no end token")
-    assert "Set eos_token" in message
+def test_a_tokenizer_without_offsets_tokenizes_piece_by_piece():
+    fast = with_special_tokens("<s> $A </s>")
+
+    class Slow:
+        is_fast, eos_token, eos_token_id = False, "</s>", 258
+        decode = staticmethod(fast.decode)
+
+        def __call__(self, text, add_special_tokens=True, **_):
+            return {"input_ids": fast(text, add_special_tokens=add_special_tokens)["input_ids"]}
+
+    pieces = (("ab", False), ("cd</s>", True))
+    assert encode(Slow(), *pieces).ids.tolist() == encode(fast, *pieces).ids.tolist()
+    assert encode(Slow(), *pieces).trained.tolist() == encode(fast, *pieces).trained.tolist()
 
 
-# ---- The held-out split and the fingerprint ----
-
-EXAMPLES = [Example(f"prompt {n}", f"completion {n}") for n in range(4000)]
+# ---- Cutting and splitting ----
 
 
-@pytest.mark.parametrize("fraction", [0.05, 0.5, 0.9])
-def test_the_share_held_out_is_about_the_fraction(fraction):
-    train, held_out = split_by_hash(EXAMPLES, fraction)
-    assert {*train, *held_out} == set(EXAMPLES) and len(train) + len(held_out) == len(EXAMPLES)
-    deviation = (fraction * (1 - fraction) * len(EXAMPLES)) ** 0.5
-    assert len(held_out) == pytest.approx(fraction * len(EXAMPLES), abs=4 * deviation)
+def sequence(pattern):
+    """``p`` for prompt, ``r`` for response, ``e`` for its end token (258)."""
+    ids = np.array([258 if letter == "e" else 65 + i for i, letter in enumerate(pattern)], dtype=np.int32)
+    return Encoded(ids, np.array([letter != "p" for letter in pattern]))
 
 
-def test_the_split_does_not_depend_on_the_order_or_on_the_other_rows():
-    shuffled = random.Random(0).sample(EXAMPLES, len(EXAMPLES))
-    held_out = set(split_by_hash(EXAMPLES, 0.2)[1])
-    assert set(split_by_hash(shuffled, 0.2)[1]) == held_out
-    assert set(split_by_hash(EXAMPLES[:100], 0.2)[1]) == held_out & set(EXAMPLES[:100])
+@pytest.mark.parametrize(
+    ("pattern", "keep_end_token", "expected", "lost"),
+    [
+        ("ppprre", True, "ppprre", False),
+        ("ppprrrrrre", True, "ppprrrre", True),
+        ("ppprrrrrre", False, "ppprrrrr", True),
+        ("ppppppre", True, "ppppppre", False),
+        ("pppppppre", True, "", True),  # one place, and it would be the end token's: nothing of the response
+        ("pppppppre", False, "pppppppr", True),
+        ("pppppppprre", True, "", True),
+        ("pprepppprre", True, "ppre", True),  # nothing of a request whose response is cut away
+        ("pprepprrre", True, "ppreppre", True),
+        ("ppprreppp", True, "ppprrepp", False),  # what follows the last response trains nothing
+    ],
+)
+def test_cutting_keeps_the_end_and_loses_nothing_in_silence(pattern, keep_end_token, expected, lost):
+    cut, was_lost = cut_to_length(sequence(pattern), 8, keep_end_token=keep_end_token)
+    shown = "".join("e" if i == 258 else "r" if t else "p" for i, t in zip(cut.ids, cut.trained, strict=True))
+    assert (shown, was_lost) == (expected, lost)
+    assert len(cut.ids) <= 8
 
 
-def test_the_order_within_each_side_is_kept():
-    train, held_out = split_by_hash(EXAMPLES, 0.2)
-    place = {example: n for n, example in enumerate(EXAMPLES)}
-    assert train == sorted(train, key=place.get) and held_out == sorted(held_out, key=place.get)
+def measure(piece):
+    return sum(len(message["content"]) for message in piece.messages)
 
 
-def test_duplicates_fall_on_one_side():
-    train, held_out = split_by_hash(EXAMPLES * 2, 0.3)
-    assert not set(train) & set(held_out)
-
-
-def test_a_larger_fraction_holds_out_the_same_rows_and_more():
-    assert set(split_by_hash(EXAMPLES, 0.1)[1]) < set(split_by_hash(EXAMPLES, 0.2)[1])
-
-
-def test_the_fingerprint_sees_every_change():
-    base = [Example("ab", "c"), Example("d", "e")]
-    others = [
-        [Example("a", "bc"), Example("d", "e")],  # the same text, parted elsewhere
-        [Example("ab", "c"), Example("d", "E")],
-        base[::-1],
-        base[:1],
-        [*base, Example("", "")],
-        [],
+def test_conversations_are_split_on_turn_boundaries_into_what_fits():
+    long = dialogue("aaa", "bbb", "cc", "dd", "eeeee", "fffff", "g", "h", system="ss")
+    pieces = split_dialogue(long, 12, measure)
+    assert [[m["content"] for m in piece.messages] for piece in pieces] == [
+        ["ss", "aaa", "bbb", "cc", "dd"],
+        ["ss", "eeeee", "fffff"],
+        ["ss", "g", "h"],
     ]
-    prints = [fingerprint(examples) for examples in [base, *others]]
-    assert len(set(prints)) == len(prints)
-    assert fingerprint(list(base)) == prints[0]
-    assert all(len(digest) == 64 for digest in prints)
+
+
+def test_an_exchange_that_fits_nowhere_is_a_piece_of_its_own():
+    pieces = split_dialogue(dialogue("a", "b", "c" * 50, "d", "e", "f"), 12, measure)
+    assert [len(piece.messages) for piece in pieces] == [2, 2, 2]
+
+
+def test_a_tools_result_stays_with_its_call():
+    messages = [
+        {"role": "user", "content": "a" * 9},
+        {"role": "assistant", "content": "", "tool_calls": [{}]},
+        {"role": "tool", "content": "b" * 9},
+        {"role": "assistant", "content": "c" * 9},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "e"},
+    ]
+    pieces = split_dialogue(Dialogue(tuple(messages)), 12, measure)
+    assert [len(piece.messages) for piece in pieces] == [4, 2]

@@ -16,23 +16,36 @@ PACKAGE = Path(qlora_neft.__file__).parent
 
 # Lowest first. A name stands for a module or for a package with all its modules.
 LAYERS = (
-    {"errors", "loss_plot", "plan", "quiet", "run_record"},
-    {"bundled", "output_dir", "philox", "precision", "randomness", "sequences"},
+    {"errors", "json_file", "length_plot", "loss_plot", "plan", "preview_text", "quiet", "rows_progress"},
+    {"bundled", "output_dir", "philox", "precision", "randomness", "run_record", "sequences"},
     {"neftune", "step_batch"},
     # the parts
-    {"adapter", "checkpointing", "clean_loss", "data", "lora", "quantization", "tokenizer", "trainer_config"},
+    {
+        "adapter",
+        "checkpointing",
+        "clean_loss",
+        "data",
+        "label_check",
+        "lora",
+        "quantization",
+        "tokenizer",
+        "trainer_config",
+    },
     {"clean_evaluation", "trainer_setup"},
     {"answers", "trainer"},
     {"console", "measure", "run_lines"},
     # the recipe: above the parts, so that none of them can see it
     {"recipe_files", "recipe_types", "recipe_yaml"},
+    {"recipe_data"},
     {"recipe_schema"},
     {"recipe_keys"},
     {"overrides", "recipe_problems"},
     {"recipe"},
     # what is told to do something with a recipe
-    {"doctor", "noise_report", "run"},
-    {"cli_recipes"},
+    {"unpack"},
+    {"unpack_trainer"},
+    {"doctor", "noise_report", "preview", "run"},
+    {"cli_preview", "cli_recipes"},
     {"cli"},
     {"__main__"},
 )

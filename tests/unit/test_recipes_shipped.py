@@ -10,7 +10,9 @@ from qlora_neft.recipe_files import recipe_dir
 from qlora_neft.recipe_keys import fields_of, section_names
 
 RECIPES = sorted(recipe_dir().rglob("*.yaml"))
-TABLE_3 = [path for path in RECIPES if path.stem != "demo"]
+OTHERS = {"demo", "llama2-7b-platypus", "llama2-7b-sharegpt", "qwen3-4b-chat"}
+TABLE_3 = [path for path in RECIPES if path.stem not in OTHERS]
+TABLE_1 = {"llama2-7b-platypus": (15, 62.00, 70.61), "llama2-7b-sharegpt": (10, 68.74, 76.28)}
 
 
 def by_name(path):
@@ -66,6 +68,21 @@ def test_alpha_is_the_best_of_the_column_in_the_header(path):
 def test_no_two_recipes_have_the_same_column():
     columns = [tuple(column_of_table_3(path).values()) for path in TABLE_3]
     assert len(set(columns)) == len(columns) == 5
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_data_of_table_1_has_its_alpha_and_table_3s_training(name):
+    alpha, without, with_noise = TABLE_1[name]
+    path = recipe_dir() / f"{name}.yaml"
+    assert column_of_table_3(path) == {0: without, alpha: with_noise}
+    recipe, alpaca = load_recipe(name), load_recipe("llama2-7b-alpaca")
+    assert recipe.neftune.noise_alpha == alpha
+    assert (recipe.train, recipe.lora, recipe.quantization) == (alpaca.train, alpaca.lora, alpaca.quantization)
+
+
+def test_the_chat_recipe_uses_messages_and_the_tokenizers_template():
+    data = load_recipe("qwen3-4b-chat").data
+    assert (data.format, data.prompt_template, data.eval_split) == ("messages", "chat", "test")
 
 
 @pytest.mark.parametrize("path", TABLE_3, ids=by_name)

@@ -1,0 +1,88 @@
+"""Prepared data on disk, found again by a fingerprint of all it depends on: data, templates, tokenizer, settings."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import tokenizers
+
+STATE = "state.json"
+# Raise it when the same rows would be prepared otherwise.
+VERSION = 1
+
+
+def cache_root() -> Path:
+    """The folder of prepared data, beside what `datasets` keeps (``HF_DATASETS_CACHE``). Safe to delete."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "qlora_neft"
+
+
+def fingerprint(parts: dict[str, Any]) -> str:
+    """SHA-256 of plain values, and of the version of what prepares them."""
+    text = json.dumps({"version": VERSION, "tokenizers": tokenizers.__version__, **parts}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of all that decides a tokenizer's output, whatever was padded or cut with it before."""
+    if tokenizer.is_fast:
+        model = json.loads(tokenizer.backend_tokenizer.to_str())
+        model.pop("padding", None)
+        model.pop("truncation", None)
+    else:
+        model = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return fingerprint({"model": model, "special": special, "chat_template": tokenizer.chat_template})
+
+
+def load_state(key: str) -> tuple[Path, dict[str, Any]] | None:
+    """The folder and the state of prepared data, None if there is none or it cannot be read."""
+    folder = cache_root() / key
+    try:
+        return folder, json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def new_folder(key: str) -> Iterator[Path]:
+    """A folder to prepare data in, removed again after an exception; see `keep`."""
+    root = cache_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=root))
+    except OSError:  # a cache that cannot be written to: prepare for this run alone
+        folder = Path(tempfile.mkdtemp(prefix="qlora_neft-"))
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def keep(folder: Path, key: str, state: dict[str, Any]) -> Path:
+    """Give finished data its place in the cache, all at once.
+
+    Returns:
+        Where it is: in the cache, or where it was made if the cache cannot be written to.
+    """
+    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+    target = cache_root() / key
+    if folder.parent != target.parent:
+        return folder
+    if load_state(key) is not None:  # another process was faster
+        return folder
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        os.replace(folder, target)
+    except OSError:
+        return folder
+    return target

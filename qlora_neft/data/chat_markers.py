@@ -1,0 +1,250 @@
+"""Which stretches of a rendered conversation are the assistant's, found with characters that texts do not have.
+
+Prefixes of a conversation are not always prefixes of its rendering: templates trim contents, drop the reasoning of
+earlier turns, move the system message. So the messages are rendered once more with a private-use character at either
+end of their strings; where these land, the strings land, whatever else the text says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from os.path import commonprefix
+from typing import Any
+
+from .examples import BadRow, Message
+
+Span = tuple[int, int]
+FIRST = 0x100000  # private use, plane 16; two characters to a message. Icon fonts use plane 15.
+MARKER = re.compile("[\U00100000-\U0010ffff]")
+# As different templates name an assistant's reasoning.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+AMBIGUOUS = (
+    "the chat template rewrites this conversation so that its responses cannot be told apart; "
+    "set data.prompt_template to a Jinja file that marks them with {% generation %}"
+)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What a template writes around every turn.
+
+    Attributes:
+        after_request: From the end of a request to where its response shall be generated.
+        header: The part of it that ``add_generation_prompt=True`` adds; empty if nothing.
+        header_start: How much of the header stands before responses of earlier turns too.
+        ends: The special tokens after a response, mostly one; those after the last first; empty if none.
+        special: Matches any special token of the tokenizer.
+    """
+
+    after_request: str
+    header: str
+    header_start: str
+    ends: tuple[str, ...]
+    special: re.Pattern[str]
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Where a marker was in the rendering, the number of the message it is of, and at which end of a string."""
+
+    position: int
+    owner: int
+    is_begin: bool
+
+
+def mark(messages: Sequence[Message], *, blanks: bool = True, requests: bool = True) -> list[dict]:
+    """Messages with markers around their strings.
+
+    Args:
+        messages: With contents that are strings, None or missing.
+        blanks: Whether to mark contents of nothing but white space; a template that tests for them writes others then.
+        requests: Whether to mark the messages of other roles than the assistant.
+    """
+    if len(messages) > 0x8000:
+        raise BadRow("has more than 32,768 messages")
+    return [
+        _mark_message(message, (chr(FIRST + 2 * number), chr(FIRST + 2 * number + 1)), blanks)
+        if requests or message.get("role") == "assistant"
+        else dict(message)
+        for number, message in enumerate(messages)
+    ]
+
+
+def read_marks(marked: str) -> tuple[str, list[Marker]]:
+    """A rendering without its markers, and the markers in the order of the text."""
+    markers = []
+    for number, found in enumerate(MARKER.finditer(marked)):
+        owner, is_end = divmod(ord(found.group()) - FIRST, 2)
+        markers.append(Marker(found.start() - number, owner, not is_end))
+    return MARKER.sub("", marked), markers
+
+
+@dataclass(frozen=True)
+class TurnFinder:
+    """Finds the assistant's turns in a rendering.
+
+    Attributes:
+        text: The rendering.
+        messages: What was rendered.
+        markers: Where their strings are in it.
+        wording: See `Wording`.
+        first_messages: Renders a count of the messages, ``prompt`` or not; None if the template refuses them.
+    """
+
+    text: str
+    messages: Sequence[Message]
+    markers: Sequence[Marker]
+    wording: Wording
+    first_messages: Callable[..., str | None]
+
+    def spans(self) -> list[Span]:
+        """Character ranges of the turns, end token included.
+
+        Raises:
+            BadRow: If a turn is missing, or cannot be told from its neighbours.
+        """
+        numbers = [number for number, message in enumerate(self.messages) if message.get("role") == "assistant"]
+        spans = [self._turn(number) for number in numbers]
+        if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
+            raise BadRow(AMBIGUOUS)
+        for number, (begin, end) in zip(numbers, spans, strict=True):
+            if any(name not in self.text[begin:end] for name in _called(self.messages[number])):
+                raise BadRow(f"message {number + 1} calls a tool, and the chat template does not write the call")
+        return spans
+
+    def _turn(self, number: int) -> Span:
+        own = [at for at, marker in enumerate(self.markers) if marker.owner == number]
+        if own:
+            return self._marked_turn(number, own[0], own[-1])
+        if (self.messages[number].get("content") or "").strip():
+            raise BadRow(f"message {number + 1} does not appear in what the chat template writes")
+        return self._bare_turn(number)
+
+    def _marked_turn(self, number: int, first: int, last: int) -> Span:
+        begins, ends = self.markers[first], self.markers[last]
+        if any(marker.owner != number for marker in self.markers[first:last]) or ends.is_begin:
+            raise BadRow(AMBIGUOUS)
+        start = self.markers[first - 1].position if first else 0
+        stop = self.markers[last + 1].position if last + 1 < len(self.markers) else len(self.text)
+        return self._begin(number, start, begins), self._end(number, ends.position, stop)
+
+    def _bare_turn(self, number: int) -> Span:
+        """A turn without any string to mark: an empty response, or a call without arguments."""
+        start = max((marker.position for marker in self.markers if marker.owner < number), default=0)
+        later = (marker.position for marker in self.markers if marker.owner > number)
+        stop = min(later, default=len(self.text))
+        headers = (self.wording.header, self.wording.header_start)
+        ways = [self._after_prompt(number, start, stop), self._after_request(start, stop)]
+        ways += [self._after(header, self.text.find, start, stop) for header in headers]
+        begin = _known(next((at for at in ways if at is not None), None))
+        return begin, self._end(number, begin, stop)
+
+    def _begin(self, number: int, start: int, first: Marker) -> int:
+        """Where a turn begins, between the string before it and its own first."""
+        between = (start, first.position)
+        begin = self._after_request(*between)
+        if begin is None:  # the last header: the one before may be the request's text
+            begin = self._after(self.wording.header, self.text.rfind, *between)
+        if begin is not None:
+            return begin
+        after_start = self._after(self.wording.header_start, self.text.rfind, *between)
+        if after_start is None and (begin := self._after_prompt(number, *between)) is not None:
+            return begin
+        content = self.messages[number].get("content") or ""
+        if first.is_begin and (content.strip() or not self.messages[number].get("tool_calls")):
+            leading = content[: len(content) - len(content.lstrip())]
+            return first.position - len(leading) * self.text[start : first.position].endswith(leading)
+        return _known(after_start)
+
+    def _after_request(self, start: int, stop: int) -> int | None:
+        """Right after what stands between every request and its response, and any white space before it."""
+        between, wanted = self.text[start:stop], self.wording.after_request.lstrip()
+        trimmed = between.lstrip()
+        found = wanted and trimmed.startswith(wanted)
+        return start + len(between) - len(trimmed) + len(wanted) if found else None
+
+    def _after(self, header: str, find: Callable[..., int], start: int, stop: int) -> int | None:
+        at = find(header, start, stop) if header.strip() else -1
+        return at + len(header) if at >= 0 else None
+
+    def _after_prompt(self, number: int, start: int, stop: int) -> int | None:
+        prompt = self.first_messages(number, prompt=True)
+        fits = prompt is not None and start <= len(prompt) <= stop and self.text.startswith(prompt)
+        return len(prompt) if fits else None
+
+    def _end(self, number: int, position: int, stop: int) -> int:
+        """Where a turn ends whose last string ends at a position, and whose next message's begins at another."""
+        found = [at + len(end) for end in self.wording.ends if (at := self.text.find(end, position, stop)) >= 0]
+        if found:
+            return min(found)
+        if self.messages[number].get("tool_calls"):  # a call may have an end of its own
+            return self._end_of_call(number, position, stop)
+        content = self.messages[number].get("content") or ""
+        trailing = content[len(content.rstrip()) :]
+        return position + len(trailing) * self.text.startswith(trailing, position, stop)
+
+    def _end_of_call(self, number: int, position: int, stop: int) -> int:
+        """Where the turn's rendering without what follows ends, or the last special token that is in both."""
+        alone = (self.first_messages(number + 1, prompt=False) or "").rstrip()
+        stop = min(stop, len(commonprefix([alone, self.text])))  # noqa: RUF071
+        found = [token.end() for token in self.wording.special.finditer(self.text, position, stop)]
+        if stop == len(alone) > position or found:
+            return stop if stop == len(alone) else found[-1]
+        raise BadRow("calls a tool, and the chat template writes no token after the call that says where it ends")
+
+
+def _known(position: int | None) -> int:
+    if position is None:
+        raise BadRow(AMBIGUOUS)
+    return position
+
+
+def _mark_message(message: Message, pair: tuple[str, str], blanks: bool) -> dict[str, Any]:
+    marked = dict(message)
+    content = message.get("content")
+    # Whether a call comes with words decides about line breaks in most templates: never turn none into some.
+    if isinstance(content, str) and (content.strip() or (blanks and not message.get("tool_calls"))):
+        marked["content"] = _wrap(content, pair)
+    if message.get("role") == "assistant":
+        marked |= {key: _wrap_all(message[key], pair) for key in REASONING if message.get(key)}
+        if isinstance(message.get("tool_calls"), Sequence):
+            marked["tool_calls"] = [_mark_call(call, pair) for call in message["tool_calls"]]
+    return marked
+
+
+def _mark_call(call: Any, pair: tuple[str, str]) -> Any:
+    """A tool call with its arguments marked; not its id, whose length is tested, nor its name, which results repeat."""
+    if not isinstance(call, Mapping):
+        return call
+    marked = dict(call)
+    if "function" in call:
+        marked["function"] = _mark_call(call["function"], pair)
+    if "arguments" in call:
+        marked["arguments"] = _wrap_all(call["arguments"], pair)
+    return marked
+
+
+def _wrap_all(value: Any, pair: tuple[str, str]) -> Any:
+    if isinstance(value, str):
+        return _wrap(value, pair) if value.strip() else value
+    if isinstance(value, Mapping):
+        return {key: _wrap_all(item, pair) for key, item in value.items()}
+    return [_wrap_all(item, pair) for item in value] if isinstance(value, list) else value
+
+
+def _wrap(text: str, pair: tuple[str, str]) -> str:
+    """Markers inside the outer white space, so that a template that trims leaves the same text as without them."""
+    begin, end = pair
+    core = text.strip()
+    leading = len(text) - len(text.lstrip())
+    if "</think>" in core:  # templates cut there and write what follows
+        core = re.sub(r"(</think>\s*)(?=\S)", lambda found: found.group() + begin, core)
+    return text[:leading] + begin + core + end + text[leading + len(text.strip()) :]
+
+
+def _called(message: Message) -> list[str]:
+    calls = message.get("tool_calls") or ()
+    return [str((call.get("function") or call).get("name") or "") for call in calls if isinstance(call, Mapping)]

@@ -1,0 +1,247 @@
+"""Conversations as a tokenizer's own chat template writes them, or a user's, and which of that is trained.
+
+Trained is every assistant turn, from where the generation prompt ends through the token that ends the turn: what the
+model has to write itself. Stock templates do not mark it, so it is found (see `chat_markers`); a template with
+``{% generation %}`` marks says itself what is trained.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from os.path import commonprefix
+from typing import Any
+
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..errors import UserInputError
+from .chat_markers import AMBIGUOUS, Span, TurnFinder, Wording, mark, read_marks
+from .examples import BadRow, Message, Piece
+
+# What a template raises about a conversation it was not written for; transformers raises ValueError itself.
+REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+PROBE = [{"role": role, "content": text} for text in ("one", "two") for role in ("user", "assistant")]
+
+
+class ChatTemplate:
+    """Renders conversations and tells their responses apart.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        chat_template: Jinja text of the user's; None for the tokenizer's own.
+        name: What the recipe wrote, ``chat`` or a path; for messages.
+
+    Raises:
+        UserInputError: If there is no template, it does not compile, or it cannot write a plain exchange.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None, name: str = "chat") -> None:
+        self.tokenizer, self.chat_template, self.name = tokenizer, chat_template, name
+        if chat_template is None and not tokenizer.chat_template:
+            raise UserInputError(
+                f"data.prompt_template: {name} is the tokenizer's own chat template, and the tokenizer of "
+                f"{tokenizer.name_or_path!r} has none. Set it to alpaca, vicuna or a Jinja file, or set "
+                "model.name_or_path to an instruction-tuned model."
+            )
+        try:
+            self._wording = self._learn()
+        except BadRow as error:
+            raise UserInputError(self._unusable(error)) from error
+
+    @property
+    def end_of_turn(self) -> str | None:
+        """The special token that the template puts after an assistant turn; None if it puts none.
+
+        That of the last turn, where the model stops, if turns end differently, and the last if there are several.
+        Turns before it that end with no special token are trained to the end of their contents.
+        """
+        ends = self._wording.ends
+        return self._wording.special.findall(ends[0])[-1] if ends else None
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[Piece]:
+        """The conversation's text, byte for byte that of ``apply_chat_template``, in pieces trained and not in turn.
+
+        Contents that are lists of text parts are joined.
+
+        Raises:
+            BadRow: If there is no assistant turn, the template refuses the conversation, or hides a response.
+        """
+        plain, tools = plain_messages(messages), list(tools) if tools else None
+        if not any(message.get("role") == "assistant" for message in plain):
+            raise BadRow("has no assistant turn")
+        text = self._apply(plain, tools)
+        template = self.tokenizer.get_chat_template(self.chat_template, tools)
+        find = self._spans_marked if GENERATION_MARK.search(template) else self._spans_found
+        return _pieces(text, find(text, plain, tools))
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The text of a conversation up to where the next assistant turn begins.
+
+        Raises:
+            BadRow: If the template refuses the conversation.
+        """
+        return self._apply(plain_messages(messages), list(tools) if tools else None, prompt=True)
+
+    def _apply(self, messages: Sequence[Message], tools: list | None = None, *, prompt: bool = False) -> str:
+        with _refusals():
+            return self.tokenizer.apply_chat_template(
+                messages, tools, chat_template=self.chat_template, tokenize=False, add_generation_prompt=prompt
+            )
+
+    def _spans_found(self, text: str, messages: list[dict], tools: list | None) -> list[Span]:
+        def first_messages(count: int, *, prompt: bool) -> str | None:
+            with suppress(BadRow):  # half a conversation need not make sense to a template
+                return self._apply(messages[:count], tools, prompt=prompt)
+            return None
+
+        for options in _ways_to_mark(messages):
+            with suppress(BadRow):  # it may take the messages as they are, and refuse the marked ones
+                marked, markers = read_marks(self._apply(mark(messages, **options), tools))
+                if marked == text:
+                    break
+        else:
+            raise BadRow(AMBIGUOUS)
+        return TurnFinder(text, messages, markers, self._wording, first_messages).spans()
+
+    def _spans_marked(self, text: str, messages: list[dict], tools: list | None) -> list[Span]:
+        """The stretches that the template marks, with the end token behind each where the marks leave it out."""
+        # transformers leaves out keys without a value before it renders, from some version on.
+        dense = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        for conversation in (dense, messages):
+            with suppress(BadRow):
+                rendered, found = self._render_marked(conversation, tools)
+                if rendered == text:
+                    break
+        else:
+            raise BadRow(AMBIGUOUS)
+        spans = sorted((begin, end) for begin, end in found if begin < end)
+        if not spans:
+            raise BadRow("the chat template's {% generation %} marks cover nothing of it")
+        ends = self._wording.ends
+        behind = {end: [len(token) for token in ends if text.startswith(token, end)] for _, end in spans}
+        return [(begin, end + max(behind[end], default=0)) for begin, end in spans]
+
+    def _render_marked(self, conversation: list[dict], tools: list | None) -> tuple[str, list[Span]]:
+        with _refusals():
+            [rendered], [spans] = render_jinja_template(
+                conversations=[conversation],
+                tools=tools,
+                chat_template=self.tokenizer.get_chat_template(self.chat_template, tools),
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        return rendered, spans
+
+    def _learn(self) -> Wording:
+        """What the template writes around turns, from an exchange or two.
+
+        Raises:
+            BadRow: If it cannot write one, or leaves out what was said.
+        """
+        around, before = self._probe(PROBE[:2]), PROBE[:1]
+        with suppress(BadRow):  # a template for one exchange
+            around, before = self._probe(PROBE), PROBE[:-1]
+        after_request = self._probe(before, prompt=True)[-1]
+        prompt, without = self._apply(before, prompt=True), self._apply(before)
+        header = prompt.removeprefix(without) if prompt.startswith(without) else ""
+        special = special_tokens(self.tokenizer)
+        common = commonprefix([after_request, around[1]]).removeprefix(after_request.removesuffix(header))  # noqa: RUF071
+        # Up to a token or a line's end: "<think>" and "<tool_call>" have a bracket in common, and no more.
+        whole = re.match(rf"(?s:.*)(?:{special.pattern}|\n)", common)
+        start = common if common == header else whole.group() if whole else ""
+        return Wording(after_request, header, start, _end_texts(around, header, special), special)
+
+    def _probe(self, messages: Sequence[Message], *, prompt: bool = False) -> list[str]:
+        """What the template writes before, between and behind the contents of messages."""
+        text, markers = read_marks(self._apply(mark(messages), prompt=prompt))
+        if [marker.owner for marker in markers] != [number for number in range(len(messages)) for _ in range(2)]:
+            raise BadRow("it does not write each message's content once, in order")
+        edges = [0, *(marker.position for marker in markers), len(text)]
+        return [text[begin:end] for begin, end in pairwise(edges)][::2]
+
+    def _unusable(self, error: BadRow) -> str:
+        syntax = error.__cause__ if isinstance(error.__cause__, TemplateSyntaxError) else None
+        reason = f"line {syntax.lineno}: {syntax.message}" if syntax else str(error)
+        rule = "must be a valid Jinja template" if syntax else "must write a request and its response"
+        if self.chat_template is None:
+            what, remedy = "the tokenizer's own chat template", "Set it to alpaca, vicuna or a Jinja file."
+        else:
+            what, remedy = repr(self.name), "Mend the file, or set chat for the tokenizer's own template."
+        return f"data.prompt_template: {what} {rule} ({reason}). {remedy}"
+
+
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as dictionaries whose contents are strings, None or missing; text parts are joined.
+
+    Raises:
+        BadRow: If a content is anything else.
+    """
+    plain = [dict(message) for message in messages]
+    for number, message in enumerate(plain):
+        content = message.get("content")
+        if content is not None and not isinstance(content, str):
+            message["content"] = _joined(content, number)
+    return plain
+
+
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Matches any special token of a tokenizer, the longest first."""
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # (?!) matches nothing
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except REFUSALS as error:
+        raise BadRow(f"the chat template refuses it: {error}") from error
+
+
+def _end_texts(probe: list[str], header: str, special: re.Pattern[str]) -> tuple[str, ...]:
+    """What special tokens stand behind responses (see `_probe`): behind the last, and behind others if that differs."""
+    first = special.search(probe[-1])
+    if first is None:
+        return ()
+    several = re.match(f"(?:{special.pattern})+", probe[-1][first.start() :]).group()
+    between = probe[2] if len(probe) > 3 else several
+    if several in between:
+        return (several,)
+    found = special.findall(between)
+    # Where the turn before the last has another token, it must not be the one that opens the next turn.
+    other = len(found) > 1 and first.group() not in found and found[0] not in header
+    return (first.group(), found[0]) if other else (first.group(),)
+
+
+def _ways_to_mark(messages: Sequence[Message]) -> list[dict[str, bool]]:
+    """Options of `mark`, the most telling first; only few rows need more than the first."""
+    has_blank = any(not message["content"].strip() for message in messages if message.get("content") is not None)
+    return [{}] * has_blank + [{"blanks": False}, {"blanks": False, "requests": False}]
+
+
+def _joined(content: Any, number: int) -> str:
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadRow(f"message {number + 1} has content that is not text")
+    return "".join(part["text"] for part in parts)
+
+
+def _pieces(text: str, spans: Sequence[Span]) -> list[Piece]:
+    """The text cut at the ends of stretches in the order of the text; those that touch become one."""
+    pieces: list[Piece] = []
+    position = 0
+    for begin, end in [*spans, (len(text), len(text))]:
+        begin = max(begin, position)  # an end token that one stretch was extended over may begin the next
+        for stretch, trained in ((text[position:begin], False), (text[begin:end], True)):
+            if stretch and pieces and pieces[-1].trained == trained:
+                pieces[-1] = Piece(pieces[-1].text + stretch, trained)
+            elif stretch:
+                pieces.append(Piece(stretch, trained))
+        position = max(position, end)
+    return pieces

@@ -1,0 +1,191 @@
+"""Pieces of text to token ids, and which of them are trained.
+
+A sequence's text is tokenized whole, as the papers' code does it, and a token is trained if it begins inside a
+trained piece. Where a token would reach across the beginning of a response, the text is cut there and both sides are
+tokenized apart, so that generation meets exactly the prompt that training saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from ..step_batch import IGNORE_INDEX
+from .examples import Piece
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sequence.
+
+    Attributes:
+        ids: Token ids, int32 (L,).
+        trained: Whether the loss is on each, bool (L,).
+        cut_apart: Whether a token would have reached across the beginning of a response.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    cut_apart: bool = False
+
+    def num_trained(self) -> int:
+        """Trained tokens as a causal LM counts them: nothing predicts the first."""
+        return int(self.trained[1:].sum())
+
+    def labels(self) -> np.ndarray:
+        """The ids where trained, -100 elsewhere, int32 (L,)."""
+        return np.where(self.trained, self.ids, np.int32(IGNORE_INDEX))
+
+
+class Encoder:
+    """Tokenizes sequences of pieces.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        adds_special_tokens: Whether it shall add its begin token.
+    """
+
+    def __init__(self, tokenizer: Any, *, adds_special_tokens: bool) -> None:
+        self.tokenizer, self.adds_special_tokens = tokenizer, adds_special_tokens
+        self._joins = joins_cleanly(tokenizer)
+
+    def encode(self, sequences: Sequence[Sequence[Piece]]) -> list[Encoded]:
+        """Tokenize sequences, each of at least one piece."""
+        if not self.tokenizer.is_fast:  # without offsets, only the pieces themselves can be told apart
+            return [self._apart([(p.text, p.trained) for p in pieces], cut=False) for pieces in sequences]
+        texts = ["".join(piece.text for piece in pieces) for pieces in sequences]
+        if not texts:
+            return []
+        batch = self._tokenize(texts)
+        return [self._encoded(p, t, e) for p, t, e in zip(sequences, texts, batch.encodings, strict=True)]
+
+    def lengths(self, sequences: Sequence[Sequence[Piece]]) -> list[int]:
+        """Tokens of each sequence."""
+        return [len(encoded.ids) for encoded in self.encode(sequences)]
+
+    def _tokenize(self, texts: list[str]) -> Any:
+        return self.tokenizer(
+            texts, add_special_tokens=self.adds_special_tokens, return_attention_mask=False, verbose=False
+        )
+
+    def _encoded(self, pieces: Sequence[Piece], text: str, encoding: Any) -> Encoded:
+        ids, offsets = _without_added_end(encoding.ids, encoding.offsets)
+        bounds = _bounds(pieces)
+        crossed = [begin for begin, _ in bounds if begin and _is_crossed(begin, text, offsets)]
+        if crossed and self._joins:
+            return self._apart(_cut(text, bounds), cut=True)
+        trained = np.zeros(len(ids), dtype=bool)
+        starts = np.fromiter((start for start, _ in offsets), dtype=np.int64, count=len(ids))
+        ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(ids))
+        for begin, end in bounds:
+            trained |= (starts >= begin) & (starts < end) & (ends > starts)
+        return Encoded(np.asarray(ids, dtype=np.int32), trained, cut_apart=bool(crossed))
+
+    def _apart(self, parts: list[tuple[str, bool]], *, cut: bool) -> Encoded:
+        """Tokenize stretches of text one by one; the flag says whether a stretch is trained."""
+        ids: list[int] = []
+        trained: list[bool] = []
+        for number, (text, is_trained) in enumerate(parts):
+            begin, found = self._part(text, is_first=number == 0)
+            ids += begin + found
+            trained += [False] * len(begin) + [is_trained] * len(found)
+        return Encoded(np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=bool), cut_apart=cut)
+
+    def _part(self, text: str, *, is_first: bool) -> tuple[list[int], list[int]]:
+        """What the tokenizer adds in front of a sequence, and the text's own tokens."""
+        own = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not (is_first and self.adds_special_tokens):
+            return [], own
+        added = self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+        return added[: _find(own, added)], own
+
+
+def joins_cleanly(tokenizer: Any) -> bool:
+    """Whether texts tokenized apart read as one: SentencePiece tokenizers put a space before each."""
+    ids = [i for text in ("ab", "cd") for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    return tokenizer.decode(ids) == "abcd"
+
+
+def cut_to_length(encoded: Encoded, max_length: int, *, keep_end_token: bool) -> tuple[Encoded, bool]:
+    """Cut a sequence to ``max_length`` tokens.
+
+    A cut inside a response takes its last place for the response's end token, if that is to be kept; a cut behind a
+    response leaves nothing of the request after it.
+
+    Returns:
+        The sequence, and whether trained tokens were lost.
+    """
+    if len(encoded.ids) <= max_length:
+        return encoded, False
+    lost = bool(encoded.trained[max_length:].any())
+    ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
+    if not lost:
+        return Encoded(ids, trained, encoded.cut_apart), False
+    inside_response = trained[-1] and encoded.trained[max_length]
+    if inside_response and keep_end_token:
+        if max_length >= 2 and not trained[-2]:  # nothing of this response would be left but its end
+            return _up_to_last_trained(Encoded(ids[:-1], trained[:-1], encoded.cut_apart)), True
+        ids = np.concatenate([ids[:-1], encoded.ids[[_end_of_stretch(encoded.trained, max_length)]]])
+        return Encoded(ids, trained, encoded.cut_apart), True
+    return _up_to_last_trained(Encoded(ids, trained, encoded.cut_apart)), True
+
+
+def _up_to_last_trained(encoded: Encoded) -> Encoded:
+    last = np.flatnonzero(encoded.trained)
+    stop = int(last[-1]) + 1 if len(last) else 0
+    return Encoded(encoded.ids[:stop], encoded.trained[:stop], encoded.cut_apart)
+
+
+def _end_of_stretch(trained: np.ndarray, inside: int) -> int:
+    """Index of the last token of the trained stretch that holds index ``inside``."""
+    after = np.flatnonzero(~trained[inside:])
+    return inside + int(after[0]) - 1 if len(after) else len(trained) - 1
+
+
+def _bounds(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    """Character ranges of the trained pieces."""
+    found, position = [], 0
+    for piece in pieces:
+        if piece.trained and piece.text:
+            found.append((position, position + len(piece.text)))
+        position += len(piece.text)
+    return found
+
+
+def _cut(text: str, bounds: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
+    """The text between all ends of trained pieces, each with whether it is trained."""
+    edges = sorted({0, len(text), *(edge for bound in bounds for edge in bound)})
+    begins = {begin for begin, _ in bounds}
+    return [(text[a:b], a in begins) for a, b in pairwise(edges)]
+
+
+def _is_crossed(begin: int, text: str, offsets: Sequence[tuple[int, int]]) -> bool:
+    """Whether a token holds characters on both sides of a place.
+
+    Tokenizers that trim offsets (byte-level BPE does) leave the white space in front of a word out of its token's
+    range: there, white space before the place that no token covers belongs to the token behind it.
+    """
+    covered = False
+    for start, end in offsets:
+        if start < begin < end:
+            return True
+        covered |= start < end == begin
+    return not covered and text[begin - 1].isspace()
+
+
+def _without_added_end(ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Leave away what the tokenizer adds at the end on its own: the text has its end token already."""
+    count = len(ids)
+    while count and offsets[count - 1] == (0, 0):
+        count -= 1
+    return ids[:count], offsets[:count]
+
+
+def _find(part: list[int], whole: list[int]) -> int:
+    """Where a list stands in another; 0 if nowhere."""
+    starts = range(len(whole) - len(part) + 1)
+    return next((start for start in starts if whole[start : start + len(part)] == part), 0)

@@ -1,0 +1,186 @@
+"""What no data set may pass with: nothing to learn, no end to learn, too much cut, left out or repeated.
+
+Problems stop a run before a weight is loaded; warnings are about what is only suspicious. Each names the key, the rule,
+the rows and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import UserInputError
+from .tally import Finding, Tally
+from .worker import BAD, EMPTY, NO_ROOM, UNFIT
+
+WARN_TRUNCATED = 0.01  # share from which a cut response is worth a line
+FEW_TRAINED = 0.02  # share of trained tokens below which most of the computing is for prompts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Shares of rows, 0 to 1, that a data set may have of what is wrong with it.
+
+    Attributes:
+        max_dropped_fraction: Rows that are empty, do not fit the template or have no room for a response; left out.
+        max_truncated_fraction: Rows that lose part of a response to ``max_length``.
+        max_duplicate_fraction: Rows that say the same as an earlier one.
+    """
+
+    max_dropped_fraction: float = 0.01
+    max_truncated_fraction: float = 0.5
+    max_duplicate_fraction: float = 0.5
+
+
+class DataRefused(UserInputError):
+    """The gate's problems, all at once.
+
+    Attributes:
+        problems: One line each.
+        report: The data report, with the same problems in it.
+    """
+
+    def __init__(self, problems: Sequence[str], report: dict[str, Any]) -> None:
+        self.problems, self.report = list(problems), report
+        head = "" if len(problems) == 1 else f"the data has {len(problems)} problems:\n  "
+        super().__init__(head + "\n  ".join(problems))
+
+
+def find_problems(tally: Tally, limits: Limits, max_length: int, key: str = "data.path") -> list[str]:
+    """What forbids training on (or measuring by) these rows.
+
+    Args:
+        tally: Of one part of the data.
+        limits: What is allowed.
+        max_length: Tokens per sequence.
+        key: What the caller wrote.
+    """
+    checks = (_not_rows, _nothing_to_learn, _left_out, _no_end, _repeated, _cut)
+    return [problem for check in checks if (problem := check(tally, limits, max_length, key))]
+
+
+def find_warnings(tally: Tally, limits: Limits, key: str = "data.path") -> list[str]:
+    """What is suspicious, and may be as it should."""
+    found = tally.findings
+    lines = [
+        _line(found, "special", f"{key}: {{n}} hold the spelling of a special token and are read so: {{p}}."),
+        _line(found, "replacement", f"{key}: {{n}} hold U+FFFD, the mark of text that was decoded wrongly: {{p}}."),
+        _line(
+            found,
+            "cut apart",
+            f"{key}: in {{n}} a token would reach from the prompt into the response; prompt and response are tokenized "
+            "apart there: {p}.",
+        ),
+        _line(found, "duplicate", f"{key}: {{n}} repeated: {{p}}."),
+    ]
+    dropped = tally.num_dropped()
+    if dropped and _share(dropped, tally) <= limits.max_dropped_fraction:
+        named = "; ".join(str(tally.finding(kind)) for kind in (EMPTY, UNFIT, NO_ROOM) if tally.finding(kind).count)
+        lines.append(f"{key}: {_rows(dropped)} left out, as data.max_dropped_fraction allows: {named}.")
+    if tally.turns_left_out:
+        lines.append(
+            f"{key}: {tally.turns_left_out:,} turns left out (before the first request, or after the last response)."
+        )
+    cut = found.get("truncated", Finding()).count
+    if cut and WARN_TRUNCATED <= _share(cut, tally) <= limits.max_truncated_fraction:
+        lines.append(f"data.max_length: {_rows(cut)} ({_percent(cut, tally)}) lose part of a response.")
+    if tally.tokens and tally.trained_tokens < FEW_TRAINED * tally.tokens:
+        lines.append(f"{key}: {tally.trained_tokens / tally.tokens:.1%} of the tokens are trained; the rest is prompt.")
+    return [line for line in lines if line]
+
+
+def _not_rows(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+    bad = tally.finding(BAD)
+    if not bad.count:
+        return None
+    return f"{key}: {_rows(bad.count)} of {tally.rows:,} cannot be read: {bad}. Mend or remove them."
+
+
+def _nothing_to_learn(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+    no_room = tally.finding(NO_ROOM).count
+    if tally.sequences or not no_room or no_room < tally.rows - tally.finding(BAD).count:
+        return None
+    return f"data.max_length: {max_length} tokens leave no room for a response in any row of {key}. Raise it."
+
+
+def _left_out(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+    dropped = tally.num_dropped()
+    if not dropped or _share(dropped, tally) <= limits.max_dropped_fraction:
+        return None
+    if _nothing_to_learn(tally, limits, max_length, key):
+        return None  # said already
+    kinds = {EMPTY: "are empty", UNFIT: "do not fit the prompt template", NO_ROOM: "keep no trained token"}
+    parts = [
+        f"{_rows(f.count)} of {tally.rows:,} {said}: {f}" for k, said in kinds.items() if (f := tally.finding(k)).count
+    ]
+    remedies = ["raise data.max_length"] * bool(tally.finding(NO_ROOM).count)
+    remedies += ["choose another data.prompt_template"] * bool(tally.finding(UNFIT).count) + ["remove them"]
+    if tally.sequences:
+        remedies.append(f"leave out so many with data.max_dropped_fraction={_rounded_up(_share(dropped, tally))}")
+    remedy = ", or ".join(remedies)
+    return (
+        f"{key}: {'. And '.join(parts)}; more than data.max_dropped_fraction={limits.max_dropped_fraction:g} of all. "
+        f"{remedy[0].upper()}{remedy[1:]}."
+    )
+
+
+def _no_end(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+    if not tally.sequences or tally.ended:
+        return None
+    if tally.truncated_sequences == tally.sequences:
+        return (
+            f"data.keep_end_token: every response of {key} is cut, so the model would never learn to stop. Set it to "
+            "true, or raise data.max_length."
+        )
+    return (
+        f"data.prompt_template: no response of {key} ends with a trained end token, so the model would never learn to "
+        "stop. Let the template write the tokenizer's end token behind each response."
+    )
+
+
+def _repeated(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+    repeated = tally.finding("duplicate")
+    if not repeated.count or _share(repeated.count, tally) <= limits.max_duplicate_fraction:
+        return None
+    return (
+        f"{key}: {_rows(repeated.count)} of {tally.rows:,} ({_percent(repeated.count, tally)}) repeat an earlier one, "
+        f"more than data.max_duplicate_fraction={limits.max_duplicate_fraction:g}: {repeated}. Remove them, or "
+        "raise it; to use data several times on purpose there are train.num_train_epochs and data.weight."
+    )
+
+
+def _cut(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+    cut = tally.finding("truncated")
+    if not cut.count or _share(cut.count, tally) <= limits.max_truncated_fraction:
+        return None
+    return (
+        f"data.max_length: {_rows(cut.count)} of {tally.rows:,} ({_percent(cut.count, tally)}) of {key} lose part of a "
+        f"response beyond {max_length} tokens, more than data.max_truncated_fraction="
+        f"{limits.max_truncated_fraction:g}: {cut}. Raise data.max_length, or allow it with "
+        f"data.max_truncated_fraction={_rounded_up(_share(cut.count, tally))}."
+    )
+
+
+def _line(found: dict[str, Finding], kind: str, text: str) -> str | None:
+    finding = found.get(kind)
+    return text.format(n=_rows(finding.count), p=finding) if finding and finding.count else None
+
+
+def _share(count: int, tally: Tally) -> float:
+    return count / tally.rows if tally.rows else 0.0
+
+
+def _percent(count: int, tally: Tally) -> str:
+    return f"{_share(count, tally):.1%}"
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def _rounded_up(share: float) -> str:
+    """A share that is enough, in two digits: 0.0123 gives 0.013."""
+    digits = 1 - math.floor(math.log10(share))
+    return f"{min(1.0, math.ceil(share * 10**digits - 1e-9) / 10**digits):g}"

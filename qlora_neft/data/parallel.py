@@ -1,0 +1,93 @@
+"""Rows through a worker in several processes, in order, a bounded number of them at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any
+
+from ..errors import RunFailed
+
+CHUNK = 500  # rows handed over at once
+MIN_ROWS_PER_PROCESS = 4 * CHUNK  # fewer are done sooner than a process is started
+CHUNKS_AHEAD = 4  # per process
+
+Work = Callable[[Sequence[Any]], list[Any]]
+_work: Work | None = None  # in a worker process: what it does
+
+
+def map_rows(work: Work, rows: Iterable[Any], num_proc: int | str = "auto") -> Iterator[list[Any]]:
+    """Apply ``work`` to chunks of rows; results come in the order of the rows whatever the number of processes.
+
+    Args:
+        work: From a list of rows to a list of results; picklable.
+        rows: Any number of them; read no further ahead than a few chunks.
+        num_proc: Processes, or ``"auto"``: one per core for data that is worth it, else none but this one.
+
+    Raises:
+        RunFailed: If a process dies.
+    """
+    chunks = _chunks(rows)
+    if num_proc == "auto":
+        ahead = list(islice(chunks, MIN_ROWS_PER_PROCESS // CHUNK))
+        worth_it = len(ahead) == MIN_ROWS_PER_PROCESS // CHUNK
+        num_proc = _cores() if worth_it else 1
+        chunks = _chained(ahead, chunks)
+    if num_proc == 1:
+        yield from map(work, chunks)
+        return
+    with ProcessPoolExecutor(num_proc, _context(), _begin, (work,)) as pool:
+        try:
+            yield from _in_order(pool, chunks, CHUNKS_AHEAD * int(num_proc))
+        except BrokenProcessPool as error:
+            raise RunFailed(
+                "a process that prepares data died, most likely for want of memory. Set machine.dataset_num_proc=1."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, chunks: Iterator[list[Any]], ahead: int) -> Iterator[list[Any]]:
+    waiting: deque[Future[list[Any]]] = deque()
+    for chunk in chunks:
+        waiting.append(pool.submit(_do, chunk))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _begin(work: Work) -> None:
+    global _work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _work = work
+
+
+def _do(chunk: list[Any]) -> list[Any]:
+    assert _work is not None
+    return _work(chunk)
+
+
+def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
+    iterator = iter(rows)
+    while chunk := list(islice(iterator, CHUNK)):
+        yield chunk
+
+
+def _chained(first: list[list[Any]], rest: Iterator[list[Any]]) -> Iterator[list[Any]]:
+    yield from first
+    yield from rest
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    # A forked process has the tokenizer and the libraries already; elsewhere it must import them first.
+    return multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)

@@ -1,0 +1,162 @@
+"""The rows of a Hub dataset, one at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import chain, count
+
+from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
+from pyarrow import ArrowException
+
+from ..errors import UserInputError
+from .sources import Row, Source, split_key
+
+# HTTPError: what the Hub's client lets through is no OSError. RuntimeError: a dataset that is a script.
+HUB_ERRORS = (DatasetsError, HTTPError, ArrowException, OSError, ValueError, RuntimeError)
+NUMBERED_PART = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?:\[(?P<begin>\d*):(?P<end>\d*)\])?")
+
+
+def hub_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
+    """The rows of a Hub dataset, numbered as in its split before the slice.
+
+    Args:
+        source: A Hub id, and which of its rows.
+        streaming: Fetch rows as they are asked for; the dataset is not downloaded first.
+
+    Raises:
+        UserInputError: If there is no such dataset, revision, file or split, the Hub cannot be reached (also between
+            two rows), or the split takes no rows.
+    """
+    row = None
+    for row in _streamed(source) if streaming else _downloaded(source):
+        yield row
+    if row is None:
+        raise UserInputError(
+            f"{split_key(source.key)}: {source.split!r} takes none from {source.path!r}. Give a slice with examples."
+        )
+
+
+def hub_version(source: Source) -> str:
+    """What identifies a Hub dataset's content: the commit of its revision, or `datasets`' fingerprint of the local
+    copy where the Hub cannot be reached.
+
+    Raises:
+        UserInputError: If there is neither.
+    """
+    try:
+        commit = HfApi().dataset_info(source.path, revision=source.revision).sha
+    except (HTTPError, OSError, ValueError):
+        commit = None
+    if commit is None:
+        local = _load(source, source.split, streaming=False)
+        return "no rows" if local is None else f"local {local._fingerprint}"
+    return f"commit {commit}"
+
+
+# ---- Downloaded ----
+
+
+def _downloaded(source: Source) -> Iterator[Row]:
+    dataset = _load(source, source.split, streaming=False)
+    if dataset is not None:
+        yield from _numbered(dataset, _numbers(dataset, source.split), source)
+
+
+def _numbers(dataset: Dataset, split: str) -> Iterator[int]:
+    """The number of each row in its split before the slice, from 1."""
+    lengths = {name: info.num_examples for name, info in (dataset.info.splits or {}).items()}
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute(lengths)
+    except ValueError:  # "all", or a dataset that does not say how long its splits are
+        parts = []
+    spans = [range(part.from_, part.to) for part in parts]
+    # Of several splits each has a row 1: counted through instead.
+    if len({part.splitname for part in parts}) == 1 and sum(map(len, spans)) == len(dataset):
+        return (index + 1 for index in chain.from_iterable(spans))
+    return iter(range(1, len(dataset) + 1))
+
+
+# ---- Streamed ----
+
+
+def _streamed(source: Source) -> Iterator[Row]:
+    parts = [_numbered_part(part, source) for part in re.split(r"\s*\+\s*", source.split)]
+    through = count(1) if len({name for name, _, _ in parts}) > 1 else None
+    for name, begin, end in parts:
+        dataset = _load(source, name, streaming=True)
+        if dataset is None:
+            continue
+        dataset = dataset.skip(begin) if begin else dataset
+        dataset = dataset if end is None else dataset.take(max(end - begin, 0))
+        yield from _numbered(dataset, through or count(begin + 1), source)
+
+
+def _numbered_part(part: str, source: Source) -> tuple[str, int, int | None]:
+    """The split's name, the first row and the row after the last, counted from 0; None is to the end."""
+    match = NUMBERED_PART.fullmatch(part)
+    if match is None:
+        raise UserInputError(
+            f"{split_key(source.key)}: machine.streaming needs row numbers from the start, as in 'train[:128]' or "
+            f"'train[5:9]', got {source.split!r}. Write them, or turn machine.streaming off."
+        )
+    end = match["end"]
+    return match["name"], int(match["begin"] or 0), int(end) if end else None
+
+
+# ---- Both ----
+
+
+def _load(source: Source, split: str, *, streaming: bool) -> Dataset | IterableDataset | None:
+    """One split or slice; None if it takes no rows."""
+    try:
+        return load_dataset(
+            source.path,
+            name=source.name,
+            data_files=source.data_files,
+            split=split,
+            revision=source.revision,
+            streaming=streaming,
+        )
+    except StopIteration:  # what `datasets` raises for a JSON file without rows
+        return None
+    except HUB_ERRORS as error:
+        detail = _first_line(error.__cause__ or error)
+        if "corresponds to no data" in detail:
+            return None
+        raise UserInputError(_refusal(source, detail)) from error
+
+
+def _refusal(source: Source, detail: str) -> str:
+    if source.data_files is not None and ("Unable to find" in detail or "data file" in detail):
+        return f"{source.key}: no file of the dataset {source.path!r} matches {source.data_files!r}. ({detail})"
+    if "config name" in detail.lower() or "BuilderConfig" in detail:
+        return f"{source.key}: {source.path!r} comes in several configurations. Name one with data.name. ({detail})"
+    # "Bad split", "Unknown split", "Unrecognized instruction format"
+    if "split" in detail.lower() or "instruction" in detail.lower():
+        return f"{split_key(source.key)}: {source.split!r} does not fit {source.path!r}. ({detail})"
+    return (
+        f"{source.key}: the dataset {source.path!r} cannot be read from the Hub. Check its name and the network. "
+        f"({detail})"
+    )
+
+
+def _numbered(dataset: Dataset | IterableDataset, numbers: Iterator[int], source: Source) -> Iterator[Row]:
+    number = None
+    try:
+        # The rows first: zip() asks them for one more at the end, and a number taken then would be lost.
+        for values, number in zip(dataset, numbers, strict=False):
+            yield Row(number, f"row {number}", values)
+    except HUB_ERRORS as error:
+        where = "its first row" if number is None else f"the row after {number}"
+        raise UserInputError(
+            f"{source.key}: the dataset {source.path!r} cannot be read further from the Hub, at {where}. Check the "
+            f"network, or the dataset's files. ({_first_line(error.__cause__ or error)})"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,107 @@
+"""The rows of a source, wherever it is, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from datasets import ReadInstruction
+
+from ..errors import UserInputError
+from .read_hub import hub_rows, hub_version
+from .read_local import count_rows, file_rows
+from .sources import Row, Source, is_local, local_files, split_key
+
+__all__ = ["Row", "read_rows", "source_fingerprint"]
+
+EVERY_ROW = "train"
+HASH_BLOCK = 2**20  # bytes
+
+
+def read_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
+    """The rows of a source in order, read as they are asked for; only a JSON array is in memory as a whole.
+
+    Args:
+        source: Which rows.
+        streaming: Do not download a Hub dataset first. Local files are never read otherwise.
+
+    Yields:
+        Every row of the split; one that cannot be read with its problem, so that all of them can be named at once.
+
+    Raises:
+        UserInputError: While rows are asked for, if there is no such file or dataset, it cannot be read as rows at
+            all, or the split does not fit or takes no rows.
+    """
+    if not is_local(source.path):
+        yield from hub_rows(source, streaming=streaming)
+        return
+    files = local_files(source)
+    if source.split == EVERY_ROW:
+        yield from _rows_of(files, source.key)
+        return
+    for begin, end in _slices(files, source):
+        yield from islice(_rows_of(files, source.key), begin, end)
+
+
+def source_fingerprint(source: Source) -> str:
+    """SHA-256 in hex of what a source's rows come from: of local files the bytes, whatever they are called; of a Hub
+    dataset its name and commit; and the split.
+
+    Raises:
+        UserInputError: If there is no such file or dataset, or it cannot be read.
+    """
+    if is_local(source.path):
+        parts = [_file_hash(file, source.key) for file in local_files(source)]
+    else:
+        parts = [source.path, str(source.data_files), str(source.name), hub_version(source)]
+    return hashlib.sha256(repr([*parts, source.split]).encode()).hexdigest()
+
+
+def _rows_of(files: Sequence[Path], key: str) -> Iterator[Row]:
+    if len(files) == 1:
+        yield from file_rows(files[0], key)
+        return
+    # The name alone, unless two folders hold files of one name.
+    folder = os.path.commonpath([file.parent for file in files])
+    number = 0
+    for file in files:
+        name = os.path.relpath(file, folder)
+        for row in file_rows(file, key):
+            number += 1
+            yield replace(row, number=number, place=f"{name}, {row.place}")
+
+
+def _slices(files: Sequence[Path], source: Source) -> list[tuple[int, int]]:
+    """The first row and the row after the last of each part of a split, counted from 0."""
+    total = sum(count_rows(file, source.key) for file in files)
+    where = f"{split_key(source.key)}: {source.split!r}"
+    try:
+        parts = ReadInstruction.from_spec(source.split).to_absolute({EVERY_ROW: total})
+    except ValueError as error:
+        what = "a file" if len(files) == 1 else "files"
+        raise UserInputError(
+            f"{where} does not fit {source.path!r}, {what} with the one split {EVERY_ROW!r}. ({error})"
+        ) from error
+    slices = [(part.from_, part.to) for part in parts if part.from_ < part.to]
+    if not slices:
+        raise UserInputError(
+            f"{where} takes none of its {total} rows from {source.path!r}. Give a slice with examples."
+        )
+    return slices
+
+
+def _file_hash(file: Path, key: str) -> str:
+    """The kind is part of it: the same bytes are other rows as CSV than as JSON."""
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(HASH_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise UserInputError(f"{key}: {str(file)!r} cannot be read. ({error.strerror})") from error
+    kind = file.suffix.lower()
+    return f"{'.json' if kind == '.jsonl' else kind} {digest.hexdigest()}"

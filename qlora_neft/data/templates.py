@@ -1,0 +1,225 @@
+"""The text around a request: Alpaca's prompt, Vicuna's, the tokenizer's own, or a Jinja file.
+
+A template turns an example into pieces of text, those that are trained marked; their concatenation is what the
+model reads, byte for byte as in the code the template comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import UserInputError
+from .chat_template import ChatTemplate
+from .examples import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
+
+JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
+TEMPLATES = ("alpaca", "vicuna", "chat")
+# Which template a format means, where the recipe says auto.
+TEMPLATE_OF_FORMAT = {"alpaca": "alpaca", "sharegpt": "vicuna", "messages": "chat", "prompt-completion": "none"}
+
+# PROMPT_DICT in train.py of github.com/tatsu-lab/stanford_alpaca; dataset.py of github.com/neelsjain/NEFTune has
+# the same. The NEFTune paper trains on every data set but ShareGPT with it (section 4, "Experimental Set-up").
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+# vicuna_v1.1 in fastchat/conversation.py of github.com/lm-sys/FastChat: roles USER and ASSISTANT, separated by a
+# space, and the end token with nothing after it behind each response.
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+class Template(Protocol):
+    """What every template can do.
+
+    Attributes:
+        end: Text of the token that ends a response, None if the template puts none.
+        adds_special_tokens: Whether the tokenizer shall add its begin token; a chat template writes its own.
+    """
+
+    end: str | None
+    adds_special_tokens: bool
+
+    def render(self, example: Example) -> list[Piece]:
+        """The example's text. Raises `BadRow` if the template has no room for it."""
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text after which the next response begins."""
+
+
+class NoTemplate:
+    """Text that comes ready: a prompt and its completion, or a completion alone."""
+
+    adds_special_tokens = True
+
+    def __init__(self, end: str) -> None:
+        self.end = end
+
+    def render(self, example: Example) -> list[Piece]:
+        """The text as it is, and the end token."""
+        if not isinstance(example, Passage):
+            raise BadRow("is a conversation, and its text needs a template; set data.prompt_template: vicuna or chat")
+        pieces = ((example.prompt, False), (example.completion + self.end, True))
+        return [Piece(text, trained) for text, trained in pieces if text]
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The request as it is."""
+        [message] = messages
+        return message["content"]
+
+
+class AlpacaTemplate:
+    """Stanford Alpaca's prompt: one request, with or without an input, and one response."""
+
+    adds_special_tokens = True
+
+    def __init__(self, end: str) -> None:
+        self.end = end
+
+    def render(self, example: Example) -> list[Piece]:
+        """Prompt and response."""
+        if not isinstance(example, Instruction):
+            example = _single_exchange(as_dialogue(example))
+        prompt = alpaca_prompt(example.instruction, example.input)
+        return [Piece(prompt, False), Piece(example.output + self.end, True)]
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The prompt of one request."""
+        [message] = messages
+        return alpaca_prompt(message["content"])
+
+
+class VicunaTemplate:
+    """Vicuna v1.1: a system line, then USER and ASSISTANT in turn. A system message replaces the line."""
+
+    adds_special_tokens = True
+
+    def __init__(self, end: str) -> None:
+        self.end = end
+
+    def render(self, example: Example) -> list[Piece]:
+        """System line, requests and responses."""
+        dialogue = as_dialogue(example)
+        if dialogue.tools:
+            raise BadRow("has tools, and Vicuna's prompt has no place for them; set data.prompt_template: chat")
+        system, turns = _system_and_turns(dialogue.messages)
+        pieces: list[Piece] = []
+        for number, turn in enumerate(turns):
+            if turn["role"] == "user":
+                start = f"{system} " if number == 0 else ""
+                pieces.append(Piece(f"{start}USER: {turn['content']} ASSISTANT:", False))
+            else:
+                pieces.append(Piece(f" {turn['content']}{self.end}", True))
+        return pieces
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation that ends with a request."""
+        placeholder = {"role": "assistant", "content": ""}
+        pieces = self.render(Dialogue((*messages, placeholder)))
+        return "".join(piece.text for piece in pieces[:-1])
+
+
+class JinjaTemplate:
+    """The tokenizer's own chat template, or one of the user's."""
+
+    adds_special_tokens = False
+
+    def __init__(self, chat: ChatTemplate) -> None:
+        self.chat, self.end = chat, chat.end_of_turn
+
+    def render(self, example: Example) -> list[Piece]:
+        """The conversation as the template writes it."""
+        dialogue = as_dialogue(example)
+        return self.chat.render(dialogue.messages, dialogue.tools)
+
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The text of a conversation that ends with a request."""
+        return self.chat.prompt(messages)
+
+
+def make_template(name: str, format: str, tokenizer: Any) -> Template:
+    """The template a recipe names.
+
+    Args:
+        name: ``auto``, ``alpaca``, ``vicuna``, ``chat``, or the path of a Jinja file.
+        format: Of the rows; decides what ``auto`` is.
+        tokenizer: With an end token; for ``chat``, with a chat template.
+
+    Raises:
+        UserInputError: If there is no such file, or no usable template.
+    """
+    name = resolve_template(name, format)
+    if name == "chat":
+        return JinjaTemplate(ChatTemplate(tokenizer))
+    if name.endswith(JINJA_SUFFIXES):
+        return JinjaTemplate(ChatTemplate(tokenizer, read_jinja(name), name))
+    plain = {"none": NoTemplate, "alpaca": AlpacaTemplate, "vicuna": VicunaTemplate}
+    return plain[name](tokenizer.eos_token)
+
+
+def resolve_template(name: str, format: str) -> str:
+    """What a recipe's template means for rows of a format: ``none``, ``alpaca``, ``vicuna``, ``chat`` or a file.
+
+    Plain text has no request to put anything around. A prompt that comes with its completion is taken as it is,
+    unless a conversation's template is asked for by name: Alpaca's is around an instruction.
+    """
+    if format == "text" or (format == "prompt-completion" and name == "alpaca"):
+        return "none"
+    return TEMPLATE_OF_FORMAT[format] if name == "auto" else name
+
+
+def read_jinja(path: str) -> str:
+    """A template file's text.
+
+    Raises:
+        UserInputError: If it cannot be read.
+    """
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserInputError(f"data.prompt_template: {path!r} is not UTF-8 text. Save it as UTF-8.") from error
+    except OSError as error:
+        raise UserInputError(
+            f"data.prompt_template: {path!r} cannot be read ({error.strerror}). Paths are relative to the current "
+            "directory."
+        ) from error
+
+
+def alpaca_prompt(instruction: str, input: str | None = None) -> str:
+    """Stanford Alpaca's prompt, with or without its input section; ends where the response begins."""
+    if input:
+        return ALPACA_WITH_INPUT.format(instruction=instruction, input=input)
+    return ALPACA_WITHOUT_INPUT.format(instruction=instruction)
+
+
+def _single_exchange(dialogue: Dialogue) -> Instruction:
+    roles = [message["role"] for message in dialogue.messages]
+    if roles != ["user", "assistant"] or dialogue.tools:
+        raise BadRow(
+            f"is a conversation ({', '.join(roles[:4])}{', ...' * (len(roles) > 4)}), and Alpaca's prompt has room for "
+            "one request and one response; set data.prompt_template: vicuna or chat"
+        )
+    request, response = dialogue.messages
+    return Instruction(request["content"], "", response["content"])
+
+
+def _system_and_turns(messages: Sequence[Message]) -> tuple[str, list[Message]]:
+    has_system = messages[0]["role"] == "system"
+    turns = list(messages[1:] if has_system else messages)
+    for number, turn in enumerate(turns):
+        expected = ("user", "assistant")[number % 2]
+        if turn["role"] != expected or turn.get("tool_calls"):
+            got = "tool_calls" if turn.get("tool_calls") else turn["role"]
+            place = number + 1 + has_system
+            raise BadRow(f"turn {place} is {got}, and Vicuna's prompt takes user and assistant in turn")
+    return (messages[0]["content"] if has_system else VICUNA_SYSTEM), turns

@@ -1,0 +1,98 @@
+"""``lengths.png``: how long the sequences of a data set are, and where they are cut."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+# Color-blind safe (Okabe-Ito), distinct in grey as well; held-out has the color it has in loss.png.
+TRAIN, HELD_OUT, MARK = "#56B4E9", "#D55E00", "#000000"
+PERCENTILES = (("p50", "median", ":"), ("p95", "95% of rows at most", "--"))
+FAR = 1.5  # a maximum so many times the longest row would squeeze the bars: it is named below the axis instead
+
+
+def plot_lengths(report: dict[str, Any], path: Path, title: str) -> bool:
+    """Draw the lengths of a prepared data set.
+
+    Args:
+        report: As the data preparation makes it; ``train``, ``eval`` and ``settings`` are read.
+        path: PNG file to write.
+        title: Heading.
+
+    Returns:
+        False if matplotlib is not installed (extra ``plots``); nothing is written then.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    _draw_parts(axes, report)
+    _draw_marks(axes, report)
+    axes.set_xlim(left=max(0, axes.get_xlim()[0]))
+    axes.set_title(title, parse_math=False)  # a path may hold dollar signs
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)  # below: bars may stand anywhere above
+    FigureCanvasAgg(figure)
+    figure.savefig(path)
+    return True
+
+
+def _draw_parts(axes: Any, report: dict[str, Any]) -> None:
+    train, held_out = report["train"], report.get("eval")
+    both = bool(held_out) and any(held_out["histogram"]["counts"])
+    first = train if any(train["histogram"]["counts"]) else held_out if both else None
+    if first is None:
+        axes.text(0.5, 0.5, "no rows", ha="center", va="center", transform=axes.transAxes, color="#555555")
+        axes.set(xlabel="tokens in a sequence", ylabel="rows", xticks=[], yticks=[])
+        return
+    edges = first["histogram"]["edges"]
+    width = (edges[-1] - edges[0]) / (len(edges) - 1)
+    if first is train:
+        axes.stairs(*_heights(train, width, both), fill=True, color=TRAIN, label=_label("train", train))
+    if both:
+        label = _label("held out", held_out)
+        axes.stairs(*_heights(held_out, width, both), color=HELD_OUT, linewidth=1.8, label=label)
+    unit = "token" if width == 1 else f"{width:,.4g} tokens"
+    axes.set(ylabel=f"{'% of rows' if both else 'rows'} per {unit}")
+    axes.margins(x=max(0.02, 0.5 / len(edges)))  # a lone bar keeps air beside it
+    axes.set_ylim(bottom=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axis.set_major_formatter("{x:,.0f}")
+
+
+def _heights(part: dict[str, Any], width: float, share: bool) -> tuple[list[float], list[float]]:
+    """Heights and edges; two parts are comparable as shares, whatever their sizes and the widths of their bins."""
+    edges, counts = part["histogram"]["edges"], part["histogram"]["counts"]
+    scale = 100 / sum(counts) if share else 1.0
+    widths = (after - before for before, after in pairwise(edges))
+    return [n * scale * width / (own or 1) for n, own in zip(counts, widths, strict=True)], edges
+
+
+def _label(name: str, part: dict[str, Any]) -> str:
+    rows = f"{part['rows']:,} row" + "s" * (part["rows"] != 1)
+    share = part.get("share_trained")
+    return f"{name}: {rows}" + (f", {share:.0%} of tokens trained" if share is not None else "")
+
+
+def _draw_marks(axes: Any, report: dict[str, Any]) -> None:
+    lengths = report["train"]["lengths"]
+    for key, name, style in PERCENTILES:
+        if lengths.get(key) is not None:
+            axes.axvline(lengths[key], color=MARK, linestyle=style, linewidth=1.2, label=f"{name}: {lengths[key]:,.0f}")
+    limit, cut = report.get("settings", {}).get("max_length"), report["train"]["truncated"]
+    label = "tokens in a sequence"
+    if limit and lengths.get("max") is not None:
+        note = f"max_length {limit:,}: {cut:,} row{'s' * (cut != 1)} truncated"
+        if limit <= FAR * lengths["max"]:
+            axes.axvline(limit, color=MARK, linewidth=1.6, label=note)
+        else:
+            label += f" ({note})"
+    axes.set_xlabel(label)
