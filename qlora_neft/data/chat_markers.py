@@ -65,11 +65,10 @@ def mark(messages: Sequence[Message], *, blanks: bool = True, requests: bool = T
     """
     if len(messages) > 0x8000:
         raise BadRow("has more than 32,768 messages")
+    pairs = ((chr(first), chr(first + 1)) for first in range(FIRST, FIRST + 2 * len(messages), 2))
     return [
-        _mark_message(message, (chr(FIRST + 2 * number), chr(FIRST + 2 * number + 1)), blanks)
-        if requests or message.get("role") == "assistant"
-        else dict(message)
-        for number, message in enumerate(messages)
+        _mark_message(message, pair, blanks) if requests or message.get("role") == "assistant" else dict(message)
+        for message, pair in zip(messages, pairs, strict=True)
     ]
 
 
@@ -153,11 +152,12 @@ class TurnFinder:
         after_start = self._after(self.wording.header_start, self.text.rfind, *between)
         if after_start is None and (begin := self._after_prompt(number, *between)) is not None:
             return begin
-        content = self.messages[number].get("content") or ""
-        if first.is_begin and (content.strip() or not self.messages[number].get("tool_calls")):
-            leading = content[: len(content) - len(content.lstrip())]
-            return first.position - len(leading) * self.text[start : first.position].endswith(leading)
-        return _known(after_start)
+        message, content = self.messages[number], self.messages[number].get("content") or ""
+        thinks = "</think>" in content or any(message.get(key) for key in REASONING)
+        if thinks or not first.is_begin or (message.get("tool_calls") and not content.strip()):
+            return _known(after_start)  # what the template writes first is not the string it was given
+        leading = content[: len(content) - len(content.lstrip())]
+        return first.position - len(leading) * self.text[start : first.position].endswith(leading)
 
     def _after_request(self, start: int, stop: int) -> int | None:
         """Right after what stands between every request and its response, and any white space before it."""
@@ -183,7 +183,7 @@ class TurnFinder:
         if self.messages[number].get("tool_calls"):  # a call may have an end of its own
             return self._end_of_call(number, position, stop)
         content = self.messages[number].get("content") or ""
-        trailing = content[len(content.rstrip()) :]
+        trailing = content[len(content.rstrip()) :] if content.strip() else ""  # a blank one's is before its marker
         return position + len(trailing) * self.text.startswith(trailing, position, stop)
 
     def _end_of_call(self, number: int, position: int, stop: int) -> int:

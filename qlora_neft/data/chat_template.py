@@ -118,12 +118,12 @@ class ChatTemplate:
                     break
         else:
             raise BadRow(AMBIGUOUS)
-        spans = sorted((begin, end) for begin, end in found if begin < end)
-        if not spans:
-            raise BadRow("the chat template's {% generation %} marks cover nothing of it")
         ends = self._wording.ends
-        behind = {end: [len(token) for token in ends if text.startswith(token, end)] for _, end in spans}
-        return [(begin, end + max(behind[end], default=0)) for begin, end in spans]
+        behind = {end: [len(token) for token in ends if text.startswith(token, end)] for _, end in found}
+        spans = sorted((begin, end + max(behind[end], default=0)) for begin, end in found)
+        if not any(begin < end for begin, end in spans):
+            raise BadRow("the chat template's {% generation %} marks cover nothing of it")
+        return spans
 
     def _render_marked(self, conversation: list[dict], tools: list | None) -> tuple[str, list[Span]]:
         with _refusals():

@@ -58,15 +58,18 @@ def find_problems(tally: Tally, limits: Limits, max_length: int, key: str = "dat
         key: What the caller wrote.
     """
     checks = (_not_rows, _nothing_to_learn, _left_out, _no_end, _repeated, _cut)
-    return [problem for check in checks if (problem := check(tally, limits, max_length, key))]
+    problems = [problem for check in checks if (problem := check(tally, limits, max_length, key))]
+    if not problems and not tally.sequences:
+        problems = [f"{key}: no row is left to train on. Give other data."]
+    return problems
 
 
 def find_warnings(tally: Tally, limits: Limits, key: str = "data.path") -> list[str]:
     """What is suspicious, and may be as it should."""
     found = tally.findings
     lines = [
-        _line(found, "special", f"{key}: {{n}} hold the spelling of a special token and are read so: {{p}}."),
-        _line(found, "replacement", f"{key}: {{n}} hold U+FFFD, the mark of text that was decoded wrongly: {{p}}."),
+        _line(found, "special", f"{key}: {{n}} with the spelling of a special token, read as that token: {{p}}."),
+        _line(found, "replacement", f"{key}: {{n}} with U+FFFD, the mark of text that was decoded wrongly: {{p}}."),
         _line(
             found,
             "cut apart",
@@ -78,14 +81,14 @@ def find_warnings(tally: Tally, limits: Limits, key: str = "data.path") -> list[
     dropped = tally.num_dropped()
     if dropped and _share(dropped, tally) <= limits.max_dropped_fraction:
         named = "; ".join(str(tally.finding(kind)) for kind in (EMPTY, UNFIT, NO_ROOM) if tally.finding(kind).count)
-        lines.append(f"{key}: {_rows(dropped)} left out, as data.max_dropped_fraction allows: {named}.")
+        lines.append(f"{key}: {_of(dropped, tally)} left out, as data.max_dropped_fraction allows: {named}.")
     if tally.turns_left_out:
         lines.append(
             f"{key}: {tally.turns_left_out:,} turns left out (before the first request, or after the last response)."
         )
     cut = found.get("truncated", Finding()).count
     if cut and WARN_TRUNCATED <= _share(cut, tally) <= limits.max_truncated_fraction:
-        lines.append(f"data.max_length: {_rows(cut)} ({_percent(cut, tally)}) lose part of a response.")
+        lines.append(f"data.max_length: {_of(cut, tally)} ({_percent(cut, tally)}) cut inside a response.")
     if tally.tokens and tally.trained_tokens < FEW_TRAINED * tally.tokens:
         lines.append(f"{key}: {tally.trained_tokens / tally.tokens:.1%} of the tokens are trained; the rest is prompt.")
     return [line for line in lines if line]
@@ -95,7 +98,7 @@ def _not_rows(tally: Tally, limits: Limits, max_length: int, key: str) -> str | 
     bad = tally.finding(BAD)
     if not bad.count:
         return None
-    return f"{key}: {_rows(bad.count)} of {tally.rows:,} cannot be read: {bad}. Mend or remove them."
+    return f"{key}: {_of(bad.count, tally)} cannot be read: {bad}. Mend or remove them."
 
 
 def _nothing_to_learn(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
@@ -111,17 +114,20 @@ def _left_out(tally: Tally, limits: Limits, max_length: int, key: str) -> str | 
         return None
     if _nothing_to_learn(tally, limits, max_length, key):
         return None  # said already
-    kinds = {EMPTY: "are empty", UNFIT: "do not fit the prompt template", NO_ROOM: "keep no trained token"}
-    parts = [
-        f"{_rows(f.count)} of {tally.rows:,} {said}: {f}" for k, said in kinds.items() if (f := tally.finding(k)).count
-    ]
+    kinds = {
+        EMPTY: "empty, without text or response",
+        UNFIT: "without a place in the prompt template",
+        NO_ROOM: "without a trained token",
+    }
+    found = [(tally.finding(kind), said) for kind, said in kinds.items()]
+    parts = [f"{_of(finding.count, tally)} {said}: {finding}" for finding, said in found if finding.count]
     remedies = ["raise data.max_length"] * bool(tally.finding(NO_ROOM).count)
     remedies += ["choose another data.prompt_template"] * bool(tally.finding(UNFIT).count) + ["remove them"]
     if tally.sequences:
         remedies.append(f"leave out so many with data.max_dropped_fraction={_rounded_up(_share(dropped, tally))}")
     remedy = ", or ".join(remedies)
     return (
-        f"{key}: {'. And '.join(parts)}; more than data.max_dropped_fraction={limits.max_dropped_fraction:g} of all. "
+        f"{key}: {'. '.join(parts)}; more than data.max_dropped_fraction={limits.max_dropped_fraction:g} of all. "
         f"{remedy[0].upper()}{remedy[1:]}."
     )
 
@@ -145,8 +151,8 @@ def _repeated(tally: Tally, limits: Limits, max_length: int, key: str) -> str | 
     if not repeated.count or _share(repeated.count, tally) <= limits.max_duplicate_fraction:
         return None
     return (
-        f"{key}: {_rows(repeated.count)} of {tally.rows:,} ({_percent(repeated.count, tally)}) repeat an earlier one, "
-        f"more than data.max_duplicate_fraction={limits.max_duplicate_fraction:g}: {repeated}. Remove them, or "
+        f"{key}: {_of(repeated.count, tally)} ({_percent(repeated.count, tally)}) repeated, more than "
+        f"data.max_duplicate_fraction={limits.max_duplicate_fraction:g}: {repeated}. Remove them, or "
         "raise it; to use data several times on purpose there are train.num_train_epochs and data.weight."
     )
 
@@ -156,10 +162,9 @@ def _cut(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
     if not cut.count or _share(cut.count, tally) <= limits.max_truncated_fraction:
         return None
     return (
-        f"data.max_length: {_rows(cut.count)} of {tally.rows:,} ({_percent(cut.count, tally)}) of {key} lose part of a "
-        f"response beyond {max_length} tokens, more than data.max_truncated_fraction="
-        f"{limits.max_truncated_fraction:g}: {cut}. Raise data.max_length, or allow it with "
-        f"data.max_truncated_fraction={_rounded_up(_share(cut.count, tally))}."
+        f"data.max_length: {_of(cut.count, tally)} ({_percent(cut.count, tally)}) of {key} cut inside a response at "
+        f"{max_length} tokens, more than data.max_truncated_fraction={limits.max_truncated_fraction:g}: {cut}. Raise "
+        f"data.max_length, or allow it with data.max_truncated_fraction={_rounded_up(_share(cut.count, tally))}."
     )
 
 
@@ -174,6 +179,10 @@ def _share(count: int, tally: Tally) -> float:
 
 def _percent(count: int, tally: Tally) -> str:
     return f"{_share(count, tally):.1%}"
+
+
+def _of(count: int, tally: Tally) -> str:
+    return f"{count:,} of {_rows(tally.rows)}"
 
 
 def _rows(count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from itertools import pairwise
 
 import pytest
 from tiny import byte_tokenizer
@@ -26,7 +27,7 @@ TRIMMING = (
     "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
 )
 RENAMING = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ raise_exception('no system here') if m.role == 'system' }}"
     "<|turn|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|eot|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>model\n{% endif %}"
 )
@@ -52,7 +53,7 @@ WITH_TOOLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<result>{{ m.content }}</result><|im_end|>\n"
     "{% else %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
-    "{% if m.content or not loop.first %}\n{% endif %}<call>{{ call.function.name }} "
+    "{{ '\n' if m.content or not loop.first }}<call>{{ call.function.name }} "
     "{{ call.function.arguments | tojson }}</call>{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -73,7 +74,7 @@ END_ONLY_LAST = WITHOUT_END.replace(
 )
 TWO_ENDS = CHATML.replace("<|im_end|>\n{% endfor %}", "{{ '<|return|>' if loop.last else '<|im_end|>' }}{% endfor %}")
 
-# Each with the text between the end of a request and the response, and what ends the response.
+# Each with what ends its responses.
 PLAIN = {
     "chatml": (CHATML, "<|im_end|>"),
     "default system": (WITH_DEFAULT_SYSTEM, "<|im_end|>"),
@@ -115,7 +116,7 @@ def trained(template, messages, tools=None):
     text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     assert "".join(piece.text for piece in pieces) == text
     assert all(piece.text for piece in pieces)
-    assert all(a.trained != b.trained for a, b in zip(pieces, pieces[1:], strict=False))
+    assert all(a.trained != b.trained for a, b in pairwise(pieces))
     return [piece.text for piece in pieces if piece.trained]
 
 
@@ -214,6 +215,9 @@ def test_reasoning_is_trained_where_the_template_writes_it():
     messages = talk("how", "<think>\nWell.\n</think>\n\nfine", "and", "<think>\nSo.\n</think>\n\nbye")
     assert trained(THINKING, messages) == ["fine<|im_end|>", "<think>\nSo.\n</think>\n\nbye<|im_end|>"]
     assert trained(OPENED_THINKING, messages) == ["fine<|im_end|>", "So.\n</think>\n\nbye<|im_end|>"]
+    shut = "<think>\n\n</think>\n\n"
+    assert trained(THINKING.replace("{{ opening }}", shut), messages)[1] == "<think>\nSo.\n</think>\n\nbye<|im_end|>"
+    assert trained(THINKING.replace("{{ opening }}", shut), talk("how", "fine")) == ["fine<|im_end|>"]
     assert trained(CHATML, messages)[0] == "<think>\nWell.\n</think>\n\nfine<|im_end|>"
 
 
@@ -295,19 +299,32 @@ def test_templates_with_no_end_token_or_two():
     assert trained(both, talk("how", "fine", "and", "bye")) == ["fine<|eot|><|im_end|>", "bye<|eot|><|im_end|>"]
 
 
-def test_generation_marks_decide():
-    reasons = MARKED.replace("{% generation %}{{ m.content }}", "thinks: {% generation %}{{ m.content }}")
-    assert trained(reasons, talk("how", "fine")) == ["fine<|im_end|>"]
-    apart = MARKED.replace("{% endgeneration %}", "{% endgeneration %}\n")
-    assert trained(apart, talk("how", "fine")) == ["fine"]
-    inside = MARKED.replace("{% endgeneration %}", "<|im_end|>{% endgeneration %}").replace(
-        "endif %}<|im_end|>", "endif %}"
+def marking(inside, behind):
+    """A ChatML-like template that marks one part of a response."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}" + inside + "{% endgeneration %}" + behind + "{% else %}{{ m.content }}<|im_end|>{% endif %}"
+        "{{ '\n' }}{% endfor %}"
     )
-    assert trained(inside, talk("how", "fine")) == ["fine<|im_end|>"]
-    two = MARKED.replace("{% endif %}<|im_end|>", "{% generation %}<|im_end|>{% endgeneration %}{% endif %}")
-    assert trained(two.replace("{% else %}{{ m.content }}", "{% else %}{{ m.content }}"), talk("how", "fine"))
-    nothing = MARKED.replace("{{ m.content }}{% endgeneration %}", "{% endgeneration %}{{ m.content }}")
-    assert "cover nothing" in reason(nothing, talk("how", "fine"))
+
+
+@pytest.mark.parametrize(
+    ("inside", "behind", "expected"),
+    [
+        ("{{ m.content }}", "<|im_end|>", "fine<|im_end|>"),
+        ("{{ m.content }}<|im_end|>", "", "fine<|im_end|>"),
+        ("{{ m.content }}<|im_end|>", "<|im_end|>", "fine<|im_end|>"),
+        ("{{ m.content }}", " <|im_end|>", "fine"),
+        ("{{ m.content }}", "{% generation %}<|im_end|>{% endgeneration %}", "fine<|im_end|>"),
+        ("So: {{ m.content }}", "<|im_end|>", "So: fine<|im_end|>"),
+    ],
+)
+def test_generation_marks_decide(inside, behind, expected):
+    assert trained(marking(inside, behind), talk("how <|im_end|>", "fine", "and", "fine")) == [expected] * 2
+
+
+def test_generation_marks_that_cover_nothing():
+    assert "cover nothing" in reason(marking("", "{{ m.content }}<|im_end|>"), talk("how", "fine"))
 
 
 # ---- Rows that cannot be rendered ----
@@ -316,7 +333,7 @@ def test_generation_marks_decide():
 def test_rows_that_are_left_out():
     assert reason(CHATML, talk("how")) == "has no assistant turn"
     assert reason(RENAMING, talk("how", "fine", system="x")) == "the chat template refuses it: no system here"
-    assert "the chat template refuses it" in reason(TRIMMING, [{"role": "user"}, *talk("how", "fine")[1:]])
+    assert "the chat template refuses it" in reason(THINKING, [{"role": "user"}, *talk("how", "fine")[1:]])
     parts = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "x"}]
     assert (
         reason(CHATML, [*talk("a"), {"role": "assistant", "content": parts}])
@@ -327,8 +344,8 @@ def test_rows_that_are_left_out():
     assert "message 6 does not appear" in reason(short, talk(*"abcdef"))
     twice = CHATML.replace("{% if add", "{% if messages | length > 4 %}{{ messages[1].content }}{% endif %}{% if add")
     assert "cannot be told apart" in reason(twice, talk(*"abcdef"))
-    shouted = CHATML.replace("{{ m.content }}", "{{ m.content[:3] }}")
-    assert "cannot be told apart" in reason(shouted, talk("how", "fine"))
+    cutting = CHATML.replace("{{ m.content }}", "{{ m.content[:20] }}")
+    assert "cannot be told apart" in reason(cutting, talk("how", "fine" * 9))
     assert "cannot be told apart" in reason(CHATML, talk("how", "fine \U00100000"))
 
 
