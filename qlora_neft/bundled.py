@@ -28,5 +28,11 @@ def resolve_bundled(path: str) -> str:
     return str(target)
 
 
+def shown_path(path: str) -> str:
+    """A path as messages show it: one inside the package by its ``bundled:`` name."""
+    inside = Path(path)
+    return f"{PREFIX}{inside.relative_to(_PACKAGE).as_posix()}" if inside.is_relative_to(_PACKAGE / "demo") else path
+
+
 def _names() -> list[str]:
     return sorted(f"demo/{entry.name}" for entry in (_PACKAGE / "demo").glob("*"))

@@ -1,6 +1,6 @@
 """The command line: one short function per verb. What is heavy is imported inside the verb that needs it.
 
-Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong, 128 + signal interrupted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from . import cli_recipes
 from .cli_recipes import JsonOption, OverridesArgument, RecipeArgument
-from .errors import RunFailed, UserInputError
+from .errors import RunFailed, RunInterrupted, UserInputError
 
 
 class _Verbs(TyperGroup):
@@ -35,6 +35,9 @@ class _Verbs(TyperGroup):
         except RunFailed as error:
             typer.echo(f"failed: {error}", err=True)
             raise typer.Exit(1) from error
+        except RunInterrupted as error:
+            typer.echo(f"interrupted: {error}", err=True)
+            raise typer.Exit(128 + error.signal) from error
         except KeyboardInterrupt as error:
             typer.echo("interrupted", err=True)
             raise typer.Exit(130) from error
@@ -79,6 +82,13 @@ def train(
     name: RecipeArgument,
     output_dir: Annotated[Path, typer.Option(file_okay=False, help="Where the adapter and the records of the run go.")],
     overrides: OverridesArgument = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|DIR",
+            help="Go on with the run in --output-dir, refuse to, or go on from a folder or checkpoint.",
+        ),
+    ] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and stop before the base is loaded.")
     ] = False,
@@ -92,7 +102,7 @@ def train(
 
     # With --json standard output holds the summary alone, whatever the libraries below print.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        summary = run(recipe, output_dir, dry_run=dry_run, quiet=as_json)
+        summary = run(recipe, output_dir, resume=resume, dry_run=dry_run, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
 

@@ -16,9 +16,9 @@ from .answers import Answer
 SHOWN = (("loss", "loss"), ("clean_loss", "clean"), ("eval_loss", "held out"))
 
 
-def make_console(*, quiet: bool = False) -> Console:
-    """A console on stdout, or on stderr where stdout is kept for a program (``quiet``)."""
-    return Console(stderr=quiet, highlight=False, soft_wrap=True)
+def make_console(*, quiet: bool = False, silent: bool = False) -> Console:
+    """A console on stdout, on stderr where stdout is kept for a program (``quiet``), or nowhere (``silent``)."""
+    return Console(stderr=quiet, highlight=False, soft_wrap=True, quiet=silent)
 
 
 def say(console: Console, lines: Iterable[str]) -> None:

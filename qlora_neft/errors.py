@@ -37,3 +37,15 @@ class RecipeError(UserInputError):
 
 class RunFailed(RuntimeError):
     """The input was right and the run failed all the same. Exit code 1."""
+
+
+class RunInterrupted(Exception):
+    """A signal asked a run to stop, and it did, with a checkpoint. Exit code 128 + signal.
+
+    Attributes:
+        signal: Its number.
+    """
+
+    def __init__(self, signal: int, message: str) -> None:
+        self.signal = int(signal)
+        super().__init__(message)

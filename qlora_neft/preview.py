@@ -82,7 +82,7 @@ def _views(tokenizer: Any, row: dict[str, Any]) -> list[TokenView]:
 
 def _title(row: dict[str, Any], sources: Sequence[dict[str, Any]]) -> str:
     source = f" of {sources[row['source']]['path']}" if len(sources) > 1 else ""
-    trained = sum(label >= 0 for label in row["labels"])
+    trained = sum(label >= 0 for label in row["labels"][1:])  # nothing predicts the first token
     return f"row {row['row']}{source}: {len(row['input_ids'])} tokens, {trained} trained"
 
 

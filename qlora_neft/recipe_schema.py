@@ -94,6 +94,7 @@ class Train(Section):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="decay of the gradient's mean")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of its square's mean")
     max_grad_norm: NotNegative = Field(description="L2 norm gradients are clipped to; 0: not clipped")
+    max_bad_steps: Count = Field(10, description="steps in a row, skipped for NaN or infinity, after which it fails")
     # NumPy, which transformers seeds with the same number, takes 32 bits.
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(description="of order, dropout, noise and LoRA's start")
 
@@ -137,6 +138,11 @@ class Machine(Section):
     dataloader_num_workers: CountOrZero = Field(0, description="processes that prepare batches")
     dataset_num_proc: Auto | Count = Field("auto", description="processes that tokenize; the result is the same")
     streaming: bool = Field(False, description="read Hub data row by row, without downloading all of it first")
+    save_steps: Auto | CountOrZero = Field("auto", description="optimizer steps between two checkpoints; auto, 0: none")
+    save_every_minutes: NotNegative = Field(10.0, description="minutes between two checkpoints; 0: none by the clock")
+    save_total_limit: Count = Field(2, description="checkpoints kept")
+    grace_seconds: Positive = Field(30.0, description="from a signal to the checkpoint")
+    mirror_dir: Text | None = Field(None, description="second folder for checkpoints and results: a mounted Drive")
     threads: Auto | Count = Field("auto", description="CPU threads")
     logging_steps: Auto | Count = Field("auto", description="optimizer steps between two log lines")
     eval_steps: Auto | Count = Field("auto", description="optimizer steps between two evaluations")

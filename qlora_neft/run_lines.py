@@ -46,3 +46,9 @@ def lines_after(output_dir: Path, steps: int, seconds: float, *, drawn: bool) ->
         f"  AutoPeftModelForCausalLM.from_pretrained({str(output_dir)!r})   # from peft: use it",
         "  qlora-neft cp llama2-7b-alpaca mine.yaml   # a recipe of your own",
     ]
+
+
+def title(recipe: Mapping[str, Any]) -> str:
+    """Over a picture: which base learned what, under how much noise."""
+    alpha = (recipe["neftune"] or {}).get("noise_alpha", 0)
+    return f"{recipe['model']['name_or_path']} on {recipe['data']['path']}, alpha {alpha:g}"

@@ -6,6 +6,8 @@ import json
 import platform
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,20 @@ class MetricsFile(TrainerCallback):
         """Append one line."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite(logs)}, sort_keys=True) + "\n")
+
+    def keep_up_to(self, step: int | None) -> None:
+        """Forget what was logged after a step; all of it for None. A last line cut off in the middle goes as well."""
+        if not self.path.exists():
+            return
+        kept = [] if step is None else [entry for entry in self._entries() if entry["step"] <= step]
+        draft = self.path.with_name(self.path.name + ".part")
+        draft.write_text("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept), encoding="utf-8")
+        draft.replace(self.path)
+
+    def _entries(self) -> Iterator[dict[str, Any]]:
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
 
     def read(self) -> list[dict[str, Any]]:
         """Every line so far."""

@@ -7,10 +7,11 @@ is learned: a sequence keeps its ordinal in the step, and the loss is normalized
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .sequences import SequenceSpan, UnknownSequenceBoundaries, count_tokens, find_sequences
+from .step_data import GHOST
 
 Features = Sequence[Mapping[str, Any]]
 Collator = Callable[[list], dict[str, Any]]
@@ -37,9 +38,16 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The micro-batches of one optimizer step on one rank."""
+    """The micro-batches of one optimizer step on one rank.
+
+    Attributes:
+        micro_batches: In the order of the forward passes.
+        features, collator: The rows and what split them, to split them again; absent in a ready-made batch.
+    """
 
     micro_batches: tuple[MicroBatch, ...]
+    features: tuple[Mapping[str, Any], ...] = ()
+    collator: StepCollator | None = None
 
     def to(self, device: Any, non_blocking: bool = False) -> StepBatch:
         """Stay on the CPU: each micro-batch moves when its turn comes, so only one is on the device at a time."""
@@ -62,6 +70,12 @@ class StepBatch:
     def num_trained_tokens(self) -> int:
         """Tokens with a label in the step on this rank."""
         return sum(micro.num_trained_tokens() for micro in self.micro_batches)
+
+    def split_again(self, max_rows: int, max_tokens: int | None) -> StepBatch:
+        """The same step in smaller micro-batches; every sequence keeps its ordinal. A ready-made batch stays whole."""
+        if self.collator is None:
+            return self
+        return replace(self.collator, max_rows=max_rows, max_tokens=max_tokens)(list(self.features))
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> StepBatch:
@@ -89,14 +103,18 @@ class StepCollator:
         """Split, collate each part, and number the sequences by the place of their row in the step."""
         lengths = [_row_length(row) for row in features]
         first_ordinals = _first_ordinals(features)
-        return StepBatch(
-            tuple(
-                self._micro_batch([features[i] for i in rows], [first_ordinals[i] for i in rows])
-                for rows in split_rows(lengths, self.max_rows, self.max_tokens, padded=not self.padding_free)
-            )
+        micro_batches = tuple(
+            # Copies of the rows: a collator may pop their keys, and the step may have to be split again.
+            self._micro_batch([dict(features[i]) for i in rows], [first_ordinals[i] for i in rows])
+            for rows in split_rows(lengths, self.max_rows, self.max_tokens, padded=not self.padding_free)
         )
+        return StepBatch(micro_batches, tuple(features), self)
 
     def _micro_batch(self, features: list, first_ordinals: list[int]) -> MicroBatch:
+        if features[0].pop(GHOST, False):
+            inputs = self.collator(features)
+            inputs["labels"].fill_(IGNORE_INDEX)
+            return MicroBatch(inputs, [])
         num_tokens = sum(_row_length(row) for row in features)  # read before a collator may pop keys
         counts = [_num_documents(row) for row in features]
         inputs = self.collator(features)

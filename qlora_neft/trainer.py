@@ -7,25 +7,24 @@ be left to upstream is: data preparation, the fused head, the loop, the optimize
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .adapter import save_adapter
 from .checkpointing import CheckpointSomeBlocks
-from .clean_evaluation import CleanEvaluationTrainer
-from .label_check import check_labels
 from .neftune import NEFTuneNoise, NoiseStatistics, alpha_at, expected_norm, lookup_scale, noisy_embeddings
 from .quantization import keep_nf4_layout
-from .randomness import keyed_rng, preserved_rng, stream_key
+from .randomness import keyed_rng, stream_key
 from .sequences import find_sequences
-from .step_batch import MicroBatch, StepBatch, StepCollator
+from .smaller_steps import Split
+from .step_batch import MicroBatch
+from .step_trainer import StepTrainer
 from .trainer_config import QLoRANeftConfig
 from .trainer_setup import (
     check_packing,
@@ -40,7 +39,7 @@ from .trainer_setup import (
 __all__ = ["QLoRANeftConfig", "QLoRANeftTrainer"]
 
 
-class QLoRANeftTrainer(CleanEvaluationTrainer):
+class QLoRANeftTrainer(StepTrainer):
     """Fine-tune a frozen NF4 base through LoRA adapters, with NEFTune noise on its input embeddings.
 
     Given a model id or directory it loads the base in NF4 with double quantization and adds LoRA on all linear
@@ -81,8 +80,7 @@ class QLoRANeftTrainer(CleanEvaluationTrainer):
             processing_class = processing_class or tokenizer_of(str(model), args)
             model = load_base(str(model), args, quantization_config)
         keep_nf4_layout(model)
-        self.micro_batch_size = args.micro_batch_size or args.per_device_train_batch_size
-        self.tokens_seen = self.trained_tokens_seen = 0  # real tokens, and those with a label, on this rank
+        self.split = Split(args.micro_batch_size or args.per_device_train_batch_size, args.max_tokens_per_micro_batch)
         model = with_adapters(model, peft_config, args.seed)
         initial = quantized_trainable(model)
         super().__init__(
@@ -116,40 +114,10 @@ class QLoRANeftTrainer(CleanEvaluationTrainer):
     def _embedding(self) -> torch.nn.Module:
         return self.accelerator.unwrap_model(self.model).get_input_embeddings()
 
-    # ---- The training step ----
-
-    def get_train_dataloader(self) -> DataLoader:
-        """A dataloader whose batches are whole optimizer steps, as `StepBatch`."""
-        plain = self.data_collator
-        self.data_collator = StepCollator(
-            plain, self.micro_batch_size, self.args.max_tokens_per_micro_batch, self.padding_free
-        )
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator = plain
-
-    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward through the micro-batches of one optimizer step; returns the step's loss."""
-        step = inputs if isinstance(inputs, StepBatch) else StepBatch.of(inputs)
-        if self.tokens_seen == 0:
-            check_labels(step, self.processing_class)
-        offset = self._first_ordinal(step)
-        if self.aux_loss_enabled:
-            self.current_gradient_accumulation_steps = len(step)  # upstream averages a router loss over these
-        self.tokens_seen += step.num_tokens()
-        self.trained_tokens_seen += step.num_trained_tokens()
-        loss = torch.zeros((), device=self.args.device)
-        for index, micro in enumerate(step):
-            with self._gradient_sync(model, last=index == len(step) - 1), self._randomness(micro, offset, index):
-                loss = loss + super().training_step(model, dict(micro.inputs), num_items_in_batch)
-        return loss
-
-    def _gradient_sync(self, model: torch.nn.Module, *, last: bool) -> AbstractContextManager:
-        return nullcontext() if last else self.accelerator.no_sync(model)
+    # ---- Noise and dropout ----
 
     @contextmanager
-    def _randomness(self, micro: MicroBatch, offset: int, index: int) -> Iterator[None]:
+    def randomness(self, micro: MicroBatch, offset: int, index: int) -> Iterator[None]:
         """All that is random in a micro-batch, keyed by seed and step: its noise and its dropout."""
         dropout = stream_key("dropout", self.args.seed, self.state.global_step, self.args.process_index, index)
         with noisy_embeddings(self._embedding(), self._noise(micro, offset)), keyed_rng(dropout, self.args.device):
@@ -157,7 +125,7 @@ class QLoRANeftTrainer(CleanEvaluationTrainer):
 
     def _noise(self, micro: MicroBatch, offset: int) -> NEFTuneNoise | None:
         alpha = self._alpha(self.state.global_step)
-        if alpha == 0:
+        if alpha == 0 or micro.spans == []:  # a row that only keeps this rank in step
             return None
         spans = find_sequences(micro.inputs) if micro.spans is None else micro.spans
         return NEFTuneNoise(
@@ -175,27 +143,10 @@ class QLoRANeftTrainer(CleanEvaluationTrainer):
         alpha, final_alpha = args.neftune_noise_alpha or 0.0, args.neftune_final_alpha
         return alpha_at(step, num_steps, alpha, final_alpha, args.neftune_schedule)
 
-    def _first_ordinal(self, step: StepBatch) -> int:
-        """Sequences of this step on lower ranks: ordinals count through the step as one process would."""
-        if self.args.world_size == 1 or not self.args.noise_is_on:
-            return 0
-        count = torch.tensor([step.num_sequences()], device=self.args.device)
-        return int(self.accelerator.gather(count)[: self.args.process_index].sum())
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Trained tokens of the whole step, over all micro-batches and ranks: what every loss is divided by."""
-        if not all(isinstance(batch, StepBatch) for batch in batch_samples):
-            return super()._get_num_items_in_batch(batch_samples, device)
-        count = torch.tensor(sum(step.num_trained_tokens() for step in batch_samples), device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-        return count
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as upstream does; global random streams are the same before and after."""
+        """Train as `StepTrainer` does."""
         self._next_clean_loss = 0  # a second call counts its steps from the beginning
-        with preserved_rng():
-            return super().train(*args, **kwargs)
+        return super().train(*args, **kwargs)
 
     # ---- Logging ----
 
@@ -229,18 +180,6 @@ class QLoRANeftTrainer(CleanEvaluationTrainer):
     def _next_step_is_logged(self) -> bool:
         every = max(int(self.state.logging_steps or 1), 1)
         return (self.state.global_step + 1) % every == 0 or self.state.global_step == 0
-
-    # ---- Upstream bookkeeping that reads a batch ----
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Sum over the micro-batches of a step."""
-        if isinstance(inputs, StepBatch):
-            return sum(super(QLoRANeftTrainer, self).floating_point_ops(micro.inputs) for micro in inputs)
-        return super().floating_point_ops(inputs)
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        for batch in (micro.inputs for micro in inputs) if isinstance(inputs, StepBatch) else [inputs]:
-            super()._track_num_input_tokens(batch)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the adapter and the tokenizer, and no ``training_args.bin``: its pickle holds the Hub token."""

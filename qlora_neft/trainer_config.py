@@ -45,6 +45,9 @@ class QLoRANeftConfig(SFTConfig):
         checkpointed_blocks: Decoder blocks that recompute their activations, counted from the first; None for
             all of them where activation checkpointing is on.
         gradient_checkpointing: None decides by device: on with CUDA, off on a CPU, where memory is plentiful.
+        effective_batch_size: Sequences per optimizer step of all ranks together, where it does not divide by them; None
+            for ``per_device_train_batch_size`` times ``gradient_accumulation_steps`` times ranks.
+        max_bad_steps: Steps in a row with a loss or gradient that is not finite, each skipped, after which it fails.
         bf16, fp16: None decides by capability, see `qlora_neft.precision`.
 
     Raises:
@@ -59,6 +62,8 @@ class QLoRANeftConfig(SFTConfig):
     micro_batch_size: int | None = field(default=None, metadata={"help": "rows"})
     max_tokens_per_micro_batch: int | None = field(default=None, metadata={"help": "tokens, padding counted"})
     checkpointed_blocks: int | None = field(default=None, metadata={"help": "decoder blocks; None = all"})
+    effective_batch_size: int | None = field(default=None, metadata={"help": "sequences per step, of all ranks"})
+    max_bad_steps: int = field(default=10, metadata={"help": "steps in a row that are not finite"})
     gradient_checkpointing: bool | None = field(default=None, metadata={"help": "None decides by device"})
 
     def __post_init__(self) -> None:
@@ -108,6 +113,8 @@ class QLoRANeftConfig(SFTConfig):
             "micro_batch_size": 1,
             "max_tokens_per_micro_batch": 1,
             "checkpointed_blocks": 0,
+            "max_bad_steps": 1,
+            "effective_batch_size": 1,
         }
         for name, least in rules.items():
             value = getattr(self, name)

@@ -16,12 +16,14 @@ from .data import Limits, PreparedData, Settings, Source, prepare_data
 from .data.lengths import padding_waste, sequence_lengths
 from .plan import RunPlan, plan_run
 from .precision import PrecisionPolicy, resolve_precision
+from .processes import choose_gpu
 from .recipe import Recipe
 
 
 def policy_of(recipe: Recipe) -> PrecisionPolicy:
     """How this machine computes; sets the number of CPU threads."""
     machine = recipe.machine
+    choose_gpu()
     policy = resolve_precision(machine.precision, machine.device, recipe.quantization.bnb_4bit_compute_dtype)
     if machine.threads != "auto":
         torch.set_num_threads(machine.threads)

@@ -11,6 +11,7 @@ from .data import PreparedData
 from .lora import lora_config
 from .plan import RunPlan
 from .precision import PrecisionPolicy
+from .processes import num_processes
 from .quantization import load_nf4_base, nf4_config
 from .recipe import Recipe
 from .trainer import QLoRANeftConfig, QLoRANeftTrainer
@@ -50,12 +51,13 @@ def trainer_of(
 def _arguments(
     recipe: Recipe, policy: PrecisionPolicy, plan: RunPlan, *, has_eval: bool, output_dir: Path
 ) -> QLoRANeftConfig:
-    train, neftune = recipe.train, recipe.neftune
+    train, neftune, machine = recipe.train, recipe.neftune, recipe.machine
     noise = {} if neftune is None else {f"neftune_{key}": value for key, value in neftune.model_dump().items()}
     # The step is the recipe's; how it is split is the plan's. The trainer multiplies these two back together.
     return QLoRANeftConfig(
         output_dir=str(output_dir),
-        per_device_train_batch_size=train.effective_batch_size,
+        per_device_train_batch_size=-(-train.effective_batch_size // num_processes()),
+        effective_batch_size=train.effective_batch_size,
         micro_batch_size=plan.per_device_train_batch_size,
         max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch,
         per_device_eval_batch_size=plan.per_device_eval_batch_size,
@@ -83,7 +85,10 @@ def _arguments(
         fp16=policy.amp == "fp16",
         use_cpu=policy.device.type == "cpu",
         max_length=None,  # rows are cut already, and counted
-        save_strategy="no",
+        save_strategy="steps" if machine.save_steps not in ("auto", 0) else "no",
+        save_steps=machine.save_steps if machine.save_steps not in ("auto", 0) else 500,
+        save_total_limit=machine.save_total_limit,
+        max_bad_steps=train.max_bad_steps,
         report_to="none",
         disable_tqdm=True,
         **noise,

@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from ..bundled import shown_path
 from ..errors import RunFailed
 from .formats import check_columns, detect_format
 from .parallel import map_rows
@@ -127,9 +128,9 @@ def _with_format(source: Source, streaming: bool) -> tuple[str, Iterator[Row]]:
     readable = [row.values for row in head if row.values is not None]
     format = source.format
     if readable and format == "auto":
-        format = detect_format(readable, source.key)
+        format = detect_format(readable, source.key, source.path)
     elif readable:
-        check_columns(readable, format, source.key)
+        check_columns(readable, format, f"{source.key}: {source.path!r}")
     # Without a row that can be read, any format will do: each row says what is wrong with it.
     return ("text" if format == "auto" else format), chain(head, rows)
 
@@ -157,7 +158,7 @@ def _times(outcome: Outcome, weight: float) -> int:
 
 def _described(source: Source, format: str, rows: int, end: str | None) -> dict[str, Any]:
     return {
-        "path": source.path,
+        "path": shown_path(source.path),
         "rows": rows,
         "format": format,
         "prompt_template": resolve_template(source.prompt_template, format),

@@ -2,7 +2,8 @@
 
 A sequence's text is tokenized whole, as the papers' code does it, and a token is trained if it begins inside a
 trained piece. Where a token would reach across the beginning of a response, the text is cut there and both sides are
-tokenized apart, so that generation meets exactly the prompt that training saw.
+tokenized apart, so that generation meets exactly the prompt that training saw. A tokenizer that would then put a space
+between them (SentencePiece) keeps the token, which is not trained: part of it is prompt.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ class Encoded:
     Attributes:
         ids: Token ids, int32 (L,).
         trained: Whether the loss is on each, bool (L,).
-        cut_apart: Whether a token would have reached across the beginning of a response.
+        crossed: Where a token would have reached across the beginning of a response: ``"cut apart"`` there, or
+            ``"across"``, left as it is and not trained, where cutting would have changed the text; else None.
     """
 
     ids: np.ndarray
     trained: np.ndarray
-    cut_apart: bool = False
+    crossed: str | None = None
 
     def num_trained(self) -> int:
         """Trained tokens as a causal LM counts them: nothing predicts the first."""
@@ -83,7 +85,7 @@ class Encoder:
         ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(ids))
         for begin, end in bounds:
             trained |= (starts >= begin) & (starts < end) & (ends > starts)
-        return Encoded(np.asarray(ids, dtype=np.int32), trained, cut_apart=bool(crossed))
+        return Encoded(np.asarray(ids, dtype=np.int32), trained, "across" if crossed else None)
 
     def _apart(self, parts: list[tuple[str, bool]], *, cut: bool) -> Encoded:
         """Tokenize stretches of text one by one; the flag says whether a stretch is trained."""
@@ -93,7 +95,7 @@ class Encoder:
             begin, found = self._part(text, is_first=number == 0)
             ids += begin + found
             trained += [False] * len(begin) + [is_trained] * len(found)
-        return Encoded(np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=bool), cut_apart=cut)
+        return Encoded(np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=bool), "cut apart" if cut else None)
 
     def _part(self, text: str, *, is_first: bool) -> tuple[list[int], list[int]]:
         """What the tokenizer adds in front of a sequence, and the text's own tokens."""
@@ -124,20 +126,20 @@ def cut_to_length(encoded: Encoded, max_length: int, *, keep_end_token: bool) ->
     lost = bool(encoded.trained[max_length:].any())
     ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
     if not lost:
-        return Encoded(ids, trained, encoded.cut_apart), False
+        return Encoded(ids, trained, encoded.crossed), False
     inside_response = trained[-1] and encoded.trained[max_length]
     if inside_response and keep_end_token:
         if max_length >= 2 and not trained[-2]:  # nothing of this response would be left but its end
-            return _up_to_last_trained(Encoded(ids[:-1], trained[:-1], encoded.cut_apart)), True
+            return _up_to_last_trained(Encoded(ids[:-1], trained[:-1], encoded.crossed)), True
         ids = np.concatenate([ids[:-1], encoded.ids[[_end_of_stretch(encoded.trained, max_length)]]])
-        return Encoded(ids, trained, encoded.cut_apart), True
-    return _up_to_last_trained(Encoded(ids, trained, encoded.cut_apart)), True
+        return Encoded(ids, trained, encoded.crossed), True
+    return _up_to_last_trained(Encoded(ids, trained, encoded.crossed)), True
 
 
 def _up_to_last_trained(encoded: Encoded) -> Encoded:
     last = np.flatnonzero(encoded.trained)
     stop = int(last[-1]) + 1 if len(last) else 0
-    return Encoded(encoded.ids[:stop], encoded.trained[:stop], encoded.cut_apart)
+    return Encoded(encoded.ids[:stop], encoded.trained[:stop], encoded.crossed)
 
 
 def _end_of_stretch(trained: np.ndarray, inside: int) -> int:

@@ -82,7 +82,7 @@ def as_dialogue(example: Example) -> Dialogue:
     if isinstance(example, Dialogue):
         return example
     if isinstance(example, Passage):
-        request, response = example.prompt, example.completion
+        request, response = example.prompt.strip(), example.completion.strip()  # spaces for the joint, not of the turn
     else:
         request = f"{example.instruction}\n{example.input}" if example.input else example.instruction
         response = example.output

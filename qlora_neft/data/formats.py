@@ -31,11 +31,17 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+COLUMNS_NAMED, LONGEST_NAME = 20, 40  # in messages
 MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def detect_format(rows: Sequence[Mapping[str, Any]], key: str = "data.path") -> str:
+def detect_format(rows: Sequence[Mapping[str, Any]], key: str = "data.path", path: str | None = None) -> str:
     """Name the format that the columns of some rows fit.
+
+    Args:
+        rows: Of one source.
+        key: What the caller wrote, for messages.
+        path: Where they are from, for messages.
 
     Raises:
         UserInputError: If they fit none.
@@ -45,9 +51,8 @@ def detect_format(rows: Sequence[Mapping[str, Any]], key: str = "data.path") -> 
         if columns >= set(required):
             return "messages" if name == "sharegpt" and _speaks_openai(rows) else name
     forms = "; ".join(f"{name} needs {' and '.join(required)}" for name, required in REQUIRED_COLUMNS.items())
-    raise UserInputError(
-        f"{key}: the columns {', '.join(sorted(columns)) or '(none)'} fit no format: {forms}. Rename them."
-    )
+    where = "" if path is None else f" in {path!r}"
+    raise UserInputError(f"{key}: the columns {_listed(columns)} fit no format: {forms}. Rename them{where}.")
 
 
 def check_columns(rows: Sequence[Mapping[str, Any]], format: str, key: str = "data.path") -> None:
@@ -63,7 +68,7 @@ def check_columns(rows: Sequence[Mapping[str, Any]], format: str, key: str = "da
     if not columns >= set(required):
         raise UserInputError(
             f"data.format: {format} needs the columns {' and '.join(required)}, {key} has "
-            f"{', '.join(sorted(columns)) or '(none)'}. Rename them, or set data.format to what they are."
+            f"{_listed(columns)}. Rename them, or set data.format to what they are."
         )
 
 
@@ -117,8 +122,8 @@ def _plain_text(row: Mapping[str, Any]) -> tuple[Example, int]:
 
 
 def _messages(row: Mapping[str, Any]) -> tuple[Example, int]:
-    column = "messages" if row.get("messages") is not None else "conversations"
-    turns = _turns(row.get(column), "messages" if column == "messages" else column)
+    column = "messages" if row.get("messages") is not None or "conversations" not in row else "conversations"
+    turns = _turns(row.get(column), column)
     messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
     kept = _up_to_the_last_response(messages)
     return Dialogue(tuple(kept), _tools(row.get("tools"))), len(messages) - len(kept)
@@ -175,7 +180,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
 
 def _shared_turn(turn: Mapping[str, Any], number: int) -> Message:
     speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if speaker not in ROLES:
+    if not isinstance(speaker, str) or speaker not in ROLES:
         raise BadRow(f"turn {number}: from is {_shown(speaker)}, not one of {', '.join(ROLES)}")
     return _checked({"role": ROLES[speaker], "content": _text(text, f"turn {number}: value")}, number)
 
@@ -204,7 +209,7 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...] | None:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
             raise BadRow("tools is text that is not JSON") from error
     if not value:
         return None
@@ -226,6 +231,17 @@ def _text(value: Any, name: str) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
         raise BadRow(f"{name} is {_shown(value)}, with half of a surrogate pair") from error
     return value
+
+
+def _listed(columns: Iterable[str]) -> str:
+    """Column names on one line. Those of a table without a header are its first row, of any length."""
+    names = [name if name.isprintable() and len(name) <= LONGEST_NAME else _cut(name) for name in sorted(columns)]
+    more = len(names) - COLUMNS_NAMED
+    return ", ".join(names[:COLUMNS_NAMED] + [f"and {more} more"] * (more > 0)) or "(none)"
+
+
+def _cut(name: str) -> str:
+    return repr(name[:LONGEST_NAME] + "..." * (len(name) > LONGEST_NAME))
 
 
 def _shown(value: Any) -> str:

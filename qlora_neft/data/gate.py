@@ -73,8 +73,12 @@ def find_warnings(tally: Tally, limits: Limits, key: str = "data.path") -> list[
         _line(
             found,
             "cut apart",
-            f"{key}: in {{n}} a token would reach from the prompt into the response; prompt and response are tokenized "
-            "apart there: {p}.",
+            f"{key}: in {{n}} a token would reach from prompt into response; the two are tokenized apart: {{p}}.",
+        ),
+        _line(
+            found,
+            "across",
+            f"{key}: in {{n}} a token reaches from prompt into response, and is not trained: {{p}}.",
         ),
         _line(found, "duplicate", f"{key}: {{n}} repeated: {{p}}."),
     ]
@@ -83,9 +87,8 @@ def find_warnings(tally: Tally, limits: Limits, key: str = "data.path") -> list[
         named = "; ".join(str(tally.finding(kind)) for kind in (EMPTY, UNFIT, NO_ROOM) if tally.finding(kind).count)
         lines.append(f"{key}: {_of(dropped, tally)} left out, as data.max_dropped_fraction allows: {named}.")
     if tally.turns_left_out:
-        lines.append(
-            f"{key}: {tally.turns_left_out:,} turns left out (before the first request, or after the last response)."
-        )
+        turns = "1 turn" if tally.turns_left_out == 1 else f"{tally.turns_left_out:,} turns"
+        lines.append(f"{key}: {turns} left out (before the first request, or after the last response).")
     cut = found.get("truncated", Finding()).count
     if cut and WARN_TRUNCATED <= _share(cut, tally) <= limits.max_truncated_fraction:
         lines.append(f"data.max_length: {_of(cut, tally)} ({_percent(cut, tally)}) cut inside a response.")

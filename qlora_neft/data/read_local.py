@@ -24,6 +24,7 @@ from .sources import LocalFile, Row
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONGEST_CSV_FIELD = 2**24  # characters; a quote that is never closed must not take in the rest of the file
 PARQUET_ROWS = 256  # held in memory at a time
+DEEPEST_ROW = 100  # levels; Python hands no row of many hundred to another process
 ONE_A_LINE = "The file needs one object per line, or one array of objects."
 QUOTING = "A field that holds a comma, a quote or a line end stands in double quotes, and quotes in it are doubled."
 
@@ -91,7 +92,7 @@ def _text(line: Line, file: LocalFile) -> str:
         return line.raw.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = line.offset + error.start + 1
-        raise file.refused(f" is not UTF-8 text, byte {byte} is not. Save it as UTF-8.") from error
+        raise file.refused(f" is not UTF-8 text, byte {byte} is not. Save it as UTF-8. (line {line.number})") from error
 
 
 def _json_rows(file: LocalFile) -> Iterator[Row]:
@@ -121,11 +122,21 @@ def _opens_array(line: Line) -> bool:
 
 def _json_row(number: int, place: str, value: Any) -> Row:
     if isinstance(value, dict):
-        return Row(number, place, value)
+        return Row(number, place, None, "is nested too deep") if _is_too_deep(value) else Row(number, place, value)
     # reprlib: a list may be nested deeper than repr() goes.
     shown = (value if isinstance(value, str) else reprlib.repr(value))[:40]
     problem = f"is {type(value).__name__} {shown!r}. Every example must be a JSON object with named fields"
     return Row(number, place, None, problem)
+
+
+def _is_too_deep(row: dict[str, Any]) -> bool:
+    level: list[Any] = [row]
+    for _ in range(DEEPEST_ROW):
+        inner = chain.from_iterable(outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [value for value in inner if isinstance(value, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _parsed(text: str) -> tuple[Any, str | None]:

@@ -54,7 +54,7 @@ class Outcome:
         num_ended: Sequences whose last response ends with its end token, trained.
         num_truncated: Sequences that lost trained tokens, those that lost all of them included.
         turns_left_out: Turns before the first request or after the last response.
-        marks: What is only suspicious: ``special``, ``cut apart``, ``replacement``.
+        marks: What is only suspicious: ``special``, ``replacement``, ``cut apart``, ``across``.
     """
 
     number: int
@@ -104,11 +104,17 @@ class RowWorker:
         try:
             example, left_out = to_example(row.values, self.format)
             kind = UNFIT
-            return example, left_out, self.template.render(example)
+            pieces = self.template.render(example)
         except EmptyRow as error:
             return Outcome(row.number, row.place, problem=EMPTY, reason=str(error)), 0, None
         except BadRow as error:
             return Outcome(row.number, row.place, problem=kind, reason=str(error)), 0, None
+        except RecursionError:  # tools are text that may hold anything
+            return Outcome(row.number, row.place, problem=BAD, reason="is nested too deep"), 0, None
+        if not _is_text(pieces):
+            reason = "has half of a surrogate pair in a field that the template writes"
+            return Outcome(row.number, row.place, problem=BAD, reason=reason), 0, None
+        return example, left_out, pieces
 
     def _finished(self, row: Row, read: Example | Outcome, left_out: int, encoded: Encoded | None) -> Outcome:
         if isinstance(read, Outcome) or encoded is None:
@@ -126,7 +132,7 @@ class RowWorker:
         text = _text_of(read)
         marks = {"special"} if self._special and self._special.search(text) else set()
         marks |= {"replacement"} if "\ufffd" in text else set()
-        marks |= {"cut apart"} if any(sequence.cut_apart for sequence, _ in kept) else set()
+        marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed}
         reason = f"{max(len(e.ids) for e in found)} tokens, none of the response within {self.settings.max_length}"
         return Outcome(
             row.number,
@@ -154,13 +160,21 @@ class RowWorker:
     def _with_prompt(self, sequence: Encoded) -> Encoded:
         if not self.settings.train_on_prompt:
             return sequence
-        return Encoded(sequence.ids, np.ones_like(sequence.trained), sequence.cut_apart)
+        return Encoded(sequence.ids, np.ones_like(sequence.trained), sequence.crossed)
 
 
 def _text_of(example: Example) -> str:
     if isinstance(example, Dialogue):
         return "\n".join(message["content"] for message in example.messages)
     return "\n".join(vars(example).values())
+
+
+def _is_text(pieces: Sequence[Piece]) -> bool:
+    """Whether a tokenizer takes it: contents are looked at as rows are read, a tool's or a speaker's name is not."""
+    try:
+        return all(piece.text.encode() is not None for piece in pieces)
+    except UnicodeEncodeError:
+        return False
 
 
 def _any_of(words: Sequence[str]) -> re.Pattern[str] | None:

@@ -349,7 +349,7 @@ def test_a_token_across_the_beginning_of_a_response_is_cut_there(prompt, respons
     whole = tokenizer(prompt + response)["input_ids"]
     assert len(whole) < len(tokenizer(prompt)["input_ids"]) + len(tokenizer(response)["input_ids"])
     encoded = encode(tokenizer, (prompt, False), (response + "</s>", True))
-    assert encoded.cut_apart
+    assert encoded.crossed == "cut apart"
     # What generation will be given is what training had.
     assert encoded.ids[~encoded.trained].tolist() == tokenizer(prompt)["input_ids"]
     assert parts(tokenizer, encoded) == (prompt, response + "</s>")
@@ -358,7 +358,7 @@ def test_a_token_across_the_beginning_of_a_response_is_cut_there(prompt, respons
 def test_a_space_that_belongs_to_the_response_is_not_cut():
     tokenizer = merging_tokenizer(trims_offsets=True)
     encoded = encode(tokenizer, ("a:", False), (" b</s>", True))
-    assert not encoded.cut_apart
+    assert encoded.crossed is None
     assert parts(tokenizer, encoded) == ("a:", " b</s>")
 
 
@@ -375,6 +375,7 @@ def test_where_cutting_would_change_the_text_the_token_across_is_not_trained():
     encoded = encode(tokenizer, ("a:", False), ("=b</s>", True))
     assert tokenizer.convert_ids_to_tokens(encoded.ids.tolist()) == ["▁a", ":=", "b", "</s>"]
     assert encoded.trained.tolist() == [False, False, True, True]
+    assert encoded.crossed == "across"
 
 
 def test_every_response_of_a_conversation_is_trained_with_its_end():

@@ -16,9 +16,10 @@ PACKAGE = Path(qlora_neft.__file__).parent
 
 # Lowest first. A name stands for a module or for a package with all its modules.
 LAYERS = (
-    {"errors", "json_file", "length_plot", "loss_plot", "plan", "preview_text", "quiet", "rows_progress"},
-    {"bundled", "output_dir", "philox", "precision", "randomness", "run_record", "sequences"},
-    {"neftune", "step_batch"},
+    {"errors", "json_file", "length_plot", "loss_plot", "plan", "preview_text", "processes", "quiet", "rows_progress"},
+    {"bundled", "checkpoint_files", "philox", "precision", "randomness", "run_lock", "run_record", "sequences"},
+    {"mirror", "neftune", "smaller_steps", "step_data", "stop_request"},
+    {"step_batch", "when_to_save"},
     # the parts
     {
         "adapter",
@@ -27,11 +28,14 @@ LAYERS = (
         "data",
         "label_check",
         "lora",
+        "output_folder",
         "quantization",
-        "tokenizer",
-        "trainer_config",
+        "resume",
     },
+    {"tokenizer", "trainer_config"},
     {"clean_evaluation", "trainer_setup"},
+    {"checkpointed_trainer"},
+    {"step_trainer"},
     {"answers", "trainer"},
     {"console", "measure", "run_lines"},
     # the recipe: above the parts, so that none of them can see it
@@ -43,7 +47,7 @@ LAYERS = (
     {"recipe"},
     # what is told to do something with a recipe
     {"unpack"},
-    {"unpack_trainer"},
+    {"session", "unpack_trainer"},
     {"doctor", "noise_report", "preview", "run"},
     {"cli_preview", "cli_recipes"},
     {"cli"},

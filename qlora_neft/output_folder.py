@@ -1,0 +1,66 @@
+"""A run's folder: made, claimed for one run at a time, filled from its mirror where a session vanished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import UserInputError
+from .mirror import restore
+from .run_lock import run_lock
+
+
+@contextmanager
+def claimed(output_dir: Path) -> Iterator[None]:
+    """Hold a folder for this run alone; folders made for it go again if nothing was written.
+
+    Raises:
+        UserInputError: If another run is writing there.
+    """
+    made = _make(output_dir)
+    try:
+        with run_lock(output_dir):
+            yield
+    finally:
+        for folder in made:  # the innermost first
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def restore_from_mirror(mirror_dir: str | None, output_dir: Path, say: Callable[[str], None]) -> None:
+    """Bring back what a mirror holds, where the folder itself is gone: the session that had it vanished."""
+    if mirror_dir is None or not Path(mirror_dir).expanduser().is_dir():
+        return
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        return
+    with claimed(output_dir):
+        found = restore(Path(mirror_dir).expanduser(), output_dir)
+    if found is not None:
+        say(f"restored from the mirror {mirror_dir}: checkpoint of step {found.step}")
+
+
+def read_summary(output_dir: Path) -> dict[str, Any]:
+    """The summary of a finished run.
+
+    Raises:
+        UserInputError: If it is damaged.
+    """
+    try:
+        return json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserInputError(
+            f"--output-dir: {str(output_dir / 'summary.json')!r} cannot be read ({error}). Remove it to finish the run."
+        ) from error
+
+
+def _make(output_dir: Path) -> list[Path]:
+    """Folders that had to be made, the innermost first."""
+    missing = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserInputError(f"--output-dir: {str(output_dir)!r} cannot be made ({error.strerror}).") from error
+    return missing

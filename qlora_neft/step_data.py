@@ -1,0 +1,123 @@
+"""Which rows an optimizer step takes, and which of them are this rank's.
+
+A step's rows follow from seed, epoch and step alone. Ranks share them out; no row is repeated to even out the ranks
+(accelerate's ``even_batches`` would), so that any number of ranks learns the same, also after a resume on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler
+
+GHOST = "_ghost"  # key of a row that is here only because a rank without a row must take part in the step
+
+
+class StepSampler(Sampler[list[int]]):
+    """A batch sampler whose batches are one rank's rows of each optimizer step.
+
+    Args:
+        order: Row indices of an epoch, the same on every rank.
+        rows_per_step: Of all ranks together.
+        rank, num_ranks: Which part is this one's.
+        drop_last: Whether an incomplete last step is left out.
+    """
+
+    def __init__(
+        self, order: Sampler[int], rows_per_step: int, rank: int = 0, num_ranks: int = 1, *, drop_last: bool = False
+    ) -> None:
+        self.order, self.rows_per_step, self.rank, self.num_ranks = order, rows_per_step, rank, num_ranks
+        self.drop_last = drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self._part(rows) for rows in self._steps())
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.order), self.rows_per_step)
+        return full + (rest > 0 and not self.drop_last)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go by the order of that epoch."""
+        if hasattr(self.order, "set_epoch"):
+            self.order.set_epoch(epoch)
+
+    def rows_of(self, epoch: int, step: int) -> list[int]:
+        """Row indices of one step of an epoch, of all ranks."""
+        self.set_epoch(epoch)
+        return next(islice(self._steps(), step, None), [])
+
+    def _steps(self) -> Iterator[list[int]]:
+        indices = iter(self.order)
+        while rows := list(islice(indices, self.rows_per_step)):
+            if len(rows) == self.rows_per_step or not self.drop_last:
+                yield rows
+
+    def _part(self, rows: list[int]) -> list[int]:
+        begin, end = (len(rows) * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
+        # ~i marks row i as a ghost: there are fewer rows than ranks.
+        return rows[begin:end] or [~rows[0]]
+
+
+class StepRows:
+    """The rows of a dataset; index ~i gives row i as a ghost, which trains nothing.
+
+    Args:
+        dataset: With a length, its rows mappings.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        return {**self.dataset[~index], GHOST: True} if index < 0 else self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+        """Several at once, as `datasets` is fastest at."""
+        if not hasattr(self.dataset, "__getitems__") or any(index < 0 for index in indices):
+            return [self[index] for index in indices]
+        return self.dataset.__getitems__(list(indices))
+
+
+class StepLoader(DataLoader):
+    """A dataloader over `StepSampler` that can be told the epoch, as accelerate's can."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go by the order of that epoch."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+def step_order(sampler: Sampler[int], dataset: Any, args: Any) -> Sampler[int]:
+    """An order of rows that follows from seed and epoch alone: accelerate's, in place of torch's random one.
+
+    Args:
+        sampler: Upstream's choice; any but a plain random one is kept.
+        dataset: What it orders.
+        args: With ``seed`` and ``data_seed``.
+    """
+    if type(sampler) is not RandomSampler:
+        return sampler
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return SeedableRandomSampler(dataset, data_seed=seed)
+
+
+def step_loader(rows: StepRows, steps: StepSampler, collator: Any, args: Any) -> StepLoader:
+    """The dataloader of optimizer steps, with upstream's worker settings.
+
+    Not prepared by accelerate, which would share the steps out once more; a `StepBatch` goes to the device one
+    micro-batch at a time.
+    """
+    return StepLoader(
+        rows,
+        batch_sampler=steps,
+        collate_fn=collator,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )

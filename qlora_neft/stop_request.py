@@ -1,0 +1,70 @@
+"""SIGINT and SIGTERM as a request that training can answer when it suits; the second one is an order."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Whether someone asked training to stop, and since when.
+
+    Args:
+        grace_seconds: Time to finish the step and to write a checkpoint. A step that takes more than half of it is
+            given up; the checkpoint is then of the step before.
+        on_request: Told the signal, once.
+    """
+
+    def __init__(self, grace_seconds: float, on_request: Callable[[str], None] | None = None) -> None:
+        self.grace_seconds, self.on_request = grace_seconds, on_request
+        self.signal: signal.Signals | None = None
+        self._since = 0.0
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop after this step."""
+        return self.signal is not None
+
+    def overdue(self) -> bool:
+        """Whether the step has to be given up for the checkpoint to be written in time."""
+        return self.requested and time.monotonic() - self._since > self.grace_seconds / 2
+
+    def request(self, number: int) -> None:
+        """Ask; asked a second time, stop at once.
+
+        Raises:
+            KeyboardInterrupt: The second time.
+        """
+        if self.requested:
+            raise KeyboardInterrupt
+        self.signal, self._since = signal.Signals(number), time.monotonic()
+        if self.on_request:
+            self.on_request(self.signal.name)
+
+
+@contextmanager
+def answered(stop: StopRequest) -> Iterator[StopRequest]:
+    """Let signals ask ``stop`` for the time of a block; afterwards they do what they did before.
+
+    Python hears signals in its main thread only: elsewhere the block runs as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.request(number)
+
+    previous: dict[int, Any] = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
