@@ -61,6 +61,11 @@ def find_beginning(output_dir: Path, recipe: Mapping[str, Any], resume: str = "a
         _check_writable(output_dir)
         return Beginning() if resume in ("auto", "never") else _from_elsewhere(Path(resume), recipe)
     earlier = read_run_file(output_dir)
+    if earlier is None and (output_dir / "recipe.yaml").exists():
+        raise UserInputError(
+            f"--output-dir: {str(output_dir)!r} holds {_state(output_dir)}, without {RUN_FILE} to go on from. Give a new "
+            "folder, or remove this one."
+        )
     if earlier is None:
         raise UserInputError(
             f"--output-dir: {str(output_dir)!r} is not empty, and nothing in it may be lost. Give a new folder."
