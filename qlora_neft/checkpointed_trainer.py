@@ -9,12 +9,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapter import save_adapter
 from .checkpoint_files import find_checkpoints, new_checkpoint, prune, read_checkpoint
 from .clean_evaluation import CleanEvaluationTrainer
+from .disk_errors import disk_problem
 from .errors import RunFailed, UserInputError
 
 PROGRESS = "progress.json"
@@ -49,8 +51,11 @@ class CheckpointedTrainer(CleanEvaluationTrainer):
         if self.args.should_save:
             try:
                 self._write_checkpoint(Path(self.args.output_dir))
-            except OSError as error:
-                raise RunFailed(self._cannot_save(error)) from error
+            except (OSError, RuntimeError, SafetensorError) as error:
+                cause = disk_problem(error) or (isinstance(error, OSError) and (error.strerror or str(error)))
+                if not cause:
+                    raise
+                raise RunFailed(self._cannot_save(cause)) from error
         self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, output_dir: Path) -> None:
@@ -69,12 +74,12 @@ class CheckpointedTrainer(CleanEvaluationTrainer):
         if self.on_checkpoint:
             self.on_checkpoint(output_dir / f"checkpoint-{step}")
 
-    def _cannot_save(self, error: OSError) -> str:
+    def _cannot_save(self, cause: str) -> str:
         newest = find_checkpoints(Path(self.args.output_dir)).newest
         state = f"The checkpoint of step {newest.step} is sound" if newest else "There is no earlier checkpoint"
         return (
             f"the checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir!r} "
-            f"({error.strerror or error}). {state}. Free space or mend the folder, and run the same command again."
+            f"({cause}). {state}. Free space or mend the folder, and run the same command again."
         )
 
     # ---- Reading ----

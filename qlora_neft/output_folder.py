@@ -34,10 +34,16 @@ def restore_from_mirror(mirror_dir: str | None, output_dir: Path, say: Callable[
     """Bring back what a mirror holds, where the folder itself is gone: the session that had it vanished."""
     if mirror_dir is None or not Path(mirror_dir).expanduser().is_dir():
         return
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    if output_dir.exists() and (not output_dir.is_dir() or _visible(output_dir)):
         return
     with claimed(output_dir):
-        found = restore(Path(mirror_dir).expanduser(), output_dir)
+        try:
+            found = restore(Path(mirror_dir).expanduser(), output_dir)
+        except OSError as error:
+            raise UserInputError(
+                f"machine.mirror_dir: {mirror_dir!r} cannot be restored to {str(output_dir)!r} ({error}). Free the "
+                "cause, and run the same command again."
+            ) from error
     if found is not None:
         say(f"restored from the mirror {mirror_dir}: checkpoint of step {found.step}")
 
@@ -54,6 +60,11 @@ def read_summary(output_dir: Path) -> dict[str, Any]:
         raise UserInputError(
             f"--output-dir: {str(output_dir / 'summary.json')!r} cannot be read ({error}). Remove it to finish the run."
         ) from error
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What is in a folder, leftovers of a process that was killed not counted."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
 def _make(output_dir: Path) -> list[Path]:

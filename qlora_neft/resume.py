@@ -14,7 +14,6 @@ from .errors import UserInputError
 from .json_file import write_json
 
 RUN_FILE = "run.json"
-LOCK_FILE = ".run.lock"
 # Keys outside the machine section that change no weight: what is measured, and what is refused.
 NOT_LEARNED = {
     "data.eval_path",
@@ -63,8 +62,8 @@ def find_beginning(output_dir: Path, recipe: Mapping[str, Any], resume: str = "a
     earlier = read_run_file(output_dir)
     if earlier is None and (output_dir / "recipe.yaml").exists():
         raise UserInputError(
-            f"--output-dir: {str(output_dir)!r} holds {_state(output_dir)}, without {RUN_FILE} to go on from. Give a new "
-            "folder, or remove this one."
+            f"--output-dir: {str(output_dir)!r} holds {_state(output_dir)}, without {RUN_FILE} to go on from. Give a "
+            "new folder, or remove this one."
         )
     if earlier is None:
         raise UserInputError(
@@ -136,9 +135,15 @@ def check_identity(earlier: Mapping[str, Any] | None, now: Mapping[str, str]) ->
 
 def _continued(output_dir: Path, earlier: dict[str, Any], resume: str) -> Beginning:
     named = Path(resume)
-    if resume != "auto" and named.resolve() != output_dir.resolve():
-        return Beginning(read_checkpoint(named), earlier)
     found = find_checkpoints(output_dir)
+    if resume != "auto" and named.resolve() != output_dir.resolve():
+        checkpoint = read_checkpoint(named)
+        if found.newest and found.newest.step > checkpoint.step:
+            raise UserInputError(
+                f"--resume: {named.name} is not the newest checkpoint of {str(output_dir)!r}, which is "
+                f"{found.newest.path.name}. To go back, give a new --output-dir."
+            )
+        return Beginning(checkpoint, earlier)
     notes = [f"{path.name} is damaged and left out: {'; '.join(reasons)}" for path, reasons in found.damaged]
     if found.newest is None:
         notes.append(f"{output_dir}: no sound checkpoint there; this run begins at step 0")
@@ -175,7 +180,7 @@ def _learned(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_occupied(output_dir: Path) -> bool:
-    return output_dir.exists() and any(path.name != LOCK_FILE for path in output_dir.iterdir())
+    return output_dir.exists() and any(not path.name.startswith(".") for path in output_dir.iterdir())
 
 
 def _state(output_dir: Path) -> str:

@@ -87,9 +87,9 @@ def run(
         if dry_run:
             return facts
         with claimed(output_dir) if main else nullcontext():
-            beginning = find_beginning(output_dir, recipe.to_dict(), resume)  # again: now it is ours alone
             if main:
                 remove_leftovers(output_dir)
+            beginning = find_beginning(output_dir, recipe.to_dict(), resume)  # again: now it is ours alone
             trainer = trainer_of(trainer_class, recipe, policy, plan, tokenizer, data, output_dir)
             summary = train_and_measure(recipe, trainer, tokenizer, data, plan, beginning, output_dir, console)
             summary = {**facts, **summary, "wall_seconds": round(time.monotonic() - started, 2)}

@@ -177,7 +177,9 @@ def _mirrored(recipe: Recipe, output_dir: Path, trainer: QLoRANeftTrainer) -> It
         yield mirror
     finally:
         if not mirror.close(MIRROR_SECONDS):
-            trainer.say(f"mirror {recipe.machine.mirror_dir}: not everything was copied in {MIRROR_SECONDS} s")
+            trainer.say(
+                f"mirror {recipe.machine.mirror_dir}: not everything could be copied; the run's own folder is whole"
+            )
 
 
 def _measured_before(beginning: Beginning) -> Measurement | None:

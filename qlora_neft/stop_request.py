@@ -25,6 +25,7 @@ class StopRequest:
     def __init__(self, grace_seconds: float, on_request: Callable[[str], None] | None = None) -> None:
         self.grace_seconds, self.on_request = grace_seconds, on_request
         self.signal: signal.Signals | None = None
+        self._is_heard = False
         self._since = 0.0
 
     @property
@@ -42,11 +43,17 @@ class StopRequest:
         Raises:
             KeyboardInterrupt: The second time.
         """
-        if self.requested:
+        if self._is_heard:
             raise KeyboardInterrupt
-        self.signal, self._since = signal.Signals(number), time.monotonic()
+        self._is_heard = True
+        self.agree(number)
         if self.on_request:
-            self.on_request(self.signal.name)
+            self.on_request(signal.Signals(number).name)
+
+    def agree(self, number: int) -> None:
+        """Stop because another process of this run was asked to; the first signal here is then no order yet."""
+        if not self.requested:
+            self.signal, self._since = signal.Signals(number), time.monotonic()
 
 
 @contextmanager

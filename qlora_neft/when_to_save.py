@@ -29,26 +29,28 @@ class WhenToSave(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint if one is due."""
-        stop, due = self._agreed(args, self._is_stopping(), self._is_due())
-        if stop:
+        number, due = self._agreed(args, self._stop_signal(), self._is_due())
+        if number:
             control.should_training_stop, control.should_evaluate = True, False
-        control.should_save = control.should_save or stop or due
+            if self.stop is not None:
+                self.stop.agree(number)  # else a rank that heard nothing would take the run for finished
+        control.should_save = bool(control.should_save or number or due)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock anew."""
         self._saved = time.monotonic()
 
-    def _is_stopping(self) -> bool:
-        return self.stop is not None and self.stop.requested
+    def _stop_signal(self) -> int:
+        return 0 if self.stop is None or self.stop.signal is None else int(self.stop.signal)
 
     def _is_due(self) -> bool:
         minutes = self.save_every_minutes
         return minutes is not None and time.monotonic() - self._saved >= 60 * minutes
 
-    def _agreed(self, args: Any, *wishes: bool) -> list[bool]:
-        """Whether any rank wishes each: signals and clocks reach ranks at different steps."""
+    def _agreed(self, args: Any, *wishes: int) -> list[int]:
+        """What any rank wishes of each: signals and clocks reach ranks at different steps."""
         if args.world_size == 1:
             return list(wishes)
         asked = torch.tensor(wishes, dtype=torch.int32, device=args.device)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return [bool(wish) for wish in asked]
+        return asked.tolist()
