@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -34,12 +35,14 @@ class Part:
         writer: Of its sequences.
         tally: Of its rows.
         first_rows: Hash of what a row says, to the (source, number) of the first that says it.
+        used: Hashes of the rows that are trained on (or measured by) at all.
         digest: SHA-256 of all hashes, in order.
     """
 
     writer: SequenceWriter
     tally: Tally = field(default_factory=Tally)
     first_rows: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    used: Counter[bytes] = field(default_factory=Counter)
     digest: Any = field(default_factory=hashlib.sha256)
 
     def add(self, outcomes: Sequence[tuple[Outcome, int]], source: int, prefix: str) -> None:
@@ -47,9 +50,15 @@ class Part:
         sequences, rows = [], []
         for outcome, times in outcomes:
             self.tally.add(outcome.placed(prefix), self._earlier(outcome, source), times)
+            if outcome.hash is not None and times:
+                self.used[outcome.hash] += 1
             sequences += list(outcome.sequences) * times
             rows += [outcome.number] * (len(outcome.sequences) * times)
         self.writer.write(sequences, source, rows)
+
+    def num_rows_in(self, other: Part) -> int:
+        """How many rows say what a row of another part says."""
+        return sum(count for said, count in self.used.items() if said in other.used)
 
     def _earlier(self, outcome: Outcome, source: int) -> str | None:
         """The row that said the same before, in words."""

@@ -17,7 +17,7 @@ import tokenizers
 
 STATE = "state.json"
 # Raise it when the same rows would be prepared otherwise.
-VERSION = 2
+VERSION = 3
 
 
 def cache_root() -> Path:
@@ -78,11 +78,15 @@ def keep(folder: Path, key: str, state: dict[str, Any]) -> Path:
     target = cache_root() / key
     if folder.parent != target.parent:
         return folder
-    if load_state(key) is not None:  # another process was faster
+    with contextlib.suppress(OSError):
+        os.rename(folder, target)
+        return target
+    if load_state(key) is None:  # what is there is no data
         return folder
-    shutil.rmtree(target, ignore_errors=True)
-    try:
-        os.replace(folder, target)
-    except OSError:
-        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # another process was faster
     return target
+
+
+def forget(key: str) -> None:
+    """Remove data that turned out to be damaged."""
+    shutil.rmtree(cache_root() / key, ignore_errors=True)

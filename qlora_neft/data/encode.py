@@ -76,13 +76,12 @@ class Encoder:
 
     def _encoded(self, pieces: Sequence[Piece], text: str, encoding: Any) -> Encoded:
         ids, offsets = _without_added_end(encoding.ids, encoding.offsets)
+        starts, ends = _ranges(text, offsets)
         bounds = _bounds(pieces)
-        crossed = [begin for begin, _ in bounds if begin and _is_crossed(begin, text, offsets)]
-        if crossed and self._joins:
-            return self._apart(_cut(text, bounds), cut=True)
+        crossed = any(((starts < begin) & (begin < ends)).any() for begin, _ in bounds if begin)
+        if self._joins and (crossed or any(_may_differ(text, begin) for begin, _ in bounds)):
+            return self._apart(_cut(text, bounds), cut=crossed)
         trained = np.zeros(len(ids), dtype=bool)
-        starts = np.fromiter((start for start, _ in offsets), dtype=np.int64, count=len(ids))
-        ends = np.fromiter((end for _, end in offsets), dtype=np.int64, count=len(ids))
         for begin, end in bounds:
             trained |= (starts >= begin) & (starts < end) & (ends > starts)
         return Encoded(np.asarray(ids, dtype=np.int32), trained, "across" if crossed else None)
@@ -165,18 +164,32 @@ def _cut(text: str, bounds: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]
     return [(text[a:b], a in begins) for a, b in pairwise(edges)]
 
 
-def _is_crossed(begin: int, text: str, offsets: Sequence[tuple[int, int]]) -> bool:
-    """Whether a token holds characters on both sides of a place.
+def _ranges(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Where each token begins and ends in the text, int64 (L,) each.
 
-    Tokenizers that trim offsets (byte-level BPE does) leave the white space in front of a word out of its token's
-    range: there, white space before the place that no token covers belongs to the token behind it.
+    Byte-level tokenizers may trim offsets: the spaces in front of a word are left out of its token's range, and a token
+    of spaces alone has an empty one. Spaces that belong to no token belong to the one behind them.
     """
-    covered = False
-    for start, end in offsets:
-        if start < begin < end:
-            return True
-        covered |= start < end == begin
-    return not covered and text[begin - 1].isspace()
+    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T.copy()
+    before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
+    for i in np.flatnonzero(starts > before):
+        if text[before[i] : starts[i]].isspace():
+            starts[i] = before[i]
+    return starts, ends
+
+
+def _may_differ(text: str, begin: int) -> bool:
+    """Whether the text before a place may be tokenized otherwise with what follows than without it.
+
+    No token need reach across for that: pre-tokenizers give the last of several spaces to the word behind them, and
+    within a word, a number or a run of signs the merges depend on all of it.
+    """
+    if begin == 0 or begin == len(text):
+        return False
+    before, after = text[begin - 1], text[begin]
+    if before.isspace():
+        return after.isspace() or (begin > 1 and text[begin - 2].isspace())
+    return not after.isspace() and before.isalnum() == after.isalnum()
 
 
 def _without_added_end(ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:

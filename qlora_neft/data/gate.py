@@ -138,7 +138,7 @@ def _left_out(tally: Tally, limits: Limits, max_length: int, key: str) -> str | 
 def _no_end(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
     if not tally.sequences or tally.ended:
         return None
-    if tally.truncated_sequences == tally.sequences:
+    if tally.truncated_sequences >= tally.sequences:
         return (
             f"data.keep_end_token: every response of {key} is cut, so the model would never learn to stop. Set it to "
             "true, or raise data.max_length."

@@ -137,7 +137,7 @@ def _prepare(
             "eval_sha256": held_out and held_out.digest.hexdigest(),
             "sources": described,
             "eval_sources": described_eval,
-            "overlap": len(train.first_rows.keys() & held_out.first_rows.keys()) if held_out else 0,
+            "overlap": held_out.num_rows_in(train) if held_out else 0,
             "stop_token_ids": sorted(tokenizer.convert_tokens_to_ids(end) for end in ends),
             "eos_token": tokenizer.eos_token,
         }
@@ -147,9 +147,12 @@ def _prepare(
 def _load(key: str) -> Ready | None:
     found = cache.load_state(key)
     try:
-        return found and _opened(*found)
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError):  # damaged: prepare it anew
-        return None
+        if found is not None:
+            return _opened(*found)
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+        pass
+    cache.forget(key)  # damaged, if anything: prepare it anew
+    return None
 
 
 def _opened(folder: Path, state: dict[str, Any]) -> Ready:
@@ -181,8 +184,8 @@ def _key(
 
 def _source_key(source: Source) -> list[Any]:
     template = read_jinja(source.prompt_template) if _is_file(source) else source.prompt_template
-    # The path is in it for the report, which names it.
-    return [source.path, source_fingerprint(source), source.format, template, source.weight]
+    # The paths are in it for the report, which names them.
+    return [source.path, source_fingerprint(source), source.format, source.prompt_template, template, source.weight]
 
 
 def _is_file(source: Source) -> bool:
