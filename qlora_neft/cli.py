@@ -131,6 +131,28 @@ def preview(
 
 
 @app.command()
+def fit(
+    name: RecipeArgument,
+    overrides: OverridesArgument = None,
+    vram: Annotated[
+        str | None, typer.Option(metavar="24GiB|CARD", help="Memory or name of the card; default: this machine's.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw the memory as a PNG.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether a run fits, before any download.
+
+    No weight is read and no GPU is needed.
+    """
+    from .recipe import load_recipe
+
+    recipe = load_recipe(name, overrides or ())
+    from . import cli_fit
+
+    cli_fit.show(recipe, name, vram=vram, picture_path=picture, as_json=as_json)
+
+
+@app.command()
 def noise(
     name: RecipeArgument,
     overrides: OverridesArgument = None,

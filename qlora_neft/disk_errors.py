@@ -7,6 +7,7 @@ import errno
 from safetensors import SafetensorError
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOTCONN}
+_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
 def disk_problem(error: BaseException) -> str | None:
@@ -16,6 +17,6 @@ def disk_problem(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, SafetensorError) and "os error" in text:
         return text.removeprefix("Error while serializing: ").removeprefix("I/O error: ")
-    if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
+    if isinstance(error, RuntimeError) and any(word in text for word in _TORCH_SAVE):
         return "No space left on device, or it cannot be written to"  # torch.save does not say which
     return None

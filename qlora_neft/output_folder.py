@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import UserInputError
+from safetensors import SafetensorError
+
+from .checkpoint_files import find_checkpoints
+from .disk_errors import disk_problem
+from .errors import RunFailed, UserInputError
 from .mirror import restore
+from .resume import check_same, read_run_file
 from .run_lock import run_lock
 
 
@@ -30,10 +35,40 @@ def claimed(output_dir: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def restore_from_mirror(mirror_dir: str | None, output_dir: Path, say: Callable[[str], None]) -> None:
-    """Bring back what a mirror holds, where the folder itself is gone: the session that had it vanished."""
+@contextmanager
+def failing_with_the_disk(output_dir: Path) -> Iterator[None]:
+    """Let a run fail with a message where its disk does.
+
+    Raises:
+        RunFailed: In place of the errors of a disk that is full or cannot be written to.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = disk_problem(error)
+        if cause is None:
+            raise
+        newest = find_checkpoints(output_dir).newest
+        state = f"The checkpoint of step {newest.step} is sound" if newest else "There is no checkpoint yet"
+        raise RunFailed(
+            f"{str(output_dir)!r} cannot be written to ({cause}). {state}. Free space or mend the folder, and run the "
+            "same command again."
+        ) from error
+
+
+def restore_from_mirror(
+    mirror_dir: str | None, output_dir: Path, recipe: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """Bring back what a mirror holds, where the folder itself is gone: the session that had it vanished.
+
+    Raises:
+        UserInputError: If the mirror is that of another recipe's run.
+    """
     if mirror_dir is None or not Path(mirror_dir).expanduser().is_dir():
         return
+    mirrored = read_run_file(Path(mirror_dir).expanduser())
+    if mirrored is not None:
+        check_same(mirrored["recipe"], recipe, Path(mirror_dir), key="machine.mirror_dir")
     if output_dir.exists() and (not output_dir.is_dir() or _visible(output_dir)):
         return
     with claimed(output_dir):

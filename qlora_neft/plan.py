@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,6 +34,7 @@ class RunPlan:
         optim: Optimizer, its states paged only where there is a GPU to page from.
         logging_steps, eval_steps, clean_loss_steps: Optimizer steps between two of each; 0 for never.
         notes: What was decided and why, one line each.
+        memory_estimate: ``peak_bytes`` and ``terms`` by the planner, None where it was not asked.
     """
 
     num_steps: int
@@ -47,6 +49,7 @@ class RunPlan:
     eval_steps: int
     clean_loss_steps: int
     notes: tuple[str, ...]
+    memory_estimate: dict[str, Any] | None = None
 
 
 def plan_run(

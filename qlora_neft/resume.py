@@ -84,7 +84,7 @@ def find_beginning(output_dir: Path, recipe: Mapping[str, Any], resume: str = "a
     return _continued(output_dir, earlier, resume)
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path, key: str = "--output-dir") -> None:
     """Refuse to go on with a run under a recipe that learns something else.
 
     Raises:
@@ -95,17 +95,19 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -
     if different:
         lines = [f"  {key}: {json.dumps(old.get(key))} before, {json.dumps(new.get(key))} now" for key in different]
         raise UserInputError(
-            f"--output-dir: {str(where)!r} holds a run that learns something else:\n" + "\n".join(lines) + "\n"
-            "Only the machine section may change on the way. Take the recipe of that run, or give a new --output-dir."
+            f"{key}: {str(where)!r} holds a run that learns something else:\n" + "\n".join(lines) + "\n"
+            f"Only the machine section may change on the way. Take the recipe of that run, or give a new {key}."
         )
 
 
 def read_run_file(output_dir: Path) -> dict[str, Any] | None:
     """What ``run.json`` says, None without one that can be read."""
     try:
-        return json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+        content = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    is_ours = isinstance(content, dict) and isinstance(content.get("recipe"), dict)
+    return content if is_ours else None
 
 
 def write_run_file(output_dir: Path, content: dict[str, Any]) -> None:
@@ -162,7 +164,7 @@ def _from_elsewhere(source: Path, recipe: Mapping[str, Any]) -> Beginning:
         raise UserInputError(
             f"--resume: {str(source)!r} holds no sound checkpoint. Name a run's folder or a checkpoint."
         )
-    check_same(checkpoint.about.get("recipe", {}), recipe, source)
+    check_same(checkpoint.about.get("recipe", {}), recipe, source, key="--resume")
     return Beginning(checkpoint, dict(checkpoint.about), notes=notes)
 
 

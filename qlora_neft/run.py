@@ -11,11 +11,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from .checkpoint_files import remove_leftovers
 from .console import make_console, say
 from .data import PreparedData
-from .json_file import write_json
-from .output_folder import claimed, read_summary, restore_from_mirror
+from .output_folder import claimed, failing_with_the_disk, read_summary, restore_from_mirror
 from .plan import RunPlan
 from .precision import PrecisionPolicy
 from .processes import is_main_process
@@ -25,7 +26,7 @@ from .recipe import Recipe
 from .resume import find_beginning
 from .rows_progress import RowsProgress
 from .run_lines import data_lines, noise_line
-from .run_record import hardware, peak_memory, versions
+from .run_record import hardware, versions
 from .session import train_and_measure
 from .tokenizer import load_tokenizer
 from .trainer import QLoRANeftTrainer
@@ -70,33 +71,38 @@ def run(
     main, console = is_main_process(), make_console(quiet=quiet, silent=not is_main_process())
     with quiet_libraries():
         if main and not dry_run:
-            restore_from_mirror(recipe.machine.mirror_dir, output_dir, lambda line: say(console, [line]))
+            restore_from_mirror(
+                recipe.machine.mirror_dir, output_dir, recipe.to_dict(), lambda line: say(console, [line])
+            )
         beginning = find_beginning(output_dir, recipe.to_dict(), resume)
         if beginning.finished:
-            say(console, [f"{output_dir}: this run is finished; nothing is left to do"])
-            return read_summary(output_dir)
+            return _finished(output_dir, console)
         policy = policy_of(recipe)
         config = check_base_config(model_path(recipe), revision=recipe.model.revision)
         check_context(config, recipe.data.max_length)
         tokenizer = load_tokenizer(model_path(recipe), revision=recipe.model.revision)
         data = data_of(recipe, tokenizer, progress=RowsProgress(console))
         check_vocabulary(config, data.largest_token_id)
-        plan = plan_of(recipe, policy, data)
+        plan = plan_of(recipe, policy, data, config)
         say(console, _lines_before(recipe, policy, data, plan))
         facts = _facts(recipe, policy, data, plan)
         if dry_run:
             return facts
-        with claimed(output_dir) if main else nullcontext():
+        with failing_with_the_disk(output_dir), claimed(output_dir) if main else nullcontext():
             if main:
                 remove_leftovers(output_dir)
             beginning = find_beginning(output_dir, recipe.to_dict(), resume)  # again: now it is ours alone
+            if beginning.finished:  # by another process, meanwhile
+                return _finished(output_dir, console)
             trainer = trainer_of(trainer_class, recipe, policy, plan, tokenizer, data, output_dir)
-            summary = train_and_measure(recipe, trainer, tokenizer, data, plan, beginning, output_dir, console)
-            summary = {**facts, **summary, "wall_seconds": round(time.monotonic() - started, 2)}
-            summary["peak_memory"] = peak_memory(policy.device)
-            if main:
-                write_json(output_dir / "summary.json", summary)
-    return summary
+            return train_and_measure(
+                recipe, trainer, tokenizer, data, plan, facts, beginning, output_dir, console, started
+            )
+
+
+def _finished(output_dir: Path, console: Console) -> dict[str, Any]:
+    say(console, [f"{output_dir}: this run is finished; nothing is left to do"])
+    return read_summary(output_dir)
 
 
 def _facts(recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, plan: RunPlan) -> dict[str, Any]:

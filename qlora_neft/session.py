@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +23,7 @@ from .length_plot import plot_lengths
 from .lora import count_parameters, count_trainable
 from .loss_plot import plot_losses
 from .measure import Measurement, measure
+from .memory_probe import cuda_probe
 from .mirror import Mirror
 from .plan import RunPlan
 from .processes import is_main_process
@@ -28,7 +31,7 @@ from .quantization import base_fingerprint, frozen_fingerprints
 from .recipe import Recipe
 from .resume import Beginning, check_identity, write_run_file
 from .run_lines import lines_after, title
-from .run_record import MetricsFile
+from .run_record import MetricsFile, peak_memory
 from .stop_request import StopRequest, answered
 from .trainer import QLoRANeftTrainer
 from .unpack import report_of
@@ -44,14 +47,16 @@ def train_and_measure(
     tokenizer: Any,
     data: PreparedData,
     plan: RunPlan,
+    facts: dict[str, Any],
     beginning: Beginning,
     output_dir: Path,
     console: Console,
+    started: float,
 ) -> dict[str, Any]:
     """Carry a run to its end, or to the checkpoint at which it is asked to stop.
 
     Returns:
-        What came of it, for ``summary.json``.
+        ``facts`` and what came of it: the content of ``summary.json``.
 
     Raises:
         UserInputError: If data or base are not those the run began with.
@@ -62,14 +67,15 @@ def train_and_measure(
     identity = {"data_sha256": _data_sha256(data), "base_sha256": base_fingerprint(frozen)}
     check_identity(beginning.earlier, identity)
     answers, stops = recipe.machine.eval_answers, data.stop_token_ids
-    before = _measured_before(beginning) or measure(trainer, tokenizer, data.eval, answers, stops)
-    about = {"recipe": recipe.to_dict(), **identity, "before": _plain(before)}
+    measured_on = {"rows": data.report["eval"] and data.report["eval"]["sha256"], "answers": answers}
+    before = _measured_before(beginning, measured_on) or measure(trainer, tokenizer, data.eval, answers, stops)
+    about = {"recipe": recipe.to_dict(), **identity, "before": _plain(before), "measured_on": measured_on}
     metrics = _open_records(recipe, data, plan, beginning, about, before, output_dir)
     decisions: list[str] = []
     trainer.say = _saying(console, decisions)
     trainer.checkpoint_about = about
     with _mirrored(recipe, output_dir, trainer) as mirror:
-        _train(recipe, trainer, console, metrics, beginning, output_dir)
+        _train(recipe, trainer, plan, console, metrics, beginning, output_dir)
         if frozen_fingerprints(trainer.model) != frozen:
             raise RunFailed("the frozen base changed during training; nothing was saved. Please report this.")
         tokenizer.chat_template = data.chat_template or tokenizer.chat_template
@@ -78,6 +84,7 @@ def train_and_measure(
         after = measure(trainer, tokenizer, data.eval, answers, stops)
         drawn = _close_records(recipe, metrics, trainer.state.global_step, after, output_dir)
         summary = {
+            **facts,
             "status": "done",
             "steps": trainer.state.global_step,
             "tokens_seen": trainer.tokens_seen,
@@ -92,7 +99,12 @@ def train_and_measure(
             "before": finite(before.summary()),
             "after": finite(after.summary()),
             "train_seconds": round(trainer.train_seconds, 2),
+            "wall_seconds": round(time.monotonic() - started, 2),
+            "peak_memory": peak_memory(trainer.args.device),
+            "memory": _memory(plan, peak_memory(trainer.args.device)),
         }
+        if is_main_process():
+            write_json(output_dir / "summary.json", summary)
         if mirror is not None:
             mirror.files([path.name for path in output_dir.iterdir() if path.is_file()])
     show_result(console, before.summary(), after.summary())
@@ -104,6 +116,7 @@ def train_and_measure(
 def _train(
     recipe: Recipe,
     trainer: QLoRANeftTrainer,
+    plan: RunPlan,
     console: Console,
     metrics: MetricsFile,
     beginning: Beginning,
@@ -112,7 +125,8 @@ def _train(
     machine, progress = recipe.machine, ProgressLines(console)
     stop = StopRequest(machine.grace_seconds, lambda name: say(console, [_stopping(name)]))
     minutes = None if machine.save_every_minutes == 0 else machine.save_every_minutes
-    for callback in (WhenToSave(minutes, stop), metrics, progress):
+    probe = cuda_probe(trainer, plan.memory_estimate and plan.memory_estimate["peak_bytes"])
+    for callback in (WhenToSave(minutes, stop), metrics, progress, *([probe] if probe else [])):
         trainer.add_callback(callback)
     trainer.stop = stop
     checkpoint = beginning.checkpoint
@@ -173,18 +187,31 @@ def _mirrored(recipe: Recipe, output_dir: Path, trainer: QLoRANeftTrainer) -> It
         mirror.checkpoint(checkpoint)
 
     trainer.on_checkpoint = copy
+    seconds = MIRROR_SECONDS
     try:
         yield mirror
+    except KeyboardInterrupt:
+        seconds = 0  # a second signal: at once
+        raise
     finally:
-        if not mirror.close(MIRROR_SECONDS):
+        if not mirror.close(seconds):
             trainer.say(
                 f"mirror {recipe.machine.mirror_dir}: not everything could be copied; the run's own folder is whole"
             )
 
 
-def _measured_before(beginning: Beginning) -> Measurement | None:
-    stored = (beginning.earlier or {}).get("before")
-    if stored is None:
+def _memory(plan: RunPlan, peak: dict[str, int]) -> dict[str, Any]:
+    """Estimate and measurement side by side; on a CPU the measurement holds Python and its libraries as well."""
+    estimate = plan.memory_estimate or {"peak_bytes": None, "terms": None}
+    measured = peak.get("cuda_reserved_bytes", peak["host_bytes"])
+    return {"estimated_peak_bytes": estimate["peak_bytes"], "measured_peak_bytes": measured, "terms": estimate["terms"]}
+
+
+def _measured_before(beginning: Beginning, measured_on: dict[str, Any]) -> Measurement | None:
+    """What the run's first session measured, if it was on what is measured now."""
+    earlier = beginning.earlier or {}
+    stored = earlier.get("before")
+    if stored is None or earlier.get("measured_on") != measured_on:
         return None
     return Measurement(**{**stored, "answers": [Answer(**answer) for answer in stored["answers"]]})
 
@@ -212,7 +239,8 @@ def _stopping(name: str) -> str:
 
 def _how_to_go_on(trainer: QLoRANeftTrainer, output_dir: Path) -> str:
     state = trainer.state
+    command = shlex.join(["qlora-neft", "train", str(output_dir / "recipe.yaml"), "--output-dir", str(output_dir)])
     return (
         f"stopped after step {state.global_step} of {state.max_steps}; the checkpoint is written. To go on:\n"
-        f"  qlora-neft train {output_dir / 'recipe.yaml'} --output-dir {output_dir}"
+        f"  {command}"
     )

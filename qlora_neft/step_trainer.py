@@ -35,6 +35,16 @@ class StepGivenUp(Exception):
     """The step under way was left, its gradients with it; everything before it stands."""
 
 
+@contextmanager
+def ungathered(accelerator: Any) -> Iterator[None]:
+    """Let ``gather_for_metrics`` return what it is given."""
+    accelerator.gather_for_metrics = lambda values, *_, **__: values  # in front of the class's own
+    try:
+        yield
+    finally:
+        del accelerator.gather_for_metrics
+
+
 class StepTrainer(CheckpointedTrainer):
     """One dataloader batch is one optimizer step; `training_step` splits it into micro-batches.
 
@@ -116,6 +126,15 @@ class StepTrainer(CheckpointedTrainer):
                 self._shrink(micro, model, error, last=last, splits=step.collator is not None)
                 return None
         return loss
+
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; what TRL counts beside the loss while training (entropy, accuracy, tokens) is this rank's own.
+
+        TRL gathers it in every micro-batch, and ranks split a step into different numbers of them: they would wait
+        for each other forever.
+        """
+        with ungathered(self.accelerator) if model.training else nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
 
     def _shrink(
         self, micro: MicroBatch, model: torch.nn.Module, error: RuntimeError, *, last: bool, splits: bool

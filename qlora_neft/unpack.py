@@ -7,6 +7,7 @@ which a look at the data does not need.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ import torch
 from .bundled import resolve_bundled
 from .data import Limits, PreparedData, Settings, Source, prepare_data
 from .data.lengths import padding_waste, sequence_lengths
+from .fit import Card
+from .fit.cards import host
 from .plan import RunPlan, plan_run
 from .precision import PrecisionPolicy, resolve_precision
 from .processes import choose_gpu
 from .recipe import Recipe
+from .unpack_fit import Planned, planned_for
 
 
 def policy_of(recipe: Recipe) -> PrecisionPolicy:
@@ -71,25 +75,37 @@ def _eval_sources(data: Any) -> list[Source]:
     return [Source(path, data.eval_split or "train", **common, key="data.eval_path")]
 
 
-def plan_of(recipe: Recipe, policy: PrecisionPolicy, data: PreparedData) -> RunPlan:
-    """How the run is carried out on this machine."""
+def plan_of(recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, config: Any = None) -> RunPlan:
+    """How the run is carried out on this machine.
+
+    Args:
+        recipe: What is learned.
+        policy: How this machine computes.
+        data: With the number of rows.
+        config: Of the base; without it nothing is planned by memory.
+    """
     train, machine = recipe.train, recipe.machine
-    return plan_run(
+    planned = Planned() if config is None else planned_for(recipe, config.to_dict(), _card(policy))
+    names = ("per_device_train_batch_size", "max_tokens_per_micro_batch", "per_device_eval_batch_size")
+    names += ("activation_checkpointing", "padding_free", "logging_steps", "eval_steps", "clean_loss_steps")
+    plan = plan_run(
         num_rows=len(data.train),
         effective_batch_size=train.effective_batch_size,
         num_train_epochs=train.num_train_epochs,
         max_steps=train.max_steps,
         optim=train.optim,
         device=policy.device,
-        per_device_train_batch_size=machine.per_device_train_batch_size,
-        max_tokens_per_micro_batch=machine.max_tokens_per_micro_batch,
-        per_device_eval_batch_size=machine.per_device_eval_batch_size,
-        activation_checkpointing=machine.activation_checkpointing,
-        padding_free=machine.padding_free,
-        logging_steps=machine.logging_steps,
-        eval_steps=machine.eval_steps,
-        clean_loss_steps=machine.clean_loss_steps,
+        **{name: planned.machine.get(name, getattr(machine, name)) for name in names},
     )
+    return replace(plan, notes=(*planned.notes, *plan.notes), memory_estimate=planned.estimate)
+
+
+def _card(policy: PrecisionPolicy) -> Card:
+    """The device this run is on, with the memory it really has."""
+    if policy.device.type != "cuda":
+        return host()
+    device = torch.cuda.get_device_properties(policy.device)
+    return Card(device.name, device.total_memory, has_bf16=policy.compute_dtype == torch.bfloat16)
 
 
 def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> dict[str, Any]:

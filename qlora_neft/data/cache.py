@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import json
@@ -61,6 +62,7 @@ def new_folder(key: str) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=root))
     except OSError:  # a cache that cannot be written to: prepare for this run alone
         folder = Path(tempfile.mkdtemp(prefix="qlora_neft-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         yield folder
     except BaseException:
@@ -78,13 +80,15 @@ def keep(folder: Path, key: str, state: dict[str, Any]) -> Path:
     target = cache_root() / key
     if folder.parent != target.parent:
         return folder
-    with contextlib.suppress(OSError):
-        os.rename(folder, target)
-        return target
-    if load_state(key) is None:  # what is there is no data
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)  # another process was faster
-    return target
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            os.rename(folder, target)
+            return target
+        if load_state(key) is not None:  # another process was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            return target
+        forget(key)  # what is there is no data
+    return folder
 
 
 def forget(key: str) -> None:

@@ -146,13 +146,13 @@ def _prepare(
 
 def _load(key: str) -> Ready | None:
     found = cache.load_state(key)
+    if found is None:
+        return None
     try:
-        if found is not None:
-            return _opened(*found)
+        return _opened(*found)
     except (OSError, pa.ArrowInvalid, KeyError, TypeError):
-        pass
-    cache.forget(key)  # damaged, if anything: prepare it anew
-    return None
+        cache.forget(key)  # damaged: prepare it anew
+        return None
 
 
 def _opened(folder: Path, state: dict[str, Any]) -> Ready:

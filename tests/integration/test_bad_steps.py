@@ -39,7 +39,7 @@ def with_room_for(trainer, rows, *, after=0, error=torch.OutOfMemoryError):
 
 @pytest.mark.parametrize(
     ("room", "after", "start"),
-    [(4, 0, 8), (2, 0, 8), (1, 0, 8), (3, 2, 8), (2, 1, 4)],  # the last: its first micro-batch fits, its second does not
+    [(4, 0, 8), (2, 0, 8), (1, 0, 8), (3, 2, 8), (2, 1, 4)],  # the last fails in a step's second part
 )
 def test_a_step_that_does_not_fit_is_split_and_taken_again(llama, tmp_path, room, after, start):
     whole = trainer_for(llama, tmp_path / "whole", max_tokens_per_micro_batch=10_000)

@@ -67,7 +67,6 @@ def test_texts_that_spell_the_template_change_nothing(kind):
     check()
 
 
-# Fails for bpe and bpe-trimmed while `Encoder` takes a prompt's last white space as it reads in front of a word.
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 def test_generation_begins_with_the_tokens_that_training_saw(kind):
     @examples(200)

@@ -188,14 +188,14 @@ def test_train_hands_the_recipe_to_run(fake_run, tmp_path):
     [(recipe, output_dir, kwargs)] = fake_run.calls
     assert recipe == load_recipe("demo", ["lora.r=4"])
     assert output_dir == tmp_path / "out"
-    assert kwargs == {"dry_run": True, "quiet": False}
+    assert kwargs == {"resume": "auto", "dry_run": True, "quiet": False}
 
 
 def test_train_json_prints_the_summary_alone(fake_run, tmp_path):
     result = invoke("train", "demo", "--output-dir", str(tmp_path), "--json")
     assert json.loads(result.stdout) == {"final": 1.5}
     assert "a library talks" in result.stderr
-    assert fake_run.calls[0][2] == {"dry_run": False, "quiet": True}
+    assert fake_run.calls[0][2] == {"resume": "auto", "dry_run": False, "quiet": True}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""GPUs by name: memory and datasheet speed. And the machine's own, asked without torch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from ..errors import UserInputError
+
+GIB = 2**30
+UNITS = {"gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6, "g": GIB, "m": 2**20, "": GIB}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device to train on.
+
+    Attributes:
+        name: As people call it.
+        memory: Bytes.
+        flops: Dense matrix products a second, float16 or bfloat16 with float32 sums, of the datasheet; None if unknown.
+        bandwidth: Bytes a second, of the datasheet; None if unknown.
+        has_bf16: Whether it computes in bfloat16 (compute capability 8.0 and up).
+        is_gpu: False for a CPU and its memory.
+    """
+
+    name: str
+    memory: int
+    flops: float | None = None
+    bandwidth: float | None = None
+    has_bf16: bool = True
+    is_gpu: bool = True
+
+
+# Memory is what the driver reports, a little below the round number. Speeds: NVIDIA's datasheets, without sparsity.
+CARDS = {
+    card.name: card
+    for card in (
+        Card("t4", int(14.75 * GIB), 65e12, 320e9, has_bf16=False),
+        Card("v100-16g", int(15.75 * GIB), 125e12, 900e9, has_bf16=False),
+        Card("rtx3060-12g", int(11.75 * GIB), 51e12, 360e9),
+        Card("rtx3090", int(23.6 * GIB), 71e12, 936e9),
+        Card("rtx4070-12g", int(11.7 * GIB), 58e12, 504e9),
+        Card("rtx4080-16g", int(15.7 * GIB), 97e12, 717e9),
+        Card("rtx4090", int(23.5 * GIB), 165e12, 1008e9),
+        Card("rtx5090", int(31.3 * GIB), 209e12, 1792e9),
+        Card("a10g-24g", int(22.3 * GIB), 70e12, 600e9),
+        Card("l4", int(22.2 * GIB), 121e12, 300e9),
+        Card("a5000-24g", int(23.6 * GIB), 111e12, 768e9),
+        Card("a6000-48g", int(47.4 * GIB), 155e12, 768e9),
+        Card("l40s", int(44.4 * GIB), 362e12, 864e9),
+        Card("a100-40g", int(39.4 * GIB), 312e12, 1555e9),
+        Card("a100-80g", int(79.1 * GIB), 312e12, 2039e9),
+        Card("h100-80g", int(79.1 * GIB), 989e12, 3350e9),
+        Card("h200", int(139.8 * GIB), 989e12, 4800e9),
+    )
+}
+
+
+def card_of(text: str) -> Card:
+    """A card by its name, or one of so much memory (``24GiB``, ``16``, ``8GB``).
+
+    Raises:
+        UserInputError: If it is neither.
+    """
+    wanted = text.strip().lower()
+    if wanted in CARDS:
+        return CARDS[wanted]
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", wanted)
+    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
+        raise UserInputError(
+            f"--vram: must be an amount of memory such as 24GiB, or a card ({', '.join(CARDS)}), got {text!r}."
+        )
+    memory = int(float(match[1]) * UNITS[match[2]])
+    return Card(f"a card of {memory / GIB:.4g} GiB", memory)
+
+
+def this_machine() -> Card:
+    """The first GPU of this machine as its driver describes it, else the machine's own memory."""
+    found = _ask_driver()
+    if found is None:
+        return host()
+    name, memory, capability = found
+    known = next((card for card in CARDS.values() if _same(card.name, name)), None)
+    flops, bandwidth = (known.flops, known.bandwidth) if known else (None, None)
+    return Card(name, memory, flops, bandwidth, has_bf16=capability >= 8.0)
+
+
+def host() -> Card:
+    """This machine's own memory and CPU."""
+    return Card("this machine's memory (no GPU found)", _host_memory(), has_bf16=False, is_gpu=False)
+
+
+def _ask_driver() -> tuple[str, int, float] | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+        name, mebibytes, capability = (part.strip() for part in lines[0].split(","))
+        return name, int(mebibytes) * 2**20, float(capability)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def _same(ours: str, drivers: str) -> bool:
+    """``rtx4090`` is what the driver calls NVIDIA GeForce RTX 4090."""
+    return ours.partition("-")[0] in drivers.lower().replace(" ", "").replace("-", "")
+
+
+def _host_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return int(file.readline().split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return 8 * GIB

@@ -1,0 +1,118 @@
+"""The planner's answer: whether a run fits, what it needs, how it would run, how fast, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from .cards import CARDS, GIB, Card
+from .choose import USABLE, Choice, Wanted, choose
+from .geometry import Geometry
+from .speed import tokens_per_second
+
+CONFIDENCE = {
+    True: "weights are counted to the byte; the other terms are a model, not measured on this card",
+    False: "weights are counted to the byte; the other terms are a model, checked on a CPU",
+}
+
+
+def fit_report(
+    geometry: Geometry, wanted: Wanted, card: Card, machine: Mapping[str, Any], stored: int | None = None
+) -> dict[str, Any]:
+    """Everything the planner has to say.
+
+    Args:
+        geometry: The base.
+        wanted: What the recipe states.
+        card: Where it shall run.
+        machine: The recipe's ``machine`` section, to be resolved.
+        stored: Weights the checkpoint really holds, None if unknown.
+
+    Returns:
+        ``fits``, ``peak_bytes``, ``usable_bytes``, ``margin_bytes``, ``paged_out_bytes``, ``terms``, ``parameters``,
+        ``quantized_parameters``, ``nf4_bytes``, ``lora_parameters``, ``plan``, ``card``,
+        ``tokens_per_second`` (low, high, or null), ``confidence``, ``remedies``, ``notes``.
+    """
+    choice, fits = choose(geometry, wanted, card)
+    usable = int(USABLE * card.memory)
+    speed = tokens_per_second(card, choice.operations, choice.step.tokens)
+    return {
+        "fits": fits,
+        "peak_bytes": choice.peak_bytes,
+        "usable_bytes": usable,
+        "margin_bytes": usable - choice.peak_bytes,
+        "paged_out_bytes": choice.paged_out,
+        "terms": choice.terms,
+        "parameters": geometry.parameters(),
+        "quantized_parameters": geometry.quantized_parameters(),
+        "nf4_bytes": geometry.nf4_bytes(wanted.double_quant),
+        "lora_parameters": geometry.lora_parameters(wanted.r, wanted.target_modules),
+        "plan": resolved_machine(machine, choice, card),
+        "card": {"name": card.name, "memory": card.memory},
+        "tokens_per_second": None if speed is None else [round(value) for value in speed],
+        "confidence": CONFIDENCE[card.is_gpu],
+        "remedies": [] if fits else remedies(geometry, wanted, card),
+        "notes": _notes(geometry, choice, stored),
+    }
+
+
+def resolved_machine(machine: Mapping[str, Any], choice: Choice, card: Card) -> dict[str, Any]:
+    """The recipe's machine section with the planner's choices in place of ``auto``."""
+    precision = ("bf16" if card.has_bf16 else "fp16") if card.is_gpu else "fp32"
+    chosen = {
+        "device": "cuda" if card.is_gpu else "cpu",
+        "precision": precision,
+        "max_tokens_per_micro_batch": choice.tokens or "auto",
+        "per_device_train_batch_size": choice.rows or "auto",
+        "per_device_eval_batch_size": choice.eval_rows or "auto",
+        "activation_checkpointing": choice.step.checkpointing,
+    }
+    return {key: chosen.get(key, value) if value == "auto" else value for key, value in machine.items()}
+
+
+def remedies(geometry: Geometry, wanted: Wanted, card: Card) -> list[str]:
+    """Changes that make it fit, the mildest first; then the smallest card it fits as it is."""
+    found = []
+    changes = (
+        ("machine.activation_checkpointing=auto", {"checkpointing": None}),
+        ("machine.max_tokens_per_micro_batch=auto", {"rows": None, "tokens": None}),
+        ("train.optim=paged_adamw_8bit", {"optim": "paged_adamw_8bit"}),
+        ("lora.r=16", {"r": min(16, wanted.r)}),
+        ("data.max_length=256", {"max_length": min(256, wanted.max_length)}),
+    )
+    together: dict[str, Any] = {}
+    said = []
+    for text, change in changes:
+        if all(getattr(wanted, key) == value for key, value in change.items()):
+            continue
+        together |= change
+        said.append(text)
+        if choose(geometry, replace(wanted, **change), card)[1]:
+            found.append(f"{text} makes it fit")
+        elif len(said) > 1 and choose(geometry, replace(wanted, **together), card)[1]:
+            found.append(f"{' '.join(said)} together make it fit")
+            break
+    enough = [other for other in CARDS.values() if choose(geometry, wanted, other)[1]]
+    if enough:
+        smallest = min(enough, key=lambda other: other.memory)
+        found.append(f"as it is, it fits from {smallest.name} ({smallest.memory / GIB:.3g} GiB) on")
+    if not found:
+        found.append("no single card of the list holds it; take a smaller base")
+    return found
+
+
+def _notes(geometry: Geometry, choice: Choice, stored: int | None) -> list[str]:
+    notes = []
+    if choice.paged_out:
+        notes.append(
+            f"{choice.paged_out / GIB:.2f} GiB of optimizer states are paged to the host while they are not needed, "
+            "which takes time at each step"
+        )
+    if stored is None or stored == geometry.parameters():
+        return notes
+    return [
+        *notes,
+        f"the checkpoint holds {stored:,} weights, its configuration says {geometry.parameters():,}; the answer "
+        "goes by the configuration",
+    ]

@@ -1,0 +1,210 @@
+"""The planner: what it says, that its choices are allowed ones, and that its weights weigh what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import save_tiny_model
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from qlora_neft import list_recipes, load_recipe
+from qlora_neft.cli import app
+from qlora_neft.errors import UserInputError
+from qlora_neft.fit import Wanted, card_of, choose, fit_report
+from qlora_neft.fit.cards import CARDS, GIB, this_machine
+from qlora_neft.fit.choose import USABLE, candidates
+from qlora_neft.fit.geometry import geometry_of, shipped_config
+from qlora_neft.fit.show import picture
+from qlora_neft.memory_probe import MemoryProbe
+from qlora_neft.smaller_steps import Split
+from qlora_neft.unpack_fit import planned_for, wanted
+
+LLAMA_7B = geometry_of(shipped_config("meta-llama/Llama-2-7b-hf"))
+LLAMA_30B = geometry_of(shipped_config("huggyllama/llama-30b"))
+RECIPE_7B, RECIPE_30B = wanted(load_recipe("llama2-7b-alpaca")), wanted(load_recipe("llama-30b-alpaca"))
+
+
+def fit(*arguments):
+    result = CliRunner().invoke(app, ["fit", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_every_shipped_recipe_is_answered_without_a_network_and_without_torch(tmp_path):
+    code = (
+        "import sys, json; from qlora_neft.cli import app\n"
+        "try: app(['fit', sys.argv[1], '--vram', '24GiB', '--json'])\n"
+        "finally: assert not {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    for name in list_recipes():
+        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        keys = {
+            "fits",
+            "peak_bytes",
+            "terms",
+            "parameters",
+            "quantized_parameters",
+            "nf4_bytes",
+            "lora_parameters",
+            "plan",
+        }
+        assert keys <= report.keys()
+        assert report["peak_bytes"] == sum(report["terms"].values()) - report["paged_out_bytes"]
+        assert set(report["plan"]) == set(load_recipe(name).machine.model_dump())
+
+
+def test_the_answer_for_people(tmp_path):
+    code, out, _ = fit("llama-30b-alpaca", "--vram", "rtx4090", "--picture", str(tmp_path / "fit.png"))
+    assert code == 0 and out.startswith("llama-30b-alpaca: fits on rtx4090: ")
+    assert "base weights, NF4" in out and "not measured on this card" in out
+    assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = fit("llama-30b-alpaca", "--vram", "12GiB")
+    assert code == 0 and "does not fit" in out and "to make it fit: as it is, it fits from " in out
+
+
+@pytest.mark.parametrize("wrong", ["lots", "-3GiB", "0", "24 bananas", "rtx9999"])
+def test_a_card_that_is_none(wrong):
+    code, out, err = fit("demo", "--vram", wrong)
+    assert (code, out) == (2, "") and err.startswith("error: --vram: must be an amount of memory")
+
+
+def test_amounts_and_names():
+    assert card_of("24GiB").memory == card_of("24").memory == card_of("24 gib").memory == 24 * GIB
+    assert card_of("8GB").memory == 8 * 10**9
+    assert card_of("T4") is CARDS["t4"] and not CARDS["t4"].has_bf16
+    assert this_machine().memory > GIB
+
+
+def test_a_base_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    code, _, err = fit("demo", "model.name_or_path=no-such-owner/no-such-model")
+    assert code == 2 and "no-such-owner/no-such-model" in err and "Check its name" in err
+    (tmp_path / "config.json").write_text("{")
+    code, _, err = fit("demo", f"model.name_or_path={tmp_path}")
+    assert code == 2 and "no model configuration could be read" in err
+
+
+# ---- The choice ----
+
+
+@pytest.mark.parametrize("gibibytes", [6, 8, 12, 16, 24, 48, 80])
+def test_what_is_chosen_fits_and_nothing_faster_does(gibibytes):
+    card = card_of(f"{gibibytes}GiB")
+    choice, fits = choose(LLAMA_7B, RECIPE_7B, card)
+    others = [other for other in candidates(LLAMA_7B, RECIPE_7B, card) if other.peak_bytes <= USABLE * card.memory]
+    if fits and not choice.paged_out:
+        assert choice.peak_bytes <= USABLE * card.memory
+        assert choice.speed == max(other.speed for other in others)
+    else:
+        assert not others
+
+
+def test_more_memory_is_never_slower_and_the_step_is_never_exceeded():
+    speeds = [choose(LLAMA_7B, RECIPE_7B, card_of(f"{g}GiB"))[0] for g in (8, 12, 16, 24, 40, 80, 140)]
+    assert [c.speed for c in speeds] == sorted(c.speed for c in speeds)
+    assert all(512 <= c.step.tokens <= 16 * 512 for c in speeds)
+    assert not speeds[-1].step.checkpointing
+
+
+def test_thirty_billion_fit_a_24_gib_card_with_paged_optimizer_states_and_not_without():
+    choice, fits = choose(LLAMA_30B, RECIPE_30B, card_of("24GiB"))
+    assert fits and choice.paged_out == choice.terms["optimizer"] and choice.step.checkpointing
+    assert not choose(LLAMA_30B, replace(RECIPE_30B, optim="adamw_torch"), card_of("24GiB"))[1]
+
+
+def test_what_the_recipe_states_is_kept():
+    asked = replace(RECIPE_7B, rows=2, checkpointing=True, eval_rows=3)
+    choice, _ = choose(LLAMA_7B, asked, card_of("80GiB"))
+    assert (choice.rows, choice.eval_rows, choice.step.checkpointing, choice.step.tokens) == (2, 3, True, 1024)
+    recipe = load_recipe("llama2-7b-alpaca", ["machine.activation_checkpointing=true"])
+    planned = planned_for(recipe, shipped_config("meta-llama/Llama-2-7b-hf"), card_of("80GiB"))
+    assert "activation_checkpointing" not in planned.machine and planned.machine["max_tokens_per_micro_batch"] == 8192
+
+
+def test_the_remedies_do_what_they_say():
+    asked = replace(RECIPE_7B, optim="adamw_torch")
+    report = fit_report(LLAMA_7B, asked, card_of("6GiB"), load_recipe("llama2-7b-alpaca").machine.model_dump())
+    assert not report["fits"] and report["remedies"]
+    said = " ".join(report["remedies"])
+    if "lora.r=16 makes it fit" in said:
+        assert choose(LLAMA_7B, replace(asked, r=16), card_of("6GiB"))[1]
+    named = said.split("it fits from ")[1].split(" ")[0]
+    assert choose(LLAMA_7B, asked, CARDS[named])[1]
+
+
+def test_a_base_the_planner_does_not_know_is_said_and_not_planned():
+    planned = planned_for(load_recipe("demo"), {"model_type": "mamba"}, card_of("24GiB"))
+    assert planned.machine == {} and planned.estimate is None and "not planned" in planned.notes[0]
+
+
+def test_a_picture_of_any_report(tmp_path):
+    report = fit_report(LLAMA_7B, Wanted(512, 16, 64), card_of("200GiB"), {"precision": "auto"})
+    assert picture(report, tmp_path / "a.png", "title")
+
+
+# ---- Against what is really there ----
+
+WEIGHED = """
+import ctypes, gc, sys, torch
+from qlora_neft.quantization import load_nf4_base
+def anonymous():  # without what is mapped from the checkpoint's file, which the system may drop at any time
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+load_nf4_base(sys.argv[2], device=torch.device("cpu"), compute_dtype=torch.float32)  # what loading itself leaves behind
+before = anonymous()
+model = load_nf4_base(sys.argv[1], device=torch.device("cpu"), compute_dtype=torch.float32)
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's account of a process's memory")
+def test_resident_weights_weigh_what_the_model_says_within_15_percent(llama, tmp_path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 16_000}
+    save_tiny_model(tmp_path, "llama", **sizes, num_attention_heads=16, num_key_value_heads=16, head_dim=64)
+    AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path)  # as usual
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", WEIGHED, str(tmp_path), str(llama)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    geometry = geometry_of(json.loads((tmp_path / "config.json").read_text()))
+    expected = geometry.nf4_bytes(True) + 4 * geometry.unquantized_parameters()
+    assert int(done.stdout.split()[-1]) == pytest.approx(expected, rel=0.15)
+
+
+# ---- The first step's real peak ----
+
+
+class _Trainer:
+    def __init__(self):
+        self.split, self.said = Split(8, 4096), []
+
+    def say(self, line):
+        self.said.append(line)
+
+
+@pytest.mark.parametrize(("peak", "rows"), [(5, 8), (9.6, 4)])
+def test_the_plan_is_corrected_once_where_the_first_step_came_too_near_the_limit(peak, rows):
+    trainer = _Trainer()
+    probe = MemoryProbe(trainer, 10 * GIB, 6 * GIB, lambda: int(peak * GIB))
+    for _ in range(3):
+        probe.on_step_end(None, None, None)
+    assert trainer.split.rows == rows
+    assert trainer.said[0] == f"memory: {peak:.2f} GiB after the first step, 6.00 GiB expected"
+    assert len(trainer.said) == (1 if rows == 8 else 2)
+
+
+def test_the_wanted_of_a_recipe():
+    assert wanted(load_recipe("demo")).eval_rows is None  # held-out rows, left to the plan
+    assert RECIPE_7B.eval_rows == 0
+    with pytest.raises(UserInputError):
+        LLAMA_7B.lora_parameters(8, ["nope"])
