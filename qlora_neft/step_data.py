@@ -6,7 +6,7 @@ A step's rows follow from seed, epoch and step alone. Ranks share them out; no r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -24,15 +24,26 @@ class StepSampler(Sampler[list[int]]):
         rows_per_step: Of all ranks together.
         rank, num_ranks: Which part is this one's.
         drop_last: Whether an incomplete last step is left out.
+        epoch_now: Asked for the epoch whenever the steps are gone through; None leaves it to `set_epoch`. Upstream
+            tells samplers the epoch, but not in every version one that was wrapped to skip steps on a resume.
     """
 
     def __init__(
-        self, order: Sampler[int], rows_per_step: int, rank: int = 0, num_ranks: int = 1, *, drop_last: bool = False
+        self,
+        order: Sampler[int],
+        rows_per_step: int,
+        rank: int = 0,
+        num_ranks: int = 1,
+        *,
+        drop_last: bool = False,
+        epoch_now: Callable[[], int] | None = None,
     ) -> None:
         self.order, self.rows_per_step, self.rank, self.num_ranks = order, rows_per_step, rank, num_ranks
-        self.drop_last = drop_last
+        self.drop_last, self.epoch_now = drop_last, epoch_now
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.epoch_now:
+            self.set_epoch(self.epoch_now())
         return (self._part(rows) for rows in self._steps())
 
     def __len__(self) -> int:

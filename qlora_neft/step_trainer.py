@@ -90,8 +90,14 @@ class StepTrainer(CheckpointedTrainer):
         order = step_order(self._get_train_sampler(dataset), dataset, args)
         ranks = args.world_size
         rows = args.effective_batch_size or self._train_batch_size * ranks
-        self._steps = StepSampler(order, rows, args.process_index, ranks, drop_last=args.dataloader_drop_last)
+        self._steps = StepSampler(
+            order, rows, args.process_index, ranks, drop_last=args.dataloader_drop_last, epoch_now=self._epoch
+        )
         return step_loader(StepRows(dataset), self._steps, collator, args)
+
+    def _epoch(self) -> int:
+        """The epoch under way, counted from 0."""
+        return self.state.global_step // max(len(self._steps or ()), 1)
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward through the micro-batches of one optimizer step; returns the step's loss."""
