@@ -10,10 +10,10 @@ VENV_FLAGS := $(if $(GPU),--system-site-packages)
 CONSTRAINT := $(if $(GPU),,-c constraints/cpu.txt)
 
 # "make demo" and "make test" install what they run on, and after that they stay on this machine.
-demo test: export HF_HUB_OFFLINE = 1
+demo test faults: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format
+.PHONY: help demo test faults lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ demo: $(VENV)/.plots ## install, train the demo recipe on any machine and show w
 
 test: $(VENV)/.dev ## install and run the tests
 	$(BIN)/python -m pytest -q
+
+faults: $(VENV)/.dev ## break runs in every way at hand and see each recover (about 15 minutes)
+	$(BIN)/python scripts/faults.py
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/python -m ruff check .

@@ -17,6 +17,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def uses_fsdp() -> bool:
+    """Whether ``accelerate launch`` asks for fully sharded data parallelism."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+
+
 def choose_gpu() -> None:
     """Make this process's own GPU the current one, where there are several processes on a machine."""
     if num_processes() > 1 and torch.cuda.is_available():

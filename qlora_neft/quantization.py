@@ -17,18 +17,22 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from .errors import UserInputError
 
 
-def nf4_config(compute_dtype: torch.dtype, *, double_quant: bool = True) -> BitsAndBytesConfig:
-    """The QLoRA quantization: NF4 blocks of 64, their constants quantized again to 8 bits.
+def nf4_config(
+    compute_dtype: torch.dtype, *, double_quant: bool = True, quant_storage: torch.dtype = torch.uint8
+) -> BitsAndBytesConfig:
+    """NF4 as in QLoRA (section 3).
 
     Args:
-        compute_dtype: What weights are dequantized to in each matrix product.
+        compute_dtype: What weights are unpacked to for each product.
         double_quant: Quantize the quantization constants; saves 0.37 bit per parameter.
+        quant_storage: What the packed bytes are declared as. The bytes are the same; FSDP shards only a float dtype.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=quant_storage,
     )
 
 

@@ -124,6 +124,9 @@ class Machine(Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model is")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="of the arithmetic")
+    bnb_4bit_quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="dtype the NF4 bytes are stored as, for FSDP the compute dtype; auto: uint8"
+    )
     per_device_train_batch_size: Auto | Count = Field(
         "auto", description="sequences in one forward pass at most; a step is split into such micro-batches"
     )

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PrinterCallback
 
 from .data import PreparedData
+from .errors import UserInputError
 from .lora import lora_config
 from .plan import RunPlan
 from .precision import PrecisionPolicy
-from .processes import num_processes
+from .processes import num_processes, uses_fsdp
 from .quantization import load_nf4_base, nf4_config
 from .recipe import Recipe
 from .trainer import QLoRANeftConfig, QLoRANeftTrainer
@@ -33,7 +35,11 @@ def trainer_of(
         model_path(recipe),
         device=policy.device,
         compute_dtype=policy.compute_dtype,
-        quantization_config=nf4_config(policy.compute_dtype, double_quant=quantization.bnb_4bit_use_double_quant),
+        quantization_config=nf4_config(
+            policy.compute_dtype,
+            double_quant=quantization.bnb_4bit_use_double_quant,
+            quant_storage=_quant_storage(recipe, policy),
+        ),
         revision=recipe.model.revision,
     )
     trainer = trainer_class(
@@ -93,3 +99,19 @@ def _arguments(
         disable_tqdm=True,
         **noise,
     )
+
+
+def _quant_storage(recipe: Recipe, policy: PrecisionPolicy) -> torch.dtype:
+    """What the NF4 bytes are declared as.
+
+    Raises:
+        UserInputError: If FSDP is asked for and would not shard them.
+    """
+    wanted = recipe.machine.bnb_4bit_quant_storage
+    storage = torch.uint8 if wanted == "auto" else getattr(torch, wanted)
+    if uses_fsdp() and storage != policy.compute_dtype:
+        raise UserInputError(
+            "machine.bnb_4bit_quant_storage: must be the compute dtype under FSDP, which shards no other "
+            f"({str(policy.compute_dtype).removeprefix('torch.')}), got {wanted}."
+        )
+    return storage

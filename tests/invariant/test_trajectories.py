@@ -18,7 +18,13 @@ from tiny import (
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from qlora_neft.quantization import base_fingerprint, frozen_fingerprints, keep_nf4_layout, load_nf4_base
+from qlora_neft.quantization import (
+    base_fingerprint,
+    frozen_fingerprints,
+    keep_nf4_layout,
+    load_nf4_base,
+    nf4_config,
+)
 
 ROWS = mixed_rows(32, seed=11)
 STEP_OF_16 = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
@@ -149,3 +155,16 @@ def test_evaluation_logging_and_sampling_leave_the_weights_alone(llama, tmp_path
         callbacks=[Sample()],
     )
     assert max_difference(adapter_weights(quiet), adapter_weights(busy)) == 0
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
+def test_the_dtype_that_nf4_bytes_are_stored_as_changes_no_bit(llama, tmp_path, storage):
+    """FSDP needs a float dtype; the bytes, the losses and the adapter are those of uint8."""
+    found = []
+    for dtype in ("uint8", storage):
+        config = nf4_config(torch.float32, quant_storage=getattr(torch, dtype))
+        trainer = tiny_trainer(llama, tmp_path / dtype, quantization_config=config)
+        trainer.train()
+        found.append((base_fingerprint(frozen_fingerprints(trainer.model)), losses(trainer), adapter_weights(trainer)))
+    assert found[0][:2] == found[1][:2]
+    assert max_difference(found[0][2], found[1][2]) == 0
