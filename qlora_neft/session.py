@@ -32,6 +32,7 @@ from .recipe import Recipe
 from .resume import Beginning, check_identity, write_run_file
 from .run_lines import lines_after, title
 from .run_record import MetricsFile, peak_memory
+from .speed_line import SpeedLine
 from .stop_request import StopRequest, answered
 from .trainer import QLoRANeftTrainer
 from .unpack import report_of
@@ -125,8 +126,9 @@ def _train(
     machine, progress = recipe.machine, ProgressLines(console)
     stop = StopRequest(machine.grace_seconds, lambda name: say(console, [_stopping(name)]))
     minutes = None if machine.save_every_minutes == 0 else machine.save_every_minutes
+    speed = SpeedLine(lambda: trainer.tokens_seen, lambda line: say(console, [line]))
     probe = cuda_probe(trainer, plan.memory_estimate and plan.memory_estimate["peak_bytes"])
-    for callback in (WhenToSave(minutes, stop), metrics, progress, *([probe] if probe else [])):
+    for callback in (WhenToSave(minutes, stop), metrics, progress, speed, *([probe] if probe else [])):
         trainer.add_callback(callback)
     trainer.stop = stop
     checkpoint = beginning.checkpoint

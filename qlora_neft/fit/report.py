@@ -88,10 +88,14 @@ def remedies(geometry: Geometry, wanted: Wanted, card: Card) -> list[str]:
             continue
         together |= change
         said.append(text)
-        if choose(geometry, replace(wanted, **change), card)[1]:
-            found.append(f"{text} makes it fit")
-        elif len(said) > 1 and choose(geometry, replace(wanted, **together), card)[1]:
-            found.append(f"{' '.join(said)} together make it fit")
+        alone, fits_alone = choose(geometry, replace(wanted, **change), card)
+        if fits_alone:
+            found.append(f"{text} makes it fit ({alone.peak_bytes / GIB:.2f} GiB)")
+            continue
+        found.append(f"{text} brings it to {alone.peak_bytes / GIB:.2f} GiB")
+        both, fits_together = choose(geometry, replace(wanted, **together), card)
+        if len(said) > 1 and fits_together:
+            found.append(f"{' '.join(said)} together make it fit ({both.peak_bytes / GIB:.2f} GiB)")
             break
     enough = [other for other in CARDS.values() if choose(geometry, wanted, other)[1]]
     if enough:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from qlora_neft.fit.geometry import geometry_of, shipped_config
 from qlora_neft.fit.show import picture
 from qlora_neft.memory_probe import MemoryProbe
 from qlora_neft.smaller_steps import Split
+from qlora_neft.speed_line import SpeedLine
 from qlora_neft.unpack_fit import planned_for, wanted
 
 LLAMA_7B = geometry_of(shipped_config("meta-llama/Llama-2-7b-hf"))
@@ -182,6 +185,14 @@ def test_resident_weights_weigh_what_the_model_says_within_15_percent(llama, tmp
 
 
 # ---- The first step's real peak ----
+
+
+def test_speed_and_time_left_are_said_once_after_a_few_steps():
+    tokens, said = iter(range(0, 10_000, 100)), []
+    line = SpeedLine(lambda: next(tokens), said.append)
+    for step in range(1, 9):
+        line.on_step_end(None, SimpleNamespace(global_step=step, max_steps=100), None)
+    assert len(said) == 1 and re.fullmatch(r"speed: [\d,]+ tokens a second; about \d+ s left", said[0])
 
 
 class _Trainer:

@@ -27,6 +27,7 @@ LAYERS = (
         "processes",
         "quiet",
         "rows_progress",
+        "speed_line",
     },
     {
         "bundled",
