@@ -51,7 +51,11 @@ def test_defaults_are_filled_in(write):
     assert recipe.quantization.bnb_4bit_use_double_quant is True
     assert recipe.neftune is None
     assert recipe.train.adam_beta2 == 0.999
-    assert set(recipe.machine.model_dump().values()) == {"auto", 0}
+    machine = recipe.machine.model_dump()
+    saving = {"save_every_minutes": 10.0, "save_total_limit": 2, "grace_seconds": 30.0, "mirror_dir": None}
+    assert {key: machine.pop(key) for key in saving} == saving
+    assert machine.pop("streaming") is False
+    assert set(machine.values()) == {"auto", 0}
 
 
 def test_a_recipe_cannot_be_changed_after_loading(write):
