@@ -11,6 +11,7 @@ import typer
 from .bundled import resolve_bundled
 from .errors import UserInputError
 from .fit import card_of, fit_report, read_config, stored_parameters, this_machine
+from .fit.duration import local_bytes, seconds, tokens_in
 from .fit.geometry import geometry_of
 from .fit.show import lines, picture
 from .recipe import Recipe
@@ -34,7 +35,20 @@ def planned(recipe: Recipe, vram: str | None) -> dict[str, Any]:
     card = this_machine() if vram is None else card_of(vram)
     config, origin = read_config(path, recipe.model.revision)
     stored = stored_parameters(path, recipe.model.revision, origin)
-    return fit_report(geometry_of(config), wanted(recipe), card, recipe.machine.model_dump(), stored)
+    report = fit_report(geometry_of(config), wanted(recipe), card, recipe.machine.model_dump(), stored)
+    return {**report, "seconds": _duration(recipe, report["tokens_per_second"])}
+
+
+def _duration(recipe: Recipe, speed: list[int] | None) -> list[int] | None:
+    """Shortest and longest time of the run, None where its data is not here or the speed is not known."""
+    num_bytes = local_bytes(resolve_bundled(recipe.data.path))
+    if num_bytes is None:
+        return None
+    low, high = (tokens * recipe.train.num_train_epochs for tokens in tokens_in(num_bytes))
+    if recipe.train.max_steps is not None:
+        high = min(high, recipe.train.max_steps * recipe.train.effective_batch_size * recipe.data.max_length)
+        low = min(low, high)
+    return seconds((low, high), speed)
 
 
 def _draw(report: dict[str, Any], name: str, path: Path) -> None:

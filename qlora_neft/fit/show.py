@@ -42,6 +42,9 @@ def lines(report: Mapping[str, Any], name: str) -> list[str]:
         bar = "█" * round(BAR * size / largest)
         out.append(f"  {NAMES.get(term, term):<32} {size / GIB:8.3f} GiB  {bar}".rstrip())
     out += ["", f"how it would run: {_plan(report['plan'])}", _speed(report["tokens_per_second"])]
+    if report.get("seconds"):
+        shortest, longest = (value / 60 for value in report["seconds"])
+        out.append(f"the whole run: {shortest:.0f} to {longest:.0f} minutes, by the size of the data file")
     out += [f"to make it fit: {remedy}" for remedy in report["remedies"]]
     out += [f"note: {note}" for note in report["notes"]]
     return [*out, f"confidence: {report['confidence']}"]

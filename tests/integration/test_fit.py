@@ -87,6 +87,18 @@ def test_amounts_and_names():
     assert this_machine().memory > GIB
 
 
+def test_how_long_a_run_takes_is_a_range_by_the_size_of_its_data(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("x" * 1_000_000)
+    arguments = ["llama2-7b-alpaca", f"data.path={tmp_path / 'rows.jsonl'}", "data.split=train", "--vram", "rtx4090"]
+    report = json.loads(fit(*arguments, "--json")[1])
+    low, high = report["tokens_per_second"]
+    assert report["seconds"] == [round(200_000 / high), round(400_000 / low)]
+    assert "the whole run: " in fit(*arguments)[1]
+    twice = json.loads(fit(*arguments, "train.num_train_epochs=2", "--json")[1])
+    assert twice["seconds"][1] == pytest.approx(2 * report["seconds"][1], abs=1)
+    assert json.loads(fit("llama2-7b-alpaca", "--vram", "rtx4090", "--json")[1])["seconds"] is None  # on the Hub
+
+
 def test_a_base_that_is_not_there_is_refused(tmp_path, monkeypatch):
     code, _, err = fit("demo", "model.name_or_path=no-such-owner/no-such-model")
     assert code == 2 and "no-such-owner/no-such-model" in err and "Check its name" in err
