@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapter import save_adapter
@@ -93,8 +95,23 @@ class CheckpointedTrainer(CleanEvaluationTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest()
         if resume_from_checkpoint:
-            read_checkpoint(Path(resume_from_checkpoint))
+            checkpoint = read_checkpoint(Path(resume_from_checkpoint))
+            if checkpoint.step >= self._last_step():
+                return self._take_over(checkpoint.path)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def _last_step(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
+
+    def _take_over(self, checkpoint: Path) -> None:
+        """Stand where a checkpoint of the last step stands: upstream would take one step more."""
+        load_adapter_weights(self.accelerator.unwrap_model(self.model), checkpoint)
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if (checkpoint / PROGRESS).exists():
+            self.restore_progress(json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8")))
 
     def _newest(self) -> str:
         found = find_checkpoints(Path(self.args.output_dir))

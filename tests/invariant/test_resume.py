@@ -65,6 +65,16 @@ def test_stopped_after_any_step(llama, tmp_path, never_stopped, step):
     assert resumed.state.global_step == STEPS
 
 
+def test_stopped_after_the_last_step_and_before_the_end(llama, tmp_path, never_stopped):
+    trainer_for(llama, tmp_path, save_steps=4).train()
+    assert find_checkpoints(tmp_path).newest.step == STEPS
+    resumed = trainer_for(llama, tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == STEPS  # upstream takes one step more
+    assert same_bits(adapter_weights(resumed), never_stopped[0])
+    assert losses(resumed) == never_stopped[1] and resumed.tokens_seen > 0
+
+
 @pytest.mark.parametrize("damage", ["missing", "damaged"])
 def test_without_the_random_states(llama, tmp_path, never_stopped, damage):
     stopped_after(llama, tmp_path, 4)
