@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_neft.length_plot import plot_lengths
 from qlora_neft.preview_text import TokenView, printable, render_example, render_summary, token_views
 
-STORIES = Path("/work/shared/models/stories260K")
+STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
 PIECES = [
     "a",
     "Hello",
