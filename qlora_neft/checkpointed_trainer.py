@@ -30,12 +30,10 @@ class CheckpointedTrainer(CleanEvaluationTrainer):
 
     Attributes:
         checkpoint_about: What a checkpoint's manifest says of the run it is from; plain values.
-        checkpoint_extra: Writes further files into each new checkpoint.
         on_checkpoint: Told the folder of each finished checkpoint.
     """
 
     checkpoint_about: dict[str, Any]
-    checkpoint_extra: Callable[[Path], None] | None = None
     on_checkpoint: Callable[[Path], None] | None = None
 
     def progress(self) -> dict[str, Any]:
@@ -68,8 +66,6 @@ class CheckpointedTrainer(CleanEvaluationTrainer):
             self._save_scaler(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
             (folder / PROGRESS).write_text(json.dumps(self.progress()), encoding="utf-8")
-            if self.checkpoint_extra:
-                self.checkpoint_extra(folder)
         # Not in the manifest: noise, dropout and order need no random state, so a checkpoint without one is sound.
         self._save_rng_state(str(output_dir / f"checkpoint-{step}"))
         prune(output_dir, self.args.save_total_limit or KEEP)

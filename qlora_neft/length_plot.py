@@ -6,6 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from .picture import new_picture, save_picture
+
 # Color-blind safe (Okabe-Ito), distinct in grey as well; held-out has the color it has in loss.png.
 TRAIN, HELD_OUT, MARK = "#56B4E9", "#D55E00", "#000000"
 PERCENTILES = (("p50", "median", ":"), ("p95", "95% of rows at most", "--"))
@@ -23,25 +25,18 @@ def plot_lengths(report: dict[str, Any], path: Path, title: str) -> bool:
     Returns:
         False if matplotlib is not installed (extra ``plots``); nothing is written then.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    picture = new_picture(title)
+    if picture is None:
         return False
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = picture
     _draw_parts(axes, report)
     _draw_marks(axes, report)
     axes.set_xlim(left=max(0, axes.get_xlim()[0]))
-    axes.set_title(title, parse_math=False)  # a path may hold dollar signs
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=2, frameon=False)  # below: bars may stand anywhere above
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
-    return True
+    return save_picture(figure, path)
 
 
 def _draw_parts(axes: Any, report: dict[str, Any]) -> None:

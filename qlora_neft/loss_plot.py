@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .picture import new_picture, save_picture
+
 # Color-blind safe (Okabe-Ito), distinct in grey as well.
 CURVES = (
     ("loss", "train, under noise", "#999999", "-"),
@@ -25,26 +27,19 @@ def plot_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str) -
     Returns:
         False if matplotlib is not installed (extra ``plots``); nothing is written then.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    picture = new_picture(title)
+    if picture is None:
         return False
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = picture
     for key, label, color, style in CURVES:
         points = [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
         if points:
             name = label.replace(", under noise", "") if not _has_noise(log_history) else label
             axes.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=4, linewidth=1.6)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
-    axes.set_title(title, parse_math=False)  # a path may hold dollar signs
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    FigureCanvasAgg(figure)
-    figure.savefig(path)
-    return True
+    return save_picture(figure, path)
 
 
 def _has_noise(log_history: Sequence[dict[str, Any]]) -> bool:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from .fit.cards import GIB
+from .fit.choose import USABLE
 from .smaller_steps import smaller
-
-USABLE = 0.94  # of the card; beyond it the next longer step may not fit
-GIB = 2**30
 
 
 class MemoryProbe(TrainerCallback):

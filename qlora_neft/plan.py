@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from .fit.choose import CPU_TOKENS
+
 LOG_LINES = 50  # about so many log lines a run
 EVALUATIONS = 5  # about so many evaluations a run
 TOKENS_PER_MICRO_BATCH = 4096  # padded; the NF4 dequantization is then a small part of a matrix product
-CPU_TOKENS_PER_MICRO_BATCH = 256  # as fast as more, and the activations stay below what checkpointing would keep
 SMALL_GPU_BYTES = 20 * 2**30
 PLAIN_OPTIMIZERS = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit"}
 
@@ -114,7 +115,7 @@ def _tokens(wanted: int | str, rows: int | str, device: torch.device) -> tuple[i
         return int(wanted), ""
     if rows != "auto":
         return None, ""
-    budget = TOKENS_PER_MICRO_BATCH if device.type == "cuda" else CPU_TOKENS_PER_MICRO_BATCH
+    budget = TOKENS_PER_MICRO_BATCH if device.type == "cuda" else CPU_TOKENS
     if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < SMALL_GPU_BYTES:
         budget //= 4
     return budget, f"micro-batches: up to {budget} tokens each, padding counted"

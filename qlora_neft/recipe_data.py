@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from .bundled import PREFIX
-from .recipe_types import LOCAL_SUFFIXES, Positive, Section, Text, broken_rule, template_name
+from .recipe_types import Positive, Section, Text, broken_rule, template_name
+from .suffixes import DATA_SUFFIXES
 
 Format = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
 Template = Annotated[str, AfterValidator(template_name)]
@@ -58,7 +59,7 @@ class Data(Section):
     @classmethod
     def _only_on_the_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
         path = info.data.get("path", "")
-        if value is not None and (path.startswith((PREFIX, ".", "/", "~")) or path.endswith(LOCAL_SUFFIXES)):
+        if value is not None and (path.startswith((PREFIX, ".", "/", "~")) or path.endswith(DATA_SUFFIXES)):
             raise broken_rule(
                 f"has an effect only on data from the Hub, and data.path is {path!r}. Remove it.",
                 involves=("path",),

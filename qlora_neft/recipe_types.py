@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from .suffixes import JINJA_SUFFIXES
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -15,9 +17,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Auto = Literal["auto"]
 Text = Annotated[str, Field(min_length=1)]
 
-LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 TEMPLATES = ("auto", "alpaca", "vicuna", "chat")
-JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
 class Section(BaseModel):

@@ -73,14 +73,12 @@ def find_beginning(output_dir: Path, recipe: Mapping[str, Any], resume: str = "a
         raise UserInputError(
             f"--resume never: {str(output_dir)!r} holds {_state(output_dir)}. Give a new folder, or remove this one."
         )
-    if resume != "auto" and Path(resume).resolve() not in (output_dir.resolve(), *output_dir.resolve().glob("*")):
-        raise UserInputError(
-            f"--resume {resume}: {str(output_dir)!r} holds {_state(output_dir)} already. Give a new --output-dir."
-        )
     check_same(earlier["recipe"], recipe, output_dir)
     if (output_dir / "summary.json").exists():
         return Beginning(earlier=earlier, finished=True)
     _check_writable(output_dir)
+    if Path(resume).resolve() not in (output_dir.resolve(), *output_dir.resolve().glob("*")):
+        resume = "auto"  # auto, or a place this run went on from when it began: it has steps of its own by now
     return _continued(output_dir, earlier, resume)
 
 

@@ -84,6 +84,7 @@ def train_and_measure(
             save_adapter(trainer.model, tokenizer, output_dir)  # first of all: what comes after may fail
         after = measure(trainer, tokenizer, data.eval, answers, stops)
         drawn = _close_records(recipe, metrics, trainer.state.global_step, after, output_dir)
+        peak = peak_memory(trainer.args.device)
         summary = {
             **facts,
             "status": "done",
@@ -101,8 +102,8 @@ def train_and_measure(
             "after": finite(after.summary()),
             "train_seconds": round(trainer.train_seconds, 2),
             "wall_seconds": round(time.monotonic() - started, 2),
-            "peak_memory": peak_memory(trainer.args.device),
-            "memory": _memory(plan, peak_memory(trainer.args.device)),
+            "peak_memory": peak,
+            "memory": _memory(plan, peak),
         }
         if is_main_process():
             write_json(output_dir / "summary.json", summary)

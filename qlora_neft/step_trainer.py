@@ -37,7 +37,10 @@ class StepGivenUp(Exception):
 
 @contextmanager
 def ungathered(accelerator: Any) -> Iterator[None]:
-    """Let ``gather_for_metrics`` return what it is given."""
+    """Let this one object's ``gather_for_metrics`` return what it is given, for the time of a block.
+
+    Can go when TRL's `SFTTrainer.compute_loss` gathers what it counts once a step.
+    """
     accelerator.gather_for_metrics = lambda values, *_, **__: values  # in front of the class's own
     try:
         yield
@@ -139,7 +142,7 @@ class StepTrainer(CheckpointedTrainer):
         TRL gathers it in every micro-batch, and ranks split a step into different numbers of them: they would wait
         for each other forever.
         """
-        with ungathered(self.accelerator) if model.training else nullcontext():
+        with ungathered(self.accelerator) if model.training and self.args.world_size > 1 else nullcontext():
             return super().compute_loss(model, *args, **kwargs)
 
     def _shrink(

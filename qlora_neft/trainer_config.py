@@ -9,8 +9,8 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from .fit.choose import CPU_TOKENS
 from .neftune import DISTRIBUTIONS, SCHEDULES
-from .plan import CPU_TOKENS_PER_MICRO_BATCH
 from .precision import resolve_precision
 
 # transformers renamed the option on its way from 5.15 to 5.23 and warns about the old name.
@@ -134,7 +134,7 @@ class QLoRANeftConfig(SFTConfig):
         on_gpu = resolve_precision("auto", self._device()).device.type == "cuda"
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         if self.max_tokens_per_micro_batch is None and not on_gpu:
-            self.max_tokens_per_micro_batch = CPU_TOKENS_PER_MICRO_BATCH
+            self.max_tokens_per_micro_batch = CPU_TOKENS
         asked = [self.gradient_checkpointing, getattr(self, CHECKPOINTING)]
         chosen = next((value for value in asked if value is not None), None)
         if self.checkpointed_blocks is not None:

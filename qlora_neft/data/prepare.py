@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
+from ..suffixes import JINJA_SUFFIXES
 from . import cache
 from .build import Part, Progress, build
 from .gate import DataRefused, Limits
@@ -18,7 +19,7 @@ from .report import data_report
 from .sources import Source
 from .store import SequenceWriter, read_sequences
 from .tally import Tally
-from .templates import JINJA_SUFFIXES, read_jinja
+from .templates import read_jinja
 from .worker import Settings
 
 TRAIN, EVAL = "train.arrow", "eval.arrow"

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserInputError
-
-LOCAL_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+from ..suffixes import DATA_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def split_key(key: str) -> str:
 
 def is_local(path: str) -> bool:
     """Whether a path names local files rather than a Hub id."""
-    if path.lower().endswith(LOCAL_SUFFIXES) or path.startswith((".", "/", "~")) or os.path.exists(path):
+    if path.lower().endswith(DATA_SUFFIXES) or path.startswith((".", "/", "~")) or os.path.exists(path):
         return True
     return glob.has_magic(path) and bool(_matches(path))
 
@@ -104,14 +103,14 @@ def local_files(source: Source) -> list[Path]:
 def _matches(pattern: str) -> list[str]:
     """What a pattern matches, less the folders on the way; a folder with the name of a file stays, to be refused."""
     found = set(glob.glob(pattern, recursive=True))
-    return sorted(path for path in found if path.lower().endswith(LOCAL_SUFFIXES) or not os.path.isdir(path))
+    return sorted(path for path in found if path.lower().endswith(DATA_SUFFIXES) or not os.path.isdir(path))
 
 
 def _check(file: Path, key: str, is_pattern: bool) -> None:
     if not os.path.exists(file):
         raise UserInputError(f"{key}: no file at {str(file)!r}. Paths are relative to the current directory.")
     # Not a pipe either: a file may be read more than once.
-    if not file.is_file() or file.suffix.lower() not in LOCAL_SUFFIXES:
-        kinds = f"{', '.join(LOCAL_SUFFIXES[:-1])} or {LOCAL_SUFFIXES[-1]} file"
+    if not file.is_file() or file.suffix.lower() not in DATA_SUFFIXES:
+        kinds = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file"
         rule = f"every file of a pattern must be a {kinds}" if is_pattern else f"must be a {kinds} or a Hub id"
         raise UserInputError(f"{key}: {rule}, got {str(file)!r}.")

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UserInputError
+from ..suffixes import JINJA_SUFFIXES
 from .chat_template import ChatTemplate
 from .examples import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
 
-JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
-TEMPLATES = ("alpaca", "vicuna", "chat")
 # Which template a format means, where the recipe says auto.
 TEMPLATE_OF_FORMAT = {"alpaca": "alpaca", "sharegpt": "vicuna", "messages": "chat", "prompt-completion": "none"}
 

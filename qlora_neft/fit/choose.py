@@ -17,7 +17,7 @@ from .speed import operations_per_token, relative_speed
 
 USABLE = 0.94  # of a card's memory; the rest is the display's, the driver's, and for being wrong
 TOKENS = (16384, 8192, 4096, 2048, 1024, 512)  # of a micro-batch; beyond the first nothing is gained
-CPU_TOKENS = (256,)  # as fast as more, and the activations stay below what checkpointing would keep
+CPU_TOKENS = 256  # as fast as more, and the activations stay below what checkpointing would keep
 EVAL_ROWS = (8, 4, 2, 1)
 
 
@@ -98,7 +98,7 @@ def candidates(geometry: Geometry, wanted: Wanted, card: Card) -> Iterator[Choic
     ways = (False, True) if card.is_gpu else (False,)
     for checkpointing in ways if wanted.checkpointing is None else (wanted.checkpointing,):
         operations = operations_per_token(geometry, lora, wanted.max_length, checkpointing=checkpointing)
-        for rows, limit, tokens in _micro_batches(wanted, TOKENS if card.is_gpu else CPU_TOKENS):
+        for rows, limit, tokens in _micro_batches(wanted, TOKENS if card.is_gpu else (CPU_TOKENS,)):
             for eval_rows in _eval_rows(wanted):
                 step = Step(tokens, eval_rows * wanted.max_length, checkpointing, size, wanted.optim, card.is_gpu)
                 terms = memory_terms(geometry, wanted.r, wanted.target_modules, step, double_quant=wanted.double_quant)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..picture import new_picture, save_picture
 from .cards import GIB
 
 NAMES = {
@@ -52,12 +53,10 @@ def lines(report: Mapping[str, Any], name: str) -> list[str]:
 
 def picture(report: Mapping[str, Any], path: Path, title: str) -> bool:
     """A stacked bar against the card's memory, as PNG; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    made = new_picture(title, size=(9, 3.6))
+    if made is None:
         return False
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = made
     colours = ("#0072b2", "#56b4e9", "#009e73", "#8fd3b6", "#005c43", "#e69f00", "#f0e442", "#d55e00")
     colours += ("#cc79a7", "#8c6d9e", "#bbbbbb", "#777777")
     left, paged = 0.0, bool(report["paged_out_bytes"])
@@ -73,11 +72,10 @@ def picture(report: Mapping[str, Any], path: Path, title: str) -> bool:
     axes.axvline(report["usable_bytes"] / GIB, color="black", linewidth=1, linestyle="--")
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     axes.text(card["memory"] / GIB, 0.47, card["name"], va="bottom", ha="right", bbox=box)
-    axes.set(yticks=[], xlabel="GiB", title=title, ylim=(-0.5, 0.6), xlim=(0, 1.08 * max(left, card["memory"] / GIB)))
-    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.set(yticks=[], xlabel="GiB", ylim=(-0.5, 0.6), xlim=(0, 1.08 * max(left, card["memory"] / GIB)))
+    axes.spines["left"].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130)
-    return True
+    return save_picture(figure, path)
 
 
 def _plan(plan: Mapping[str, Any]) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import json
 import os
 import shutil
@@ -14,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from qlora_neft.cli import app
+from command_line import contents, invoke
 
 ROOT = Path(__file__).parents[2]
 ROWS = [{"instruction": f"Say {n}", "output": str(n)} for n in range(8)]
@@ -50,32 +46,12 @@ def workplace(llama, tmp_path, monkeypatch):
     return tmp_path
 
 
-def invoke(*arguments):
-    """Run the command line in this process: (exit code, stdout, stderr); a traceback would fail the test."""
-    with (
-        contextlib.redirect_stdout(io.StringIO()) as stdout,
-        contextlib.redirect_stderr(io.StringIO()) as stderr,
-        pytest.raises(SystemExit) as caught,
-    ):
-        app(list(arguments))
-    return caught.value.code or 0, stdout.getvalue(), stderr.getvalue()
-
-
-def contents(folder):
-    """SHA-256 of every file below a folder."""
-    return {
-        path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file()
-    }
-
-
 def refused(*overrides, name="mine.yaml"):
     """The message with which ``train`` refuses; it is the only one, and nothing on the disk has changed."""
-    before = sorted(Path().rglob("*")), contents(".")
+    before = contents(".")
     code, stdout, stderr = invoke("train", name, "--output-dir", "out", *overrides)
     assert (code, stdout) == (2, "")
-    assert (sorted(Path().rglob("*")), contents(".")) == before
+    assert contents(".") == before
     assert stderr.startswith("error: ") and stderr.count("error: ") == 1
     assert stderr.endswith("\n") and "Traceback" not in stderr
     return stderr.removeprefix("error: ").strip()

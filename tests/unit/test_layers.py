@@ -16,34 +16,14 @@ PACKAGE = Path(qlora_neft.__file__).parent
 
 # Lowest first. A name stands for a module or for a package with all its modules.
 LAYERS = (
-    {
-        "disk_errors",
-        "errors",
-        "json_file",
-        "length_plot",
-        "loss_plot",
-        "plan",
-        "preview_text",
-        "processes",
-        "quiet",
-        "rows_progress",
-        "speed_line",
-    },
-    {
-        "bundled",
-        "checkpoint_files",
-        "philox",
-        "precision",
-        "randomness",
-        "run_lock",
-        "run_record",
-        "sequences",
-    },
+    {"disk_errors", "errors", "json_file", "picture", "preview_text", "processes", "quiet", "rows_progress"},
+    {"length_plot", "loss_plot", "speed_line", "suffixes"},
+    {"bundled", "checkpoint_files", "philox", "precision", "randomness", "run_lock", "run_record", "sequences"},
     {"mirror", "neftune", "smaller_steps", "step_data", "stop_request"},
-    {"memory_probe", "step_batch", "when_to_save"},
+    {"step_batch", "when_to_save"},
     # the parts
     {"adapter", "checkpointing", "clean_loss", "data", "fit", "label_check", "lora", "quantization", "resume"},
-    {"output_folder", "tokenizer", "trainer_config"},
+    {"memory_probe", "output_folder", "plan", "tokenizer", "trainer_config"},
     {"clean_evaluation", "trainer_setup"},
     {"checkpointed_trainer"},
     {"step_trainer"},
@@ -112,7 +92,7 @@ def test_a_module_imports_only_from_below(path):
 
 @pytest.mark.parametrize("path", [path for path in MODULES if name_of(path) in RECIPE], ids=file_of)
 def test_the_recipe_knows_no_part(path):
-    assert imports_of(path) <= RECIPE | {"errors", "bundled"}
+    assert imports_of(path) <= RECIPE | {"errors", "bundled", "suffixes"}
 
 
 def test_the_test_sees_imports_in_every_form(tmp_path, monkeypatch):

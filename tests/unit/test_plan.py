@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from qlora_neft.plan import CPU_TOKENS_PER_MICRO_BATCH, SMALL_GPU_BYTES, TOKENS_PER_MICRO_BATCH, plan_run
+from qlora_neft.fit.choose import CPU_TOKENS
+from qlora_neft.plan import SMALL_GPU_BYTES, TOKENS_PER_MICRO_BATCH, plan_run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -63,7 +64,7 @@ def test_every_auto_is_filled_in():
     assert chosen.num_steps == 1000
     assert (chosen.logging_steps, chosen.eval_steps, chosen.clean_loss_steps) == (1000 // 50, 1000 // 5, 1000 // 5)
     assert chosen.per_device_train_batch_size == 16
-    assert chosen.max_tokens_per_micro_batch == CPU_TOKENS_PER_MICRO_BATCH
+    assert chosen.max_tokens_per_micro_batch == CPU_TOKENS
     assert chosen.per_device_eval_batch_size == 8
     assert (chosen.activation_checkpointing, chosen.checkpointed_blocks, chosen.padding_free) == (False, None, False)
 
