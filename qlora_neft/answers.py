@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from .randomness import preserved_rng
+from .decoding import Decoding, generate_ids
 from .step_batch import IGNORE_INDEX
 
 
@@ -89,59 +86,14 @@ def greedy_answers(
         batch_size: Prompts at a time.
         stop_token_ids: Tokens that end an answer; the tokenizer's end token without any.
     """
-    was_training = model.training
-    stops = list(stop_token_ids) or [tokenizer.eos_token_id]
-    rows = [question.prompt_ids for question in asked]
-    texts = [""] * len(rows)
-    model.eval()
-    try:
-        with torch.no_grad(), preserved_rng():
-            for part, num_tokens in _batches([len(row) for row in rows], _context(model), max_new_tokens, batch_size):
-                found = _answer_batch(model, tokenizer, [rows[i] for i in part], num_tokens, stops)
-                for i, text in zip(part, found, strict=True):
-                    texts[i] = text
-    finally:
-        model.train(was_training)
+    decoding, prompts = Decoding(max_new_tokens), [question.prompt_ids for question in asked]
+    texts = [""] * len(prompts)
+    found = generate_ids(model, tokenizer, prompts, decoding, batch_size=batch_size, stop_token_ids=stop_token_ids)
+    for i, ids in found:
+        texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
     return [Answer(q.prompt, q.reference, text) for q, text in zip(asked, texts, strict=True)]
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
     """Share of answers that are exact, in [0, 1]."""
     return sum(answer.is_exact for answer in answers) / len(answers)
-
-
-def _batches(lengths: list[int], context: int, wanted: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Which prompts to answer together, and in how many tokens at most.
-
-    A prompt near the end of the context is answered alone, in what room it has, so that it shortens no other answer;
-    one that fills the context gets none.
-    """
-    roomy = [i for i, length in enumerate(lengths) if length + wanted <= context]
-    for start in range(0, len(roomy), batch_size):
-        yield roomy[start : start + batch_size], wanted
-    for i, length in enumerate(lengths):
-        if length < context < length + wanted:
-            yield [i], context - length
-
-
-def _context(model: Any) -> int:
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
-def _answer_batch(
-    model: Any, tokenizer: Any, rows: list[list[int]], max_new_tokens: int, stop_token_ids: list[int]
-) -> list[str]:
-    width = max(len(row) for row in rows)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)  # (B, T)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=stop_token_ids,
-    )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

@@ -85,7 +85,7 @@ def run(
         check_vocabulary(config, data.largest_token_id)
         plan = plan_of(recipe, policy, data, config)
         say(console, _lines_before(recipe, policy, data, plan))
-        facts = _facts(recipe, policy, data, plan)
+        facts = _facts(recipe, policy, data, plan) | {"base_commit": getattr(config, "_commit_hash", None)}
         if dry_run:
             return facts
         with failing_with_the_disk(output_dir), claimed(output_dir) if main else nullcontext():

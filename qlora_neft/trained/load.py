@@ -1,0 +1,111 @@
+"""An adapter on its NF4 base, ready to answer: what was trained, on a GPU or a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from ..errors import UserInputError
+from ..precision import PrecisionPolicy, resolve_precision
+from ..quantization import load_nf4_base, nf4_config
+from ..tokenizer import load_tokenizer
+from .folder import AdapterFolder, find_adapter
+from .prompts import Prompts, template_of
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model.
+
+    Attributes:
+        folder: Where its adapter is.
+        model: NF4 base and adapter, in eval mode.
+        tokenizer: Its own, with a pad token.
+        prompts: As it was trained.
+        policy: How this machine computes.
+    """
+
+    folder: AdapterFolder
+    model: PeftModel
+    tokenizer: Any
+    prompts: Prompts
+    policy: PrecisionPolicy
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Inside, the model is the base without the adapter."""
+        with self.model.disable_adapter():
+            yield
+
+
+def load_trained(
+    source: str | Path | AdapterFolder,
+    *,
+    revision: str | None = None,
+    base: str | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    prompt_template: str | None = None,
+) -> Trained:
+    """Load an adapter on its base in NF4, as it was trained.
+
+    Args:
+        source: As in `find_adapter`, or what it found.
+        revision: Hub revision of the adapter.
+        base: Base model in place of the recorded one.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
+        prompt_template: In place of that of the training run.
+
+    Raises:
+        UserInputError: If adapter, base or template cannot be loaded, or do not belong together.
+    """
+    folder = source if isinstance(source, AdapterFolder) else find_adapter(source, revision=revision, base=base)
+    quantization = (folder.recipe or {}).get("quantization", {})
+    policy = resolve_precision(precision, device, quantization.get("bnb_4bit_compute_dtype", "auto"))
+    tokenizer = tokenizer_of_adapter(folder)
+    prompts = Prompts(tokenizer, prompt_template or template_of(folder.recipe, folder.summary, tokenizer))
+    base_model = nf4_base_of(folder, policy)
+    return Trained(folder, with_adapter(base_model, folder), tokenizer, prompts, policy)
+
+
+def nf4_base_of(folder: AdapterFolder, policy: PrecisionPolicy) -> PreTrainedModel:
+    """The base as it was in training: NF4, double quantization as the recipe has it (on without one)."""
+    double_quant = (folder.recipe or {}).get("quantization", {}).get("bnb_4bit_use_double_quant", True)
+    return load_nf4_base(
+        folder.base,
+        device=policy.device,
+        compute_dtype=policy.compute_dtype,
+        quantization_config=nf4_config(policy.compute_dtype, double_quant=double_quant),
+        revision=folder.base_revision,
+    )
+
+
+def with_adapter(base: PreTrainedModel, folder: AdapterFolder) -> PeftModel:
+    """Put the adapter on a base, in eval mode.
+
+    Raises:
+        UserInputError: If the adapter does not fit the base.
+    """
+    try:
+        return PeftModel.from_pretrained(base, str(folder.path)).eval()
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserInputError(
+            f"{folder.source}: the adapter does not fit the base {folder.base!r}. Give the base it was trained on "
+            f"with --base. ({first_line})"
+        ) from error
+
+
+def tokenizer_of_adapter(folder: AdapterFolder) -> Any:
+    """The tokenizer saved beside the adapter, else the base's."""
+    if (folder.path / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(folder.path))
+    return load_tokenizer(folder.base, revision=folder.base_revision)

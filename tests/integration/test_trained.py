@@ -1,0 +1,88 @@
+"""A finished run is found, loaded and prompted as it was trained."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from command_line import adapter, cut_off, never_stopped
+
+from qlora_neft.data.templates import alpaca_prompt
+from qlora_neft.decoding import Decoding, generate_ids
+from qlora_neft.errors import UserInputError
+from qlora_neft.trained import find_adapter, load_trained
+
+
+@pytest.fixture(scope="module")
+def trained(llama):
+    return load_trained(never_stopped(llama), device="cpu", precision="fp32")
+
+
+def test_the_records_of_the_run_are_found(llama, trained):
+    assert trained.folder.base == str(llama) and trained.folder.recipe["data"]["max_length"] == 250
+    assert trained.folder.summary["status"] == "done"
+    assert trained.prompts.name == "alpaca" and trained.prompts.stop_token_ids == (258,)
+    assert trained.prompts.text([{"role": "user", "content": "Repeat 1"}]) == alpaca_prompt("Repeat 1")
+
+
+def test_the_prompt_is_the_one_of_training(trained):
+    ids = trained.prompts.ids([{"role": "user", "content": "Repeat 1"}])
+    assert ids == [*alpaca_prompt("Repeat 1").encode()] or trained.tokenizer.decode(ids) == alpaca_prompt("Repeat 1")
+
+
+def test_the_adapter_is_the_one_on_disk(llama, trained):
+    from safetensors.torch import load
+
+    stored = load(adapter(never_stopped(llama)))
+    loaded = {n: p for n, p in trained.model.named_parameters() if "lora_" in n}
+    assert len(loaded) == len(stored)
+    for name, tensor in stored.items():
+        assert torch.equal(loaded[name.replace(".weight", ".default.weight")], tensor)
+
+
+def test_the_base_alone_answers_otherwise(trained):
+    ids = torch.tensor([trained.prompts.ids([{"role": "user", "content": "Repeat 1"}])])
+    with torch.no_grad():
+        tuned = trained.model(input_ids=ids).logits
+        with trained.base_alone():
+            base = trained.model(input_ids=ids).logits
+        again = trained.model(input_ids=ids).logits
+    assert torch.equal(tuned, again) and not torch.allclose(tuned, base)
+
+
+def test_answers_do_not_depend_on_their_batch(trained):
+    prompts = [trained.prompts.ids([{"role": "user", "content": f"Repeat {n}" * n}]) for n in range(1, 5)]
+    decoding = Decoding(max_new_tokens=12)
+    options = {"stop_token_ids": trained.prompts.stop_token_ids}
+    together = dict(generate_ids(trained.model, trained.tokenizer, prompts, decoding, batch_size=4, **options))
+    alone = dict(generate_ids(trained.model, trained.tokenizer, prompts, decoding, batch_size=1, **options))
+    assert together == alone and len(together) == 4
+
+
+def test_a_checkpoint_has_the_recipe_of_its_run(llama):
+    [newest] = (cut_off(llama) / "out").glob("checkpoint-12")
+    folder = find_adapter(newest)
+    assert folder.recipe["lora"]["r"] == 4 and folder.base == str(llama)
+
+
+def test_what_is_no_adapter_is_refused(llama, tmp_path):
+    def message(source):
+        with pytest.raises(UserInputError) as caught:
+            find_adapter(source)
+        return str(caught.value)
+
+    assert "checkpoint-12" in message(cut_off(llama) / "out")
+    assert "a model and no adapter" in message(llama)
+    assert "no such folder" in message(tmp_path / "none")
+    assert "no such folder, and the Hub" in message("nobody/nothing")
+    out = shutil.copytree(never_stopped(llama), tmp_path / "out")
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "IA3"}))
+    assert "LoRA" in message(out)
+    (out / "adapter_config.json").write_text("{")
+    assert "cannot be read" in message(out)
+
+
+def test_a_base_it_was_not_trained_on_is_refused(llama, architecture_dir):
+    with pytest.raises(UserInputError, match="does not fit the base"):
+        load_trained(never_stopped(llama), base=str(architecture_dir("phi")), device="cpu", precision="fp32")
