@@ -11,7 +11,7 @@ it. Only torch lives here: no transformers, no recipe.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -110,18 +110,23 @@ class NEFTuneNoise:
         Noise is drawn, scaled and added in float32 and rounded once. Calling twice gives the same noise.
         """
         noisy = output.clone()
-        width = output.shape[-1]
-        for span, eps in zip(self.spans, self._draws(width, output.device), strict=True):
-            bound = noise_scale(self.alpha, span.length, width) * self.scale
-            noise = self._scaled(eps, bound).view(-1, width)  # (L, D)
-            clean = output[span.row, span.tokens]
-            if self.statistics is not None:
-                self.statistics.add(noise, clean.detach(), self.scale)
+        for span, noise in self.drawn(output):
             if noisy.dtype == torch.float32 and isinstance(span.tokens, slice):
                 noisy[span.row, span.tokens].add_(noise)
             else:
+                clean = output[span.row, span.tokens]
                 noisy[span.row, span.tokens] = (clean.float() + noise).to(noisy.dtype)
         return noisy
+
+    def drawn(self, output: Tensor) -> Iterator[tuple[SequenceSpan, Tensor]]:
+        """Each sequence of (B, T, D) embeddings and its noise, (L, D) in float32; good until the next is asked for."""
+        width = output.shape[-1]
+        for span, eps in zip(self.spans, self._draws(width, output.device), strict=True):
+            bound = noise_scale(self.alpha, span.length, width) * self.scale
+            noise = self._scaled(eps, bound).view(-1, width)
+            if self.statistics is not None:
+                self.statistics.add(noise, output[span.row, span.tokens].detach(), self.scale)
+            yield span, noise
 
     def _draws(self, width: int, device: torch.device) -> Iterator[Tensor]:
         draws = uniform_draws if self.distribution == "uniform" else normal_draws
@@ -134,12 +139,12 @@ class NEFTuneNoise:
 
 
 @contextmanager
-def noisy_embeddings(embedding: nn.Module, noise: NEFTuneNoise | None) -> Iterator[None]:
+def noisy_embeddings(embedding: nn.Module, noise: Callable[..., Tensor] | None) -> Iterator[None]:
     """Noise on the output of ``embedding`` inside the block and never outside it, whatever ends the block.
 
     Args:
         embedding: The model's input embedding, (B, T) ids to (B, T, D).
-        noise: What to add; None adds nothing and registers nothing.
+        noise: A forward hook that adds it, such as `NEFTuneNoise`; None adds nothing and registers nothing.
     """
     if noise is None:
         yield

@@ -57,6 +57,8 @@ class Neftune(Section):
     distribution: Literal["uniform", "gaussian"] = Field("uniform", description="of one component, before scaling")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of alpha over the run")
     final_alpha: NotNegative | None = Field(None, description="alpha at the last step")
+    adversarial_steps: Count = Field(1, description="passes per step; above 1: FreeLB, the noise climbs the loss")
+    adversarial_step_size: Positive | None = Field(None, description="FreeLB's ascent step, a norm like noise_alpha")
 
     @field_validator("final_alpha")
     @classmethod
@@ -72,6 +74,23 @@ class Neftune(Section):
             raise broken_rule(
                 f"required under schedule: {schedule}. Write the alpha of the last step, for instance 0.",
                 involves=("schedule",),
+            )
+        return value
+
+    @field_validator("adversarial_step_size")
+    @classmethod
+    def _only_for_freelb(cls, value: float | None, info: ValidationInfo) -> float | None:
+        steps = info.data.get("adversarial_steps", 1)
+        if steps == 1 and value is not None:
+            raise broken_rule(
+                f"has no effect under adversarial_steps: 1, got {value:g}. Remove it, or write more steps for FreeLB.",
+                involves=("adversarial_steps",),
+            )
+        if steps > 1 and value is None:
+            raise broken_rule(
+                f"required under adversarial_steps: {steps}. Write the norm of one ascent step, for instance half of "
+                "noise_alpha.",
+                involves=("adversarial_steps",),
             )
         return value
 

@@ -15,7 +15,11 @@ def noise_line(noise: Mapping[str, Any] | None) -> str:
         return "noise: none"
     way = "" if noise["schedule"] == "constant" else f", {noise['schedule']} to {noise['final_alpha']:g}"
     norm = expected_norm(noise["noise_alpha"], noise["distribution"])
-    return f"noise: NEFTune alpha {noise['noise_alpha']:g}{way}, {noise['distribution']}, norm {norm:.2f} per sequence"
+    drawn = f"alpha {noise['noise_alpha']:g}{way}, {noise['distribution']}, norm {norm:.2f} per sequence"
+    passes, size = noise["adversarial_steps"], noise["adversarial_step_size"]
+    if passes == 1:
+        return f"noise: NEFTune {drawn}"
+    return f"noise: FreeLB {drawn}, climbing by {size:g}: {passes} passes a step, which costs {passes} times as much"
 
 
 def data_lines(report: Mapping[str, Any]) -> list[str]:

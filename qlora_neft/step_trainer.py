@@ -122,13 +122,17 @@ class StepTrainer(CheckpointedTrainer):
         if self.aux_loss_enabled:
             self.current_gradient_accumulation_steps = len(step)  # upstream averages a router loss over these
         offset, loss = self._first_ordinal(step), torch.zeros((), device=self.args.device)
+        passes = self.passes()
+        num_items = num_items if passes == 1 else num_items * passes
         for index, micro in enumerate(step):
             if self.stop and self.stop.overdue() and self.args.world_size == 1:
                 raise StepGivenUp
             last = index == len(step) - 1
             try:
-                with self._gradient_sync(model, last=last), self.randomness(micro, offset, index):
-                    loss = loss + super().training_step(model, dict(micro.inputs), num_items)
+                for number in range(passes):
+                    synced = self._gradient_sync(model, last=last and number == passes - 1)
+                    with synced, self.randomness(micro, offset, index, number):
+                        loss = loss + super().training_step(model, dict(micro.inputs), num_items)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -170,9 +174,13 @@ class StepTrainer(CheckpointedTrainer):
     def _gradient_sync(self, model: torch.nn.Module, *, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self.accelerator.no_sync(model)
 
+    def passes(self) -> int:
+        """Forward and backward passes over each micro-batch of the step under way; their mean is its gradient."""
+        return 1
+
     @contextmanager
-    def randomness(self, micro: MicroBatch, offset: int, index: int) -> Iterator[None]:
-        """All that is random in a micro-batch; nothing of our own here."""
+    def randomness(self, micro: MicroBatch, offset: int, index: int, number: int) -> Iterator[None]:
+        """All that is random in a pass over a micro-batch; nothing of our own here."""
         yield
 
     def _first_ordinal(self, step: StepBatch) -> int:

@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .adapter import save_adapter
 from .checkpointing import CheckpointSomeBlocks
+from .freelb import Perturbation
 from .neftune import NEFTuneNoise, NoiseStatistics, alpha_at, expected_norm, lookup_scale, noisy_embeddings
 from .quantization import keep_nf4_layout
 from .randomness import keyed_rng, stream_key
@@ -97,6 +98,8 @@ class QLoRANeftTrainer(StepTrainer):
         self.loss_is_scaled_for_ga = True  # every micro-batch is divided by the tokens of the whole step
         self._lookup_scale = lookup_scale(self._embedding())
         self._noise_statistics = NoiseStatistics()
+        self._perturbation: Perturbation | None = None
+        self._adversarial_norms: list[Tensor] = []
         self._next_clean_loss = 0
         if args.checkpointed_blocks:
             self.add_callback(CheckpointSomeBlocks(args.checkpointed_blocks))
@@ -116,12 +119,27 @@ class QLoRANeftTrainer(StepTrainer):
 
     # ---- Noise and dropout ----
 
+    def passes(self) -> int:
+        """FreeLB's, in steps that have noise; one without."""
+        return self.args.neftune_adversarial_steps if self._alpha(self.state.global_step) else 1
+
     @contextmanager
-    def randomness(self, micro: MicroBatch, offset: int, index: int) -> Iterator[None]:
-        """All that is random in a micro-batch, keyed by seed and step: its noise and its dropout."""
+    def randomness(self, micro: MicroBatch, offset: int, index: int, number: int) -> Iterator[None]:
+        """All that is random in a pass, keyed by seed and step: its noise, and its dropout, the same in every pass."""
         dropout = stream_key("dropout", self.args.seed, self.state.global_step, self.args.process_index, index)
-        with noisy_embeddings(self._embedding(), self._noise(micro, offset)), keyed_rng(dropout, self.args.device):
+        noise = self._noise(micro, offset) if self.passes() == 1 else self._climbed(micro, offset, number)
+        with noisy_embeddings(self._embedding(), noise), keyed_rng(dropout, self.args.device):
             yield
+
+    def _climbed(self, micro: MicroBatch, offset: int, number: int) -> Perturbation | None:
+        if number == 0:
+            noise = self._noise(micro, offset)
+            self._perturbation = noise and Perturbation(noise, self.args.neftune_adversarial_step_size)
+        elif self._perturbation is not None:
+            self._perturbation.ascend()
+            if number == self.passes() - 1 and self._next_step_is_logged():
+                self._adversarial_norms += self._perturbation.norms()
+        return self._perturbation
 
     def _noise(self, micro: MicroBatch, offset: int) -> NEFTuneNoise | None:
         alpha = self._alpha(self.state.global_step)
@@ -159,6 +177,7 @@ class QLoRANeftTrainer(StepTrainer):
 
     def _noise_log(self) -> dict[str, float]:
         means, self._noise_statistics = self._noise_statistics.means(), NoiseStatistics()
+        norms, self._adversarial_norms = self._adversarial_norms, []
         if means is None:
             return {}
         alpha = self._alpha(self.state.global_step - 1)  # of the step just taken
@@ -167,6 +186,7 @@ class QLoRANeftTrainer(StepTrainer):
             "neftune_expected_norm": expected_norm(alpha, self.args.neftune_distribution),
             "neftune_norm": means[0],
             "neftune_noise_to_embedding": means[1],
+            **({"neftune_adversarial_norm": torch.stack(norms).mean().item()} if norms else {}),
         }
 
     def _clean_loss_log(self) -> dict[str, float]:

@@ -34,6 +34,10 @@ class QLoRANeftConfig(SFTConfig):
         neftune_distribution: ``"uniform"`` (the paper) or ``"gaussian"`` (its ablation).
         neftune_schedule: ``"constant"``, ``"linear"`` or ``"cosine"``, from alpha to the final alpha.
         neftune_final_alpha: Noise strength at the last step; required by a schedule that is not constant.
+        neftune_adversarial_steps: Forward and backward passes per step: 1 is NEFTune, more are FreeLB's (see
+            `qlora_neft.freelb`), and cost that many times as much.
+        neftune_adversarial_step_size: Length of FreeLB's ascent step, an L2 norm per sequence like alpha; required with
+            more than one pass.
         clean_loss_steps: Optimizer steps between two measurements of the clean train loss (no noise, no dropout),
             taken at the first log after; 0 for never.
         clean_loss_rows: Rows in the fixed slice of the training set that it is measured on.
@@ -57,6 +61,8 @@ class QLoRANeftConfig(SFTConfig):
     neftune_distribution: str = field(default="uniform", metadata={"help": "uniform or gaussian"})
     neftune_schedule: str = field(default="constant", metadata={"help": "constant, linear or cosine"})
     neftune_final_alpha: float | None = field(default=None, metadata={"help": "alpha at the last step"})
+    neftune_adversarial_steps: int = field(default=1, metadata={"help": "passes per step; more than 1: FreeLB"})
+    neftune_adversarial_step_size: float | None = field(default=None, metadata={"help": "L2 norm per sequence"})
     clean_loss_steps: int = field(default=50, metadata={"help": "steps between clean train losses; 0 = never"})
     clean_loss_rows: int = field(default=16, metadata={"help": "rows in the clean-loss slice"})
     micro_batch_size: int | None = field(default=None, metadata={"help": "rows"})
@@ -106,8 +112,16 @@ class QLoRANeftConfig(SFTConfig):
                 "last step, for example 0."
             )
 
+        size = self.neftune_adversarial_step_size
+        if (self.neftune_adversarial_steps > 1) != (size is not None) or (size is not None and not 0 < size < math.inf):
+            raise ValueError(
+                "neftune_adversarial_step_size: must be a finite number > 0 with neftune_adversarial_steps above 1 "
+                f"(FreeLB), and None without, got {size} with {self.neftune_adversarial_steps}."
+            )
+
     def _check_counts(self) -> None:
         rules = {
+            "neftune_adversarial_steps": 1,
             "clean_loss_steps": 0,
             "clean_loss_rows": 1,
             "micro_batch_size": 1,

@@ -43,6 +43,7 @@ def wanted(recipe: Recipe) -> Wanted:
         tokens=_chosen(machine.max_tokens_per_micro_batch),
         checkpointing=None if checkpointing == "auto" else bool(checkpointing),
         eval_rows=_chosen(machine.per_device_eval_batch_size) if recipe.data.has_eval_rows else 0,
+        passes=recipe.neftune.adversarial_steps if recipe.neftune else 1,
     )
 
 

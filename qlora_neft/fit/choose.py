@@ -34,6 +34,7 @@ class Wanted:
         rows, tokens: Of a micro-batch at most.
         checkpointing: Whether all blocks recompute their activations.
         eval_rows: Of an evaluation batch; 0 without held-out rows.
+        passes: Forward and backward passes per step; above 1 for FreeLB.
     """
 
     max_length: int
@@ -46,6 +47,7 @@ class Wanted:
     tokens: int | None = None
     checkpointing: bool | None = None
     eval_rows: int | None = None
+    passes: int = 1
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def candidates(geometry: Geometry, wanted: Wanted, card: Card) -> Iterator[Choic
     ways = (False, True) if card.is_gpu else (False,)
     for checkpointing in ways if wanted.checkpointing is None else (wanted.checkpointing,):
         operations = operations_per_token(geometry, lora, wanted.max_length, checkpointing=checkpointing)
+        operations *= wanted.passes
         for rows, limit, tokens in _micro_batches(wanted, TOKENS if card.is_gpu else (CPU_TOKENS,)):
             for eval_rows in _eval_rows(wanted):
                 step = Step(tokens, eval_rows * wanted.max_length, checkpointing, size, wanted.optim, card.is_gpu)

@@ -94,6 +94,10 @@ def test_how_long_a_run_takes_is_a_range_by_the_size_of_its_data(tmp_path):
     low, high = report["tokens_per_second"]
     assert report["seconds"] == [round(200_000 / high), round(400_000 / low)]
     assert "the whole run: " in fit(*arguments)[1]
+    freelb = ["neftune.adversarial_steps=3", "neftune.adversarial_step_size=1"]  # three passes a step
+    assert json.loads(fit(*arguments, *freelb, "--json")[1])["seconds"][1] == pytest.approx(
+        3 * report["seconds"][1], abs=2
+    )
     twice = json.loads(fit(*arguments, "train.num_train_epochs=2", "--json")[1])
     assert twice["seconds"][1] == pytest.approx(2 * report["seconds"][1], abs=1)
     assert json.loads(fit("llama2-7b-alpaca", "--vram", "rtx4090", "--json")[1])["seconds"] is None  # on the Hub
