@@ -132,9 +132,9 @@ def test_a_step_that_takes_too_long_is_given_up_and_taken_again(llama, tmp_path,
 
     original = trainer.randomness
 
-    def randomness(micro, offset, index):
+    def randomness(micro, offset, index, number):
         say_when(index)
-        return original(micro, offset, index)
+        return original(micro, offset, index, number)
 
     trainer.randomness = randomness
     trainer.train()
