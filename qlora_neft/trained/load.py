@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ..precision import PrecisionPolicy, resolve_precision
 from ..quantization import load_nf4_base, nf4_config
 from ..tokenizer import load_tokenizer
 from .folder import AdapterFolder, find_adapter
-from .prompts import Prompts, template_of
+from .prompts import Prompts, recorded_template, template_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Trained:
         tokenizer: Its own, with a pad token.
         prompts: As it was trained.
         policy: How this machine computes.
+        template_is_guessed: No record says what it was prompted with, and the caller did not.
     """
 
     folder: AdapterFolder
@@ -37,6 +39,7 @@ class Trained:
     tokenizer: Any
     prompts: Prompts
     policy: PrecisionPolicy
+    template_is_guessed: bool = False
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
@@ -71,9 +74,31 @@ def load_trained(
     quantization = (folder.recipe or {}).get("quantization", {})
     policy = resolve_precision(precision, device, quantization.get("bnb_4bit_compute_dtype", "auto"))
     tokenizer = tokenizer_of_adapter(folder)
-    prompts = Prompts(tokenizer, prompt_template or template_of(folder.recipe, folder.summary, tokenizer))
+    records = folder.recipe, _summary(folder)
+    prompts = _prompts(tokenizer, records, prompt_template)
+    is_guessed = prompt_template is None and recorded_template(*records) is None
     base_model = nf4_base_of(folder, policy)
-    return Trained(folder, with_adapter(base_model, folder), tokenizer, prompts, policy)
+    return Trained(folder, with_adapter(base_model, folder), tokenizer, prompts, policy, is_guessed)
+
+
+def _summary(folder: AdapterFolder) -> dict[str, Any] | None:
+    """What is known of the data: of a checkpoint, what its run wrote at its beginning."""
+    report = folder.path.parent / "data_report.json"
+    if folder.summary is None and folder.path.name.startswith("checkpoint-") and report.is_file():
+        try:
+            return {"data": json.loads(report.read_text(encoding="utf-8"))}
+        except (OSError, ValueError) as error:
+            raise UserInputError(f"{report}: cannot be read ({error}).") from error
+    return folder.summary
+
+
+def _prompts(
+    tokenizer: Any, records: tuple[dict[str, Any] | None, dict[str, Any] | None], wanted: str | None
+) -> Prompts:
+    try:
+        return Prompts(tokenizer, wanted or template_of(*records, tokenizer))
+    except UserInputError as error:
+        raise UserInputError(f"--prompt-template: {error}") from error
 
 
 def nf4_base_of(folder: AdapterFolder, policy: PrecisionPolicy) -> PreTrainedModel:

@@ -1,0 +1,105 @@
+"""How a chat looks: answers as they come, one after the other, or two in columns on a wide terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..preview_text import printable
+
+WIDE = 100  # columns of a terminal that do for two answers side by side
+PROMPT = "> "
+Write = Callable[[str], None]
+
+
+class Screen:
+    """A terminal or a pipe.
+
+    Args:
+        console: On standard output.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @property
+    def is_typed_to(self) -> bool:
+        """Whether the input comes from a keyboard."""
+        return sys.stdin.isatty()
+
+    def read(self) -> str | None:
+        """The next line of input, None at its end. From a pipe it is shown behind the prompt, for a whole transcript.
+
+        Raises:
+            KeyboardInterrupt: On Ctrl-C.
+        """
+        if self.is_typed_to:
+            try:
+                return input(PROMPT)
+            except EOFError:
+                self.console.print()
+                return None
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        line = line.removesuffix("\n")
+        self.say(PROMPT + line)
+        return line
+
+    def say(self, text: str, style: str | None = None) -> None:
+        """A line of the program's own."""
+        self.console.print(Text(self._shown(text)), style=style, soft_wrap=True, highlight=False)
+
+    def write(self, text: str) -> None:
+        """A piece of an answer, as it is; on a terminal without what would steer it."""
+        self.console.file.write(self._shown(text))
+        self.console.file.flush()
+
+    @contextmanager
+    def answers(self, names: Sequence[str]) -> Iterator[Callable[[str], Write]]:
+        """Room for an answer from each name; gives a function that begins one of them and returns how to write it."""
+        if len(names) == 1:
+            yield lambda _: self.write
+            self.write("\n")
+        elif self.console.is_terminal and self.console.width >= WIDE:
+            with self._columns(names) as begin:
+                yield begin
+        else:
+
+            def begin(name: str) -> Write:
+                if name != names[0]:
+                    self.write("\n")
+                self.say(f"{name}:", style="bold")
+                return self.write
+
+            yield begin
+            self.write("\n")
+
+    @contextmanager
+    def _columns(self, names: Sequence[str]) -> Iterator[Callable[[str], Write]]:
+        texts = {name: Text() for name in names}
+        table = Table(*names, box=None, padding=(0, 2), expand=True)
+        for column in table.columns:
+            column.ratio = 1
+        table.add_row(*texts.values())
+        with Live(table, console=self.console, refresh_per_second=12) as live:
+
+            def begin(name: str) -> Write:
+                def write(text: str) -> None:
+                    texts[name].append(self._shown(text))
+
+                return write
+
+            yield begin
+            live.refresh()
+
+    def _shown(self, text: str) -> str:
+        if not self.console.is_terminal:
+            return text
+        return "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))

@@ -1,0 +1,276 @@
+"""generate: prompts in every form, answers that depend on nothing but the prompt, files and messages."""
+
+import io
+import json
+import shutil
+import sys
+import types
+import warnings
+
+import pytest
+import yaml
+from command_line import HELD_OUT, ROWS, cut_off, invoke, never_stopped, refused
+from talker import CONTEXT, save_talker
+from transformers import GenerationConfig
+
+from qlora_neft.answers import questions
+from qlora_neft.data.prepare import Settings, prepare_data
+from qlora_neft.data.sources import Source
+from qlora_neft.decoding import Decoding, continuations
+from qlora_neft.talk import generate, requests_of_file, requests_of_texts
+from qlora_neft.talk.generate import stop_token_ids
+from qlora_neft.trained import Prompts, load_trained
+
+TEXTS = [f"Repeat {n}" + " please" * (n % 4) for n in range(6)]
+SHORT = ("--max-new-tokens", "12")
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return str(save_talker(tmp_path_factory.mktemp("talker")))
+
+
+@pytest.fixture(scope="module")
+def trained(out):
+    return load_trained(out, device="cpu", precision="fp32")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def asked(*arguments):
+    code, stdout, stderr = invoke("generate", *arguments)
+    assert code == 0, stderr
+    return stdout
+
+
+def json_lines(*arguments):
+    return [json.loads(line) for line in asked(*arguments, "--json", *SHORT).splitlines()]
+
+
+# ---- What an answer depends on ----
+
+
+@pytest.mark.parametrize("drawing", [{}, {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 50, "seed": 3}])
+def test_a_batch_of_unequal_prompts_answers_as_each_alone(trained, drawing):
+    decoding = Decoding(max_new_tokens=20, repetition_penalty=1.3, **drawing)
+    prompts = [trained.prompts.ids([{"role": "user", "content": text}]) for text in TEXTS]
+
+    def answers(batch_size, pad):
+        tokenizer = types.SimpleNamespace(pad_token_id=pad, eos_token_id=trained.tokenizer.eos_token_id)
+        found = continuations(trained.model, tokenizer, prompts, decoding, batch_size=batch_size)
+        return {answer.index: answer.ids for answer in found}
+
+    alone = answers(1, trained.tokenizer.pad_token_id)
+    assert len({tuple(ids) for ids in alone.values()}) > 1
+    assert answers(4, trained.tokenizer.pad_token_id) == alone
+    # A pad token that answers hold and prompts do not: a penalty on padding would show.
+    held = sorted({i for ids in alone.values() for i in ids} - {i for prompt in prompts for i in prompt})
+    assert len(held) >= 3
+    for pad in held[:3]:
+        assert answers(6, pad) == alone
+
+
+def test_the_bases_own_settings_change_nothing_and_are_kept(trained):
+    decoding = Decoding(max_new_tokens=20, repetition_penalty=1.2)
+    before = generate(trained, TEXTS, decoding)
+    base = trained.model.get_base_model()
+    own = base.generation_config
+    end = trained.tokenizer.eos_token_id
+    theirs = GenerationConfig(
+        do_sample=True,
+        temperature=0.3,
+        top_p=0.2,
+        repetition_penalty=7.0,
+        max_length=30,
+        suppress_tokens=list(range(3, 400)),
+        num_beams=2,
+        eos_token_id=[end, 65],
+    )
+    base.generation_config = theirs
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            after = generate(trained, TEXTS, decoding)
+        assert base.generation_config is theirs
+    finally:
+        base.generation_config = own
+    assert [reply.text for reply in after] == [reply.text for reply in before]
+
+
+def test_the_end_tokens_a_chat_model_names_are_stops_and_words_are_not(trained):
+    base, tokenizer = trained.model.get_base_model(), trained.tokenizer
+    own, word = base.generation_config, tokenizer("the", add_special_tokens=False)["input_ids"][-1]
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    base.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id, word])
+    try:
+        assert stop_token_ids(trained) == sorted([tokenizer.eos_token_id, tokenizer.pad_token_id])
+    finally:
+        base.generation_config = own
+    assert stop_token_ids(trained) == [tokenizer.eos_token_id]
+
+
+def test_why_an_answer_ended(trained, out):
+    def reason(model, text, tokens):
+        [reply] = generate(model, [text], Decoding(tokens))
+        return reply.finish_reason, reply.tokens
+
+    assert reason(trained, "One", 5) == ("length", 5)
+    assert reason(trained, "One " * 600, 10) == ("no room", 0)
+    vicuna = load_trained(out, device="cpu", precision="fp32", prompt_template="vicuna")
+    why, tokens = reason(vicuna, "One", 100)
+    assert why == "stop" and 0 < tokens < 100
+    [near] = generate(trained, ["One " * 200], Decoding(500))
+    assert near.finish_reason == "length" and near.prompt_tokens + near.tokens == CONTEXT
+
+
+def test_draws_repeat_with_their_seed(out):
+    def drawn(seed, size):
+        options = ("--sample", "--temperature", "3", "--seed", seed, "--batch-size", size)
+        return [line["text"] for line in json_lines(out, *TEXTS, *options)]
+
+    assert drawn("1", "4") == drawn("1", "1")
+    assert drawn("1", "4") != drawn("2", "4")
+
+
+# ---- The prompt is that of training ----
+
+
+def talk(*turns):
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]}
+
+
+CASES = {
+    "alpaca": ROWS[:6],
+    "vicuna": [talk("Hi", "Hello there.", "And  now?", "  Then!"), *ROWS[:2], {"prompt": " Go ", "completion": "on"}],
+    "chat": [talk("Hi", "\nHello.", "More\n", "12 3"), talk("One", "two")],
+    "none": [{"prompt": "Once upon a ", "completion": "time"}, {"prompt": "x\n\n", "completion": "\ny"}],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_of_data_is_asked_as_it_was_trained(trained, folder, name):
+    tokenizer = load_trained_tokenizer(trained)
+    tokenizer.chat_template = CHATML
+    prompts = Prompts(tokenizer, name)
+    for number, row in enumerate(CASES[name]):
+        path = folder / f"{number}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        source = Source(str(path), prompt_template="auto" if name == "none" else name)
+        data = prepare_data(tokenizer, sources=[source], settings=Settings(max_length=250), num_proc=1)
+        [question] = questions(data.train, tokenizer, 1, prompts.stop_token_ids)
+        [request] = requests_of_file(str(path))
+        assert prompts.ids_of_example(request.example) == question.prompt_ids
+
+
+def load_trained_tokenizer(trained):
+    from qlora_neft.trained.load import tokenizer_of_adapter
+
+    return tokenizer_of_adapter(trained.folder)
+
+
+def test_the_template_of_the_run_is_applied_by_itself(out, trained):
+    [line] = json_lines(out, "Repeat 5")
+    ids = trained.prompts.ids_of_text(trained.prompts.text([{"role": "user", "content": "Repeat 5"}]))
+    assert line["prompt_tokens"] == len(ids) > 30  # Alpaca's preamble
+    [bare] = json_lines(out, "Repeat 5", "--prompt-template", "none")
+    assert bare["prompt_tokens"] == len(trained.tokenizer("Repeat 5")["input_ids"])
+
+
+def test_the_records_of_a_run_and_of_its_checkpoint_name_the_template(llama):
+    run = never_stopped(llama)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["data"].get("prompt_template", "auto") == "auto"  # so that only what was prepared can tell
+    for source in (run, cut_off(llama) / "out" / "checkpoint-12"):
+        found = load_trained(source, device="cpu", precision="fp32")
+        assert (found.prompts.name, found.template_is_guessed) == ("alpaca", False)
+
+
+def test_a_copy_without_records_says_that_its_template_is_guessed(out, folder):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(f"{out}/{name}", folder)
+    code, _, stderr = invoke("generate", ".", "Hi", *SHORT)
+    assert code == 0 and "prompt template: none, a guess" in stderr
+    assert "guess" not in invoke("generate", ".", "Hi", *SHORT, "--prompt-template", "alpaca")[2]
+
+
+# ---- Where prompts come from ----
+
+
+def test_arguments_files_and_standard_input_give_the_same_answers(out, folder, monkeypatch):
+    expected = [line["text"] for line in json_lines(out, *TEXTS)]
+    (folder / "p.txt").write_text("\n\n".join(TEXTS) + "\n")
+    (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in TEXTS))
+    (folder / "p.json").write_text(json.dumps([{"instruction": text, "output": "known"} for text in TEXTS]))
+    (folder / "m.jsonl").write_text("".join(json.dumps(talk(text, "known")) + "\n" for text in TEXTS))
+    for name in ("p.txt", "p.jsonl", "p.json", "m.jsonl"):
+        assert [line["text"] for line in json_lines(out, "--file", name)] == expected, name
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TEXTS)))
+    assert [line["text"] for line in json_lines(out, "--file", "-")] == expected
+    for arguments in ([], ["-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(TEXTS[1] + "\n"))
+        [line] = json_lines(out, *arguments)
+        assert (line["prompt"], line["text"]) == (TEXTS[1], expected[1])
+
+
+def test_an_input_stands_in_its_place(out, folder, trained):
+    (folder / "p.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
+    [line] = json_lines(out, "--file", "p.jsonl")
+    assert line["input"] == "loudly" and line["prompt"] == "Repeat 1"
+    [request] = requests_of_file("p.jsonl")
+    assert "### Input:\nloudly" in trained.tokenizer.decode(trained.prompts.ids_of_example(request.example))
+
+
+# ---- Where answers go ----
+
+
+def test_text_is_the_answer_alone_and_several_say_what_was_asked(out):
+    [line] = json_lines(out, "Repeat 3")
+    assert asked(out, "Repeat 3", *SHORT) == line["text"] + "\n"
+    assert asked(out, "Repeat 3", "Repeat 3", *SHORT) == f"> Repeat 3\n{line['text']}\n\n" * 2
+
+
+def test_compare_gives_base_and_adapter(out):
+    [both] = json_lines(out, "Repeat 3", "--compare")
+    [adapter], [base] = json_lines(out, "Repeat 3"), json_lines(out, "Repeat 3", "--base-alone")
+    assert both["adapter"]["text"] == adapter["text"] != base["text"] == both["base"]["text"]
+    assert asked(out, "Repeat 3", *SHORT, "--compare").startswith("base:\n")
+
+
+def test_answers_go_to_a_file_whole(out, folder):
+    expected = json_lines(out, *TEXTS)
+    for name in ("a.jsonl", "a.json", "a.txt"):
+        code, stdout, stderr = invoke("generate", out, *TEXTS, *SHORT, "--output", name)
+        assert (code, stdout) == (0, "") and f"written: {name}, 6 answers" in stderr
+    assert [json.loads(line) for line in (folder / "a.jsonl").read_text().splitlines()] == expected
+    assert json.loads((folder / "a.json").read_text()) == expected
+    assert (folder / "a.txt").read_text().startswith(f"> {TEXTS[0]}\n{expected[0]['text']}\n")
+    assert sorted(path.name for path in folder.iterdir()) == ["a.json", "a.jsonl", "a.txt"]
+    assert "--output: 'a.json' exists" in refused("generate", out, "Hi", "--output", "a.json")
+
+
+def test_an_interrupted_file_keeps_what_is_there(out, folder, monkeypatch):
+    from qlora_neft.talk import output
+
+    def interrupted(answers, count):
+        yield next(iter(answers))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output, "with_progress", interrupted)
+    code, _, stderr = invoke("generate", out, *TEXTS, *SHORT, "--output", "a.jsonl")
+    assert code == 1 and "interrupted after 1 prompts" in stderr
+    assert json.loads((folder / ".a.jsonl.part").read_text())["prompt"] == TEXTS[0]
+    assert not (folder / "a.jsonl").exists()
+
+
+def test_from_python(trained):
+    replies = generate(trained, [HELD_OUT[0]["instruction"]], Decoding(12))
+    again = generate(trained, requests_of_texts([HELD_OUT[0]["instruction"]]), Decoding(12), batch_size=1)
+    assert [reply.text for reply in replies] == [reply.text for reply in again]
