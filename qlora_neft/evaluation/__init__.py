@@ -1,0 +1,1 @@
+"""What the NEFTune paper measures, on texts, on losses, on embeddings. No module here sees a recipe."""

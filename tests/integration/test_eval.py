@@ -1,0 +1,186 @@
+"""The measures on a run's model: losses, answers to training prompts, AlpacaEval from instructions to a score."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import HELD_OUT, ROWS, contents, invoke, never_stopped, refused, summary
+from eval_place import ASKED, FAST, OTHER, found, make_place
+
+from qlora_neft.decoding import Decoding
+from qlora_neft.evaluation.alpaca_answers import answer, answers_file
+from qlora_neft.evaluation.overlap import rouge_l
+from qlora_neft.trained import find_adapter, load_trained
+
+
+@pytest.fixture
+def place(llama, tmp_path, monkeypatch):
+    """A fresh copy, the current directory."""
+    monkeypatch.chdir(make_place(llama, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def trained(llama):
+    return load_trained(never_stopped(llama), device="cpu", precision="fp32")
+
+
+# ---- eval loss ----
+
+
+def test_losses_are_those_that_training_reported(place):
+    reported = summary("out")
+    first = {entry["set"]: entry for entry in found("loss", "out", "--rows", "16")["sets"]}  # training's fixed slice
+    sets = {entry["set"]: entry for entry in found("loss", "out")["sets"]}
+    assert (sets["train"]["rows"], sets["held out"]["rows"]) == (len(ROWS), len(HELD_OUT))
+    for sets_, name, key in ((first, "train", "clean_train_loss"), (sets, "held out", "held_out_loss")):
+        assert sets_[name]["adapters"]["out"] == pytest.approx(reported["after"][key], abs=1e-6)
+        assert sets_[name]["base"] == pytest.approx(reported["before"][key], abs=1e-6)  # LoRA begins at the base
+    kept = json.loads(Path("out/measures.json").read_text())["loss"]
+    assert kept == {
+        "whole_train_loss": sets["train"]["adapters"]["out"],
+        "held_out_loss": sets["held out"]["adapters"]["out"],
+    }
+
+
+def test_the_loss_of_other_data_is_the_mean_over_its_tokens(place, trained):
+    [_, _, entry] = found("loss", "out", "--data", "far=other.jsonl")["sets"]
+    total = tokens = 0
+    for row in OTHER:
+        prompt = trained.prompts.ids([{"role": "user", "content": row["instruction"]}])
+        answer_ids = [*row["output"].encode()]
+        ids = [*prompt, *trained.tokenizer(row["output"], add_special_tokens=False)["input_ids"], 258]
+        assert len(ids) == len(prompt) + len(answer_ids) + 1
+        with torch.no_grad():
+            logits = trained.model(input_ids=torch.tensor([ids])).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:]), reduction="none")
+        total, tokens = total + losses[len(prompt) - 1 :].sum().item(), tokens + len(ids) - len(prompt)
+    assert (entry["set"], entry["rows"], entry["tokens"]) == ("far", 4, tokens)
+    assert entry["adapters"]["out"] == pytest.approx(total / tokens, abs=1e-5)
+
+
+def test_batches_change_no_loss(place):
+    one, eight = (found("loss", "out", "--batch-size", size)["sets"] for size in ("1", "8"))
+    for a, b in zip(one, eight, strict=True):
+        assert a["adapters"]["out"] == pytest.approx(b["adapters"]["out"], abs=1e-5)
+
+
+def test_runs_stand_side_by_side(place):
+    shutil.copytree("out", "again")
+    code, stdout, _ = invoke("eval", "loss", "out", "again", "--rows", "2")
+    heading, train, held_out = (line.split() for line in stdout.splitlines())
+    assert code == 0 and heading[-3:] == ["base", "out", "again"]
+    assert train[1] == "2" and train[-1] == train[-2] != train[-3] and held_out[:2] == ["held", "out"]
+    assert not Path("out/measures.json").exists()  # of a part nothing is kept
+
+
+# ---- eval overfit ----
+
+
+def test_answers_to_training_prompts_are_compared_with_what_was_trained(place):
+    result = found("overfit", "out", "--rows", "5", "--max-new-tokens", "20", "--answers")["out"]
+    assert [answer["reference"] for answer in result["answers"]] == [row["output"] for row in ROWS[:5]]
+    texts, references = ([answer[key] for answer in result["answers"]] for key in ("text", "reference"))
+    assert result["rows"] == 5 and result["rouge_l"] == pytest.approx(sum(rouge_l(texts, references)) / 5)
+    alone = found("overfit", "out", "--rows", "5", "--max-new-tokens", "20", "--batch-size", "1", "--answers")["out"]
+    assert alone["answers"] == result["answers"]
+    assert json.loads(Path("out/measures.json").read_text())["overfit"]["train_prompts_rouge_l"] == result["rouge_l"]
+    code, stdout, _ = invoke("eval", "overfit", "out", "--rows", "2", "--max-new-tokens", "4")
+    assert code == 0 and "ROUGE-L" in stdout
+
+
+def test_data_that_has_moved_is_named(place):
+    Path("train.jsonl").rename("moved.jsonl")
+    assert "data.path: no file" in refused("eval", "overfit", "out")
+    assert found("overfit", "out", "--rows", "1", "--max-new-tokens", "2", "--set", "data.path=moved.jsonl")
+
+
+# ---- eval alpaca, eval text ----
+
+
+def test_answers_are_written_in_the_official_format(place):
+    found("alpaca", "out", "--instructions", "asked.json", *FAST)
+    rows = json.loads(Path("out/alpaca_outputs.json").read_text())
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in ASKED]
+    for row in rows:
+        assert (row["generator"], row["dataset"], row["datasplit"]) == ("out", "mine", "eval")
+        assert isinstance(row["output"], str) and json.loads(row["metadata"])["repetition_penalty"] == 1.2
+    result = found("text", "out", "--instructions", "asked.json", "--chunk", "4", *FAST)
+    assert result["characters"] == pytest.approx(sum(len(row["output"]) for row in rows) / 7)
+
+
+def test_an_answer_is_the_models_own(place, trained):
+    found("alpaca", "out", "--instructions", "asked.json", "--repetition-penalty", "1", *FAST)
+    row = json.loads(Path("out/alpaca_outputs.json").read_text())[3]
+    ids = trained.prompts.ids([{"role": "user", "content": row["instruction"]}])
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(trained.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+    said = ids[-12:][: ids[-12:].index(258)] if 258 in ids[-12:] else ids[-12:]
+    assert row["output"] == trained.tokenizer.decode(said, skip_special_tokens=True)
+
+
+def test_what_was_answered_is_not_answered_again(place, trained):
+    path, decoding, folder = Path("answers.json"), Decoding(max_new_tokens=12), find_adapter("out")
+
+    class Killed(Exception):
+        pass
+
+    def stop(done, total):
+        raise Killed
+
+    file = answers_file(path, folder, ASKED, generator="out", decoding=decoding)
+    with pytest.raises(Killed):
+        answer(trained, file, ASKED, decoding, batch_size=3, progress=stop)
+    begun = json.loads(path.read_text())
+    assert len(begun) == 3  # one batch of the three
+    begun[0]["output"] = "kept"
+    path.write_text(json.dumps(begun))
+    asked = []
+    file = answers_file(path, folder, ASKED, generator="out", decoding=decoding)
+    answer(trained, file, ASKED, decoding, batch_size=3, progress=lambda done, total: asked.append((done, total)))
+    assert asked == [(6, 7), (7, 7)]
+    rows = json.loads(path.read_text())
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in ASKED]
+    assert rows[0]["output"] == "kept" and [row["output"] for row in rows[1:3]] == [row["output"] for row in begun[1:]]
+
+
+def test_answers_made_otherwise_are_not_mixed(place):
+    found("alpaca", "out", "--instructions", "asked.json", *FAST)
+    more = ("--instructions", "asked.json", "--max-new-tokens", "13")
+    assert "max_new_tokens was 12, is now 13" in refused("eval", "alpaca", "out", *more)
+    with open("out/adapter_model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    message = refused("eval", "alpaca", "out", "--instructions", "asked.json", *FAST)
+    assert "adapter_sha256 was" in message and "delete this one" in message
+
+
+def test_a_prompt_that_fills_the_context_is_answered_with_nothing(place):
+    Path("long.json").write_text(json.dumps([{"instruction": "x" * 300}, {"instruction": "Say 1"}]))
+    code, _, stderr = invoke("eval", "alpaca", "out", "--instructions", "long.json", "--output", "a.json", *FAST)
+    assert code == 0 and "1 instructions fill the model's context" in stderr
+    assert json.loads(Path("a.json").read_text())[0]["output"] == ""
+
+
+def test_the_instructions_are_checked(place):
+    def message(rows):
+        Path("bad.json").write_text(json.dumps(rows))
+        return refused("eval", "alpaca", "out", "--instructions", "bad.json")
+
+    assert "entry 1 must have instruction" in message([{"output": "a"}])
+    assert "1 instructions twice" in message([ASKED[0], ASKED[0]])
+    assert "from the Hub" in refused("eval", "alpaca", "out")  # offline here
+    assert "no folder 'none'" in refused("eval", "alpaca", "out", "--instructions", "asked.json", "--output", "none/a")
+
+
+def test_what_is_no_run_is_refused_before_anything_is_loaded(place):
+    before = contents(".")
+    assert "no such folder" in refused("eval", "loss", "./absent")
+    assert "named twice" in refused("eval", "loss", "out", "out")
+    assert "NAME=" in refused("eval", "loss", "out", "--data", "train=other.jsonl")
+    (Path("out") / "recipe.yaml").rename("kept.yaml")
+    assert "holds no recipe.yaml" in refused("eval", "overfit", "out")
+    Path("kept.yaml").rename("out/recipe.yaml")
+    assert contents(".") == before
