@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,16 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
 def lines_after(output_dir: Path, steps: int, seconds: float, *, drawn: bool) -> list[str]:
     """Where everything is, and what to do next."""
     curves = f"loss curves: {output_dir / 'loss.png'}"
+    here = shlex.quote(str(output_dir))
     missing = "no loss.png: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'"
     return [
         f"trained {steps} steps in {seconds:.0f} s; base weights unchanged, bit for bit",
         f"adapter, recipe, metrics and summary: {output_dir}/",
         curves if drawn else missing,
         "next:",
-        f"  AutoPeftModelForCausalLM.from_pretrained({str(output_dir)!r})   # from peft: use it",
+        f"  qlora-neft chat {here} --compare   # talk to it, beside its base",
+        f"  qlora-neft merge {here} {shlex.quote(f'{output_dir}-merged')}   # a plain 16-bit model, with proof",
+        f"  qlora-neft export {here} --repo-id you/name --dry-run   # what would go to the Hub",
         "  qlora-neft cp llama2-7b-alpaca mine.yaml   # a recipe of your own",
     ]
 

@@ -106,6 +106,7 @@ def train_and_measure(
             "memory": _memory(plan, peak),
         }
         if is_main_process():
+            write_json(output_dir / "answers.json", {"answers": [asdict(answer) for answer in after.answers]})
             write_json(output_dir / "summary.json", summary)
         if mirror is not None:
             mirror.files([path.name for path in output_dir.iterdir() if path.is_file()])

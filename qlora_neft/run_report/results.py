@@ -1,0 +1,129 @@
+"""What came of some arms, as plain values for tables, pictures and ``results.json``; and what may be said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .arms import Arm, baseline_of, compare, pairing
+from .names import KNOWN, MeasureName, in_order, name_of
+from .row_losses import rows_interval
+from .statistics import CONFIDENCE, RESAMPLES, Difference, Interval, leaves_zero_out
+
+DECIDING = "held_out_loss"
+METHOD = (
+    f"Differences are paired over seeds. Intervals hold {CONFIDENCE:.0%}: Student's t over the seeds, and a percentile "
+    f"bootstrap of whole pairs (B = {RESAMPLES:,}, fixed seed). A difference is measurable when both leave zero out. "
+    "With three seeds the bootstrap's ends are the smallest and the largest difference. Where the losses of single "
+    "held-out rows are known, a bootstrap over rows must leave zero out as well. The best arm is named only if "
+    "its held-out loss is measurably below that of every other arm, the confidence raised for the number of "
+    "comparisons (Bonferroni)."
+)
+
+
+def results_of(arms: Sequence[Arm], *, first: bool = False) -> dict[str, Any]:
+    """Every measure of every arm, differences to the baseline, and a sentence on each.
+
+    Args:
+        arms: To compare.
+        first: As in `baseline_of`.
+    """
+    keys = in_order(_telling([run.values for arm in arms for run in arm.runs]))
+    return {
+        "method": METHOD,
+        "arms": [{"label": arm.label, "settings": arm.settings, "runs": [r.name for r in arm.runs]} for arm in arms],
+        "pairing": [{"arm": arm.label, "to": base.label, **pairing(arm, base)} for arm, base in _compared(arms, first)],
+        "measures": {key: _measure(key, arms, first) for key in keys},
+        "best": best(arms),
+    }
+
+
+def _telling(found: Sequence[dict[str, float]]) -> set[str]:
+    """Measures to compare: all but counts of several runs (rows, chunk) that are the same everywhere."""
+    keys = {key for values in found for key in values}
+    return {k for k in keys if k in KNOWN or len(found) == 1 or len({values.get(k) for values in found}) > 1}
+
+
+def _compared(arms: Sequence[Arm], first: bool) -> list[tuple[Arm, Arm]]:
+    found = [(arm, baseline_of(arm, arms, first=first)) for arm in arms]
+    return [(arm, base) for arm, base in found if base is not None]
+
+
+def _measure(key: str, arms: Sequence[Arm], first: bool) -> dict[str, Any]:
+    name = name_of(key)
+    rows, compared = [], []
+    for arm in arms:
+        values = arm.values(key)
+        row: dict[str, Any] = {"arm": arm.label, "values": values, **_spread(list(values.values()))}
+        base = baseline_of(arm, arms, first=first)
+        found = compare(arm, base, key) if base else None
+        if base and found:
+            rows_of = rows_interval(arm, base) if key == DECIDING else None
+            row["difference"] = _plain(found, base.label, rows_of)
+            compared.append((arm.label, row["difference"]))
+        rows.append(row)
+    label = {"label": name.label, "unit": name.unit, "better": name.better}
+    return {**label, "arms": rows, "verdict": _verdict(compared, name)}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {"mean": None, "min": None, "max": None}
+    return {"mean": sum(values) / len(values), "min": min(values), "max": max(values)}
+
+
+def _plain(found: Difference, to: str, rows_of: Interval | None) -> dict[str, Any]:
+    over_rows = {} if rows_of is None else {"rows_interval": rows_of}
+    return {
+        **over_rows,
+        "to": to,
+        "values": list(found.values),
+        "mean": found.mean,
+        "t_interval": found.t_interval,
+        "bootstrap_interval": found.bootstrap,
+        "measurable": is_measurable(found, rows_of),
+    }
+
+
+def is_measurable(found: Difference, rows_of: Interval | None) -> bool | None:
+    """Whether all intervals leave zero out, that over rows as well where there is one; None for a single seed."""
+    return found.is_measurable and (rows_of is None or leaves_zero_out(rows_of))
+
+
+def _verdict(compared: Sequence[tuple[str, dict[str, Any]]], name: MeasureName) -> str:
+    """One sentence; empty where there is nothing to compare with."""
+    if not compared:
+        return ""
+    if all(found["measurable"] is None for _, found in compared):
+        return "one seed: no difference can be told from chance"
+    clear = [f"{label} {name.show_difference(found['mean'])}" for label, found in compared if found["measurable"]]
+    unclear = [label for label, found in compared if not found["measurable"]]
+    if not clear:
+        return "no measurable difference"
+    rest = f"; no measurable difference: {', '.join(unclear)}" if unclear else ""
+    return f"measurable: {', '.join(clear)}{rest}"
+
+
+def best(arms: Sequence[Arm], measure: str = DECIDING) -> dict[str, Any]:
+    """Which arm has the lowest held-out loss, and whether that can be told from chance.
+
+    Returns:
+        ``arm`` (None where it cannot), ``lowest`` (by its mean all the same) and a ``sentence``.
+    """
+    measured = [arm for arm in arms if arm.values(measure)]
+    label = name_of(measure).label
+    if len(measured) < 2:
+        return {"arm": None, "lowest": None, "sentence": f"{label}: measured in fewer than two arms"}
+    lowest = min(measured, key=lambda arm: _spread(list(arm.values(measure).values()))["mean"])
+    others = [arm for arm in measured if arm is not lowest]
+    confidence = 1 - (1 - CONFIDENCE) / len(others)
+    unclear = []
+    for arm in others:
+        found = compare(lowest, arm, measure, confidence)
+        if found is None or found.mean >= 0 or not is_measurable(found, rows_interval(lowest, arm, confidence)):
+            unclear.append(arm.label)
+    if unclear:
+        sentence = f"best by {label}: not distinguishable. {lowest.label} is lowest, not measurably below "
+        return {"arm": None, "lowest": lowest.label, "sentence": sentence + "; ".join(unclear)}
+    sentence = f"best by {label}: {lowest.label}, measurably below every other"
+    return {"arm": lowest.label, "lowest": lowest.label, "sentence": sentence}

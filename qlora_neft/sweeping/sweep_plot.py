@@ -1,0 +1,112 @@
+"""``sweep.png``: every measure against the swept key, and its paired differences below. Colors as in `loss_plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..picture import new_picture, save_picture
+from ..run_report.arms import Arm, show
+from ..run_report.names import name_of
+
+MAX_MEASURES = 5
+NOT_DRAWN = {"lowest_held_out_loss"}  # the curves of report show it better
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+MARKERS = "osD^vPX"
+
+
+def plot_sweep(arms: Sequence[Arm], results: dict[str, Any], path: Path, title: str) -> bool:
+    """Draw seeds as points, their mean and range, and differences to the baseline with Student's interval.
+
+    Args:
+        arms: In the order of ``results``.
+        results: `results_of` them.
+        path: PNG file to write.
+        title: Heading.
+
+    Returns:
+        False if there is nothing to draw, or matplotlib is not installed (extra ``plots``).
+    """
+    keys = [key for key in results["measures"] if key not in NOT_DRAWN][:MAX_MEASURES]
+    drawing = new_picture("", (max(4.2 * len(keys), 6), 6.4)) if keys else None
+    if drawing is None:
+        return False
+    figure, axes = drawing
+    axes.remove()
+    figure.suptitle(title, parse_math=False)
+    panels = figure.subplots(2, len(keys), squeeze=False)
+    key, lines = _lines(arms)
+    for column, name in enumerate(keys):
+        measure = results["measures"][name]
+        _values(panels[0][column], lines, measure, key is not None)
+        _differences(panels[1][column], lines, measure)
+        panels[0][column].set_title(name_of(name).title, fontsize=10)
+    panels[0][0].set_ylabel("value: seeds, mean, range")
+    panels[1][0].set_ylabel("difference to the baseline\nmean, 95% t interval")
+    for panel in panels.flat:
+        _finish(panel, key, arms)
+    if len(lines) > 1:
+        panels[0][0].legend(frameon=False, fontsize=8)
+    return save_picture(figure, path)
+
+
+def _lines(arms: Sequence[Arm]) -> tuple[str | None, dict[str, list[tuple[float, int]]]]:
+    """The numeric key that is the x axis, None for one place an arm; and by line, places and indices of its arms."""
+    key = next(iter(arms[0].settings), None)
+    numbers = [arm.settings.get(key) for arm in arms]
+    if key is None or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        return None, {"": [(float(i), i) for i in range(len(arms))]}
+    lines: dict[str, list[tuple[float, int]]] = {}
+    for i, arm in enumerate(arms):
+        rest = ", ".join(f"{k.split('.')[-1]} {show(v)}" for k, v in arm.settings.items() if k != key)
+        lines.setdefault(rest, []).append((float(arm.settings[key]), i))
+    return key, {name: sorted(line) for name, line in lines.items()}
+
+
+def _values(panel: Any, lines: dict[str, list[tuple[float, int]]], measure: dict[str, Any], is_numeric: bool) -> None:
+    for i, (label, line) in enumerate(lines.items()):
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        found = [(x, measure["arms"][arm]) for x, arm in line if measure["arms"][arm]["values"]]
+        seeds = [(x, value) for x, row in found for value in row["values"].values()]
+        if not found:
+            continue
+        panel.plot(*zip(*seeds, strict=True), marker, color=color, markersize=4, alpha=0.5, linestyle="none")
+        places, means = [x for x, _ in found], [row["mean"] for _, row in found]
+        below = [row["mean"] - row["min"] for _, row in found]
+        above = [row["max"] - row["mean"] for _, row in found]
+        style = {"color": color, "capsize": 3, "linewidth": 1.6, "label": label or None}
+        joined = "-" if is_numeric else "none"
+        panel.errorbar(places, means, (below, above), marker="_", markersize=12, linestyle=joined, **style)
+
+
+def _differences(panel: Any, lines: dict[str, list[tuple[float, int]]], measure: dict[str, Any]) -> None:
+    panel.axhline(0, color="#999999", linewidth=1)
+    for i, line in enumerate(lines.values()):
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        found = [(x, measure["arms"][arm]["difference"]) for x, arm in line if "difference" in measure["arms"][arm]]
+        for x, row in found:
+            panel.plot([x] * len(row["values"]), row["values"], marker, color=color, markersize=4, alpha=0.5)
+            low, high = row["t_interval"] or (row["mean"], row["mean"])
+            error = ([row["mean"] - low], [high - row["mean"]])
+            panel.errorbar([x], [row["mean"]], error, marker="_", markersize=12, color=color, capsize=3, linewidth=1.6)
+
+
+def _finish(panel: Any, key: str | None, arms: Sequence[Arm]) -> None:
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(alpha=0.25)
+    if key is None:
+        labels = [arm.label for arm in arms]
+        panel.set_xticks(range(len(labels)), labels, rotation=30, ha="right", parse_math=False, fontsize=8)
+        panel.set_xlim(-0.5, len(labels) - 0.5)
+        return
+    panel.set_xlabel(key)
+    places = sorted({float(arm.settings[key]) for arm in arms})
+    if places[0] > 0 and places[-1] / places[0] >= 30:
+        panel.set_xscale("log")
+        panel.set_xlim(places[0] / 1.5, places[-1] * 1.5)
+        return
+    margin = 0.08 * (places[-1] - places[0]) or 1
+    panel.set_xlim(places[0] - margin, places[-1] + margin)
+    if len(places) <= 8:
+        panel.set_xticks(places, [f"{place:g}" for place in places])
