@@ -1,0 +1,135 @@
+"""What an adapter adds to the weights of its base, read one layer at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import UserInputError
+from ..trained.folder import WEIGHTS, AdapterFolder
+
+PREFIX = "base_model.model."
+# Initializations that leave the base as it is. Others (PiSSA, OLoRA ...) subtract from it, which a merge cannot see.
+PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Keys of adapter_config.json under which the update is no plain B A.
+UNSUPPORTED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "megatron_config",
+)
+
+
+class Update:
+    """A LoRA adapter as updates of weights: ``scale * B @ A``, and whole weights that were trained (modules_to_save).
+
+    Args:
+        folder: The adapter.
+        shapes: Of the base's parameters, by name.
+        quantized: Names of those in NF4.
+        tied: Names of those that share a weight with another.
+
+    Attributes:
+        scale: By parameter that has an update.
+        replaced: Parameters that are stored whole, and their names in the adapter's file.
+
+    Raises:
+        UserInputError: If the adapter does not fit the base, or is of a kind that cannot be merged.
+    """
+
+    def __init__(
+        self, folder: AdapterFolder, shapes: Mapping[str, tuple[int, ...]], quantized: set[str], tied: set[str]
+    ) -> None:
+        self.folder = folder
+        _check_kind(folder)
+        self.scale: dict[str, float] = {}
+        self.replaced: dict[str, str] = {}
+        stored = self._stored()
+        for key, shape in stored.items():
+            if ".lora_B." in key:
+                continue  # looked at with its A
+            module, is_factor, _ = key.removeprefix(PREFIX).partition(".lora_A.")
+            name = f"{module}.weight" if is_factor else module
+            fits = name in shapes and (shape[1] == shapes[name][1] if is_factor else shape == shapes[name])
+            b_shape = stored.get(key.replace(".lora_A.", ".lora_B."))
+            if not fits or (is_factor and b_shape != (shapes[name][0], shape[0])):
+                raise UserInputError(
+                    f"{folder.source}: the adapter does not fit the base {folder.base!r} ({key} has no place in it). "
+                    "Give the base it was trained on with --base."
+                )
+            if name in tied or (not is_factor and name in quantized):
+                what = "is shared by embedding and head" if name in tied else "is quantized in training"
+                raise UserInputError(f"{folder.source}: {name} was trained and {what}. It cannot be merged here.")
+            if is_factor:
+                self.scale[name] = _scale(folder.config, module, shape[0])
+            else:
+                self.replaced[name] = key
+
+    def changes(self, name: str) -> bool:
+        """Whether a weight is another than the base's."""
+        return name in self.scale or name in self.replaced
+
+    def delta(self, name: str) -> Tensor | None:
+        """What is added to a weight, (out, in) in float32; None if nothing."""
+        if name not in self.scale:
+            return None
+        module = PREFIX + name.removesuffix(".weight")
+        a, b = self._read(f"{module}.lora_A.weight"), self._read(f"{module}.lora_B.weight")
+        return (b.float() @ a.float()).mul_(self.scale[name])
+
+    def whole(self, name: str) -> Tensor | None:
+        """A weight that was trained whole, None if it was not."""
+        return self._read(self.replaced[name]) if name in self.replaced else None
+
+    def _stored(self) -> dict[str, tuple[int, ...]]:
+        try:
+            with safe_open(self.folder.path / WEIGHTS, "pt") as file:
+                return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserInputError(f"{self.folder.source}: {WEIGHTS} cannot be read ({error}).") from error
+
+    def _read(self, key: str) -> Tensor:
+        with safe_open(self.folder.path / WEIGHTS, "pt") as file:
+            return file.get_tensor(key)
+
+
+def _check_kind(folder: AdapterFolder) -> None:
+    config = folder.config
+    used = [key for key in UNSUPPORTED if config.get(key)]
+    if config.get("bias", "none") != "none":
+        used.append(f"bias={config['bias']}")
+    if config.get("init_lora_weights", True) not in PLAIN_INITS:
+        used.append(f"init_lora_weights={config['init_lora_weights']}")
+    if used:
+        raise UserInputError(
+            f"{folder.source}: only plain LoRA can be merged here (with rsLoRA, rank and alpha patterns, "
+            f"modules_to_save), the adapter has {', '.join(used)}. Merge it with PEFT's merge_and_unload."
+        )
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """As PEFT scales: lora_alpha / r, or over its root with rsLoRA, with the pattern's alpha where one matches."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def finite(weight: Tensor) -> bool:
+    """Whether every number is."""
+    return bool(torch.isfinite(weight).all())
