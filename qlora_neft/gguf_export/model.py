@@ -1,0 +1,118 @@
+"""A merged or plain model as GGUF: weights, hyper-parameters, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from ..errors import UserInputError
+from ..tokenizer import load_tokenizer
+from .architectures import Architecture, add_hyper_parameters, architecture_of, notes_on, rope_factors
+from .file import GgufTensor, check_dtype, gguf_library, write_gguf
+from .vocabulary import vocabulary_of
+
+_FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+
+
+def write_model_gguf(model_dir: Path, path: Path, dtype: str = "f16") -> list[str]:
+    """Write a model's folder as GGUF.
+
+    Args:
+        model_dir: Folder with ``config.json``, safetensors and a tokenizer; not quantized.
+        path: The file to write.
+        dtype: Of matrices: ``f16``, ``bf16`` or ``f32``. Norms and biases are in f32.
+
+    Returns:
+        What llama.cpp will do otherwise than transformers; nothing for most models.
+
+    Raises:
+        UserInputError: If the model cannot be written exactly, or ``path`` not at all.
+        RunFailed: If the disk fails.
+    """
+    gguf_library()
+    matrices = check_dtype(dtype)
+    config = read_model_config(str(model_dir))
+    architecture = architecture_of(config, str(model_dir))
+    vocabulary = vocabulary_of(load_tokenizer(str(model_dir)), config.vocab_size, str(model_dir))
+    tensors = list(_tensors(architecture, model_dir, matrices))
+
+    def describe(writer: Any) -> None:
+        writer.add_type("model")
+        writer.add_name(model_dir.resolve().name)
+        writer.add_file_type(gguf_library().LlamaFileType[_FILE_TYPES[dtype]])
+        add_hyper_parameters(writer, architecture)
+        vocabulary.add_to(writer)
+        _add_end_of_turn(writer, model_dir, vocabulary.eos)
+
+    write_gguf(path, architecture.name, describe, tensors)
+    return [*notes_on(architecture), *vocabulary.notes]
+
+
+def read_model_config(name_or_path: str, revision: str | None = None) -> Any:
+    """transformers' configuration of a model.
+
+    Raises:
+        UserInputError: If there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserInputError(
+            f"{name_or_path}: no model configuration can be read. Give a folder with a config.json, or a base that "
+            f"you can reach with --base. ({first_line})"
+        ) from error
+
+
+def _add_end_of_turn(writer: Any, model_dir: Path, eos: int) -> None:
+    """A second token that ends a response, where the model's generation config lists one."""
+    path = model_dir / "generation_config.json"
+    stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    others = [token for token in stated if token != eos] if isinstance(stated, list) else []
+    if others:
+        writer.add_eot_token_id(others[0])
+
+
+def _tensors(architecture: Architecture, model_dir: Path, matrices: torch.dtype) -> Iterator[GgufTensor]:
+    name_of = architecture.namer()
+    factors = rope_factors(architecture)
+    if factors is not None:
+        yield GgufTensor("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors)
+    found = set()
+    for file, key, shape in _stored(model_dir):
+        if key.endswith("rotary_emb.inv_freq") or (architecture.is_tied and key == "lm_head.weight"):
+            continue
+        name = name_of(key)
+        if name is None:
+            raise UserInputError(f"{model_dir}: llama.cpp's {architecture.name} has no place for the weight {key}.")
+        found.add(key)
+        dtype = torch.float32 if len(shape) == 1 else matrices
+        yield GgufTensor(name, shape, dtype, partial(_read, architecture, file, key))
+    if "model.embed_tokens.weight" not in found or not (architecture.is_tied or "lm_head.weight" in found):
+        raise UserInputError(f"{model_dir}: its safetensors lack the embedding or the head. The model must be whole.")
+
+
+def _read(architecture: Architecture, file: Path, key: str) -> torch.Tensor:
+    with safe_open(file, "pt") as stored:
+        return architecture.rows_for_llama_cpp(key, stored.get_tensor(key))
+
+
+def _stored(model_dir: Path) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
+    """File, name and shape of every weight."""
+    files = sorted(model_dir.glob("model*.safetensors"))
+    if not files:
+        raise UserInputError(f"{model_dir}: holds no model*.safetensors. Give the folder that merge wrote.")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as stored:
+                for key in stored.keys():  # noqa: SIM118  (it is no dictionary)
+                    yield file, key, tuple(stored.get_slice(key).get_shape())
+        except SafetensorError as error:
+            raise UserInputError(f"{file}: cannot be read ({error}).") from error
