@@ -17,7 +17,8 @@ from qlora_neft.cli import app
 from qlora_neft.errors import RunFailed, UserInputError
 from qlora_neft.recipe_files import recipe_path
 
-VERBS = ["ls", "show", "diff", "cp", "validate", "train", "noise", "doctor"]
+VERBS = ["ls", "show", "diff", "cp", "validate", "train", "preview", "fit", "noise", "doctor"]
+VERBS += ["generate", "chat", "merge", "export", "check", "gguf", "sweep", "report", "eval"]
 HELP_SECONDS = 0.5
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "matplotlib")
 
