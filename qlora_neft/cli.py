@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import cli_recipes
+from . import cli_consumers, cli_eval, cli_export, cli_merge, cli_recipes, cli_report, cli_sweep, cli_talk
 from .cli_recipes import JsonOption, OverridesArgument, RecipeArgument
 from .errors import RunFailed, RunInterrupted, UserInputError
 
@@ -57,6 +57,15 @@ app.command()(cli_recipes.show)
 app.command()(cli_recipes.diff)
 app.command()(cli_recipes.cp)
 app.command()(cli_recipes.validate)
+app.command()(cli_sweep.sweep)
+app.command()(cli_report.report)
+app.command()(cli_export.export)
+app.command()(cli_merge.merge)
+app.command()(cli_consumers.check)
+app.command()(cli_consumers.gguf)
+app.command()(cli_talk.generate)
+app.command()(cli_talk.chat)
+app.add_typer(cli_eval.app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -89,6 +98,11 @@ def train(
             help="Go on with the run in --output-dir, refuse to, or go on from a folder or checkpoint.",
         ),
     ] = "auto",
+    push_to: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Push checkpoints to the branch checkpoints of this Hub repository."),
+    ] = None,
+    push_every: Annotated[int | None, typer.Option(min=1, help="Of how many checkpoints one is pushed.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and stop before the base is loaded.")
     ] = False,
@@ -97,7 +111,9 @@ def train(
     """Train an adapter as a recipe says."""
     from .recipe import load_recipe
 
-    recipe = load_recipe(name, overrides or ())  # before the slow imports: a typing error is told at once
+    pushing = {"machine.push_to": push_to, "machine.push_every": push_every}
+    pushed = [f"{key}={value}" for key, value in pushing.items() if value is not None]
+    recipe = load_recipe(name, [*(overrides or ()), *pushed])  # before the slow imports: a typing error is told at once
     from .run import run
 
     # With --json standard output holds the summary alone, whatever the libraries below print.

@@ -165,6 +165,8 @@ class Machine(Section):
     save_total_limit: Count = Field(2, description="checkpoints kept")
     grace_seconds: Positive = Field(30.0, description="from a signal to the checkpoint")
     mirror_dir: Text | None = Field(None, description="second folder for checkpoints and results: a mounted Drive")
+    push_to: Text | None = Field(None, description="Hub repository whose branch checkpoints gets them: owner/name")
+    push_every: Count = Field(1, description="of how many checkpoints one is pushed")
     threads: Auto | Count = Field("auto", description="CPU threads")
     logging_steps: Auto | Count = Field("auto", description="optimizer steps between two log lines")
     eval_steps: Auto | Count = Field("auto", description="optimizer steps between two evaluations")
@@ -174,6 +176,16 @@ class Machine(Section):
     clean_loss_steps: Auto | CountOrZero = Field(
         "auto", description="optimizer steps between two train losses without noise and dropout; 0: never"
     )
+
+    @field_validator("push_every")
+    @classmethod
+    def _only_with_a_repository(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and "push_to" in info.data and info.data["push_to"] is None:
+            raise broken_rule(
+                f"has no effect without push_to, got {value}. Remove it, or write push_to: owner/name.",
+                involves=("push_to",),
+            )
+        return value
 
 
 class Recipe(Section):

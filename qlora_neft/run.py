@@ -20,6 +20,7 @@ from .output_folder import claimed, failing_with_the_disk, read_summary, restore
 from .plan import RunPlan
 from .precision import PrecisionPolicy
 from .processes import is_main_process
+from .push_while_training import CheckpointPusher, pushing, ready_to_push
 from .quantization import check_base_config, check_context, check_vocabulary
 from .quiet import quiet_libraries
 from .recipe import Recipe
@@ -77,6 +78,8 @@ def run(
         beginning = find_beginning(output_dir, recipe.to_dict(), resume)
         if beginning.finished:
             return _finished(output_dir, console)
+        # Before rows are prepared and weights loaded: a wrong token costs nothing.
+        pusher = pusher_of(recipe, output_dir, console) if main and not dry_run else None
         policy = policy_of(recipe)
         config = check_base_config(model_path(recipe), revision=recipe.model.revision)
         check_context(config, recipe.data.max_length)
@@ -95,9 +98,20 @@ def run(
             if beginning.finished:  # by another process, meanwhile
                 return _finished(output_dir, console)
             trainer = trainer_of(trainer_class, recipe, policy, plan, tokenizer, data, output_dir)
-            return train_and_measure(
-                recipe, trainer, tokenizer, data, plan, facts, beginning, output_dir, console, started
-            )
+            with pushing(pusher, trainer):
+                return train_and_measure(
+                    recipe, trainer, tokenizer, data, plan, facts, beginning, output_dir, console, started
+                )
+
+
+def pusher_of(recipe: Recipe, output_dir: Path, console: Console) -> CheckpointPusher | None:
+    """What pushes checkpoints to the Hub, ready to; None where none is asked for."""
+    machine = recipe.machine
+    if machine.push_to is None:
+        return None
+    return ready_to_push(
+        machine.push_to, machine.push_every, recipe.to_dict(), output_dir, lambda line: say(console, [line])
+    )
 
 
 def _finished(output_dir: Path, console: Console) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def test_defaults_are_filled_in(write):
     saving = {"save_every_minutes": 10.0, "save_total_limit": 2, "grace_seconds": 30.0, "mirror_dir": None}
     assert {key: machine.pop(key) for key in saving} == saving
     assert machine.pop("streaming") is False
+    assert (machine.pop("push_to"), machine.pop("push_every")) == (None, 1)
     assert set(machine.values()) == {"auto", 0}
 
 

@@ -1,0 +1,1 @@
+"""A trained adapter on the Hugging Face Hub: what is published, and how it gets there."""

@@ -1,0 +1,164 @@
+"""What a model card says, from records alone."""
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from qlora_neft.hub.card import render_card
+from qlora_neft.hub.metadata import card_data
+from qlora_neft.hub.public_recipe import public_recipe
+from qlora_neft.hub.records import Records
+from qlora_neft.hub.training_summary import training_summary
+from qlora_neft.hub.usage import snippets
+from qlora_neft.recipe import load_recipe
+from qlora_neft.recipe_yaml import dump_yaml
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONFIG = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["m.0.q_proj", "m.1.q_proj", "m.0.k_proj"]}
+PART = {"rows": 52002, "tokens": 3_000_000, "trained_tokens": 900_000, "truncated": 7, "sha256": "ab" * 32}
+FACTS = {
+    "status": "done",
+    "steps": 3251,
+    "tokens_seen": 3_000_123,
+    "trained_tokens_seen": 900_045,
+    "before": {"clean_train_loss": 1.5, "held_out_loss": 1.6},
+    "after": {"clean_train_loss": 1.25, "held_out_loss": 1.375, "exact_match": 0.25, "answers": 40},
+    "hardware": {"device": "cuda:0", "name": "Tesla T4", "threads": 8, "platform": "Linux-1-secret-host"},
+    "peak_memory": {"host_bytes": 2 * 2**30, "cuda_reserved_bytes": 11 * 2**30},
+    "versions": {"torch": "2.11.0", "trl": "not installed"},
+    "train_seconds": 7260.0,
+    "data": {
+        "train": PART,
+        "eval": {**PART, "rows": 100},
+        "sources": [{"path": "tatsu-lab/alpaca", "rows": 52002, "format": "alpaca", "prompt_template": "alpaca"}],
+        "warnings": [],
+    },
+}
+
+
+def made(*overrides, facts=FACTS, log=(), config=CONFIG, license=None, recipe="llama2-7b-alpaca", step=None):
+    """A card, parsed, and the summary it was made from."""
+    stated = load_recipe(recipe, overrides).to_dict() if recipe else None
+    base = ("meta-llama/Llama-2-7b-hf", COMMIT)
+    weights = {"dtype": "bfloat16", "trained_dtype": "float32"}
+    summary = training_summary(Records(facts, list(log), step), stated, base, weights)
+    public = public_recipe(stated, *base) if stated else None
+    text = render_card(
+        "ann/my-adapter",
+        card_data("ann/my-adapter", summary, public, license or {}),
+        summary,
+        public,
+        config,
+        snippets("ann/my-adapter", summary, config, None, None),
+        has_curves=True,
+        license_is_bases=True,
+    )
+    assert "Undefined" not in text and "None" not in text and "\n\n\n\n" not in text
+    return ModelCard(text), summary
+
+
+def test_the_front_matter_is_what_the_hub_reads():
+    card, _ = made("data.eval_fraction=0.02", license={"license": "other", "license_name": "llama2"})
+    front = card.data.to_dict()
+    assert front["library_name"] == "peft" and front["pipeline_tag"] == "text-generation"
+    assert front["base_model"] == "meta-llama/Llama-2-7b-hf" and front["base_model_relation"] == "adapter"
+    assert front["datasets"] == ["tatsu-lab/alpaca"] and "language" not in front
+    assert front["license"] == "other" and front["license_name"] == "llama2"
+    wanted = {"lora", "qlora", "neftune", "bitsandbytes", "nf4", "base_model:adapter:meta-llama/Llama-2-7b-hf"}
+    assert wanted <= set(front["tags"])
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results["loss"].metric_value == 1.375 and results["exact_match"].metric_value == 0.25
+    assert results["loss"].dataset_type == "tatsu-lab/alpaca" and card.data.model_name == "my-adapter"
+
+
+def test_the_receipt_has_every_number():
+    log = [{"step": n, "neftune_norm": 2.0 + n, "neftune_noise_to_embedding": 0.5} for n in (0, 1)]
+    card, summary = made(log=log)
+    text = card.text
+    assert summary["neftune"]["measured_norm"] == 2.5
+    for fact in (
+        f"commit `{COMMIT}`",
+        "bfloat16, rounded from float32",
+        "alpha 5, uniform",
+        f"expected norm {5 / 3**0.5:.3f} a sequence (alpha / sqrt(3))",
+        "norm 2.500, 0.5 of the embeddings' norm",
+        "3,000,123, 900,045 of them trained",
+        "| held-out loss (nats per token) | 1.6000 | 1.3750 |",
+        "| exact answers, held out |  | 25.0% |",
+        "learning rate 0.0002, constant",
+        "3,251 of 16 sequences each, seed 0",
+        "52,002 sequences",
+        PART["sha256"],
+        "Tesla T4 (cuda:0)",
+        "11.00 GiB on the GPU, 2.00 GiB of the process",
+        "2.0 h",
+        "r 64, lora_alpha 16, dropout 0.1, on k_proj, q_proj",
+        "qlora-neft train recipe.yaml",
+    ):
+        assert fact in text, fact
+    assert "secret-host" not in text + str(summary) and "trl" not in text.split("versions")[1].split("\n")[0]
+
+
+def test_without_noise_nothing_says_neftune_but_that_there_was_none():
+    card, _ = made("neftune.noise_alpha=0")
+    assert "neftune" not in card.data.tags and "| NEFTune | none |" in card.text and "2310.05914" not in card.text
+
+
+def test_what_is_not_on_record_is_left_out():
+    card, _ = made(facts={})
+    for word in ("tokens seen", "hardware", "peak memory", "training time", "versions", "Before and after", "SHA-256"):
+        assert word not in card.text
+    assert card.data.eval_results is None and "Nothing was measured" in card.text
+    assert "not known; see the base" in card.text and "license" not in card.data.to_dict()
+
+
+def test_an_adapter_of_another_program_gets_a_short_card():
+    card, summary = made(facts={}, recipe=None)
+    assert "no record of how it was trained" in card.text and "How it was trained" not in card.text
+    assert not {"qlora", "neftune", "nf4", "qlora_neft"} & set(card.data.tags)
+    assert set(summary) == {"summary_version", "base", "adapter"}
+
+
+def test_a_checkpoint_says_its_step():
+    facts = {"before": {"held_out_loss": 1.6}, "latest": {"held_out_loss": {"step": 30, "value": 1.5}}, "steps": 35}
+    card, summary = made(facts=facts, step=35)
+    assert summary["checkpoint_step"] == 35 and "a checkpoint after step 35" in card.text
+    assert "| 1.6000 | 1.5000 (step 30) |" in card.text
+    assert card.data.eval_results[0].metric_value == 1.5
+
+
+@pytest.mark.parametrize(
+    ("path", "published", "on_hub"),
+    [
+        ("tatsu-lab/alpaca", "tatsu-lab/alpaca", True),
+        ("bundled:demo/train.jsonl", "bundled:demo/train.jsonl", False),
+        ("/home/ann/private/rows.jsonl", "rows.jsonl", False),
+        ("data/rows.jsonl", "rows.jsonl", False),
+        ("~/corpora/*.parquet", "*.parquet", False),
+        ("C:\\Users\\ann\\rows.csv", "rows.csv", False),
+    ],
+)
+def test_of_a_local_path_the_name_alone_is_published(path, published, on_hub, tmp_path):
+    stated = load_recipe("llama2-7b-alpaca").to_dict()
+    stated["data"] |= {"path": path, "mixture": [{"path": path, "prompt_template": "/home/ann/mine.jinja"}]}
+    stated["machine"]["mirror_dir"] = "/mnt/drive/ann"
+    public = public_recipe(stated, "a/b", COMMIT)
+    assert public["data"]["path"] == published and public["data"]["mixture"][0]["path"] == published
+    assert public["data"]["mixture"][0]["prompt_template"] == "chat_template.jinja"
+    assert "ann" not in yaml.safe_dump(public) and "mirror_dir" not in public["machine"]
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(public))
+    again = load_recipe(tmp_path / "recipe.yaml")
+    assert (again.model.name_or_path, again.model.revision) == ("a/b", COMMIT)
+    summary = training_summary(Records({}, []), stated, ("a/b", None), {"dtype": "float32"})
+    tagged = card_data("ann/x", summary, public, {}).datasets
+    assert (tagged == [path]) == on_hub and (tagged is None) != on_hub
+
+
+def test_vllm_is_given_the_rank_and_left_out_where_it_cannot():
+    def vllm(**config):
+        found = snippets("ann/x", {"base": {"id": "a/b", "revision": COMMIT}}, {**CONFIG, **config}, None, None)
+        return [snippet.code for snippet in found if snippet.title == "vLLM"]
+
+    assert "--max-lora-rank 64" in vllm()[0] and f"--revision {COMMIT}" in vllm()[0]
+    assert "--max-lora-rank 32" in vllm(r=24)[0]
+    assert vllm(use_dora=True) == vllm(modules_to_save=["lm_head"]) == []
