@@ -57,15 +57,6 @@ app.command()(cli_recipes.show)
 app.command()(cli_recipes.diff)
 app.command()(cli_recipes.cp)
 app.command()(cli_recipes.validate)
-app.command()(cli_sweep.sweep)
-app.command()(cli_report.report)
-app.command()(cli_export.export)
-app.command()(cli_merge.merge)
-app.command()(cli_consumers.check)
-app.command()(cli_consumers.gguf)
-app.command()(cli_talk.generate)
-app.command()(cli_talk.chat)
-app.add_typer(cli_eval.app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -189,6 +180,20 @@ def noise(
         typer.echo(json.dumps(report, indent=2))
     else:
         render(report, Console())
+
+
+for verb in (
+    cli_talk.generate,
+    cli_talk.chat,
+    cli_merge.merge,
+    cli_consumers.check,
+    cli_consumers.gguf,
+    cli_export.export,
+    cli_sweep.sweep,
+    cli_report.report,
+):
+    app.command()(verb)
+app.add_typer(cli_eval.app)
 
 
 @app.command()
