@@ -22,7 +22,7 @@ demo: $(VENV)/.plots ## install, train the demo recipe on any machine and show w
 	$(BIN)/qlora-neft train demo --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.dev ## install and run the tests
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile # tests of a file share what they have trained
 
 faults: $(VENV)/.dev ## break runs in every way at hand and see each recover (about 15 minutes)
 	$(BIN)/python scripts/faults.py

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import RecipeError
+    from .notebook import command, output_of, train_live
     from .recipe import Recipe, list_recipes, load_recipe
     from .run import run
     from .trainer import QLoRANeftConfig, QLoRANeftTrainer
@@ -25,9 +26,12 @@ _HOME = {
     "QLoRANeftTrainer": "trainer",
     "Recipe": "recipe",
     "RecipeError": "errors",
+    "command": "notebook",
     "list_recipes": "recipe",
     "load_recipe": "recipe",
+    "output_of": "notebook",
     "run": "run",
+    "train_live": "notebook",
 }
 
 __all__ = [
@@ -36,9 +40,12 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "__version__",
+    "command",
     "list_recipes",
     "load_recipe",
+    "output_of",
     "run",
+    "train_live",
 ]
 
 

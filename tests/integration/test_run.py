@@ -114,7 +114,7 @@ def test_every_file_of_a_run_is_there_and_no_pickle(finished):
     files = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
     records = {"recipe.yaml", "run.json", "metrics.jsonl", "summary.json", "data_report.json"}
-    records |= {"loss.png", "lengths.png"}
+    records |= {"answers.json", "loss.png", "lengths.png"}
     assert files - {"special_tokens_map.json", "chat_template.jinja"} == {
         "adapter_model.safetensors",
         "adapter_config.json",

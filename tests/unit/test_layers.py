@@ -42,7 +42,7 @@ LAYERS = (
     {"unpack_fit"},
     {"unpack"},
     {"session", "unpack_trainer"},
-    {"doctor", "embedding_noise_report", "eval_runs", "merging", "noise_report", "preview", "run"},
+    {"doctor", "embedding_noise_report", "eval_runs", "merging", "noise_report", "notebook", "preview", "run"},
     {"sweeping"},
     {"cli_export", "cli_fit", "cli_preview", "cli_recipes", "cli_report", "cli_talk"},
     {"cli_consumers", "cli_eval_more", "cli_merge", "cli_sweep"},
