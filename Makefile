@@ -21,8 +21,9 @@ help: ## list the targets
 demo: $(VENV)/.plots ## install, train the demo recipe on any machine and show what was learned
 	$(BIN)/qlora-neft train demo --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
+# loadfile: the tests of a file share what they have trained.
 test: $(VENV)/.dev ## install and run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile # tests of a file share what they have trained
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 faults: $(VENV)/.dev ## break runs in every way at hand and see each recover (about 15 minutes)
 	$(BIN)/python scripts/faults.py

@@ -1,7 +1,7 @@
 """chat: what the model sees of a conversation, commands, files, Ctrl-C."""
 
-import io
 import contextlib
+import io
 import json
 import signal
 import subprocess
