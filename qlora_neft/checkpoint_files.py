@@ -7,7 +7,6 @@ renamed to a hidden name first. So whatever bears a good name was once whole, wh
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserInputError
+from .file_hash import sha256_of_file
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
@@ -64,7 +64,7 @@ def new_checkpoint(output_dir: Path, step: int, about: dict[str, Any]) -> Iterat
     with in_place_of(output_dir / f"{PREFIX}{step}") as folder:
         yield folder
         paths = {name: folder / name for name in files_in(folder) if name != MANIFEST}
-        files = {name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for name, path in paths.items()}
+        files = {name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size} for name, path in paths.items()}
         content = {"manifest_version": VERSION, "step": step, "about": about, "files": files}
         (folder / MANIFEST).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -117,11 +117,6 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_in(folder: Path) -> list[str]:
@@ -201,7 +196,7 @@ def _problem(path: Path, name: str, size: int, sha256: str) -> str | None:
             return f"{name} is missing"
         if (found := path.stat().st_size) != size:
             return f"{name} has {found} bytes instead of {size}"
-        return None if _sha256(path) == sha256 else f"{name} has another content than was written (SHA-256)"
+        return None if sha256_of_file(path) == sha256 else f"{name} has another content than was written (SHA-256)"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
 

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .text_file import write_text
+
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
     """Numbers that JSON has no word for (NaN, infinity) as null."""
@@ -15,10 +17,4 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    draft = path.with_name(f".{path.name}.part")  # hidden: what a killed process leaves is not content
-    try:
-        draft.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from .json_file import finite
+from .text_file import write_text
 
 PACKAGES = (
     "qlora-neft",
@@ -55,9 +56,7 @@ class MetricsFile(TrainerCallback):
         if not self.path.exists():
             return
         kept = [] if step is None else [entry for entry in self._entries() if entry["step"] <= step]
-        draft = self.path.with_name(self.path.name + ".part")
-        draft.write_text("".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept), encoding="utf-8")
-        draft.replace(self.path)
+        write_text(self.path, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept))
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         for line in self.path.read_text(encoding="utf-8").splitlines():

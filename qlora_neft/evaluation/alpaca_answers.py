@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..decoding import Decoding, generate_ids
+from ..file_hash import sha256_of_file
 from ..trained import AdapterFolder, Trained
 from ..trained.folder import WEIGHTS
 from .alpaca_format import DATASPLIT
@@ -27,7 +27,7 @@ def answers_file(
     Raises:
         UserInputError: If the file holds answers of another adapter or of other settings.
     """
-    digest = hashlib.sha256((folder.path / WEIGHTS).read_bytes()).hexdigest()
+    digest = sha256_of_file(folder.path / WEIGHTS)
     base = {"base": folder.own_base} if folder.own_base else {}
     metadata = json.dumps({"adapter_sha256": digest, **base, **asdict(decoding)}, sort_keys=True)
     order = [row["instruction"] for row in instructions]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
 from ..bundled import PREFIX, resolve_bundled
 from ..errors import UserInputError
+from ..file_hash import sha256_of_file
 from ..trained import AdapterFolder
 from .ask import ask_about_base, sha256_on_hub
 
@@ -114,9 +114,4 @@ def _name_in_config(path: Path) -> str | None:
 def _same_weights(path: Path, on_hub: dict[str, str]) -> bool:
     """Whether every weight file of a folder is on the Hub, byte for byte."""
     files = sorted(path.glob("*.safetensors"))
-    return bool(files) and all(_sha256(file) == on_hub.get(file.name) for file in files)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return bool(files) and all(sha256_of_file(file) == on_hub.get(file.name) for file in files)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 from ..errors import UserInputError
+from ..file_hash import sha256_of_file
 
 SUMMARY = "training_summary.json"
 FILES_KEY = "files"  # in the summary: SHA-256 of every other file
@@ -14,7 +14,7 @@ FILES_KEY = "files"  # in the summary: SHA-256 of every other file
 
 def sha256_of_files(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of an export but its summary, by name."""
-    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != SUMMARY}
+    return {path.name: sha256_of_file(path) for path in sorted(folder.iterdir()) if path.name != SUMMARY}
 
 
 def check_replaceable(output: Path) -> None:
@@ -32,7 +32,7 @@ def check_replaceable(output: Path) -> None:
         raise UserInputError(
             f"--output: {str(output)!r} is not empty and holds no export; nothing in it may be lost. Give a new folder."
         )
-    there = {path.name: _sha256(path) for path in output.iterdir() if path.is_file() and path.name != SUMMARY}
+    there = {path.name: sha256_of_file(path) for path in output.iterdir() if path.is_file() and path.name != SUMMARY}
     folders = [path.name for path in output.iterdir() if path.is_dir()]
     changed = sorted({name for name, sha256 in there.items() if written.get(name) != sha256} | set(folders))
     if changed:
@@ -48,8 +48,3 @@ def _written(output: Path) -> dict[str, str] | None:
     except (OSError, ValueError, AttributeError):
         return None
     return files if isinstance(files, dict) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from ..bundled import shown_path
 from ..errors import RunFailed
+from ..file_hash import sha256_of_file
 from ..json_file import finite, write_json
 from ..precision import resolve_precision
 from ..quantization import nf4_config
@@ -94,7 +94,6 @@ def _report(plan: Plan, found: Evidence | None, total: int) -> dict[str, Any]:
     if found is not None:
         good = plan.strategy != DEQUANTIZED or found.strategies[DEQUANTIZED].kl <= KL_LIMIT  # NaN is not
         status = "done" if good else "failed"
-    weights = (plan.folder.path / WEIGHTS).read_bytes()
     return {
         "report_version": REPORT_VERSION,
         "status": status,
@@ -108,7 +107,7 @@ def _report(plan: Plan, found: Evidence | None, total: int) -> dict[str, Any]:
         "base_commit": getattr(plan.config, "_commit_hash", None),
         "bnb_4bit_use_double_quant": plan.merge.double_quant,
         "adapter": plan.folder.source,
-        "adapter_sha256": hashlib.sha256(weights).hexdigest(),
+        "adapter_sha256": sha256_of_file(plan.folder.path / WEIGHTS),
         "merged_layers": len(plan.merge.update.scale),
         "bytes": total,
         "versions": versions(),

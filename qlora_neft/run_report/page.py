@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..errors import UserInputError
+from ..text_file import write_text
 from .arms import arms_by, arms_of, differing, show
 from .curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, charts, style_of
 from .names import in_order, name_of
@@ -38,9 +38,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     texts = {output: html(content), output.with_suffix(".md"): markdown(content)}
     try:
         for path, text in texts.items():
-            draft = path.with_name(f".{path.name}.part")
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, path)
+            write_text(path, text)
     except OSError as error:
         raise UserInputError(f"--output: {str(output)!r} cannot be written ({error.strerror}).") from error
     return list(texts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from ..run_report.arms import Arm, arms_by
 from ..run_report.record import RunRecord, read_run
 from ..run_report.results import results_of
 from ..run_report.tables import TextTable, differences_table, measures_table, pairing_line, verdict_lines
+from ..text_file import write_text
 from .plan import SweepPlan
 from .sweep_plot import plot_sweep
 
@@ -36,9 +36,7 @@ def write_results(plan: SweepPlan, output_dir: Path) -> dict[str, Any]:
     results = {**planned, "finished": sum(len(arm.runs) for arm in arms), **results_of(arms, first=True)}
     write_json(output_dir / RESULTS_FILE, results)
     results = {**results, "picture": plot_sweep(arms, results, output_dir / PICTURE_FILE, _title(plan))}
-    draft = output_dir / f".{MARKDOWN_FILE}.part"
-    draft.write_text(markdown(plan, results), encoding="utf-8")
-    os.replace(draft, output_dir / MARKDOWN_FILE)
+    write_text(output_dir / MARKDOWN_FILE, markdown(plan, results))
     return results
 
 

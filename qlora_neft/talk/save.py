@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunFailed, UserInputError
+from ..text_file import write_text
 
 
 class Saved:
@@ -84,10 +85,7 @@ def write_as_they_come(path: Path, lines: Iterable[str]) -> int:
 
 
 def _write_whole(path: Path, text: str, key: str) -> None:
-    draft = path.with_name(f".{path.name}.part")
     try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
+        write_text(path, text)
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise UserInputError(f"{key}: {str(path)!r} cannot be written ({error.strerror}).") from error
