@@ -21,9 +21,9 @@ help: ## list the targets
 demo: $(VENV)/.plots ## install, train the demo recipe on any machine and show what was learned
 	$(BIN)/qlora-neft train demo --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
-# loadfile: the tests of a file share what they have trained.
+# Tests of a file share what they have trained; files in order, since the slow ones come first.
 test: $(VENV)/.dev ## install and run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/.dev ## break runs in every way at hand and see each recover (about 15 minutes)
 	$(BIN)/python scripts/faults.py
