@@ -1,0 +1,109 @@
+"""The shipped recipes, line by line: values from the files, what each is for, and where it comes from."""
+
+from __future__ import annotations
+
+import re
+
+from qlora_neft import list_recipes, load_recipe
+from qlora_neft.recipe_files import recipe_dir
+from qlora_neft.recipe_keys import fields_of, section_names
+
+from .recipe_lines import WHY
+
+SHOWN = "llama2-7b-alpaca"  # the one that is read line by line
+SOURCES = {"NEFTune": "https://arxiv.org/abs/2310.05914", "QLoRA": "https://arxiv.org/abs/2305.14314"}
+LINE = re.compile(r"  (\w+): (.+?)(?:\s+# (.*))?")
+
+INTRO = f"""# Recipes, line by line
+
+```
+qlora-neft ls
+qlora-neft show {SHOWN}
+qlora-neft cp {SHOWN} mine.yaml
+qlora-neft diff {SHOWN} mine.yaml
+```
+
+A recipe states everything that is learned, and nothing is inherited or hidden: copy one, change it, `validate` it.
+Below is `{SHOWN}`, each line with what it is for and its source. *NEFTune* is
+[arXiv:2310.05914]({SOURCES["NEFTune"]}), *QLoRA* [arXiv:2305.14314]({SOURCES["QLoRA"]}) and the scripts released
+with it. All keys, also those no recipe writes: [commands and keys](commands.md#recipe-keys).
+"""
+
+DIFFERENCES = """
+## Where the others differ
+
+Only what is not as above. Quality, memory and speed of the Llama and Qwen recipes on this trainer: **not measured**.
+
+| recipe | differs in |
+|---|---|
+"""
+
+THIRTY = """
+## Why the 30B recipe is another one
+
+Twice the effective batch (32) and half the learning rate (1e-4), as NEFTune's section on QLoRA says, and dropout
+0.05, as QLoRA has it above 13B. QLoRA's released script for 33B halves the learning rate and keeps the batch at 16;
+the recipe follows the paper whose table it repeats. A recipe that states `max_steps` and doubles the batch would
+train on twice the tokens; these state epochs.
+
+## Change one
+
+```
+qlora-neft cp qwen3-4b-chat tuned.yaml
+qlora-neft validate tuned.yaml data.path=my_rows.jsonl data.format=auto data.eval_split=null
+qlora-neft preview tuned.yaml data.path=my_rows.jsonl data.format=auto data.eval_split=null
+qlora-neft fit tuned.yaml --vram t4
+```
+
+- **Your data**: `data.path`; `data.format` and `data.prompt_template` may be `auto` ([data](data.md)). `preview` needs
+  the base's tokenizer, from the Hub or a folder.
+- **Your base**: `model.name_or_path`, any decoder that transformers loads. `revision` pins it.
+- **alpha**: 5 is a careful start. `qlora-neft sweep mine.yaml neftune.noise_alpha=0,5,10,15 --output-dir sweep` decides
+  it for your data ([sweeps](sweeps.md)).
+- **Smaller card**: leave `machine: {}` alone; [which recipe for my GPU](which_recipe.md).
+"""
+
+
+def text() -> str:
+    """The page."""
+    sections = "".join(_section(name) for name in section_names() if name in _lines())
+    others = "".join(f"| `{name}` | {_differences(name)} |\n" for name in list_recipes() if name != SHOWN)
+    return f"{INTRO}{sections}{DIFFERENCES}{others}{THIRTY}"
+
+
+def _lines() -> dict[str, list[tuple[str, str, str]]]:
+    """Key, value and comment of every line of the shown recipe, by section."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for line in (recipe_dir() / f"{SHOWN}.yaml").read_text(encoding="utf-8").splitlines():
+        if section := re.match(r"(\w+):", line):
+            found[section[1]] = []
+        elif key := LINE.fullmatch(line):
+            found[next(reversed(found))].append((key[1], key[2], key[3] or ""))
+    return found
+
+
+def _section(name: str) -> str:
+    if not _lines()[name]:
+        return f"\n## machine\n\n{WHY['machine']}\n"
+    rows = "".join(
+        f"| `{key}: {value}` | {WHY[f'{name}.{key}']} | {_source(comment)} |\n"
+        for key, value, comment in _lines()[name]
+    )
+    return f"\n## {name}\n\n| line | what it is for | source |\n|---|---|---|\n{rows}"
+
+
+def _source(comment: str) -> str:
+    """What stands in brackets behind a line; without that it is ours or plain necessity."""
+    named = re.search(r"\[([^\]]+)\]", comment)
+    return named[1] if named else ""
+
+
+def _differences(name: str) -> str:
+    ours, shown = load_recipe(name), load_recipe(SHOWN)
+    found = []
+    for section in section_names():
+        for key in fields_of(section):
+            values = [getattr(getattr(recipe, section), key) for recipe in (ours, shown)]
+            if values[0] != values[1]:
+                found.append(f"`{section}.{key}={values[0]}`")
+    return ", ".join(found)

@@ -1,0 +1,100 @@
+"""The list of committed measurements: each page, its main figure computed from the raw ones, the files beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import DOCS
+
+RESULTS = DOCS / "results"
+INTRO = """# Results
+
+Every measurement that this project states, with the program that made it, the data and the machine. What is not here
+was not measured. In particular **nothing has been measured on a GPU** unless a page below says so. Figures in the
+list are computed from the raw files beside the pages.
+
+| page | in short | raw |
+|---|---|---|
+"""
+
+
+def text() -> str:
+    """The page."""
+    return INTRO + "".join(_line(path) for path in sorted(RESULTS.glob("*.md")) if path.name != "index.md")
+
+
+def _line(page: Path) -> str:
+    title, _, rest = page.read_text(encoding="utf-8").partition("\n")
+    beside = sorted(path for path in RESULTS.glob(f"{page.stem}*") if path.suffix != ".md")
+    files = ", ".join(f"[{path.suffix[1:]}]({path.name})" for path in beside)
+    headline = HEADLINES[page.stem]() if page.stem in HEADLINES else _first_sentence(rest)
+    return f"| [{title.removeprefix('# ')}]({page.name}) | {headline} | {files} |\n"
+
+
+def _first_sentence(body: str) -> str:
+    """The first sentence of running text, its links without their targets."""
+    paragraphs = [block.replace("\n", " ").strip() for block in body.split("\n\n")]
+    prose = next(block for block in paragraphs if block and block[0] not in "#|`!<")
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", prose)
+    return re.split(r"(?<=[.:])\s", plain, maxsplit=1)[0].rstrip(":")
+
+
+def _raw(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+# ---- What the raw figures say, in short ----
+
+
+def _figure4() -> str:
+    arms = _raw("figure4")["arms"]
+    ours, theirs = (arms[name]["mean_difference_to_no_noise"] for name in ("published", "transformers"))
+    losses = ("clean_train_loss", "held_out_loss")
+    said = [", ".join(f"{arm[loss]:+.2f}" for loss in losses) for arm in (ours, theirs)]
+    return f"alpha 15 against no noise, clean train and held-out loss: {said[0]}; transformers' hook: {said[1]}"
+
+
+def _cpu_step() -> str:
+    without, with_bf16 = (_raw(f"cpu_step_{name}")["plain_over_ours"] for name in ("without_bf16", "with_bf16"))
+    return f"{without:.0f} times as fast on AVX2, {with_bf16:.1f} times with AVX512-BF16"
+
+
+def _prepare_data() -> str:
+    raw = _raw("prepare_data")
+    seconds = raw["first_start_seconds"]
+    two = f"{seconds['ours, 2 processes']:.0f} s against {seconds['plain, 2 processes']:.0f} s with two processes"
+    return f"{two}, then {raw['second_start_seconds']['ours, 2 processes']:.2f} s from the cache"
+
+
+def _faults() -> str:
+    rows = _raw("faults")
+    tried, survived = (sum(row[key] for row in rows) for key in ("tried", "survived"))
+    lost = max(row["lost"] for row in rows)
+    return f"{survived} of {tried} faults survived to the byte, at most {lost} steps taken again"
+
+
+def _gguf() -> str:
+    arms = [arm for model in _raw("gguf").values() for name, arm in model["arms"].items() if name == "merged, f32"]
+    alike, tokens = (sum(arm[key] for arm in arms) for key in ("tokens_alike", "tokens"))
+    return f"merged in float32: {alike:,} of {tokens:,} greedy tokens alike"
+
+
+def _merge() -> str:
+    runs = [run["dtypes"][dtype] for run in _raw("merge")["runs"].values() for dtype in ("float16", "bfloat16")]
+    kl = {name: [run["strategies"][name]["kl"] for run in runs] for name in ("dequantized", "original", "nf4")}
+    ranges = [f"{name} {min(values):.1g} to {max(values):.1g}" for name, values in kl.items()]
+    return f"KL to the trained model, three models, 16 bits: {'; '.join(ranges)}"
+
+
+HEADLINES: dict[str, Callable[[], str]] = {
+    "figure4": _figure4,
+    "cpu_step": _cpu_step,
+    "prepare_data": _prepare_data,
+    "faults": _faults,
+    "gguf": _gguf,
+    "merge": _merge,
+}
