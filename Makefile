@@ -10,20 +10,23 @@ VENV_FLAGS := $(if $(GPU),--system-site-packages)
 CONSTRAINT := $(if $(GPU),,-c constraints/cpu.txt)
 
 # "make demo" and "make test" install what they run on, and after that they stay on this machine.
-demo test faults: export HF_HUB_OFFLINE = 1
+demo test test-slow faults: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults docs lint format
+.PHONY: help demo test test-slow faults docs lint format
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.plots ## install, train the demo recipe on any machine and show what was learned
 	$(BIN)/qlora-neft train demo --output-dir out/demo-$$(date +%Y%m%d-%H%M%S)
 
 # Tests of a file share what they have trained; files in order, since the slow ones come first.
 test: $(VENV)/.dev ## install and run the tests
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+test-slow: $(VENV)/.dev ## install and run the tests that take more than a minute each
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 faults: $(VENV)/.dev ## break runs in every way at hand and see each recover (about 15 minutes)
 	$(BIN)/python scripts/faults.py

@@ -49,6 +49,7 @@ def test_a_command_that_fails_ends_the_cell(llama, tmp_path, capsys):
 
 
 def test_an_interrupted_cell_leaves_a_checkpoint_and_the_same_cell_goes_on(llama, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib.pyplot", reason="matplotlib, which draws the picture, is not installed")
     make_workplace(tmp_path, llama)
     monkeypatch.chdir(tmp_path)
     changes = ("train.max_steps=60", "machine.save_steps=0")

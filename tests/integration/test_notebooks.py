@@ -67,6 +67,7 @@ def test_finetune_with_rows_of_ones_own_goes_on_after_a_disconnect(tmp_path, mon
     assert pictures_of(notebook) == 1  # of the losses; what is drawn later takes its place
 
 
+@pytest.mark.slow
 def test_export_merges_publishes_and_loads_back(tmp_path):
     with HubServer() as hub:
         hub.add_user("ann", write=TOKEN)
@@ -91,6 +92,7 @@ def test_export_merges_publishes_and_loads_back(tmp_path):
     assert len(answers) == 2 and answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_noise_and_alpha_sweeps_and_measures(tmp_path):
     form = {"ALPHAS": "0,15", "SEEDS": 1, "MAX_STEPS": 2, "ROWS": 2, "MEASURES": "rows"}
     notebook = execute("noise_and_alpha.ipynb", tmp_path, MORE=FEW, **form)
