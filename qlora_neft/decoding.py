@@ -149,10 +149,9 @@ def generate_ids(
     *,
     batch_size: int,
     stop_token_ids: Sequence[int] = (),
-    streamer: Any = None,
 ) -> Iterator[tuple[int, list[int]]]:
     """As `continuations`: index of a prompt and its answer's token ids; a prompt that fills the context gets none."""
-    options = {"batch_size": batch_size, "stop_token_ids": stop_token_ids, "streamer": streamer}
+    options = {"batch_size": batch_size, "stop_token_ids": stop_token_ids}
     for found in continuations(model, tokenizer, prompts, decoding, **options):
         if found.finish_reason != "no room":
             yield found.index, found.ids

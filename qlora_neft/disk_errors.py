@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from safetensors import SafetensorError
+
+from .errors import RunFailed
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOTCONN}
 _TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
@@ -20,3 +24,22 @@ def disk_problem(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and any(word in text for word in _TORCH_SAVE):
         return "No space left on device, or it cannot be written to"  # torch.save does not say which
     return None
+
+
+@contextmanager
+def failing_with_the_disk(message: Callable[[str], str]) -> Iterator[None]:
+    """Let a command fail with a message where its disk does.
+
+    Args:
+        message: Of the cause.
+
+    Raises:
+        RunFailed: In place of the errors of a disk that is full or cannot be written to.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        cause = disk_problem(error)
+        if cause is None:
+            raise
+        raise RunFailed(message(cause)) from error

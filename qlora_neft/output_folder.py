@@ -8,11 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from .checkpoint_files import find_checkpoints
-from .disk_errors import disk_problem
-from .errors import RunFailed, UserInputError
+from .errors import UserInputError
 from .mirror import restore
 from .resume import check_same, read_run_file
 from .run_lock import run_lock
@@ -35,25 +32,18 @@ def claimed(output_dir: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-@contextmanager
-def failing_with_the_disk(output_dir: Path) -> Iterator[None]:
-    """Let a run fail with a message where its disk does.
+def disk_message(output_dir: Path) -> Callable[[str], str]:
+    """What to say of a run whose disk fails, by the cause."""
 
-    Raises:
-        RunFailed: In place of the errors of a disk that is full or cannot be written to.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        cause = disk_problem(error)
-        if cause is None:
-            raise
+    def message(cause: str) -> str:
         newest = find_checkpoints(output_dir).newest
         state = f"The checkpoint of step {newest.step} is sound" if newest else "There is no checkpoint yet"
-        raise RunFailed(
+        return (
             f"{str(output_dir)!r} cannot be written to ({cause}). {state}. Free space or mend the folder, and run the "
             "same command again."
-        ) from error
+        )
+
+    return message
 
 
 def restore_from_mirror(

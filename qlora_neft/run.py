@@ -16,7 +16,8 @@ from rich.console import Console
 from .checkpoint_files import remove_leftovers
 from .console import make_console, say
 from .data import PreparedData
-from .output_folder import claimed, failing_with_the_disk, read_summary, restore_from_mirror
+from .disk_errors import failing_with_the_disk
+from .output_folder import claimed, disk_message, read_summary, restore_from_mirror
 from .plan import RunPlan
 from .precision import PrecisionPolicy
 from .processes import is_main_process
@@ -91,7 +92,7 @@ def run(
         facts = _facts(recipe, policy, data, plan) | {"base_commit": getattr(config, "_commit_hash", None)}
         if dry_run:
             return facts
-        with failing_with_the_disk(output_dir), claimed(output_dir) if main else nullcontext():
+        with failing_with_the_disk(disk_message(output_dir)), claimed(output_dir) if main else nullcontext():
             if main:
                 remove_leftovers(output_dir)
             beginning = find_beginning(output_dir, recipe.to_dict(), resume)  # again: now it is ours alone

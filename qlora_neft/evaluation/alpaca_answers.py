@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..decoding import Decoding, generate_ids
+from ..decoding import Decoding
 from ..file_hash import sha256_of_file
 from ..trained import AdapterFolder, Trained
 from ..trained.folder import WEIGHTS
@@ -59,17 +59,8 @@ def answer(
     asked = set(file.missing())
     rows = [row for row in instructions if row["instruction"] in asked]
     prompts = [trained.prompts.ids([{"role": "user", "content": row["instruction"]}]) for row in rows]
-    found = generate_ids(
-        trained.model,
-        trained.tokenizer,
-        prompts,
-        decoding,
-        batch_size=batch_size,
-        stop_token_ids=trained.prompts.stop_token_ids,
-    )
-    for batch in _batches(found, batch_size):
-        texts = [(i, trained.tokenizer.decode(ids, skip_special_tokens=True)) for i, ids in batch]
-        file.add([_row(rows[i], text) for i, text in texts])
+    for batch in _batches(trained.texts(prompts, decoding, batch_size=batch_size), batch_size):
+        file.add([_row(rows[i], text) for i, text in batch])
         progress(len(file.order) - len(file.missing()), len(file.order))
     too_long = file.missing()
     if too_long:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserInputError
 from ..json_file import write_json
+from ..record_file import read_record_if_there
 
 MEASURES_FILE, RECIPE = "measures.json", "recipe.yaml"
 
@@ -28,20 +27,9 @@ def keep_measures(folder: str | Path, name: str, numbers: dict[str, Any]) -> Non
     if not (folder / RECIPE).is_file():
         return
     finite = {key: value for key, value in numbers.items() if _is_number(value)}
-    write_json(folder / MEASURES_FILE, {**_stored(folder / MEASURES_FILE), name: finite})
+    stored = read_record_if_there(folder / MEASURES_FILE, "Remove it to measure again.") or {}
+    write_json(folder / MEASURES_FILE, {**stored, name: finite})
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _stored(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserInputError(f"{path}: cannot be read ({error}). Remove it to measure again.") from error
-    if not isinstance(stored, dict):
-        raise UserInputError(f"{path}: must hold a mapping, got {type(stored).__name__}. Remove it to measure again.")
-    return stored

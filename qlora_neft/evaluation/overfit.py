@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..answers import Answer, Question, exact_match
-from ..decoding import Decoding, generate_ids
+from ..decoding import Decoding
 from ..trained import Trained
 from .overlap import bleu, rouge_l
 from .plain_table import short_names
@@ -66,16 +66,8 @@ def measure_overfit(
         progress: Told how many are answered, of how many.
     """
     texts, prompts = [""] * len(asked), [question.prompt_ids for question in asked]
-    found = generate_ids(
-        trained.model,
-        trained.tokenizer,
-        prompts,
-        decoding,
-        batch_size=batch_size,
-        stop_token_ids=trained.prompts.stop_token_ids,
-    )
-    for done, (i, ids) in enumerate(found, 1):
-        texts[i] = trained.tokenizer.decode(ids, skip_special_tokens=True)
+    for done, (i, text) in enumerate(trained.texts(prompts, decoding, batch_size=batch_size), 1):
+        texts[i] = text
         if done % batch_size == 0 or done == len(asked):
             progress(done, len(asked))
     references = [question.reference for question in asked]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError
+from ..record_file import read_record
 from ..trained import AdapterFolder
 
 MEANS = {
@@ -49,7 +50,7 @@ def read_records(folder: AdapterFolder) -> Records:
     """
     state = folder.path / "trainer_state.json"
     if folder.summary is None and state.is_file():
-        return _of_checkpoint(folder, _read(state))
+        return _of_checkpoint(folder, read_record(state))
     path = folder.path / "metrics.jsonl"
     return Records(folder.summary or {}, _read_lines(path) if path.is_file() else [])
 
@@ -57,7 +58,7 @@ def read_records(folder: AdapterFolder) -> Records:
 def _of_checkpoint(folder: AdapterFolder, state: dict[str, Any]) -> Records:
     log, step = state.get("log_history", []), state.get("global_step")
     progress, run = (
-        _read(path) if path.is_file() else {}
+        read_record(path) if path.is_file() else {}
         for path in (folder.path / "progress.json", folder.path.parent / "run.json")
     )
     facts: dict[str, Any] = {"steps": step, "recipe": folder.recipe, "base_sha256": run.get("base_sha256")}
@@ -72,18 +73,8 @@ def _of_checkpoint(folder: AdapterFolder, state: dict[str, Any]) -> Records:
     }
     report = folder.path.parent / "data_report.json"
     if report.is_file():
-        facts["data"] = _read(report)
+        facts["data"] = read_record(report)
     return Records(facts, log, step)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserInputError(f"{path}: cannot be read ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserInputError(f"{path}: must hold a mapping, got {type(content).__name__}.")
-    return content
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..bundled import shown_path
+from ..disk_errors import failing_with_the_disk
 from ..errors import RunFailed
 from ..file_hash import sha256_of_file
 from ..json_file import finite, write_json
@@ -17,7 +18,7 @@ from ..quantization import nf4_config
 from ..run_record import versions
 from ..trained.folder import WEIGHTS
 from .evidence import Evidence, evidence
-from .output import REPORT, check_out, check_space, draft_of, failed_place, failing_on_disk, put, write_companions
+from .output import REPORT, check_out, check_space, disk_message, draft_of, failed_place, put, write_companions
 from .plan import Plan
 from .proof import KL_LIMIT
 from .rows import ProofRows
@@ -60,7 +61,7 @@ def merge_adapter(
     out = Path(out).expanduser()
     check_out(out)
     check_space(out, plan.num_bytes())
-    with failing_on_disk(out), draft_of(out) as draft:
+    with failing_with_the_disk(disk_message(out)), draft_of(out) as draft:
         total = _write(plan, draft, tokenizer, max_shard_bytes, say)
         policy = resolve_precision("fp32", device)
         found = None if rows is None else evidence(plan, draft, rows, policy, say)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from ..disk_errors import disk_problem
 from ..errors import RunFailed, UserInputError
 from ..json_file import write_json
 from ..output_folder import claimed
@@ -77,22 +75,13 @@ def _empty(draft: Path) -> None:
             path.unlink()
 
 
-@contextmanager
-def failing_on_disk(out: Path) -> Iterator[None]:
-    """Let a merge fail with a message where its disk does.
+def disk_message(out: Path) -> Callable[[str], str]:
+    """What to say of a merge whose disk fails, by the cause."""
 
-    Raises:
-        RunFailed: In place of the errors of a disk that is full or cannot be written to.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        cause = disk_problem(error)
-        if cause is None:
-            raise
-        raise RunFailed(
-            f"{str(out)!r} cannot be written ({cause}); nothing is left of it. Free space or name another disk."
-        ) from error
+    def message(cause: str) -> str:
+        return f"{str(out)!r} cannot be written ({cause}); nothing is left of it. Free space or name another disk."
+
+    return message
 
 
 def failed_place(out: Path) -> Path:

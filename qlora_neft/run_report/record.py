@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import UserInputError
+from ..record_file import read_record_if_there
 
 SWEEP_FILE, MEASURES_FILE, ANSWERS_FILE = "sweep.json", "measures.json", "answers.json"
 
@@ -73,14 +72,14 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     Raises:
         UserInputError: If it holds none, or a file of it is damaged.
     """
-    about = _json(folder / "run.json") or {}
-    summary = _json(folder / "summary.json")
-    recipe = about.get("recipe") or _recipe(folder / "recipe.yaml") or (summary or {}).get("recipe")
+    about = read_record_if_there(folder / "run.json") or {}
+    summary = read_record_if_there(folder / "summary.json")
+    recipe = about.get("recipe") or read_record_if_there(folder / "recipe.yaml") or (summary or {}).get("recipe")
     if not isinstance(recipe, dict) or "train" not in recipe:
         raise UserInputError(
             f"{folder}: holds no run (run.json, recipe.yaml or summary.json). Give the --output-dir of train or sweep."
         )
-    answers = _json(folder / ANSWERS_FILE) or {}
+    answers = read_record_if_there(folder / ANSWERS_FILE) or {}
     return RunRecord(
         name=name or folder.resolve().name,
         folder=folder,
@@ -88,7 +87,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         about=about,
         summary=summary,
         metrics=_lines(folder / "metrics.jsonl"),
-        measures=_json(folder / MEASURES_FILE) or {},
+        measures=read_record_if_there(folder / MEASURES_FILE) or {},
         answers=list(answers.get("answers", [])),
     )
 
@@ -111,7 +110,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 def read_sweep(folder: Path) -> dict[str, Any] | None:
     """``sweep.json``, None without one."""
-    return _json(folder / SWEEP_FILE)
+    return read_record_if_there(folder / SWEEP_FILE)
 
 
 def _runs_of(folder: Path) -> list[Path]:
@@ -132,27 +131,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             break
     return names
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserInputError(f"{path}: cannot be read ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserInputError(f"{path}: must hold a mapping, got {type(content).__name__}.")
-    return content
-
-
-def _recipe(path: Path) -> dict[str, Any] | None:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserInputError(f"{path}: cannot be read ({error}).") from error
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import UserInputError
+from ..record_file import read_record_if_there
 from .arms import Arm
 from .statistics import CONFIDENCE, Interval, ratio_bootstrap_interval
 
@@ -21,13 +20,7 @@ def read_rows(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserInputError: If the file is damaged.
     """
-    path = folder / ROWS_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserInputError(f"{path}: cannot be read ({error}). Remove it to measure again.") from error
+    return read_record_if_there(folder / ROWS_FILE, "Remove it to measure again.")
 
 
 def rows_interval(arm: Arm, other: Arm, confidence: float = CONFIDENCE) -> Interval | None:

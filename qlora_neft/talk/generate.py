@@ -116,7 +116,7 @@ def answer_ids(
             prompts,
             decoding,
             batch_size=len(prompts),
-            stop_token_ids=stop_token_ids(trained),
+            stop_token_ids=trained.stop_token_ids,
             **options,
         )
         return sorted(found, key=lambda answer: answer.index)
@@ -129,20 +129,7 @@ def answer_ids(
 def text_stream(trained: Trained, write: Callable[[str], Any]) -> TextStream:
     """Hands an answer's text to ``write`` as it comes."""
     as_it_is = trained.prompts.name == "none"
-    return TextStream(trained.tokenizer, write, stop_token_ids=stop_token_ids(trained), as_it_is=as_it_is)
-
-
-def stop_token_ids(trained: Trained) -> list[int]:
-    """What ends an answer: the template's end token, the tokenizer's, and those the base's own settings name.
-
-    A chat model may have several. Of the base's only special tokens count: settings that name a word do exist.
-    """
-    tokenizer = trained.tokenizer
-    named = trained.model.get_base_model().generation_config.eos_token_id
-    named = [named] if isinstance(named, int) else named or []
-    added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-    special = {*tokenizer.all_special_ids, *added} - {tokenizer.bos_token_id, tokenizer.unk_token_id}
-    return sorted({*trained.prompts.stop_token_ids, *(special & set(named))})
+    return TextStream(trained.tokenizer, write, stop_token_ids=trained.stop_token_ids, as_it_is=as_it_is)
 
 
 def _prompt(trained: Trained, request: Request) -> list[int]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..bundled import resolve_bundled
 from ..checkpoint_files import find_checkpoints
 from ..errors import UserInputError
+from ..record_file import read_record
 
 WEIGHTS, CONFIG, RECIPE = "adapter_model.safetensors", "adapter_config.json", "recipe.yaml"
 SUMMARIES = ("summary.json", "training_summary.json")  # of a run's folder, of a published one
@@ -76,29 +74,18 @@ def find_adapter(source: str | Path, *, revision: str | None = None, base: str |
         path = _downloaded(source, revision)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise UserInputError(f"{source}: {_what_is_missing(path)}")
-    config = _read(path / CONFIG)
+    config = read_record(path / CONFIG)
     if str(config.get("peft_type", "")).upper() != "LORA":
         raise UserInputError(f"{source}: must be a LoRA adapter, its peft_type is {config.get('peft_type')!r}.")
     found = [path / name for name in SUMMARIES if (path / name).is_file()]
-    recipe = _read(path / RECIPE) if (path / RECIPE).is_file() else _recipe_of_run(path)
-    return AdapterFolder(source, path, config, recipe, _read(found[0]) if found else None, base)
+    recipe = read_record(path / RECIPE) if (path / RECIPE).is_file() else _recipe_of_run(path)
+    return AdapterFolder(source, path, config, recipe, read_record(found[0]) if found else None, base)
 
 
 def _recipe_of_run(path: Path) -> dict[str, Any] | None:
     """A checkpoint's recipe lies in the folder of its run."""
     above = path.parent / RECIPE
-    return _read(above) if path.name.startswith("checkpoint-") and above.is_file() else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserInputError(f"{path}: cannot be read ({error}).") from error
-    if not isinstance(content, dict):
-        raise UserInputError(f"{path}: must hold a mapping, got {type(content).__name__}.")
-    return content
+    return read_record(above) if path.name.startswith("checkpoint-") and above.is_file() else None
 
 
 def _what_is_missing(path: Path) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from ..decoding import Decoding, generate_ids
 from ..errors import UserInputError
 from ..precision import PrecisionPolicy, resolve_precision
 from ..quantization import load_nf4_base, nf4_config
+from ..record_file import read_record
 from ..tokenizer import load_tokenizer
 from .folder import AdapterFolder, find_adapter
 from .prompts import Prompts, recorded_template, template_of
@@ -40,6 +41,34 @@ class Trained:
     prompts: Prompts
     policy: PrecisionPolicy
     template_is_guessed: bool = False
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """What ends an answer: the template's end token, the tokenizer's, and those the base's own settings name.
+
+        A chat model may have several. Of the base's only special tokens count: settings that name a word do exist.
+        """
+        tokenizer = self.tokenizer
+        named = self.model.get_base_model().generation_config.eos_token_id
+        named = [named] if isinstance(named, int) else named or []
+        added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+        special = {*tokenizer.all_special_ids, *added} - {tokenizer.bos_token_id, tokenizer.unk_token_id}
+        return sorted({*self.prompts.stop_token_ids, *(special & set(named))})
+
+    def texts(
+        self, prompts: Sequence[Sequence[int]], decoding: Decoding, *, batch_size: int
+    ) -> Iterator[tuple[int, str]]:
+        """Index of a prompt and its answer, batch by batch; a prompt that fills the context gets none.
+
+        Args:
+            prompts: Token ids.
+            decoding: How tokens are chosen.
+            batch_size: Prompts at a time.
+        """
+        stops = self.stop_token_ids
+        found = generate_ids(self.model, self.tokenizer, prompts, decoding, batch_size=batch_size, stop_token_ids=stops)
+        for i, ids in found:
+            yield i, self.tokenizer.decode(ids, skip_special_tokens=True)
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
@@ -85,10 +114,7 @@ def _summary(folder: AdapterFolder) -> dict[str, Any] | None:
     """What is known of the data: of a checkpoint, what its run wrote at its beginning."""
     report = folder.path.parent / "data_report.json"
     if folder.summary is None and folder.path.name.startswith("checkpoint-") and report.is_file():
-        try:
-            return {"data": json.loads(report.read_text(encoding="utf-8"))}
-        except (OSError, ValueError) as error:
-            raise UserInputError(f"{report}: cannot be read ({error}).") from error
+        return {"data": read_record(report)}
     return folder.summary
 
 

@@ -16,8 +16,8 @@ PACKAGE = Path(qlora_neft.__file__).parent
 
 # Lowest first. A name stands for a module or for a package with all its modules.
 LAYERS = (
-    {"disk_errors", "errors", "file_hash", "picture", "preview_text", "processes", "quiet", "text_file"},
-    {"json_file", "length_plot", "loss_plot", "rows_progress", "speed_line", "suffixes"},
+    {"errors", "file_hash", "picture", "preview_text", "processes", "quiet", "text_file"},
+    {"disk_errors", "json_file", "length_plot", "loss_plot", "record_file", "rows_progress", "speed_line", "suffixes"},
     {"bundled", "checkpoint_files", "philox", "precision", "randomness", "run_lock", "run_record", "sequences"},
     {"mirror", "neftune", "smaller_steps", "step_data", "stop_request", "token_choice"},
     {"decoding", "freelb", "step_batch", "when_to_save"},
