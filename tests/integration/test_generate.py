@@ -18,7 +18,6 @@ from qlora_neft.data.prepare import Settings, prepare_data
 from qlora_neft.data.sources import Source
 from qlora_neft.decoding import Decoding, continuations
 from qlora_neft.talk import generate, requests_of_file, requests_of_texts
-from qlora_neft.talk.generate import stop_token_ids
 from qlora_neft.trained import Prompts, load_trained
 
 TEXTS = [f"Repeat {n}" + " please" * (n % 4) for n in range(6)]
@@ -111,10 +110,10 @@ def test_the_end_tokens_a_chat_model_names_are_stops_and_words_are_not(trained):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     base.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id, word])
     try:
-        assert stop_token_ids(trained) == sorted([tokenizer.eos_token_id, tokenizer.pad_token_id])
+        assert trained.stop_token_ids == sorted([tokenizer.eos_token_id, tokenizer.pad_token_id])
     finally:
         base.generation_config = own
-    assert stop_token_ids(trained) == [tokenizer.eos_token_id]
+    assert trained.stop_token_ids == [tokenizer.eos_token_id]
 
 
 def test_why_an_answer_ended(trained, out):
