@@ -47,14 +47,14 @@ def held_out_rows(folder: Path) -> dict[str, float]:
 
 def sample_answers(folder: Path) -> dict[str, float]:
     """Write greedy answers to the first held-out prompts to ``answers.json``; no number of its own."""
-    found = _answered(*_loaded(folder), ANSWERS)
+    found = _answered(folder, ANSWERS)
     write_json(folder / ANSWERS_FILE, {"answers": [asdict(answer) for answer in found]})
     return {}
 
 
 def text_of_answers(folder: Path) -> dict[str, float]:
     """Length and repetition of greedy answers to the first held-out prompts (NEFTune's Table 4)."""
-    answers = _answered(*_loaded(folder), HELD_OUT_PROMPTS)
+    answers = _answered(folder, HELD_OUT_PROMPTS)
     found = measure_texts([answer.text for answer in answers], CUTOFFS["alpaca"]).main()
     return {name: value for name, value in found.items() if value is not None}
 
@@ -74,7 +74,9 @@ def whole_losses(folder: Path) -> dict[str, float]:
 
 def _machine(folder: Path) -> Machine:
     stated = read_run(folder).recipe["machine"]
-    return Machine(device=stated["device"], precision=stated["precision"], batch_size=ROWS_AT_A_TIME)
+    rows = stated["per_device_eval_batch_size"]  # what is measured does not depend on it
+    batch_size = ROWS_AT_A_TIME if rows == "auto" else rows
+    return Machine(device=stated["device"], precision=stated["precision"], batch_size=batch_size)
 
 
 def _loaded(folder: Path) -> tuple[Trained, PreparedData]:
@@ -87,7 +89,8 @@ def _loaded(folder: Path) -> tuple[Trained, PreparedData]:
     return trained, data
 
 
-def _answered(trained: Trained, data: PreparedData, count: int) -> list[Answer]:
+def _answered(folder: Path, count: int) -> list[Answer]:
+    trained, data = _loaded(folder)
     asked = questions(data.eval, trained.tokenizer, count, data.stop_token_ids)
     if not asked:
         raise UserInputError(f"{trained.folder.source}: no held-out row has a prompt, so there is nothing to answer.")
@@ -96,7 +99,7 @@ def _answered(trained: Trained, data: PreparedData, count: int) -> list[Answer]:
         trained.tokenizer,
         asked,
         max_new_tokens=MAX_ANSWER_TOKENS,
-        batch_size=ROWS_AT_A_TIME,
+        batch_size=_machine(folder).batch_size,
         stop_token_ids=data.stop_token_ids,
     )
 
