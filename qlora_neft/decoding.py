@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -36,6 +37,7 @@ class Decoding:
 
     Attributes:
         max_new_tokens: Tokens of an answer at most.
+        min_new_tokens: An answer does not end before it has this many (the paper's Table 5 takes 250); 0: it may.
         do_sample: Draw tokens; else take the likeliest.
         temperature: Divides the logits before drawing.
         top_p: Draw among the likeliest tokens that together have this probability.
@@ -49,6 +51,7 @@ class Decoding:
     """
 
     max_new_tokens: int = 512
+    min_new_tokens: int = 0
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
@@ -60,6 +63,11 @@ class Decoding:
         # Written such that NaN breaks a rule too.
         rules = (
             ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
+            (
+                "min_new_tokens",
+                0 <= self.min_new_tokens <= max(self.max_new_tokens, 0),
+                f"must be 0 or more, and at most max_new_tokens ({self.max_new_tokens})",
+            ),
             (
                 "temperature",
                 0 < self.temperature < float("inf"),
@@ -227,6 +235,9 @@ class _Batch:
     def _processors(self, decoding: Decoding) -> Iterator[Any]:
         if decoding.repetition_penalty != 1:
             yield RepetitionPenalty(decoding.repetition_penalty, self.is_padding, self.stops)
+        if decoding.min_new_tokens:
+            device = self.ids.device
+            yield MinNewTokensLengthLogitsProcessor(self.width, decoding.min_new_tokens, self.stops, device=device)
         if not decoding.do_sample:
             return
         yield TemperatureLogitsWarper(float(decoding.temperature))

@@ -116,6 +116,19 @@ def test_the_end_tokens_a_chat_model_names_are_stops_and_words_are_not(trained):
     assert trained.stop_token_ids == [tokenizer.eos_token_id]
 
 
+def test_an_answer_does_not_end_before_its_least_length(trained):
+    texts = ["One", "Repeat 3 please please"]
+    free = generate(trained, texts, Decoding(60))
+    assert {reply.finish_reason for reply in free} == {"stop"}
+    longest = max(reply.tokens for reply in free)
+    held = generate(trained, texts, Decoding(60, min_new_tokens=longest + 5))
+    for before, after in zip(free, held, strict=True):
+        assert longest + 5 <= after.tokens <= 60
+        assert after.text.startswith(before.text)
+    least = min(reply.tokens for reply in free)
+    assert generate(trained, texts, Decoding(60, min_new_tokens=least)) == free
+
+
 def test_why_an_answer_ended(trained, out):
     def reason(model, text, tokens):
         [reply] = generate(model, [text], Decoding(tokens))

@@ -83,6 +83,8 @@ def test_a_draw_depends_on_seed_prompt_and_place_and_not_on_the_batch():
     ("name", "value"),
     [
         ("max_new_tokens", 0),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 513),
         ("temperature", 0.0),
         ("temperature", math.nan),
         ("temperature", math.inf),
