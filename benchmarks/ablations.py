@@ -3,7 +3,7 @@
     python benchmarks/ablations.py --models MODELS --data ALPACA.json --runs RUNS [--output docs/results]
         [--only noise targets epochs length decoding]
 
-A small pretrained model learns 128 short Alpaca rows, put to it without a template. ``noise`` is the kind of noise and
+A small pretrained model learns 128 short Alpaca rows, put to it as they are. ``noise`` is the kind of noise and
 FreeLB (the paper's Tables 6 and 12), ``targets`` which layers are trained (11), ``epochs`` (14), ``length`` the length
 that rows are cut to (13): sweeps, which can be interrupted and gone on with. ``decoding`` (10 and 5) has runs of
 ``noise`` answer the same prompts in other ways. With --output, the results are copied there; `python -m
@@ -26,7 +26,7 @@ from qlora_neft.evaluation.alpaca_run import alpaca_answers
 from qlora_neft.evaluation.read_texts import read_texts
 from qlora_neft.evaluation.text_measures import measure_texts
 
-BASE = Base("stories260K", "train[600:728]", longest=96, has_template=False)
+BASE = Base("stories260K", "train[600:728]", longest=96)
 MEASURES = ("--seeds", "3", "--measure", "rows,overfit")
 EPOCHS, ALPHAS = "train.num_train_epochs=25", "neftune.noise_alpha=0,10"
 FREELB = (

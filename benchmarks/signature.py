@@ -4,7 +4,7 @@
         [--output docs/results] [--only stories-memorise ...]
 
 Alpha 0, 5, 10 and 15 with three seeds each, as `qlora-neft sweep`, where a model memorises (128 rows, 25 epochs) and
-in the paper's own regime (800 rows, 3 epochs). Rows are Alpaca's, those short enough for the model. Losses also on the
+in the paper's own regime (800 rows, one epoch). Rows are Alpaca's, those short enough for the model. Losses also on the
 first 128 fitting rows of every other file, without the instructions that Alpaca's file has. Every sweep can be
 interrupted: the same command goes on. With --output, its results and picture are copied there;
 `python -m scripts.build_docs` makes the tables of the page from them.
@@ -23,7 +23,7 @@ ALPHAS, SEEDS, OTHER_ROWS = "0,5,10,15", "3", 128
 MEASURES = ("--seeds", SEEDS, "--measure", "rows,overfit,text")
 REGIMES = {
     "memorise": ("train.num_train_epochs=25", "data.split=train[:128]"),
-    "paper": ("train.num_train_epochs=3", "data.split=train[:800]"),
+    "paper": ("train.num_train_epochs=1", "data.split=train[:800]"),
 }
 
 

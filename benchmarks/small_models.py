@@ -1,4 +1,6 @@
-"""Small pretrained models and short Alpaca rows for measurements on a CPU: how rows are put to a model, and the sweeps.
+"""Small pretrained models and short Alpaca rows for measurements on a CPU, and the sweeps that they are put to.
+
+Prompts stand without a template: in the tokens of a small tokenizer it would be longer than the rows.
 
 Neither models nor rows are part of this repository.
 """
@@ -18,10 +20,10 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from qlora_neft.bundled import resolve_bundled
-from qlora_neft.data.templates import alpaca_prompt
 
 RECIPE = "llama2-7b-alpaca"
 MIN_RESPONSE_TOKENS = 24  # shorter ones say little about reciting
+MAX_CHARACTERS = 1000  # longer ones fit none of the bases
 COMMON = (
     "model.revision=main",
     "lora.r=64",
@@ -47,14 +49,12 @@ class Base:
     Attributes:
         folder: Name below the folder of models, or a bundled model.
         held_out: Slice of its rows.
-        longest: Tokens of prompt and response.
-        has_template: Whether the rows get Alpaca's prompt; a character-level model has no room for it.
+        longest: Tokens of prompt and response. Steps cost time in proportion.
     """
 
     folder: str
     held_out: str
     longest: int
-    has_template: bool
 
     def path(self, models: Path) -> str:
         """What ``model.name_or_path`` is."""
@@ -62,14 +62,14 @@ class Base:
 
     def words(self, models: Path, rows: Path) -> list[str]:
         """Overrides that name the model and its rows."""
-        bare = [] if self.has_template else ["data.format=prompt-completion", "data.prompt_template=auto"]
+        bare = ["data.format=prompt-completion", "data.prompt_template=auto"]
         return [f"model.name_or_path={self.path(models)}", f"data.path={rows}", *bare]
 
 
 BASES = {
-    "stories": Base("stories260K", "train[1500:1628]", 223, True),
-    "baby": Base("babyllama361", "train[1000:1128]", 200, False),
-    "demo": Base("bundled:demo/base", "train[1500:1628]", 223, True),
+    "stories": Base("stories260K", "train[800:928]", 104),
+    "baby": Base("babyllama361", "train[1000:1128]", 200),
+    "demo": Base("bundled:demo/base", "train[900:1028]", 96),
 }
 
 
@@ -112,29 +112,15 @@ def qlora_neft(*words: str) -> str:
 
 
 def _short(rows: list[dict[str, Any]], base: Base, model: str) -> list[dict[str, Any]]:
-    """Rows that fit, in the order of the file; without a template those without an input, as prompt and completion."""
+    """Rows without an input that fit, in the order of the file, as prompt and completion."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_bundled(model))
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text)["input_ids"]
-
-    made = _with_template if base.has_template else _bare
     found = []
     for row in rows:
-        prompt, shaped = made(row)
-        response = ids(row["output"])
-        is_spelled = tokenizer.unk_token_id not in ids(prompt + row["output"])
-        if shaped and is_spelled and MIN_RESPONSE_TOKENS <= len(response) <= base.longest - len(ids(prompt)):
-            found.append(shaped)
+        prompt, completion = row["instruction"].strip() + "\n", row["output"].strip()
+        if row["input"] or len(completion) > MAX_CHARACTERS:
+            continue
+        asked, answered = (tokenizer(text)["input_ids"] for text in (prompt, completion))
+        is_spelled = tokenizer.unk_token_id not in asked + answered
+        if is_spelled and MIN_RESPONSE_TOKENS <= len(answered) <= base.longest - len(asked):
+            found.append({"prompt": prompt, "completion": completion})
     return found
-
-
-def _with_template(row: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
-    kept = {key: row[key] for key in ("instruction", "input", "output")}
-    return alpaca_prompt(row["instruction"], row["input"]), kept if row["output"].strip() else None
-
-
-def _bare(row: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
-    prompt = row["instruction"].strip() + "\n"
-    usable = row["output"].strip() and not row["input"]
-    return prompt, {"prompt": prompt, "completion": row["output"].strip()} if usable else None
