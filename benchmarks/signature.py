@@ -21,8 +21,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from qlora_neft.bundled import resolve_bundled
 from qlora_neft.data.templates import alpaca_prompt
+from qlora_neft.files.bundled import resolve_bundled
 
 RECIPE, ALPHAS, SEEDS = "llama2-7b-alpaca", "0,5,10,15", 3
 MIN_RESPONSE_TOKENS = 24  # shorter ones say little about reciting
