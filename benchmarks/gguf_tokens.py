@@ -19,9 +19,9 @@ import llama_cpp
 import numpy as np
 import torch
 
-from qlora_neft.bundled import resolve_bundled
 from qlora_neft.data.templates import alpaca_prompt
 from qlora_neft.decoding import Decoding, generate_ids
+from qlora_neft.files.bundled import resolve_bundled
 from qlora_neft.gguf_export import write_lora_gguf, write_model_gguf
 from qlora_neft.trained import Trained, load_trained
 from qlora_neft.trained.load import nf4_base_of, with_adapter

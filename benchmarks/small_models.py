@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from qlora_neft.bundled import resolve_bundled
+from qlora_neft.files.bundled import resolve_bundled
 
 RECIPE = "llama2-7b-alpaca"
 MIN_RESPONSE_TOKENS = 24  # shorter ones say little about reciting

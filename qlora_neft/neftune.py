@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .philox import normal_draws, uniform_draws
-from .sequences import SequenceSpan
+from .steps.philox import normal_draws, uniform_draws
+from .steps.sequences import SequenceSpan
 
 DISTRIBUTIONS = ("uniform", "gaussian")
 SCHEDULES = ("constant", "linear", "cosine")

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .display.loss_plot import plot_losses
 from .errors import RunFailed, UserInputError
-from .loss_plot import plot_losses
 
 SECONDS_BETWEEN_PICTURES = 2.0
 WIDTH = "120"  # columns of the tables in a cell's output

@@ -13,27 +13,27 @@ from typing import Any
 
 from rich.console import Console
 
-from .checkpoint_files import remove_leftovers
-from .console import make_console, say
 from .data import PreparedData
-from .disk_errors import failing_with_the_disk
-from .output_folder import claimed, disk_message, read_summary, restore_from_mirror
-from .plan import RunPlan
+from .display.console import make_console, say
+from .display.quiet import quiet_libraries
+from .display.rows_progress import RowsProgress
+from .display.run_lines import data_lines, noise_line
+from .files.disk_errors import failing_with_the_disk
 from .precision import PrecisionPolicy
-from .processes import is_main_process
-from .push_while_training import CheckpointPusher, pushing, ready_to_push
 from .quantization import check_base_config, check_context, check_vocabulary
-from .quiet import quiet_libraries
 from .recipe import Recipe
-from .resume import find_beginning
-from .rows_progress import RowsProgress
-from .run_lines import data_lines, noise_line
-from .run_record import hardware, versions
-from .session import train_and_measure
+from .run_folder.checkpoint_files import remove_leftovers
+from .run_folder.output_folder import claimed, disk_message, read_summary, restore_from_mirror
+from .run_folder.record import hardware, versions
+from .run_folder.resume import find_beginning
+from .running.plan import RunPlan
+from .running.processes import is_main_process
+from .running.push_while_training import CheckpointPusher, pushing, ready_to_push
+from .running.session import train_and_measure
+from .running.unpack import data_of, model_path, plan_of, policy_of
+from .running.unpack_trainer import trainer_of
 from .tokenizer import load_tokenizer
 from .trainer import QLoRANeftTrainer
-from .unpack import data_of, model_path, plan_of, policy_of
-from .unpack_trainer import trainer_of
 
 SUMMARY_VERSION = 1
 

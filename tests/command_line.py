@@ -23,10 +23,10 @@ import pytest
 import yaml
 
 from qlora_neft import load_recipe
-from qlora_neft.checkpoint_files import find_checkpoints, verify
 from qlora_neft.cli import app, main
 from qlora_neft.errors import RunInterrupted
 from qlora_neft.run import run
+from qlora_neft.run_folder.checkpoint_files import find_checkpoints, verify
 from qlora_neft.trainer import QLoRANeftTrainer
 
 TESTS = Path(__file__).parent

@@ -9,7 +9,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from qlora_neft import load_recipe
-from qlora_neft.bundled import resolve_bundled
+from qlora_neft.files.bundled import resolve_bundled
 from qlora_neft.quantization import load_nf4_base
 from qlora_neft.tokenizer import load_tokenizer
 

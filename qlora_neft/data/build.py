@@ -11,8 +11,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from ..bundled import shown_path
 from ..errors import RunFailed
+from ..files.bundled import shown_path
 from .formats import check_columns, detect_format
 from .parallel import map_rows
 from .reading import Row, read_rows

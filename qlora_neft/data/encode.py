@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..step_batch import IGNORE_INDEX
+from ..steps.batch import IGNORE_INDEX
 from .examples import Piece
 
 

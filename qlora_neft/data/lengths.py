@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from ..step_batch import split_rows
+from ..steps.batch import split_rows
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 MAX_BINS = 24

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
-from ..suffixes import JINJA_SUFFIXES
+from ..files.suffixes import JINJA_SUFFIXES
 from . import cache
 from .build import Part, Progress, build
 from .gate import DataRefused, Limits

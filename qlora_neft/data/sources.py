@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserInputError
-from ..suffixes import DATA_SUFFIXES
+from ..files.suffixes import DATA_SUFFIXES
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UserInputError
-from ..suffixes import JINJA_SUFFIXES
+from ..files.suffixes import JINJA_SUFFIXES
 from .chat_template import ChatTemplate
 from .examples import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..decoding import Decoding
-from ..file_hash import sha256_of_file
+from ..files.file_hash import sha256_of_file
 from ..trained import AdapterFolder, Trained
 from ..trained.folder import WEIGHTS
 from .alpaca_format import DATASPLIT

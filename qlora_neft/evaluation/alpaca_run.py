@@ -8,7 +8,7 @@ from typing import Any
 
 from ..decoding import Decoding
 from ..errors import UserInputError
-from ..json_file import write_json
+from ..files.json_file import write_json
 from ..trained import AdapterFolder, find_adapter, load_trained
 from .alpaca_answers import answer, answers_file
 from .alpaca_eval_package import PROGRAM, find_program, judge_with_package

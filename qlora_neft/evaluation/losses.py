@@ -11,10 +11,10 @@ import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
-from ..clean_loss import mean_token_loss
 from ..precision import PrecisionPolicy
-from ..step_batch import IGNORE_INDEX
+from ..steps.batch import IGNORE_INDEX
 from ..trained import Trained
+from ..trainer.clean_loss import mean_token_loss
 
 SLICE = 1024  # sequences held in memory at a time, sorted by length among themselves
 

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..json_file import write_json
-from ..record_file import read_record_if_there
+from ..files.json_file import write_json
+from ..files.record_file import read_record_if_there
 
 MEASURES_FILE, RECIPE = "measures.json", "recipe.yaml"
 

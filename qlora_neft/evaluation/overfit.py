@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..answers import Answer, Question, exact_match
 from ..decoding import Decoding
+from ..decoding.answers import Answer, Question, exact_match
 from ..trained import Trained
 from .overlap import bleu, rouge_l
 from .plain_table import short_names

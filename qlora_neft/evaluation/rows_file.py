@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError
-from ..json_file import write_json
+from ..files.json_file import write_json
 from .alpaca_format import by_instruction, with_texts
 from .read_texts import read_rows
 

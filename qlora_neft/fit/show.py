@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..picture import new_picture, save_picture
+from ..display.picture import new_picture, save_picture
 from .cards import GIB
 
 NAMES = {

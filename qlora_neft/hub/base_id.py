@@ -6,9 +6,9 @@ import json
 import re
 from pathlib import Path
 
-from ..bundled import PREFIX, resolve_bundled
 from ..errors import UserInputError
-from ..file_hash import sha256_of_file
+from ..files.bundled import PREFIX, resolve_bundled
+from ..files.file_hash import sha256_of_file
 from ..trained import AdapterFolder
 from .ask import ask_about_base, sha256_on_hub
 

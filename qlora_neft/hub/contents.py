@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 
-from ..checkpoint_files import files_in
+from ..run_folder.checkpoint_files import files_in
 
 CHUNK = 1 << 20  # bytes
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..display.loss_plot import plot_losses
+from ..display.run_lines import title
 from ..errors import UserInputError
-from ..json_file import write_json
-from ..loss_plot import plot_losses
-from ..run_lines import title
+from ..files.json_file import write_json
 from ..trained import AdapterFolder, Prompts
 from ..trained.folder import CONFIG, RECIPE, WEIGHTS
 from ..trained.prompts import template_of

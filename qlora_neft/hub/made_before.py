@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import UserInputError
-from ..file_hash import sha256_of_file
+from ..files.file_hash import sha256_of_file
 
 SUMMARY = "training_summary.json"
 FILES_KEY = "files"  # in the summary: SHA-256 of every other file

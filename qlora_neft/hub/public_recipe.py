@@ -6,9 +6,9 @@ import copy
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from ..bundled import PREFIX
 from ..data.sources import is_local
-from ..suffixes import JINJA_SUFFIXES
+from ..files.bundled import PREFIX
+from ..files.suffixes import JINJA_SUFFIXES
 
 TEMPLATE_FILE = "chat_template.jinja"
 PATHS = ("path", "eval_path")

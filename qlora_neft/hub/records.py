@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError
-from ..record_file import read_record
+from ..files.record_file import read_record
 from ..trained import AdapterFolder
 
 MEANS = {

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..data.templates import read_jinja
-from ..suffixes import JINJA_SUFFIXES
+from ..files.suffixes import JINJA_SUFFIXES
 from ..trained import AdapterFolder
 from ..trained.load import tokenizer_of_adapter
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..suffixes import JINJA_SUFFIXES
+from ..files.suffixes import JINJA_SUFFIXES
 from .public_recipe import TEMPLATE_FILE, is_hub_id, local_names, public_path
 from .records import Records
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ..bundled import shown_path
-from ..disk_errors import failing_with_the_disk
 from ..errors import RunFailed
-from ..file_hash import sha256_of_file
-from ..json_file import finite, write_json
+from ..files.bundled import shown_path
+from ..files.disk_errors import failing_with_the_disk
+from ..files.file_hash import sha256_of_file
+from ..files.json_file import finite, write_json
 from ..precision import resolve_precision
 from ..quantization import nf4_config
-from ..run_record import versions
+from ..run_folder.record import versions
 from ..trained.folder import WEIGHTS
 from .evidence import Evidence, evidence
 from .output import REPORT, check_out, check_space, disk_message, draft_of, failed_place, put, write_companions

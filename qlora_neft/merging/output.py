@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..errors import RunFailed, UserInputError
-from ..json_file import write_json
-from ..output_folder import claimed
-from ..run_lock import LOCK
+from ..files.json_file import write_json
+from ..run_folder.lock import LOCK
+from ..run_folder.output_folder import claimed
 
 REPORT = "merge_report.json"
 SPARE_BYTES = 64 * 2**20  # tokenizer, index, file system

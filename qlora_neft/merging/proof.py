@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from ..step_batch import IGNORE_INDEX
+from ..steps.batch import IGNORE_INDEX
 
 KL_LIMIT = 1e-3  # nats per token; the default merge measures 1e-6 to 1e-4
 MAX_LOGITS = 2**28  # numbers kept of the trained model's logits, and made in one pass: 1 GiB in float32

@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from ..data import Settings, Source, prepare_data
 from ..errors import UserInputError
+from ..files.suffixes import JINJA_SUFFIXES
 from ..recipe import Recipe
-from ..suffixes import JINJA_SUFFIXES
+from ..running.unpack import data_of
 from ..trained import AdapterFolder
-from ..unpack import data_of
 
 MAX_LENGTH = 1024  # tokens of a row, where no recipe says
 

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Params4bit
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..json_file import write_json
+from ..files.json_file import write_json
 from .checkpoint import INDEX, SINGLE
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..errors import UserInputError
-from ..text_file import write_text
+from ..files.text_file import write_text
 from .arms import arms_by, arms_of, differing, show
 from .curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, charts, style_of
 from .names import in_order, name_of

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError
-from ..record_file import read_record_if_there
+from ..files.record_file import read_record_if_there
 
 SWEEP_FILE, MEASURES_FILE, ANSWERS_FILE = "sweep.json", "measures.json", "answers.json"
 

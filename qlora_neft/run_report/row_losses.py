@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..record_file import read_record_if_there
+from ..files.record_file import read_record_if_there
 from .arms import Arm
 from .statistics import CONFIDENCE, Interval, ratio_bootstrap_interval
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import RunFailed, UserInputError
-from ..json_file import write_json
+from ..files.json_file import write_json
 from ..recipe import Recipe
 from ..run_report.record import MEASURES_FILE, read_run
 

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..answers import Answer, greedy_answers, questions
 from ..data import PreparedData
 from ..decoding import Decoding
+from ..decoding.answers import Answer, greedy_answers, questions
+from ..display.quiet import quiet_libraries
 from ..errors import UserInputError
-from ..eval_runs import Machine, losses_of_runs, overfit_of_runs, recipe_data
 from ..evaluation.text_measures import CUTOFFS, measure_texts
-from ..json_file import write_json
-from ..quiet import quiet_libraries
+from ..files.json_file import write_json
+from ..inspection.eval_runs import Machine, losses_of_runs, overfit_of_runs, recipe_data
 from ..run_report.record import ANSWERS_FILE, read_run
 from ..run_report.row_losses import ROWS_FILE
-from ..step_batch import IGNORE_INDEX
+from ..steps.batch import IGNORE_INDEX
 from ..trained import Trained, load_trained
 
 ROWS_AT_A_TIME = 4

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..json_file import write_json
+from ..files.json_file import write_json
+from ..files.text_file import write_text
 from ..run_report.arms import Arm, arms_by
 from ..run_report.record import RunRecord, read_run
 from ..run_report.results import results_of
 from ..run_report.tables import TextTable, differences_table, measures_table, pairing_line, verdict_lines
-from ..text_file import write_text
 from .plan import SweepPlan
 from .sweep_plot import plot_sweep
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..stop_request import StopRequest, answered
+from ..run_folder.stop_request import StopRequest, answered
 from .processes import Processes
 from .sweep_file import recipe_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RunFailed, RunInterrupted
-from ..run_lock import run_lock
+from ..run_folder.lock import run_lock
 from ..run_report.names import name_of
 from ..run_report.record import read_run
 from .measures import missing

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError
-from ..json_file import write_json
+from ..files.json_file import write_json
 from ..run_report.record import SWEEP_FILE, read_sweep
 from .plan import SweepPlan
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..picture import new_picture, save_picture
+from ..display.picture import new_picture, save_picture
 from ..run_report.arms import Arm, show
 from ..run_report.names import name_of
 

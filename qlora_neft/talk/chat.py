@@ -8,10 +8,10 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from ..decoding import Continuation, Decoding, context_of
+from ..display.preview_text import plural
 from ..errors import RunFailed, RunInterrupted, UserInputError
-from ..preview_text import plural
-from ..randomness import stream_key
-from ..stop_request import StopRequest, answered
+from ..run_folder.stop_request import StopRequest, answered
+from ..steps.randomness import stream_key
 from ..trained import Trained
 from .conversation import Conversation
 from .generate import answer_ids, text_stream

@@ -12,7 +12,7 @@ from ..data.examples import BadRow, Dialogue, Example, Instruction, Message, as_
 from ..data.formats import to_example
 from ..data.read_local import file_rows
 from ..errors import UserInputError
-from ..suffixes import DATA_SUFFIXES
+from ..files.suffixes import DATA_SUFFIXES
 
 STDIN = "-"
 MOST_PROBLEMS = 10  # named of one file

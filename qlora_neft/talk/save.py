@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunFailed, UserInputError
-from ..text_file import write_text
+from ..files.text_file import write_text
 
 
 class Saved:

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..preview_text import printable
+from ..display.preview_text import printable
 
 WIDE = 100  # columns of a terminal that do for two answers side by side
 PROMPT = "> "

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundled import resolve_bundled
-from ..checkpoint_files import find_checkpoints
 from ..errors import UserInputError
-from ..record_file import read_record
+from ..files.bundled import resolve_bundled
+from ..files.record_file import read_record
+from ..run_folder.checkpoint_files import find_checkpoints
 
 WEIGHTS, CONFIG, RECIPE = "adapter_model.safetensors", "adapter_config.json", "recipe.yaml"
 SUMMARIES = ("summary.json", "training_summary.json")  # of a run's folder, of a published one

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from ..decoding import Decoding, generate_ids
 from ..errors import UserInputError
+from ..files.record_file import read_record
 from ..precision import PrecisionPolicy, resolve_precision
 from ..quantization import load_nf4_base, nf4_config
-from ..record_file import read_record
 from ..tokenizer import load_tokenizer
 from .folder import AdapterFolder, find_adapter
 from .prompts import Prompts, recorded_template, template_of

@@ -9,7 +9,7 @@ from ..data.encode import Encoder
 from ..data.examples import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
 from ..data.templates import TEMPLATE_OF_FORMAT, alpaca_prompt, make_template
 from ..errors import UserInputError
-from ..suffixes import JINJA_SUFFIXES
+from ..files.suffixes import JINJA_SUFFIXES
 
 ONE_REQUEST = ("alpaca", "none")  # templates without a place for what was said before
 TEMPLATES = (*ONE_REQUEST, "vicuna", "chat")

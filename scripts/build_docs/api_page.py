@@ -12,8 +12,8 @@ NAMES = {
     "Train": (
         "qlora_neft.run.run",
         "qlora_neft.recipe.load_recipe",
-        "qlora_neft.recipe_files.list_recipes",
-        "qlora_neft.recipe_schema.Recipe",
+        "qlora_neft.recipe.list_recipes",
+        "qlora_neft.recipe.Recipe",
         "qlora_neft.errors.RecipeError",
         "qlora_neft.trainer.QLoRANeftConfig",
         "qlora_neft.trainer.QLoRANeftTrainer",

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from qlora_neft.cli import app
-from qlora_neft.recipe_keys import key_table
+from qlora_neft.recipe.keys import key_table
 
 INTRO = """# Commands and keys
 

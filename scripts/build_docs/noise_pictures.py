@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from qlora_neft.inspection.noise_report import compare_scales
 from qlora_neft.neftune import NEFTuneNoise, expected_norm, noise_scale
-from qlora_neft.noise_report import compare_scales
-from qlora_neft.sequences import SequenceSpan
+from qlora_neft.steps.sequences import SequenceSpan
 
 ALPHA, WIDTH = 5.0, 4096  # of Llama 7B
 LENGTHS = (32, 64, 128, 256, 512, 1024, 2048)

@@ -18,7 +18,7 @@ from documented_place import EXTRA, made_by, make_documented_place
 
 from qlora_neft import list_recipes, load_recipe
 from qlora_neft.cli import app
-from qlora_neft.recipe_keys import key_names
+from qlora_neft.recipe.keys import key_names
 
 SHOWN = shown_commands()
 OURS = [command for command in SHOWN if command.is_ours]

@@ -30,7 +30,7 @@ from command_line import (
     summary,
 )
 
-from qlora_neft.unpack import data_of
+from qlora_neft.running.unpack import data_of
 
 OUT, NEW = Path("out"), Path("new")
 

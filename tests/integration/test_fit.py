@@ -18,16 +18,16 @@ from typer.testing import CliRunner
 
 from qlora_neft import list_recipes, load_recipe
 from qlora_neft.cli import app
+from qlora_neft.display.speed_line import SpeedLine
 from qlora_neft.errors import UserInputError
 from qlora_neft.fit import Wanted, card_of, choose, fit_report
 from qlora_neft.fit.cards import CARDS, GIB, this_machine
 from qlora_neft.fit.choose import USABLE, candidates
 from qlora_neft.fit.geometry import geometry_of, shipped_config
 from qlora_neft.fit.show import picture
-from qlora_neft.memory_probe import MemoryProbe
-from qlora_neft.smaller_steps import Split
-from qlora_neft.speed_line import SpeedLine
-from qlora_neft.unpack_fit import planned_for, wanted
+from qlora_neft.running.unpack_fit import planned_for, wanted
+from qlora_neft.trainer.memory_probe import MemoryProbe
+from qlora_neft.trainer.smaller_steps import Split
 
 LLAMA_7B = geometry_of(shipped_config("meta-llama/Llama-2-7b-hf"))
 LLAMA_30B = geometry_of(shipped_config("huggyllama/llama-30b"))

@@ -13,10 +13,10 @@ from command_line import HELD_OUT, ROWS, cut_off, invoke, never_stopped, refused
 from talker import CONTEXT, save_talker
 from transformers import GenerationConfig
 
-from qlora_neft.answers import questions
 from qlora_neft.data.prepare import Settings, prepare_data
 from qlora_neft.data.sources import Source
 from qlora_neft.decoding import Decoding, continuations
+from qlora_neft.decoding.answers import questions
 from qlora_neft.talk import generate, requests_of_file, requests_of_texts
 from qlora_neft.trained import Prompts, load_trained
 

@@ -11,7 +11,7 @@ import yaml
 from command_line import invoke, never_stopped
 
 from qlora_neft.errors import UserInputError
-from qlora_neft.harness import evaluate_adapter, paired_stderr, side_by_side
+from qlora_neft.evaluation.harness import evaluate_adapter, paired_stderr, side_by_side
 from qlora_neft.trained import load_trained
 
 HERE = {"device": "cpu", "precision": "fp32"}

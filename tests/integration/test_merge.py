@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, mixed_rows, tiny_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_neft.adapter import save_adapter
 from qlora_neft.errors import RunFailed, UserInputError
 from qlora_neft.merging import KL_LIMIT, ProofRows, merge_adapter, plan_merge
 from qlora_neft.precision import resolve_precision
 from qlora_neft.quantization import keep_nf4_layout, load_nf4_base
+from qlora_neft.run_folder.adapter import save_adapter
 from qlora_neft.trained import find_adapter
 from qlora_neft.trained.load import nf4_base_of, tokenizer_of_adapter, with_adapter
 

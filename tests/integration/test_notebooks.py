@@ -14,9 +14,9 @@ from hub_server import HubServer
 from notebook_runner import execute, pictures_of, text_of
 
 from qlora_neft import QLoRANeftTrainer, load_recipe, run
-from qlora_neft.bundled import resolve_bundled
-from qlora_neft.checkpoint_files import find_checkpoints
 from qlora_neft.errors import RunInterrupted
+from qlora_neft.files.bundled import resolve_bundled
+from qlora_neft.run_folder.checkpoint_files import find_checkpoints
 
 MISSING = [
     name for name in ("nbclient", "ipykernel", "matplotlib", "rouge_score") if not importlib.util.find_spec(name)

@@ -36,7 +36,7 @@ from qlora_neft.data.sources import Row
 from qlora_neft.data.templates import alpaca_prompt, make_template
 from qlora_neft.data.turns import split_dialogue
 from qlora_neft.data.worker import NO_ROOM, Settings
-from qlora_neft.step_batch import IGNORE_INDEX, StepCollator
+from qlora_neft.steps.batch import IGNORE_INDEX, StepCollator
 
 # ---- What is trained ----
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import adapter_weights, gradient_norms, losses, max_difference, mixed_rows, tiny_trainer
 
-from qlora_neft.freelb import Perturbation
 from qlora_neft.neftune import NEFTuneNoise
-from qlora_neft.sequences import SequenceSpan
+from qlora_neft.steps.freelb import Perturbation
+from qlora_neft.steps.sequences import SequenceSpan
 from qlora_neft.trainer import QLoRANeftConfig
 
 ALPHA, ROWS = 5.0, mixed_rows(16, seed=3)

@@ -11,7 +11,7 @@ from qlora_neft.hub.records import Records
 from qlora_neft.hub.training_summary import training_summary
 from qlora_neft.hub.usage import snippets
 from qlora_neft.recipe import load_recipe
-from qlora_neft.recipe_yaml import dump_yaml
+from qlora_neft.recipe.yaml_text import dump_yaml
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["m.0.q_proj", "m.1.q_proj", "m.0.k_proj"]}

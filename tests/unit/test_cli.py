@@ -15,7 +15,7 @@ import yaml
 from qlora_neft import __version__, list_recipes, load_recipe
 from qlora_neft.cli import app
 from qlora_neft.errors import RunFailed, UserInputError
-from qlora_neft.recipe_files import recipe_path
+from qlora_neft.recipe.files import recipe_path
 
 VERBS = ["ls", "show", "diff", "cp", "validate", "train", "preview", "fit", "noise", "doctor"]
 VERBS += ["generate", "chat", "merge", "export", "check", "gguf", "sweep", "report", "eval"]

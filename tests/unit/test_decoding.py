@@ -9,9 +9,9 @@ from tiny import byte_tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from qlora_neft.decoding import Decoding
+from qlora_neft.decoding.token_choice import KeyedDraw, RepetitionPenalty
 from qlora_neft.errors import UserInputError
 from qlora_neft.talk.stream import TextStream, answer_text
-from qlora_neft.token_choice import KeyedDraw, RepetitionPenalty
 
 PAD, STOP = 9, 8
 

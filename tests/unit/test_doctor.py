@@ -6,8 +6,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from qlora_neft import doctor
 from qlora_neft.cli import app
+from qlora_neft.inspection import doctor
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_neft.checkpoint_files import find_checkpoints, new_checkpoint, prune, verify
 from qlora_neft.errors import UserInputError
-from qlora_neft.mirror import Mirror, restore
+from qlora_neft.run_folder.checkpoint_files import find_checkpoints, new_checkpoint, prune, verify
+from qlora_neft.run_folder.mirror import Mirror, restore
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_calls_do_not_wait_for_the_copy(run_dir, drive, mirror, gate):
 def test_of_several_that_wait_only_the_last_is_copied(run_dir, drive, mirror, gate, monkeypatch):
     started, opened, _ = gate
     copied = []
-    monkeypatch.setattr("qlora_neft.mirror.prune", lambda folder, keep: copied.append(names(folder)))
+    monkeypatch.setattr("qlora_neft.run_folder.mirror.prune", lambda folder, keep: copied.append(names(folder)))
     mirror.files(["gate.txt"])
     assert started.wait(5)
     for step in (1, 2, 3):

@@ -18,8 +18,8 @@ from qlora_neft.neftune import (
     noise_scale,
     noisy_embeddings,
 )
-from qlora_neft.randomness import keyed_rng, preserved_rng, stream_key
-from qlora_neft.sequences import SequenceSpan
+from qlora_neft.steps.randomness import keyed_rng, preserved_rng, stream_key
+from qlora_neft.steps.sequences import SequenceSpan
 
 WIDTH = 48
 

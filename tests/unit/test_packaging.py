@@ -12,16 +12,16 @@ import pytest
 
 import qlora_neft
 from qlora_neft import list_recipes
-from qlora_neft.bundled import resolve_bundled
 from qlora_neft.errors import UserInputError
-from qlora_neft.recipe_files import recipe_dir
+from qlora_neft.files.bundled import resolve_bundled
+from qlora_neft.recipe.files import recipe_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 WHERE = (
     "import qlora_neft; print(qlora_neft.__file__);"
-    "from qlora_neft.recipe_files import recipe_dir; print(recipe_dir());"
+    "from qlora_neft.recipe.files import recipe_dir; print(recipe_dir());"
     "print(*qlora_neft.list_recipes()); print(qlora_neft.load_recipe('demo').lora.r);"
-    "from qlora_neft.bundled import resolve_bundled; print(resolve_bundled('bundled:demo/train.jsonl'))"
+    "from qlora_neft.files.bundled import resolve_bundled; print(resolve_bundled('bundled:demo/train.jsonl'))"
 )
 
 
@@ -57,7 +57,7 @@ def test_a_stale_copy_of_the_recipes_does_not_win_in_a_clone(tmp_path, monkeypat
     package = tmp_path / "qlora_neft"
     for folder in (package / "recipes", tmp_path / "recipes"):
         folder.mkdir(parents=True)
-    monkeypatch.setattr("qlora_neft.recipe_files._PACKAGE", package)
+    monkeypatch.setattr("qlora_neft.recipe.files._PACKAGE", package)
     assert recipe_dir() == package / "recipes"  # a "recipes" beside the package is not ours in site-packages
     (tmp_path / "pyproject.toml").touch()
     assert recipe_dir() == tmp_path / "recipes"
@@ -122,7 +122,7 @@ def test_public_names_are_listed_and_others_refused():
         _ = qlora_neft.nonsense
 
 
-@pytest.mark.parametrize("path", ["bundled:", "bundled:demo/missing", "bundled:../recipes", "bundled:cli.py"])
+@pytest.mark.parametrize("path", ["bundled:", "bundled:demo/missing", "bundled:../recipes", "bundled:run.py"])
 def test_bundled_reaches_the_data_folder_only(path):
     with pytest.raises(UserInputError, match="holds no such file"):
         resolve_bundled(path)

@@ -8,7 +8,7 @@ import yaml
 
 from qlora_neft import Recipe, RecipeError, load_recipe
 from qlora_neft.errors import UserInputError
-from qlora_neft.recipe_keys import key_names, key_table
+from qlora_neft.recipe.keys import key_names, key_table
 
 MINIMAL = """\
 model: {name_or_path: some/model}

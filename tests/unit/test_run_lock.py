@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-import qlora_neft.run_lock as module
+import qlora_neft.run_folder.lock as module
 from qlora_neft.errors import UserInputError
-from qlora_neft.run_lock import LOCK, run_lock
+from qlora_neft.run_folder.lock import LOCK, run_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
@@ -27,7 +27,7 @@ import sys, time
 if sys.argv[2] == "no fcntl":
     sys.modules["fcntl"] = None
 from pathlib import Path
-from qlora_neft.run_lock import run_lock
+from qlora_neft.run_folder.lock import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()
@@ -155,7 +155,7 @@ if sys.argv[2] != "flock":
     sys.modules["fcntl"] = None
 from pathlib import Path
 from qlora_neft.errors import UserInputError
-from qlora_neft.run_lock import run_lock
+from qlora_neft.run_folder.lock import run_lock
 
 folder, got = Path(sys.argv[1]), 0
 print("ready", flush=True)
@@ -222,7 +222,7 @@ def test_a_forked_child_leaves_the_block_and_the_lock_stays(tmp_path, kind, proc
     if {kind != "flock"}:
         sys.modules["fcntl"] = None
     from pathlib import Path
-    from qlora_neft.run_lock import run_lock
+    from qlora_neft.run_folder.lock import run_lock
     with run_lock(Path(sys.argv[1])):
         child = os.fork()
         if child:
@@ -237,7 +237,7 @@ def test_a_forked_child_leaves_the_block_and_the_lock_stays(tmp_path, kind, proc
 ORPHAN = """
 import os, subprocess, sys, time
 from pathlib import Path
-from qlora_neft.run_lock import run_lock
+from qlora_neft.run_folder.lock import run_lock
 with run_lock(Path(sys.argv[1])):
     if sys.argv[2] == "fork":
         child = os.fork()

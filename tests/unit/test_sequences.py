@@ -7,7 +7,7 @@ import torch
 from transformers import DataCollatorWithFlattening
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from qlora_neft.sequences import UnknownSequenceBoundaries, count_tokens, find_sequences
+from qlora_neft.steps.sequences import UnknownSequenceBoundaries, count_tokens, find_sequences
 
 LENGTHS = [5, 9, 1, 7]
 

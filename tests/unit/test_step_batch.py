@@ -9,7 +9,7 @@ import pytest
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from qlora_neft.step_batch import StepBatch, StepCollator, split_rows
+from qlora_neft.steps.batch import StepBatch, StepCollator, split_rows
 
 RANDOM = random.Random(0)
 STEPS = [[RANDOM.randint(1, 60) for _ in range(RANDOM.randint(1, 24))] for _ in range(60)]

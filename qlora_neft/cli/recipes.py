@@ -1,0 +1,212 @@
+"""The verbs that read recipes: ls, show, diff, cp, validate. And the arguments every verb shares."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RecipeError, UserInputError
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of shipped recipes, for the shell."""
+    from ..recipe.files import list_recipes
+
+    return [name for name in list_recipes() if name.startswith(incomplete)]
+
+
+def complete_override(incomplete: str) -> list[str]:
+    """Keys of a recipe with an equals sign, for the shell."""
+    from ..recipe.keys import key_names
+
+    return [f"{key}=" for key in key_names() if key.startswith(incomplete)]
+
+
+def complete_recipe_or_override(incomplete: str) -> list[str]:
+    """Names of recipes, then keys, for the shell."""
+    return complete_recipe(incomplete) + complete_override(incomplete)
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="A recipe's name, or a path to a YAML file.", autocompletion=complete_recipe),
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Changes to the recipe, such as lora.r=8; all keys: qlora-neft show --keys.",
+        autocompletion=complete_override,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for a program to read.")]
+
+
+def ls(as_json: JsonOption = False) -> None:
+    """List the recipes that ship with the package."""
+    from ..recipe import list_recipes, load_recipe
+
+    rows = []
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        alpha = recipe.neftune.noise_alpha if recipe.neftune else 0.0
+        rows.append(
+            {
+                "name": name,
+                "model": recipe.model.name_or_path,
+                "data": recipe.data.path,
+                "noise_alpha": alpha,
+                "effective_batch_size": recipe.train.effective_batch_size,
+                "learning_rate": recipe.train.learning_rate,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = [[row["name"], row["model"], row["data"], f"alpha {row['noise_alpha']:g}"] for row in rows]
+    typer.echo(_columns(table))
+
+
+def show(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME", help="A recipe's name, or a path to a YAML file.", autocompletion=complete_recipe
+        ),
+    ] = None,
+    overrides: OverridesArgument = None,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key with its type, default and unit.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a recipe, complete and with the overrides in it."""
+    if keys:
+        typer.echo(_describe_keys(as_json))
+        return
+    if name is None:
+        raise UserInputError("show: name a recipe (qlora-neft ls lists them), or ask for --keys.")
+    from ..recipe import load_recipe
+
+    recipe = load_recipe(name, overrides or ())
+    typer.echo(json.dumps(recipe.to_dict(), indent=2) if as_json else recipe.to_yaml().rstrip())
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A recipe's name or path.", autocompletion=complete_recipe)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another.", autocompletion=complete_recipe)],
+    overrides: OverridesArgument = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the keys in which two recipes differ, side by side.
+
+    Overrides are of B.
+    """
+    from ..recipe import load_recipe
+
+    left, right = _flat(load_recipe(a).to_dict()), _flat(load_recipe(b, overrides or ()).to_dict())
+    keys = [key for key in {**left, **right} if left.get(key) != right.get(key)]
+    if as_json:
+        typer.echo(json.dumps({key: [left.get(key), right.get(key)] for key in keys}, indent=2))
+    elif keys:
+        rows = [[key, json.dumps(left.get(key)), json.dumps(right.get(key))] for key in keys]
+        typer.echo(_columns([["", a, b], *rows]))
+    else:
+        typer.echo("no difference")
+
+
+def cp(
+    name: RecipeArgument,
+    dest: Annotated[Path, typer.Argument(help="New file, or a folder to put it in.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Copy a recipe with all its comments, to edit it."""
+    from ..recipe.files import find_recipe
+
+    source = find_recipe(name)
+    target = dest / source.name if dest.is_dir() else dest
+    if target.exists() and target.samefile(source):
+        raise UserInputError(f"{target}: is the recipe itself. Name another file.")
+    if target.exists() and not force:
+        raise UserInputError(f"{target}: exists already. Name another file, or replace it with --force.")
+    if not target.parent.is_dir():
+        raise UserInputError(f"{target}: there is no folder {target.parent}. Make it first.")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise UserInputError(f"{target}: cannot be written: {error.strerror}.") from error
+    typer.echo(f"{target}: copied from {source.stem}. When edited: qlora-neft validate {target}")
+
+
+def validate(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="NAME",
+            help="Recipes by name or path; a word with an equals sign is an override of all of them.",
+            autocompletion=complete_recipe_or_override,
+        ),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Check recipes and print every problem.
+
+    Exit code 2 if there is one.
+    """
+    from ..recipe import load_recipe
+
+    recipes = [name for name in names if "=" not in name or Path(name).exists()]
+    overrides = [name for name in names if name not in recipes]
+    if not recipes:
+        raise UserInputError(f"validate: name a recipe to check, got overrides alone: {' '.join(overrides)}")
+    problems: dict[str, list[str]] = {}
+    for name in recipes:
+        try:
+            load_recipe(name, overrides)
+            problems[name] = []
+        except RecipeError as error:
+            problems[name] = error.problems
+    if as_json:
+        report = [{"recipe": name, "ok": not found, "problems": found} for name, found in problems.items()]
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        for name, found in problems.items():
+            typer.echo(f"{name}: {_count(found)}", err=bool(found))
+            for problem in found:
+                typer.echo(f"  {problem}", err=True)
+    if any(problems.values()):
+        raise typer.Exit(2)
+
+
+def _count(problems: Sequence[str]) -> str:
+    return {0: "ok", 1: "1 problem"}.get(len(problems), f"{len(problems)} problems")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """``section.key`` -> value. An absent section has no keys."""
+    return {f"{section}.{key}": value for section, keys in values.items() if keys for key, value in keys.items()}
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as lines, their columns aligned; the same on a terminal and in a pipe."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _describe_keys(as_json: bool) -> str:
+    from dataclasses import asdict
+
+    from ..recipe.keys import key_table
+
+    if as_json:
+        return json.dumps([asdict(key) for key in key_table()], indent=2)
+    return _columns([[key.name, f"{key.about}. {key.type}; {_default(key.default)}"] for key in key_table()])
+
+
+def _default(default: str) -> str:
+    return default if default == "required" else f"default {default}"

@@ -1,0 +1,265 @@
+"""The verbs generate and chat. Heavy imports inside them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserInputError
+
+if TYPE_CHECKING:
+    from ..decoding import Decoding
+    from ..talk import Request
+    from ..talk.output import Replies
+    from ..trained import Trained
+
+# NEFTune's authors: greedy, with a repetition penalty of 1.2 in all experiments, also where they sampled
+# (arXiv:2310.05914, section 5.2, footnote, and appendix, "Additional Ablation Studies").
+REPETITION_PENALTY = 1.2
+
+DirArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="--output-dir of a run, a checkpoint, any LoRA adapter, or a Hub id.")
+]
+BaseOption = Annotated[str | None, typer.Option(help="Base model in place of the recorded one.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Hub revision of DIR.")]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(metavar="alpaca|vicuna|chat|none|FILE.jinja", help="In place of the template of the training run."),
+]
+SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, where the template has one.")]
+BaseAloneOption = Annotated[bool, typer.Option("--base-alone", help="Ask the base without the adapter.")]
+CompareOption = Annotated[bool, typer.Option("--compare", help="Ask both, the base and the adapter.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
+PenaltyOption = Annotated[float, typer.Option(help="Against repetition; 1 is none. NEFTune's authors use 1.2.")]
+SampleOption = Annotated[bool, typer.Option("--sample", help="Draw tokens; else the likeliest is taken.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="With --sample; default 1.")]
+TopPOption = Annotated[float | None, typer.Option(help="With --sample; default 1 (all).")]
+TopKOption = Annotated[int | None, typer.Option(help="With --sample; default 0 (all).")]
+SeedOption = Annotated[int | None, typer.Option(help="With --sample; default 0.")]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
+PrecisionOption = Annotated[str, typer.Option(metavar="auto|bf16|fp16|fp32", help="In what to compute.")]
+
+
+def generate(
+    dir: DirArgument,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to ask; - is standard input, all of it.")
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts: .txt or - (one a line), or .jsonl, .json, .csv, .parquet rows."),
+    ] = None,
+    system: SystemOption = None,
+    compare: CompareOption = False,
+    base_alone: BaseAloneOption = False,
+    max_new_tokens: TokensOption = 512,
+    repetition_penalty: PenaltyOption = REPETITION_PENALTY,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time; changes no answer.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="New file: .json a list, .jsonl JSON lines, others as printed.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    base: BaseOption = None,
+    revision: RevisionOption = None,
+    prompt_template: TemplateOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Answer prompts with a trained adapter.
+
+    The prompt template of the training run is put around them.
+    """
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    _check_choices(drawing, sample=sample, compare=compare, base_alone=base_alone)
+    decoding = _decoding(max_new_tokens, repetition_penalty, drawing, sample=sample)
+    requests = _requests(prompts or [], file)
+    where = {"base": base, "revision": revision, "prompt_template": prompt_template}
+    names = ["base", "adapter"] if compare else ["base"] if base_alone else ["adapter"]
+    from ..talk.save import check_new
+
+    if output is not None:
+        check_new(output, "--output")
+    with _loaded(dir, device=device, precision=precision, **where) as trained:
+        if system is not None:
+            requests = _with_system(trained, requests, system)
+        if sys.stdout.isatty() and len(requests) == 1 and not as_json and output is None:
+            _stream(trained, requests, decoding, names)
+        else:
+            _answer_all(trained, requests, decoding, names, batch_size, output, as_json)
+
+
+def chat(
+    dir: DirArgument,
+    system: SystemOption = None,
+    compare: CompareOption = False,
+    base_alone: BaseAloneOption = False,
+    max_new_tokens: TokensOption = 512,
+    repetition_penalty: PenaltyOption = REPETITION_PENALTY,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    base: BaseOption = None,
+    revision: RevisionOption = None,
+    prompt_template: TemplateOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Talk with a trained adapter.
+
+    Commands begin with a slash: /help lists them.
+    """
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    _check_choices(drawing, sample=sample, compare=compare, base_alone=base_alone)
+    decoding = _decoding(max_new_tokens, repetition_penalty, drawing, sample=sample)
+    where = {"base": base, "revision": revision, "prompt_template": prompt_template}
+    with contextlib.suppress(ImportError):  # line editing and history, where Python has it
+        import readline  # noqa: F401
+    from rich.console import Console
+
+    from ..talk import Chat
+    from ..talk.screen import Screen
+
+    with _loaded(dir, device=device, precision=precision, **where) as trained:
+        screen = Screen(Console(highlight=False))
+        screen.say(_title(trained), style="bold")
+        with _named("--system"):
+            talk = Chat(trained, decoding, screen, compare=compare, base_alone=base_alone, system=system)
+        talk.run()
+
+
+def _check_choices(drawing: dict[str, Any], *, sample: bool, compare: bool, base_alone: bool) -> None:
+    unused = [f"--{name.replace('_', '-')}" for name, value in drawing.items() if value is not None]
+    if unused and not sample:
+        raise UserInputError(f"{', '.join(unused)}: no effect without --sample. Add it, or leave this out.")
+    if compare and base_alone:
+        raise UserInputError("--compare: cannot be combined with --base-alone. Keep one.")
+
+
+def _decoding(max_new_tokens: int, penalty: float, drawing: dict[str, Any], *, sample: bool) -> Decoding:
+    from ..decoding import Decoding
+
+    given = {name: value for name, value in drawing.items() if value is not None}
+    return Decoding(max_new_tokens, do_sample=sample, repetition_penalty=penalty, **given)
+
+
+def _requests(prompts: Sequence[str], file: str | None) -> list[Request]:
+    """From the arguments, a file, or standard input."""
+    from ..talk.requests import requests_of_file, requests_of_stdin, requests_of_texts
+
+    if file is not None:
+        if prompts:
+            raise UserInputError("--file: cannot be combined with PROMPT. Keep one.")
+        return requests_of_file(file)
+    if list(prompts) == ["-"] or (not prompts and not sys.stdin.isatty()):
+        return requests_of_stdin()
+    if not prompts:
+        raise UserInputError("PROMPT: none given. Write it behind DIR, pipe it in, or give --file. To talk: chat DIR.")
+    return requests_of_texts(prompts)
+
+
+def _with_system(trained: Trained, requests: list[Request], system: str) -> list[Request]:
+    from ..talk.conversation import check_system
+
+    with _named("--system"):
+        check_system(trained.prompts, system)
+    return [request.with_system(system) for request in requests]
+
+
+@contextlib.contextmanager
+def _loaded(dir: str, **options: Any) -> Iterator[Trained]:
+    """The model, for a block in which no library chatters."""
+    from rich.console import Console
+
+    from ..display.quiet import quiet_libraries
+    from ..trained import load_trained
+
+    console = Console(stderr=True, highlight=False)
+    with quiet_libraries():
+        with contextlib.redirect_stdout(sys.stderr), console.status(f"loading {dir}"):
+            trained = load_trained(dir, **options)
+        if trained.template_is_guessed:
+            typer.echo(
+                f"prompt template: {trained.prompts.name}, a guess: no record says what {dir} was trained with. "
+                "--prompt-template sets it.",
+                err=True,
+            )
+        yield trained
+
+
+def _stream(trained: Trained, requests: list[Request], decoding: Decoding, names: list[str]) -> None:
+    """One answer, or two side by side, as they come."""
+    from rich.console import Console
+
+    from ..talk import replies
+    from ..talk.output import remarks
+    from ..talk.screen import Screen
+
+    found = {}
+    with Screen(Console(highlight=False)).answers(names) as begin:
+        for name in names:
+            write = begin(name)
+            [found[name]] = replies(trained, requests, decoding, base_alone=name == "base", write=write)
+    for remark in remarks(found):
+        typer.echo(remark, err=True)
+
+
+def _answer_all(
+    trained: Trained,
+    requests: list[Request],
+    decoding: Decoding,
+    names: list[str],
+    batch_size: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    from ..talk import replies
+    from ..talk.output import entries, with_progress
+    from ..talk.save import write_as_they_come
+
+    options = {"batch_size": batch_size}
+    sides = [replies(trained, requests, decoding, base_alone=name == "base", **options) for name in names]
+    found = (dict(zip(names, together, strict=True)) for together in zip(*sides, strict=True))
+    suffix = "" if output is None else output.suffix.lower()
+    form = "list" if suffix == ".json" else "lines" if as_json or suffix == ".jsonl" else "text"
+    lines = entries(_remarked(with_progress(found, len(requests))), form, len(requests))
+    if output is None:
+        for line in lines:
+            typer.echo(line)
+    else:
+        typer.echo(f"written: {output}, {write_as_they_come(output, lines)} answers", err=True)
+
+
+def _remarked(answers: Iterator[Replies]) -> Iterator[Replies]:
+    from ..talk.output import remarks
+
+    for found in answers:
+        for remark in remarks(found):
+            typer.echo(remark, err=True)
+        yield found
+
+
+def _title(trained: Trained) -> str:
+    from ..files.bundled import shown_path
+
+    base, device = shown_path(trained.folder.base), trained.policy.device
+    return f"{trained.folder.source} on {base} (NF4, {device}), prompt template {trained.prompts.name}"
+
+
+@contextlib.contextmanager
+def _named(option: str) -> Iterator[None]:
+    try:
+        yield
+    except UserInputError as error:
+        raise UserInputError(f"{option}: {error}") from error

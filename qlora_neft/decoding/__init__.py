@@ -1,0 +1,5 @@
+"""How answers come about: token by token, greedily or drawn, and to the questions that were held out."""
+
+from .decode import Continuation, Decoding, context_of, continuations, generate_ids
+
+__all__ = ["Continuation", "Decoding", "context_of", "continuations", "generate_ids"]

@@ -1,0 +1,173 @@
+"""The keys a recipe may have, as the schema states them: a table of them, and what a wrong one meant."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from .schema import Recipe
+from .value_types import Section
+
+# Names other trainers use, and ours. A name with a section in front is meant in that section only.
+_SYNONYMS = {
+    "rank": "lora.r",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "dropout": "lora.lora_dropout",
+    "lora.alpha": "lora.lora_alpha",
+    "neftune.alpha": "neftune.noise_alpha",
+    "alpha": "neftune.noise_alpha",
+    "neftune_alpha": "neftune.noise_alpha",
+    "neftune_noise_alpha": "neftune.noise_alpha",
+    "machine.batch_size": "machine.per_device_train_batch_size",
+    "micro_batch_size": "machine.per_device_train_batch_size",
+    "batch_size": "train.effective_batch_size",
+    "lr": "train.learning_rate",
+    "epochs": "train.num_train_epochs",
+    "num_epochs": "train.num_train_epochs",
+    "optimizer": "train.optim",
+    "lr_scheduler": "train.lr_scheduler_type",
+    "scheduler": "train.lr_scheduler_type",
+    "warmup_ratio": "train.warmup_steps",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "template": "data.prompt_template",
+    "model_name_or_path": "model.name_or_path",
+    "model_revision": "model.revision",
+    "base_model": "model.name_or_path",
+    "gradient_checkpointing": "machine.activation_checkpointing",
+    "bf16": "machine.precision",
+    "fp16": "machine.precision",
+}
+_ACCUMULATION = (
+    "the step is set by train.effective_batch_size, and machine.per_device_train_batch_size is the largest "
+    "part of it in one forward pass; the number of parts follows."
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a recipe."""
+
+    name: str
+    type: str
+    default: str
+    about: str
+
+
+def section_names() -> list[str]:
+    """The sections, in order."""
+    return list(Recipe.model_fields)
+
+
+def fields_of(section: str) -> dict[str, FieldInfo]:
+    """The keys of a section, in order, as pydantic holds them."""
+    annotation = Recipe.model_fields[section].annotation
+    model = next(kind for kind in (*get_args(annotation), annotation) if kind is not type(None))
+    return model.model_fields
+
+
+def item_fields(section: str, key: str) -> dict[str, FieldInfo]:
+    """The keys of the mappings in a list, for a key that holds such a list."""
+    [item] = get_args(fields_of(section)[key].annotation)
+    return item.model_fields
+
+
+def key_names() -> list[str]:
+    """Every key as ``section.key``, in order."""
+    return [f"{section}.{key}" for section in section_names() for key in fields_of(section)]
+
+
+def key_table() -> list[Key]:
+    """Every key with its type, default and meaning, in order."""
+    return [
+        Key(f"{section}.{name}", describe_type(field), _default(field), field.description or "")
+        for section in section_names()
+        for name, field in fields_of(section).items()
+    ]
+
+
+def describe_type(field: FieldInfo) -> str:
+    """What a key may hold, in words: ``auto or whole number >= 1``."""
+    return _words(field.annotation, field.metadata)
+
+
+def unknown_key(name: str) -> str:
+    """What to say of a key (or a section) that does not exist: a rule and what may have been meant."""
+    last = name.rsplit(".", 1)[-1]
+    if last == "gradient_accumulation_steps":
+        return f"unknown key: {_ACCUMULATION}"
+    kind = "key" if "." in name else "section"
+    meant = _meant(name)
+    hint = f" Did you mean {meant}?" if meant else ""
+    return f"unknown {kind}.{hint} All keys: qlora-neft show --keys"
+
+
+def _meant(name: str) -> str | None:
+    section, _, last = name.rpartition(".")
+    if name in _SYNONYMS or last in _SYNONYMS:
+        return _SYNONYMS.get(name) or _SYNONYMS[last]
+    elsewhere = [key for key in key_names() if key.rsplit(".", 1)[1] == last]
+    if elsewhere:
+        return elsewhere[0]
+    near = [f"{section}.{key}" for key in fields_of(section)] if section in section_names() else section_names()
+    for candidates in (near, key_names()):
+        short = {key.rsplit(".", 1)[-1]: key for key in candidates}
+        close = difflib.get_close_matches(last, short, n=1)
+        if close:
+            return short[close[0]]
+    return None
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return json.dumps(field.default).strip('"')  # true, null, 0.999: as in YAML
+
+
+def _words(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
+    """A type in words, with its bounds."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _words(arguments[0], [bound for extra in arguments[1:] for bound in _bounds(extra)])
+    if origin is Literal:
+        return " or ".join(str(value) for value in arguments)
+    if origin in (Union, types.UnionType):
+        # A whole number is a number: "whole number >= 1 or number > 0" says no more than its second half.
+        words = [_words(kind) for kind in arguments]
+        numbers = [word for word in words if word.startswith("number")]
+        return " or ".join(word for word in words if not (numbers and word.startswith("whole")))
+    if origin is list:
+        return f"list of {_words(arguments[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"mapping ({', '.join(annotation.model_fields)})"
+    word = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}[annotation]
+    return " ".join([word, " and ".join(_bound(bound) for bound in metadata if _bound(bound))]).strip()
+
+
+def _bounds(extra: Any) -> list[Any]:
+    return extra.metadata if isinstance(extra, FieldInfo) else [extra]
+
+
+def _bound(bound: Any) -> str:
+    match bound:
+        case Ge():
+            return f">= {bound.ge}"
+        case Gt():
+            return f"> {bound.gt}"
+        case Le():
+            return f"<= {bound.le}"
+        case Lt():
+            return f"< {bound.lt}"
+    return ""

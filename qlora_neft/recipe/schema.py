@@ -1,0 +1,224 @@
+"""What a recipe may say: its sections and keys, their types, defaults and rules. No torch.
+
+The sections ``model, quantization, lora, neftune, data, train`` state what is learned; ``machine`` states how
+it is run, and nothing in it may change what is learned. Types are strict: no text for a number, no number for
+true or false. A key that would have no effect is refused, since whoever wrote it expected one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from .data import Data
+from .value_types import Auto, Count, CountOrZero, NotNegative, Positive, Section, Text, broken_rule
+
+
+class Model(Section):
+    """The base model, whose weights stay as they are."""
+
+    name_or_path: Text = Field(description="Hub id, local folder, or bundled:NAME")
+    revision: Text = Field("main", description="Hub branch, tag or commit")
+
+
+class Quantization(Section):
+    """How the frozen base is stored."""
+
+    bnb_4bit_quant_type: Literal["nf4"] = Field("nf4", description="4-bit code of the weights")
+    bnb_4bit_use_double_quant: bool = Field(True, description="quantize the scales too: 0.37 bit a weight less")
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="what 4-bit weights are unpacked to; auto: by the device"
+    )
+
+    @field_validator("bnb_4bit_quant_type", mode="before")
+    @classmethod
+    def _no_fp4(cls, value: Any) -> Any:
+        if value == "fp4":
+            raise broken_rule("the frozen base is stored as NF4, got 'fp4'. Write nf4.")
+        return value
+
+
+class Lora(Section):
+    """The adapter, all that is trained."""
+
+    r: Count = Field(description="rank")
+    lora_alpha: Count | Positive = Field(description="the update is scaled by lora_alpha / r")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="probability")
+    target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
+        description="all linear layers but the output, or a list of layer names"
+    )
+
+
+class Neftune(Section):
+    """Noise on the input embeddings while training. Leaving the section out means none."""
+
+    noise_alpha: NotNegative = Field(description="strength, dimensionless; 0: none")
+    distribution: Literal["uniform", "gaussian"] = Field("uniform", description="of one component, before scaling")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of alpha over the run")
+    final_alpha: NotNegative | None = Field(None, description="alpha at the last step")
+    adversarial_steps: Count = Field(1, description="passes per step; above 1: FreeLB, the noise climbs the loss")
+    adversarial_step_size: Positive | None = Field(None, description="FreeLB's ascent step, a norm like noise_alpha")
+
+    @field_validator("final_alpha")
+    @classmethod
+    def _only_with_a_schedule(cls, value: float | None, info: ValidationInfo) -> float | None:
+        schedule = info.data.get("schedule")
+        if schedule == "constant" and value is not None:
+            raise broken_rule(
+                f"has no effect under schedule: constant, got {value:g}. "
+                "Remove it, or write schedule: linear or cosine.",
+                involves=("schedule",),
+            )
+        if schedule in ("linear", "cosine") and value is None:
+            raise broken_rule(
+                f"required under schedule: {schedule}. Write the alpha of the last step, for instance 0.",
+                involves=("schedule",),
+            )
+        return value
+
+    @field_validator("adversarial_step_size")
+    @classmethod
+    def _only_for_freelb(cls, value: float | None, info: ValidationInfo) -> float | None:
+        steps = info.data.get("adversarial_steps", 1)
+        if steps == 1 and value is not None:
+            raise broken_rule(
+                f"has no effect under adversarial_steps: 1, got {value:g}. Remove it, or write more steps for FreeLB.",
+                involves=("adversarial_steps",),
+            )
+        if steps > 1 and value is None:
+            raise broken_rule(
+                f"required under adversarial_steps: {steps}. Write the norm of one ascent step, for instance half of "
+                "noise_alpha.",
+                involves=("adversarial_steps",),
+            )
+        return value
+
+
+class Train(Section):
+    """The optimization."""
+
+    effective_batch_size: Count = Field(description="sequences per optimizer step, on any machine")
+    num_train_epochs: Positive = Field(description="passes over the examples")
+    max_steps: Count | None = Field(None, description="optimizer steps at most; the run ends at the earlier of the two")
+    learning_rate: Positive = Field(description="per optimizer step, the highest of the schedule")
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
+        description="of the learning rate over the run"
+    )
+    warmup_steps: NotNegative = Field(0.0, description="optimizer steps; below 1: a share of all steps")
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = Field(
+        description="optimizer and how its state is stored"
+    )
+    weight_decay: NotNegative = Field(0.0, description="decoupled, times the learning rate")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="decay of the gradient's mean")
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of its square's mean")
+    max_grad_norm: NotNegative = Field(description="L2 norm gradients are clipped to; 0: not clipped")
+    max_bad_steps: Count = Field(10, description="steps in a row, skipped for NaN or infinity, after which it fails")
+    # NumPy, which transformers seeds with the same number, takes 32 bits.
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(description="of order, dropout, noise and LoRA's start")
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _fits_the_schedule(cls, value: float, info: ValidationInfo) -> float:
+        scheduler = info.data.get("lr_scheduler_type")
+        if value >= 1 and value != int(value):
+            raise broken_rule(f"a whole number of steps, or a share below 1, got {value:g}.")
+        if scheduler == "constant" and value > 0:
+            raise broken_rule(
+                f"has no effect under lr_scheduler_type: constant, got {value:g}. "
+                "Remove it, or write lr_scheduler_type: constant_with_warmup.",
+                involves=("lr_scheduler_type",),
+            )
+        if scheduler == "constant_with_warmup" and value == 0:
+            raise broken_rule(
+                "required under lr_scheduler_type: constant_with_warmup. "
+                "Write a number of steps or a share such as 0.03, or lr_scheduler_type: constant.",
+                involves=("lr_scheduler_type",),
+            )
+        return value
+
+
+class Machine(Section):
+    """How the run is carried out. Whatever stands here, the same is learned; auto: the machine decides."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model is")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="of the arithmetic")
+    bnb_4bit_quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="dtype the NF4 bytes are stored as, for FSDP the compute dtype; auto: uint8"
+    )
+    per_device_train_batch_size: Auto | Count = Field(
+        "auto", description="sequences in one forward pass at most; a step is split into such micro-batches"
+    )
+    max_tokens_per_micro_batch: Auto | Count = Field(
+        "auto", description="tokens in one forward pass at most, padding counted; one sequence may exceed it"
+    )
+    per_device_eval_batch_size: Auto | Count = Field("auto", description="sequences in one evaluation pass")
+    activation_checkpointing: Auto | bool | CountOrZero = Field(
+        "auto", description="recompute activations: true, false, or in how many blocks"
+    )
+    padding_free: Auto | bool = Field("auto", description="join sequences instead of padding them")
+    dataloader_num_workers: CountOrZero = Field(0, description="processes that prepare batches")
+    dataset_num_proc: Auto | Count = Field("auto", description="processes that tokenize; the result is the same")
+    streaming: bool = Field(False, description="read Hub data row by row, without downloading all of it first")
+    save_steps: Auto | CountOrZero = Field("auto", description="optimizer steps between two checkpoints; auto, 0: none")
+    save_every_minutes: NotNegative = Field(10.0, description="minutes between two checkpoints; 0: none by the clock")
+    save_total_limit: Count = Field(2, description="checkpoints kept")
+    grace_seconds: Positive = Field(30.0, description="from a signal to the checkpoint")
+    mirror_dir: Text | None = Field(None, description="second folder for checkpoints and results: a mounted Drive")
+    push_to: Text | None = Field(None, description="Hub repository whose branch checkpoints gets them: owner/name")
+    push_every: Count = Field(1, description="of how many checkpoints one is pushed")
+    threads: Auto | Count = Field("auto", description="CPU threads")
+    logging_steps: Auto | Count = Field("auto", description="optimizer steps between two log lines")
+    eval_steps: Auto | Count = Field("auto", description="optimizer steps between two evaluations")
+    eval_answers: Auto | CountOrZero = Field(
+        "auto", description="held-out prompts answered before and after; auto: 3; scored from 20 on"
+    )
+    clean_loss_steps: Auto | CountOrZero = Field(
+        "auto", description="optimizer steps between two train losses without noise and dropout; 0: never"
+    )
+
+    @field_validator("push_every")
+    @classmethod
+    def _only_with_a_repository(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and "push_to" in info.data and info.data["push_to"] is None:
+            raise broken_rule(
+                f"has no effect without push_to, got {value}. Remove it, or write push_to: owner/name.",
+                involves=("push_to",),
+            )
+        return value
+
+
+class Recipe(Section):
+    """One run, completely described; frozen. Made by `load_recipe`."""
+
+    model: Model
+    quantization: Quantization
+    lora: Lora
+    neftune: Neftune | None = None
+    data: Data
+    train: Train
+    machine: Machine = Field(default_factory=Machine)
+
+    @field_validator("machine")
+    @classmethod
+    def _evaluation_needs_held_out_rows(cls, value: Machine, info: ValidationInfo) -> Machine:
+        data = info.data.get("data")
+        for key in ("eval_steps", "per_device_eval_batch_size", "eval_answers"):
+            if data is not None and not data.has_eval_rows and getattr(value, key) != "auto":
+                raise broken_rule(
+                    f"has no effect without held-out rows, got {getattr(value, key)}. "
+                    "Remove it, or give data.eval_path, data.eval_split or data.eval_fraction.",
+                    key=key,
+                    involves=("data.eval_path", "data.eval_split", "data.eval_fraction"),
+                )
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """The complete recipe as plain values, ready for JSON or YAML."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The complete recipe as YAML, which loads again as an equal recipe."""
+        from .yaml_text import dump_yaml
+
+        return dump_yaml(self.to_dict())

@@ -1,0 +1,195 @@
+"""Whether a run begins, goes on, or is over: what a folder holds against what a recipe states."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserInputError
+from ..files.json_file import write_json
+from .checkpoint_files import Checkpoint, find_checkpoints, read_checkpoint
+
+RUN_FILE = "run.json"
+# Keys outside the machine section that change no weight: what is measured, and what is refused.
+NOT_LEARNED = {
+    "data.eval_path",
+    "data.eval_split",
+    "data.max_dropped_fraction",
+    "data.max_truncated_fraction",
+    "data.max_duplicate_fraction",
+    "train.max_bad_steps",
+}
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How a run starts.
+
+    Attributes:
+        checkpoint: To go on from, None to begin at step 0.
+        earlier: What ``run.json`` says of the run so far, None for a new one.
+        finished: Whether there is nothing left to do.
+        notes: Lines for the user.
+    """
+
+    checkpoint: Checkpoint | None = None
+    earlier: dict[str, Any] | None = None
+    finished: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def find_beginning(output_dir: Path, recipe: Mapping[str, Any], resume: str = "auto") -> Beginning:
+    """Look at a folder; nothing is written.
+
+    Args:
+        output_dir: Where the run writes.
+        recipe: `Recipe.to_dict`.
+        resume: ``auto`` goes on with this recipe's run if the folder holds one; ``never`` wants a new folder; else a
+            run's folder or a checkpoint to go on from in a new folder.
+
+    Raises:
+        UserInputError: If the folder holds anything else, or another recipe's run (the difference is shown).
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserInputError(f"--output-dir: {str(output_dir)!r} is a file. Give a new folder.")
+    if not _is_occupied(output_dir):
+        _check_writable(output_dir)
+        return Beginning() if resume in ("auto", "never") else _from_elsewhere(Path(resume), recipe)
+    earlier = read_run_file(output_dir)
+    if earlier is None and (output_dir / "recipe.yaml").exists():
+        raise UserInputError(
+            f"--output-dir: {str(output_dir)!r} holds {_state(output_dir)}, without {RUN_FILE} to go on from. Give a "
+            "new folder, or remove this one."
+        )
+    if earlier is None:
+        raise UserInputError(
+            f"--output-dir: {str(output_dir)!r} is not empty, and nothing in it may be lost. Give a new folder."
+        )
+    if resume == "never":
+        raise UserInputError(
+            f"--resume never: {str(output_dir)!r} holds {_state(output_dir)}. Give a new folder, or remove this one."
+        )
+    check_same(earlier["recipe"], recipe, output_dir)
+    if (output_dir / "summary.json").exists():
+        return Beginning(earlier=earlier, finished=True)
+    _check_writable(output_dir)
+    if Path(resume).resolve() not in (output_dir.resolve(), *output_dir.resolve().glob("*")):
+        resume = "auto"  # auto, or a place this run went on from when it began: it has steps of its own by now
+    return _continued(output_dir, earlier, resume)
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path, key: str = "--output-dir") -> None:
+    """Refuse to go on with a run under a recipe that learns something else.
+
+    Raises:
+        UserInputError: With every key that differs.
+    """
+    old, new = _learned(before), _learned(now)
+    different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    if different:
+        lines = [f"  {key}: {json.dumps(old.get(key))} before, {json.dumps(new.get(key))} now" for key in different]
+        raise UserInputError(
+            f"{key}: {str(where)!r} holds a run that learns something else:\n" + "\n".join(lines) + "\n"
+            f"Only the machine section may change on the way. Take the recipe of that run, or give a new {key}."
+        )
+
+
+def read_run_file(output_dir: Path) -> dict[str, Any] | None:
+    """What ``run.json`` says, None without one that can be read."""
+    try:
+        content = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_ours = isinstance(content, dict) and isinstance(content.get("recipe"), dict)
+    return content if is_ours else None
+
+
+def write_run_file(output_dir: Path, content: dict[str, Any]) -> None:
+    """Note what a run is, before it trains."""
+    write_json(output_dir / RUN_FILE, content)
+
+
+def check_identity(earlier: Mapping[str, Any] | None, now: Mapping[str, str]) -> None:
+    """See that data and base are still those the run began with.
+
+    Args:
+        earlier: Of ``run.json``.
+        now: ``data_sha256`` and ``base_sha256``.
+
+    Raises:
+        UserInputError: If one is another.
+    """
+    about = {"data_sha256": ("data.path", "rows"), "base_sha256": ("model.name_or_path", "weights")}
+    for name, value in now.items():
+        key, what = about[name]
+        if earlier is not None and earlier.get(name) not in (None, value):
+            raise UserInputError(
+                f"{key}: the {what} are not those this run began with. Put them back (a revision pins them), or give a "
+                "new --output-dir."
+            )
+
+
+def _continued(output_dir: Path, earlier: dict[str, Any], resume: str) -> Beginning:
+    named = Path(resume)
+    found = find_checkpoints(output_dir)
+    if resume != "auto" and named.resolve() != output_dir.resolve():
+        checkpoint = read_checkpoint(named)
+        if found.newest and found.newest.step > checkpoint.step:
+            raise UserInputError(
+                f"--resume: {named.name} is not the newest checkpoint of {str(output_dir)!r}, which is "
+                f"{found.newest.path.name}. To go back, give a new --output-dir."
+            )
+        return Beginning(checkpoint, earlier)
+    notes = [f"{path.name} is damaged and left out: {'; '.join(reasons)}" for path, reasons in found.damaged]
+    if found.newest is None:
+        notes.append(f"{output_dir}: no sound checkpoint there; this run begins at step 0")
+    return Beginning(found.newest, earlier, notes=notes)
+
+
+def _from_elsewhere(source: Path, recipe: Mapping[str, Any]) -> Beginning:
+    if not source.is_dir():
+        raise UserInputError(f"--resume: must be auto, never or a folder, and there is no folder {str(source)!r}.")
+    if (source / "manifest.json").exists():
+        checkpoint, notes = read_checkpoint(source), []
+    else:
+        found = find_checkpoints(source)
+        checkpoint, notes = found.newest, [f"{path.name} is damaged and left out" for path, _ in found.damaged]
+    if checkpoint is None:
+        raise UserInputError(
+            f"--resume: {str(source)!r} holds no sound checkpoint. Name a run's folder or a checkpoint."
+        )
+    check_same(checkpoint.about.get("recipe", {}), recipe, source, key="--resume")
+    return Beginning(checkpoint, dict(checkpoint.about), notes=notes)
+
+
+def _learned(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """``section.key`` to value, for all that is learned. No noise section and alpha 0 are the same."""
+    flat = {
+        f"{section}.{key}": value
+        for section, keys in recipe.items()
+        if section != "machine" and keys
+        for key, value in keys.items()
+    }
+    if not flat.get("neftune.noise_alpha") and not flat.get("neftune.final_alpha"):
+        flat = {key: value for key, value in flat.items() if not key.startswith("neftune.")}
+    return {key: value for key, value in flat.items() if key not in NOT_LEARNED}
+
+
+def _is_occupied(output_dir: Path) -> bool:
+    return output_dir.exists() and any(not path.name.startswith(".") for path in output_dir.iterdir())
+
+
+def _state(output_dir: Path) -> str:
+    return "a finished run" if (output_dir / "summary.json").exists() else "a run that did not finish"
+
+
+def _check_writable(output_dir: Path) -> None:
+    """Find out before hours of training, without making anything."""
+    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise UserInputError(f"--output-dir: {str(output_dir)!r} cannot be made: {str(nearest)!r} {what}.")

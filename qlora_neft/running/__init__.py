@@ -1,0 +1,1 @@
+"""What carries a recipe out below `run`: the plan, a recipe's values handed to the parts, sessions, their pushes."""

@@ -1,0 +1,93 @@
+"""What a recipe states, as far as memory and speed depend on it, handed to the planner. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserInputError
+from ..fit import Card, Choice, Wanted, choose
+from ..fit.cards import GIB
+from ..fit.geometry import geometry_of
+from ..recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the planner chose for a run.
+
+    Attributes:
+        machine: Keys of the machine section that were ``auto``, with its choices.
+        notes: Its decisions, one line each.
+        estimate: ``peak_bytes``, ``usable`` and ``terms`` in bytes; None for a base the planner does not know.
+    """
+
+    machine: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    estimate: dict[str, Any] | None = None
+
+
+def wanted(recipe: Recipe) -> Wanted:
+    """What the planner has to keep to, and what it may choose."""
+    machine, targets = recipe.machine, recipe.lora.target_modules
+    checkpointing = machine.activation_checkpointing
+    return Wanted(
+        max_length=recipe.data.max_length,
+        effective_batch_size=recipe.train.effective_batch_size,
+        r=recipe.lora.r,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        double_quant=recipe.quantization.bnb_4bit_use_double_quant,
+        optim=recipe.train.optim,
+        rows=_chosen(machine.per_device_train_batch_size),
+        tokens=_chosen(machine.max_tokens_per_micro_batch),
+        checkpointing=None if checkpointing == "auto" else bool(checkpointing),
+        eval_rows=_chosen(machine.per_device_eval_batch_size) if recipe.data.has_eval_rows else 0,
+        passes=recipe.neftune.adversarial_steps if recipe.neftune else 1,
+    )
+
+
+def planned_for(recipe: Recipe, config: Mapping[str, Any], card: Card) -> Planned:
+    """Plan a run on a card that is there.
+
+    Args:
+        recipe: What is learned.
+        config: Of the base, as in ``config.json``.
+        card: The device, with the memory it really has.
+    """
+    try:
+        geometry = geometry_of(config)
+        choice, fits = choose(geometry, wanted(recipe), card)
+    except UserInputError as error:
+        return Planned(notes=(f"memory: not planned ({error})",))
+    estimate = {"peak_bytes": choice.peak_bytes, "paged_out_bytes": choice.paged_out, "terms": choice.terms}
+    return Planned(_machine(recipe, choice, card), _notes(choice, card, fits=fits), estimate)
+
+
+def _machine(recipe: Recipe, choice: Choice, card: Card) -> dict[str, Any]:
+    if not card.is_gpu:  # there is one way only
+        return {}
+    chosen = {
+        "max_tokens_per_micro_batch": choice.tokens,
+        "activation_checkpointing": choice.step.checkpointing,
+        "per_device_eval_batch_size": choice.eval_rows or None,
+    }
+    asked = recipe.machine.model_dump()
+    return {key: value for key, value in chosen.items() if asked[key] == "auto" and value is not None}
+
+
+def _notes(choice: Choice, card: Card, *, fits: bool) -> tuple[str, ...]:
+    if not card.is_gpu:
+        return ()
+    peak = f"memory: {choice.peak_bytes / GIB:.1f} of {card.memory / GIB:.1f} GiB by the estimate"
+    paged = f"; {choice.paged_out / GIB:.1f} GiB of optimizer states are paged to the host" if choice.paged_out else ""
+    doubt = "" if fits else "; it may not fit, and would end with a plan of what to change (qlora-neft fit says more)"
+    on = "on" if choice.step.checkpointing else "off"
+    return (
+        peak + paged + doubt,
+        f"planned, the fastest that fits: micro-batches of up to {choice.step.tokens} tokens, checkpointing {on}",
+    )
+
+
+def _chosen(value: int | str) -> int | None:
+    return None if value == "auto" else int(value)

@@ -1,0 +1,159 @@
+"""QLoRANeftConfig: what `QLoRANeftTrainer` can be told, beyond TRL's `SFTConfig`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+
+import torch
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from ..fit.choose import CPU_TOKENS
+from ..neftune import DISTRIBUTIONS, SCHEDULES
+from ..precision import resolve_precision
+
+# transformers renamed the option on its way from 5.15 to 5.23 and warns about the old name.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {f.name for f in fields(TrainingArguments)}
+)
+
+
+@dataclass
+class QLoRANeftConfig(SFTConfig):
+    """`trl.SFTConfig`, with NEFTune as published and precision by capability.
+
+    ``per_device_train_batch_size`` times ``gradient_accumulation_steps`` is the optimizer step, in sequences per
+    device; the first is only the largest micro-batch it is split into.
+
+    Attributes:
+        neftune_noise_alpha: Noise strength, dimensionless, >= 0. None and 0 are the same run, bit for bit. The
+            paper tries 5, 10 and 15.
+        neftune_distribution: ``"uniform"`` (the paper) or ``"gaussian"`` (its ablation).
+        neftune_schedule: ``"constant"``, ``"linear"`` or ``"cosine"``, from alpha to the final alpha.
+        neftune_final_alpha: Noise strength at the last step; required by a schedule that is not constant.
+        neftune_adversarial_steps: Forward and backward passes per step: 1 is NEFTune, more are FreeLB's (see
+            `qlora_neft.steps.freelb`), and cost that many times as much.
+        neftune_adversarial_step_size: Length of FreeLB's ascent step, an L2 norm per sequence like alpha; required with
+            more than one pass.
+        clean_loss_steps: Optimizer steps between two measurements of the clean train loss (no noise, no dropout),
+            taken at the first log after; 0 for never.
+        clean_loss_rows: Rows in the fixed slice of the training set that it is measured on.
+        micro_batch_size: Rows per micro-batch at most; None for ``per_device_train_batch_size``. Says how a step
+            that does not divide evenly is split.
+        max_tokens_per_micro_batch: Tokens per micro-batch at most, padding counted, though a longer row gets one of
+            its own. None decides by device: 256 on a CPU, which is as fast as more and keeps memory low, and no such
+            limit with CUDA.
+        checkpointed_blocks: Decoder blocks that recompute their activations, counted from the first; None for
+            all of them where activation checkpointing is on.
+        gradient_checkpointing: None decides by device: on with CUDA, off on a CPU, where memory is plentiful.
+        effective_batch_size: Sequences per optimizer step of all ranks together, where it does not divide by them; None
+            for ``per_device_train_batch_size`` times ``gradient_accumulation_steps`` times ranks.
+        max_bad_steps: Steps in a row with a loss or gradient that is not finite, each skipped, after which it fails.
+        bf16, fp16: None decides by capability, see `qlora_neft.precision`.
+
+    Raises:
+        ValueError: If a value breaks one of these rules.
+    """
+
+    neftune_distribution: str = field(default="uniform", metadata={"help": "uniform or gaussian"})
+    neftune_schedule: str = field(default="constant", metadata={"help": "constant, linear or cosine"})
+    neftune_final_alpha: float | None = field(default=None, metadata={"help": "alpha at the last step"})
+    neftune_adversarial_steps: int = field(default=1, metadata={"help": "passes per step; more than 1: FreeLB"})
+    neftune_adversarial_step_size: float | None = field(default=None, metadata={"help": "L2 norm per sequence"})
+    clean_loss_steps: int = field(default=50, metadata={"help": "steps between clean train losses; 0 = never"})
+    clean_loss_rows: int = field(default=16, metadata={"help": "rows in the clean-loss slice"})
+    micro_batch_size: int | None = field(default=None, metadata={"help": "rows"})
+    max_tokens_per_micro_batch: int | None = field(default=None, metadata={"help": "tokens, padding counted"})
+    checkpointed_blocks: int | None = field(default=None, metadata={"help": "decoder blocks; None = all"})
+    effective_batch_size: int | None = field(default=None, metadata={"help": "sequences per step, of all ranks"})
+    max_bad_steps: int = field(default=10, metadata={"help": "steps in a row that are not finite"})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "None decides by device"})
+
+    def __post_init__(self) -> None:
+        """Check the noise, then fill in what the machine decides."""
+        self._check_noise()
+        self._check_counts()
+        self._set_precision()
+        self._set_by_device()
+        super().__post_init__()
+
+    @property
+    def noise_is_on(self) -> bool:
+        """Whether any step of the run adds noise."""
+        return bool(self.neftune_noise_alpha) or bool(self.neftune_final_alpha)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the base is dequantized to and its unquantized weights are stored in."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    def _device(self) -> str | None:
+        return "cpu" if self.use_cpu else None
+
+    def _check_noise(self) -> None:
+        for name in ("neftune_noise_alpha", "neftune_final_alpha"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: must be a finite number >= 0, got {value}. Use None or 0 for no noise.")
+        for name, allowed in (("neftune_distribution", DISTRIBUTIONS), ("neftune_schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.neftune_schedule == "constant" and self.neftune_final_alpha is not None:
+            raise ValueError(
+                f"neftune_final_alpha: has no effect under the constant schedule, got {self.neftune_final_alpha}. "
+                "Set neftune_schedule to linear or cosine, or leave it None."
+            )
+        if self.neftune_schedule != "constant" and self.neftune_final_alpha is None:
+            raise ValueError(
+                f"neftune_final_alpha: required by neftune_schedule={self.neftune_schedule!r}. Give the alpha of the "
+                "last step, for example 0."
+            )
+
+        size = self.neftune_adversarial_step_size
+        if (self.neftune_adversarial_steps > 1) != (size is not None) or (size is not None and not 0 < size < math.inf):
+            raise ValueError(
+                "neftune_adversarial_step_size: must be a finite number > 0 with neftune_adversarial_steps above 1 "
+                f"(FreeLB), and None without, got {size} with {self.neftune_adversarial_steps}."
+            )
+
+    def _check_counts(self) -> None:
+        rules = {
+            "neftune_adversarial_steps": 1,
+            "clean_loss_steps": 0,
+            "clean_loss_rows": 1,
+            "micro_batch_size": 1,
+            "max_tokens_per_micro_batch": 1,
+            "checkpointed_blocks": 0,
+            "max_bad_steps": 1,
+            "effective_batch_size": 1,
+        }
+        for name, least in rules.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: must be at least {least}, got {value}.")
+
+    def _set_precision(self) -> None:
+        """bf16 and fp16 by capability, where the caller left both open; upstream's default is bf16 everywhere."""
+        if self.bf16 or self.fp16:
+            resolve_precision("bf16" if self.bf16 else "fp16", self._device())  # raises where it would crawl or crash
+        elif self.bf16 is None:
+            policy = resolve_precision("auto", self._device())
+            self.bf16, self.fp16 = policy.amp == "bf16", policy.amp == "fp16"
+
+    def _set_by_device(self) -> None:
+        """Micro-batches, pinned memory and checkpointing where the caller left them open; the last two serve GPUs."""
+        on_gpu = resolve_precision("auto", self._device()).device.type == "cuda"
+        self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
+        if self.max_tokens_per_micro_batch is None and not on_gpu:
+            self.max_tokens_per_micro_batch = CPU_TOKENS
+        asked = [self.gradient_checkpointing, getattr(self, CHECKPOINTING)]
+        chosen = next((value for value in asked if value is not None), None)
+        if self.checkpointed_blocks is not None:
+            chosen = self.checkpointed_blocks > 0
+        elif chosen is None:
+            chosen = on_gpu
+        self.gradient_checkpointing = None
+        setattr(self, CHECKPOINTING, chosen)

@@ -1,0 +1,284 @@
+"""A trainer whose dataloader hands out whole optimizer steps, and which survives what can go wrong in one.
+
+Out of memory: the step is split into smaller micro-batches and taken again. A loss or gradient that is not finite:
+the step is skipped and counted. A request to stop that cannot wait: the step is given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import datasets
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..errors import RunFailed
+from ..run_folder.stop_request import StopRequest
+from ..steps.batch import MicroBatch, StepBatch, StepCollator
+from ..steps.randomness import preserved_rng
+from ..steps.rows import StepLoader, StepRows, StepSampler, step_loader, step_order
+from .checkpointed_trainer import CheckpointedTrainer
+from .label_check import check_labels
+from .smaller_steps import Split, smaller, too_large
+
+ROWS_NAMED = 16  # rows of a bad step that are named
+
+
+class StepGivenUp(Exception):
+    """The step under way was left, its gradients with it; everything before it stands."""
+
+
+@contextmanager
+def ungathered(accelerator: Any) -> Iterator[None]:
+    """Let this one object's ``gather_for_metrics`` return what it is given, for the time of a block.
+
+    Can go when TRL's `SFTTrainer.compute_loss` gathers what it counts once a step.
+    """
+    accelerator.gather_for_metrics = lambda values, *_, **__: values  # in front of the class's own
+    try:
+        yield
+    finally:
+        del accelerator.gather_for_metrics
+
+
+class StepTrainer(CheckpointedTrainer):
+    """One dataloader batch is one optimizer step; `training_step` splits it into micro-batches.
+
+    Attributes:
+        split: Largest micro-batches so far found to fit.
+        tokens_seen, trained_tokens_seen: Real tokens, and those with a label, on this rank.
+        train_seconds: Spent in training so far, sessions before this one included.
+        bad_steps: Steps skipped for a loss or gradient that was not finite, in all.
+        stop: Asked between micro-batches whether to give a step up.
+        say: Told every decision, one line each.
+    """
+
+    split: Split
+    tokens_seen = trained_tokens_seen = bad_steps = 0
+    train_seconds = 0.0
+    stop: StopRequest | None = None
+    say: Callable[[str], None] = staticmethod(logging.getLogger(__name__).warning)
+    _bad_in_a_row = 0
+    _began = 0.0
+    _steps: StepSampler | None = None
+    _loss_is_finite = True
+
+    # ---- The steps ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A dataloader whose batches are whole optimizer steps, as `StepBatch`."""
+        plain = self.data_collator
+        self.data_collator = StepCollator(plain, self.split.rows, self.split.tokens, self.padding_free)
+        try:
+            return self._step_loader() or super().get_train_dataloader()
+        finally:
+            self.data_collator = plain
+
+    def _step_loader(self) -> StepLoader | None:
+        """Steps whose rows do not depend on the number of ranks; None for a dataset that cannot be indexed."""
+        if isinstance(self.train_dataset, IterableDataset) or not hasattr(self.train_dataset, "__getitem__"):
+            return None
+        dataset, collator, args = self.train_dataset, self.data_collator, self.args
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="Training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="Training")
+        order = step_order(self._get_train_sampler(dataset), dataset, args)
+        ranks = args.world_size
+        rows = args.effective_batch_size or self._train_batch_size * ranks
+        self._steps = StepSampler(
+            order, rows, args.process_index, ranks, drop_last=args.dataloader_drop_last, epoch_now=self._epoch
+        )
+        return step_loader(StepRows(dataset), self._steps, collator, args)
+
+    def _epoch(self) -> int:
+        """The epoch under way, counted from 0."""
+        return self.state.global_step // max(len(self._steps or ()), 1)
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward through the micro-batches of one optimizer step; returns the step's loss."""
+        step = inputs if isinstance(inputs, StepBatch) else StepBatch.of(inputs)
+        if self.tokens_seen == 0:
+            check_labels(step, self.processing_class)
+        step = step.split_again(*self.split) if self.split.is_smaller else step
+        loss = self._taken(model, step, num_items_in_batch)
+        while loss is None:  # out of memory
+            step = step.split_again(*self.split)
+            loss = self._taken(model, step, num_items_in_batch)
+        self.tokens_seen += step.num_tokens()
+        self.trained_tokens_seen += step.num_trained_tokens()
+        self._loss_is_finite = math.isfinite(loss.item())
+        return loss
+
+    def _taken(self, model: torch.nn.Module, step: StepBatch, num_items: Any) -> Tensor | None:
+        """The loss of a step, or None if it did not fit: then nothing of it is left, and `split` is smaller."""
+        if self.aux_loss_enabled:
+            self.current_gradient_accumulation_steps = len(step)  # upstream averages a router loss over these
+        offset, loss = self._first_ordinal(step), torch.zeros((), device=self.args.device)
+        passes = self.passes()
+        num_items = num_items if passes == 1 else num_items * passes
+        for index, micro in enumerate(step):
+            if self.stop and self.stop.overdue() and self.args.world_size == 1:
+                raise StepGivenUp
+            last = index == len(step) - 1
+            try:
+                for number in range(passes):
+                    synced = self._gradient_sync(model, last=last and number == passes - 1)
+                    with synced, self.randomness(micro, offset, index, number):
+                        loss = loss + super().training_step(model, dict(micro.inputs), num_items)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._shrink(micro, model, error, last=last, splits=step.collator is not None)
+                return None
+        return loss
+
+    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As upstream; what TRL counts beside the loss while training (entropy, accuracy, tokens) is this rank's own.
+
+        TRL gathers it in every micro-batch, and ranks split a step into different numbers of them: they would wait
+        for each other forever.
+        """
+        with ungathered(self.accelerator) if model.training and self.args.world_size > 1 else nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
+
+    def _shrink(
+        self, micro: MicroBatch, model: torch.nn.Module, error: RuntimeError, *, last: bool, splits: bool
+    ) -> None:
+        """Go on with micro-batches of half the size.
+
+        Raises:
+            RunFailed: If one sequence does not fit, or ranks that wait for each other cannot take the step again.
+        """
+        rows, tokens = micro.inputs["input_ids"].shape
+        rows = rows if micro.spans is None else max(len(micro.spans), 1)  # flattened rows are one
+        if rows <= 1 or not splits or (last and self.args.world_size > 1):
+            raise RunFailed(too_large(tokens, rows, str(error))) from None
+        self.split = smaller(self.split, rows, micro.inputs["input_ids"].numel())
+        self.say(
+            f"step {self.state.global_step + 1}: out of memory with {rows} sequences; going on with {self.split}. The "
+            "step is taken again; effective batch, noise and loss are the same"
+        )
+        model.zero_grad(set_to_none=True)
+        error.__traceback__ = None  # it holds the activations
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _gradient_sync(self, model: torch.nn.Module, *, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self.accelerator.no_sync(model)
+
+    def passes(self) -> int:
+        """Forward and backward passes over each micro-batch of the step under way; their mean is its gradient."""
+        return 1
+
+    @contextmanager
+    def randomness(self, micro: MicroBatch, offset: int, index: int, number: int) -> Iterator[None]:
+        """All that is random in a pass over a micro-batch; nothing of our own here."""
+        yield
+
+    def _first_ordinal(self, step: StepBatch) -> int:
+        """Sequences of this step on lower ranks: ordinals count through the step as one process would."""
+        if self.args.world_size == 1:
+            return 0
+        count = torch.tensor([step.num_sequences()], device=self.args.device)
+        return int(self.accelerator.gather(count)[: self.args.process_index].sum())
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Trained tokens of the whole step, over all micro-batches and ranks: what every loss is divided by."""
+        if not all(isinstance(batch, StepBatch) for batch in batch_samples):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = torch.tensor(sum(step.num_trained_tokens() for step in batch_samples), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count
+
+    # ---- Steps that are not finite ----
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Upstream's norm; a step whose loss or gradient is not finite loses its gradient here, and is skipped.
+
+        Under fp16 a gradient that overflows is the scaler's business, as long as the loss is finite: it skips the
+        step by itself and lowers its scale.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self._loss_is_finite and (self.args.fp16 or math.isfinite(float(norm))):
+            self._bad_in_a_row = 0
+            return norm
+        self.bad_steps += 1
+        self._bad_in_a_row += 1
+        what = "gradient" if self._loss_is_finite else "loss"
+        self.say(f"step {self.state.global_step + 1}: the {what} is not finite; the step is skipped")
+        model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
+        if self._bad_in_a_row >= self.args.max_bad_steps:
+            raise RunFailed(self._diverged(what))
+        return norm
+
+    def _diverged(self, what: str) -> str:
+        rows = self.rows_of_step(self.state.global_step)
+        named = ", ".join(map(str, rows[:ROWS_NAMED])) + ", ..." * (len(rows) > ROWS_NAMED)
+        return (
+            f"the {what} was not finite in {self._bad_in_a_row} steps in a row, the last being step "
+            f"{self.state.global_step + 1} (rows {named} of the training data). Look at these rows, lower "
+            "train.learning_rate, or set machine.precision=fp32."
+        )
+
+    def rows_of_step(self, step: int) -> list[Any]:
+        """The rows of the source that a step takes, by number where the dataset has them (``row``), else by index."""
+        if self._steps is None:
+            return []
+        indices = self._steps.rows_of(*divmod(step, max(len(self._steps), 1)))
+        has_numbers = "row" in getattr(self.train_dataset, "column_names", ())
+        return [self.train_dataset[i]["row"] if has_numbers else i for i in indices]
+
+    # ---- Interruption and resume ----
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as upstream does; global random streams are the same before and after."""
+        self._began = time.monotonic()
+        with preserved_rng():
+            try:
+                return super().train(*args, **kwargs)
+            except StepGivenUp:
+                self.model.zero_grad(set_to_none=True)
+                self._save_checkpoint(self.model, None)
+                return None
+            finally:
+                self.train_seconds += time.monotonic() - self._began
+
+    def progress(self) -> dict[str, Any]:
+        """Tokens seen, bad steps, and the split that fits."""
+        return {
+            "train_seconds": self.train_seconds + time.monotonic() - self._began,
+            "tokens_seen": self.tokens_seen,
+            "trained_tokens_seen": self.trained_tokens_seen,
+            "bad_steps": self.bad_steps,
+            "bad_in_a_row": self._bad_in_a_row,
+            "split": list(self.split) if self.split.is_smaller else None,
+        }
+
+    def restore_progress(self, progress: dict[str, Any]) -> None:
+        """Go on counting; a split found by running out of memory is kept unless this run's is smaller still."""
+        self.train_seconds = progress["train_seconds"]
+        self.tokens_seen, self.trained_tokens_seen = progress["tokens_seen"], progress["trained_tokens_seen"]
+        self.bad_steps, self._bad_in_a_row = progress["bad_steps"], progress["bad_in_a_row"]
+        if progress["split"]:
+            self.split = self.split.at_most(*progress["split"])
+
+    # ---- Upstream bookkeeping that reads a batch ----
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Sum over the micro-batches of a step."""
+        if isinstance(inputs, StepBatch):
+            return sum(super(StepTrainer, self).floating_point_ops(micro.inputs) for micro in inputs)
+        return super().floating_point_ops(inputs)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        for batch in (micro.inputs for micro in inputs) if isinstance(inputs, StepBatch) else [inputs]:
+            super()._track_num_input_tokens(batch)
