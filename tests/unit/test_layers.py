@@ -19,7 +19,7 @@ LAYERS = (
     {"errors", "file_hash", "picture", "preview_text", "processes", "quiet", "text_file"},
     {"disk_errors", "json_file", "length_plot", "loss_plot", "record_file", "rows_progress", "speed_line", "suffixes"},
     {"bundled", "checkpoint_files", "philox", "precision", "randomness", "run_lock", "run_record", "sequences"},
-    {"mirror", "neftune", "smaller_steps", "step_data", "stop_request", "token_choice"},
+    {"mirror", "neftune", "remote_code", "smaller_steps", "step_data", "stop_request", "token_choice"},
     {"decoding", "freelb", "step_batch", "when_to_save"},
     # the parts
     {"adapter", "checkpointing", "clean_loss", "data", "fit", "label_check", "lora", "quantization", "resume"},
