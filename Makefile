@@ -10,10 +10,10 @@ VENV_FLAGS := $(if $(GPU),--system-site-packages)
 CONSTRAINT := $(if $(GPU),,-c constraints/cpu.txt)
 
 # "make demo" and "make test" install what they run on, and after that they stay on this machine.
-demo test test-slow faults: export HF_HUB_OFFLINE = 1
+demo test test-slow faults package: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults docs lint format
+.PHONY: help demo test test-slow faults package docs lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,10 +26,13 @@ test: $(VENV)/.dev ## install and run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/.dev ## install and run the tests that take more than a minute each
-	$(BIN)/python -m pytest -q -n 2 -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow
 
 faults: $(VENV)/.dev ## break runs in every way at hand and see each recover (about 15 minutes)
 	$(BIN)/python scripts/faults.py
+
+package: $(VENV)/.dev ## build sdist and wheel into dist/, install the wheel in an empty environment, run the demo there
+	DIST=dist $(BIN)/python -m pytest -q tests/integration/test_installed_package.py
 
 docs: $(VENV)/.docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m mkdocs build --strict

@@ -35,12 +35,13 @@ FREELB = (
     "neftune.adversarial_steps=1,1,1,1,2,3",
     "neftune.adversarial_step_size=null,null,null,null,5,5",
 )
-TARGETS = "lora.target_modules=all-linear,[q_proj,k_proj,v_proj,o_proj],[gate_proj,up_proj,down_proj]"
-LENGTHS = ("data.max_length=32,64,96", "data.max_truncated_fraction=1.0", "data.max_dropped_fraction=0.5")
+# All linear layers, 25 epochs and 96 tokens are the runs of "noise".
+TARGETS = "lora.target_modules=[q_proj,k_proj,v_proj,o_proj],[gate_proj,up_proj,down_proj]"
+LENGTHS = ("data.max_length=32,64", "data.max_truncated_fraction=1.0", "data.max_dropped_fraction=0.5")
 SWEEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "noise": ((*FREELB, EPOCHS, "data.max_length=96"), ("--list",)),
     "targets": ((TARGETS, ALPHAS, EPOCHS, "data.max_length=96"), ()),
-    "epochs": (("train.num_train_epochs=3,9,25", ALPHAS, "data.max_length=96"), ()),
+    "epochs": (("train.num_train_epochs=3,9", ALPHAS, "data.max_length=96"), ()),
     "length": ((*LENGTHS, ALPHAS, EPOCHS), ()),
 }
 

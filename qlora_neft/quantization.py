@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .errors import UserInputError
+from .remote_code import NOT_RUN, needs_its_own_code, refuse_remote_code
 
 
 def nf4_config(
@@ -41,18 +42,21 @@ def check_base_config(name_or_path: str, **kwargs: Any) -> Any:
 
     Args:
         name_or_path: Hub id or directory.
-        kwargs: Passed on to ``AutoConfig.from_pretrained`` (``revision``, ``trust_remote_code``).
+        kwargs: Passed on to ``AutoConfig.from_pretrained`` (``revision``; ``trust_remote_code``, default False).
 
     Returns:
         The model's configuration.
 
     Raises:
-        UserInputError: If there is none, it is no causal language model, or it is quantized other than in NF4.
+        UserInputError: If there is none, it is no causal language model, it needs code of its own repository, or it is
+            quantized other than in NF4.
     """
     config = _read_config(name_or_path, **kwargs)
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = config.architectures or []
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not kwargs.get("trust_remote_code"):
+        raise needs_its_own_code(name_or_path)
     mapped = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or remote
     if not mapped or config.is_encoder_decoder or (architectures and not remote and not causal & set(architectures)):
         raise UserInputError(
@@ -94,8 +98,9 @@ def _read_config(name_or_path: str, **kwargs: Any) -> Any:
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
         raise UserInputError(f"model.name_or_path: no folder at {name_or_path!r}. Give a folder or a Hub id.")
     try:
-        return AutoConfig.from_pretrained(name_or_path, **kwargs)
+        return AutoConfig.from_pretrained(name_or_path, **{**NOT_RUN, **kwargs})
     except (OSError, ValueError) as error:
+        refuse_remote_code(name_or_path, error)
         first_line = str(error).strip().splitlines()[0]
         raise UserInputError(
             f"model.name_or_path: no model configuration found at {name_or_path!r}. Give a Hub id you can reach or a "
@@ -136,7 +141,8 @@ def load_nf4_base(
         device: Where the weights go.
         compute_dtype: What weights are dequantized to, and what unquantized weights are stored in.
         quantization_config: Default: `nf4_config`.
-        kwargs: Passed on to ``from_pretrained`` (``revision``, ``attn_implementation``, ``trust_remote_code`` ...).
+        kwargs: Passed on to ``from_pretrained`` (``revision``, ``attn_implementation`` ...;
+            ``trust_remote_code``, default False: code in a model's repository is not run).
 
     Raises:
         UserInputError: As `check_base_config`, or if the weights are missing.
@@ -146,7 +152,7 @@ def load_nf4_base(
     if getattr(config, "quantization_config", None) is None:
         kwargs["quantization_config"] = quantization_config or nf4_config(compute_dtype)
     kwargs.setdefault("device_map", {"": device})
-    kwargs.setdefault("dtype", "auto")
+    kwargs = {**NOT_RUN, "dtype": "auto", **kwargs}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     except (OSError, SafetensorError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from .errors import UserInputError
+from .remote_code import NOT_RUN, refuse_remote_code
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> Any:
@@ -14,14 +15,16 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> Any:
 
     Args:
         name_or_path: Hub id or directory.
-        kwargs: Passed on to ``AutoTokenizer.from_pretrained`` (``revision``, ``trust_remote_code``).
+        kwargs: Passed on to ``AutoTokenizer.from_pretrained`` (``revision``; ``trust_remote_code``, default
+            False).
 
     Raises:
-        UserInputError: If there is none, or it has no end token.
+        UserInputError: If there is none, it needs code of its own repository, or it has no end token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{**NOT_RUN, **kwargs})
     except (OSError, ValueError) as error:
+        refuse_remote_code(name_or_path, error)
         first_line = str(error).strip().splitlines()[0]
         raise UserInputError(
             f"model.name_or_path: no tokenizer could be read from {name_or_path!r}. ({first_line})"

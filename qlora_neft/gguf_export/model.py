@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from ..errors import UserInputError
+from ..remote_code import NOT_RUN, refuse_remote_code
 from ..tokenizer import load_tokenizer
 from .architectures import Architecture, add_hyper_parameters, architecture_of, notes_on, rope_factors
 from .file import GgufTensor, check_dtype, gguf_library, write_gguf
@@ -62,8 +63,9 @@ def read_model_config(name_or_path: str, revision: str | None = None) -> Any:
         UserInputError: If there is none.
     """
     try:
-        return AutoConfig.from_pretrained(name_or_path, revision=revision)
+        return AutoConfig.from_pretrained(name_or_path, revision=revision, **NOT_RUN)
     except (OSError, ValueError) as error:
+        refuse_remote_code(name_or_path, error)
         first_line = str(error).strip().splitlines()[0]
         raise UserInputError(
             f"{name_or_path}: no model configuration can be read. Give a folder with a config.json, or a base that "

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from ..precision import PrecisionPolicy
+from ..remote_code import NOT_RUN
 from ..trained.load import nf4_base_of, with_adapter
 from .checkpoint import Checkpoint, skeleton
 from .memory import available_bytes
@@ -100,5 +101,5 @@ def _trained(plan: Plan, rows: ProofRows, policy: PrecisionPolicy) -> tuple[Refe
 def _weights(plan: Plan, strategy: str, written: Path) -> Callable[[str], Tensor]:
     if strategy != plan.strategy:
         return lambda name: plan.merge.loaded(name, strategy, plan.dtype)
-    files = Checkpoint(written, AutoConfig.from_pretrained(written), str(written))
+    files = Checkpoint(written, AutoConfig.from_pretrained(written, **NOT_RUN), str(written))
     return files.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -171,7 +172,7 @@ def test_a_model_that_is_not_there(workplace, path, rule):
 @pytest.mark.parametrize(
     "config",
     [
-        {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+        {"model_type": "vit", "architectures": ["BertForMaskedLM"]},
         {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
         {"architectures": ["LlamaForSequenceClassification"]},
     ],
@@ -239,6 +240,33 @@ def test_no_tokenizer_at_all(workplace, llama):
     for path in Path("model").glob("*token*"):
         path.unlink()
     assert refused(override).startswith("model.name_or_path: no tokenizer could be read from './model'.")
+
+
+OWN_CODE = "from pathlib import Path\n\nPath('ran').touch()\nfrom transformers import {name} as Own\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "described", "upstream"),
+    [
+        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}, "LlamaConfig"),
+        ("config.json", {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "own.Own"}}, "LlamaForCausalLM"),
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}},
+            "PreTrainedTokenizer",
+        ),
+    ],
+    ids=["config", "model", "tokenizer"],
+)
+def test_code_that_a_model_brings_is_not_run_whoever_says_yes(workplace, llama, monkeypatch, file, described, upstream):
+    override = changed_model(llama)
+    path = Path("model", file)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **described}))
+    Path("model/own.py").write_text(OWN_CODE.format(name=upstream))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))  # upstream asks, unless it is told
+    message = one_line(refused(override))
+    assert message.startswith("model.name_or_path: './model' needs Python code from its own repository")
+    assert "trust_remote_code=True" in message and not Path("ran").exists()
 
 
 def test_layers_that_the_model_does_not_have(workplace):

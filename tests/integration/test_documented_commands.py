@@ -30,6 +30,7 @@ NOT_RUN = {
     "make test": "is this test's own caller",
     "make lint": "installs; part of the checks before a commit",
     "make format": "changes files",
+    "make package": "installs; it is tests/integration/test_installed_package.py",
     "make docs": "installs; the links are checked by tests/unit/test_docs_links.py",
     "pip install": "installs; that its extras exist is tested below",
     "qlora-neft train demo --output-dir out-demo": "a minute; tests/integration/test_demo.py runs it",

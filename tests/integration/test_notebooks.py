@@ -26,7 +26,7 @@ OWN_ROWS = (
     "data.path=mine.jsonl data.format=auto data.prompt_template=auto data.split=train "
     "data.eval_path=null data.eval_split=null data.eval_fraction=0.05"
 )
-FEW = "machine.eval_answers=2 data.eval_split=train[:16]"
+FEW = "machine.eval_answers=2 data.split=train[:64] data.eval_split=train[:16]"
 TOKEN = "hf_annwrite0123456789abcdef"
 
 

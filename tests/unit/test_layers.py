@@ -49,6 +49,7 @@ LAYERS = (
     {
         "decoding.token_choice",
         "neftune",
+        "remote_code",
         "run_folder.mirror",
         "run_folder.stop_request",
         "steps.rows",

@@ -1,14 +1,18 @@
-"""What ships, and that it is found: from a clone, and from a wheel. And the names the package gives out."""
+"""What ships, and that it is found: from a clone, an sdist and a wheel. And the names the package gives out."""
 
 import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import qlora_neft
 from qlora_neft import list_recipes
@@ -36,13 +40,31 @@ def python(code, path, cwd):
     return result.stdout.splitlines()
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def built(kind, source, folder):
+    """The file that the build backend makes of a source tree: its "wheel" or its "sdist"."""
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling, which builds the wheel, is not installed (pip install -e '.[dev]')")
-    folder = tmp_path_factory.mktemp("wheel")
-    code = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
-    return folder / python(code, ROOT, cwd=ROOT)[-1]
+    code = f"from hatchling.build import build_{kind} as build; print(build({str(folder)!r}))"
+    return folder / python(code, source, cwd=source)[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return built("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    return built("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+
+
+def files_of(archive):
+    """Names of the files in a wheel; in an sdist, below its one folder."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as opened:
+            return {name for name in opened.namelist() if not name.endswith("/")}
+    with tarfile.open(archive) as opened:
+        return {member.name.partition("/")[2] for member in opened if member.isfile()}
 
 
 def test_a_clone_finds_its_own_recipes(tmp_path):
@@ -92,8 +114,57 @@ def test_an_unpacked_wheel_finds_its_recipes(wheel, tmp_path):
     assert Path(rows).is_file()
 
 
-def test_the_version_is_the_same_in_both_places():
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == qlora_neft.__version__
+def test_an_sdist_holds_what_users_developers_and_tests_need(sdist):
+    names = files_of(sdist)
+    assert {name.split("/")[0] for name in names if "/" in name} == set(
+        ".github benchmarks constraints docs jobs notebooks qlora_neft recipes scripts tests".split()
+    )
+    single = (
+        "CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE Makefile README.md SECURITY.md mkdocs.yml pyproject.toml"
+    )
+    assert {name for name in names if "/" not in name} == {*single.split(), ".gitignore", "PKG-INFO"}
+    assert {"recipes/demo.yaml", "constraints/cpu.txt", "docs/index.md", "tests/unit/test_packaging.py"} <= names
+
+
+def test_an_sdist_leaves_out_no_file_under_version_control(sdist):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {name for name in listed.splitlines() if not name.startswith(".ci/")} <= files_of(sdist)
+
+
+def test_an_sdist_makes_the_same_wheel_and_sdist_whatever_lies_about(sdist, wheel, tmp_path):
+    shutil.unpack_archive(sdist, tmp_path, filter="data")
+    [source] = tmp_path.iterdir()
+    litter = ".venv/bin/python site/index.html out/summary.json dist/old.whl qlora_neft/__pycache__/x.cpython-311.pyc"
+    for name in (*litter.split(), "notebooks/.ipynb_checkpoints/x.ipynb", "my_rows.jsonl", "sweep/results.json"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).touch()
+    again = {kind: built(kind, source, tmp_path) for kind in ("wheel", "sdist")}
+    assert files_of(again["wheel"]) == files_of(wheel)
+    assert files_of(again["sdist"]) == files_of(sdist)
+
+
+def test_the_version_is_the_same_in_every_place_and_semantic():
+    version = qlora_neft.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?", version)
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda p: p.stem)
+def test_an_issue_form_is_one_that_github_shows(path):
+    """Its rules: keys, kinds of fields, unique ids and labels. With a mistake the form vanishes without a word."""
+    form = yaml.safe_load(path.read_text())
+    assert set(form) == {"name", "description", "labels", "body"}
+    ids = [field["id"] for field in form["body"]]
+    labels = [field["attributes"]["label"] for field in form["body"]]
+    assert len(set(ids)) == len(ids) and len(set(labels)) == len(labels)
+    for field in form["body"]:
+        assert field["type"] == "textarea" and re.fullmatch(r"[\w-]+", field["id"])
+        assert set(field) <= {"type", "id", "attributes", "validations"}
+        assert set(field["attributes"]) <= {"label", "description", "placeholder", "value", "render"}
+        assert field.get("validations", {"required": True}) == {"required": True}
 
 
 @pytest.mark.parametrize(
