@@ -11,16 +11,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserInputError
+from .answering import (
+    REPETITION_PENALTY,
+    LeastTokensOption,
+    PenaltyOption,
+    SampleOption,
+    SeedOption,
+    TemperatureOption,
+    TokensOption,
+    TopKOption,
+    TopPOption,
+    decoding_of,
+)
 
 if TYPE_CHECKING:
     from ..decoding import Decoding
     from ..talk import Request
     from ..talk.output import Replies
     from ..trained import Trained
-
-# NEFTune's authors: greedy, with a repetition penalty of 1.2 in all experiments, also where they sampled
-# (arXiv:2310.05914, section 5.2, footnote, and appendix, "Additional Ablation Studies").
-REPETITION_PENALTY = 1.2
 
 DirArgument = Annotated[
     str, typer.Argument(metavar="DIR", help="--output-dir of a run, a checkpoint, any LoRA adapter, or a Hub id.")
@@ -34,13 +42,6 @@ TemplateOption = Annotated[
 SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, where the template has one.")]
 BaseAloneOption = Annotated[bool, typer.Option("--base-alone", help="Ask the base without the adapter.")]
 CompareOption = Annotated[bool, typer.Option("--compare", help="Ask both, the base and the adapter.")]
-TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
-PenaltyOption = Annotated[float, typer.Option(help="Against repetition; 1 is none. NEFTune's authors use 1.2.")]
-SampleOption = Annotated[bool, typer.Option("--sample", help="Draw tokens; else the likeliest is taken.")]
-TemperatureOption = Annotated[float | None, typer.Option(help="With --sample; default 1.")]
-TopPOption = Annotated[float | None, typer.Option(help="With --sample; default 1 (all).")]
-TopKOption = Annotated[int | None, typer.Option(help="With --sample; default 0 (all).")]
-SeedOption = Annotated[int | None, typer.Option(help="With --sample; default 0.")]
 DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
 PrecisionOption = Annotated[str, typer.Option(metavar="auto|bf16|fp16|fp32", help="In what to compute.")]
 
@@ -58,6 +59,7 @@ def generate(
     compare: CompareOption = False,
     base_alone: BaseAloneOption = False,
     max_new_tokens: TokensOption = 512,
+    min_new_tokens: LeastTokensOption = 0,
     repetition_penalty: PenaltyOption = REPETITION_PENALTY,
     sample: SampleOption = False,
     temperature: TemperatureOption = None,
@@ -79,9 +81,9 @@ def generate(
 
     The prompt template of the training run is put around them.
     """
+    _check_who_answers(compare=compare, base_alone=base_alone)
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    _check_choices(drawing, sample=sample, compare=compare, base_alone=base_alone)
-    decoding = _decoding(max_new_tokens, repetition_penalty, drawing, sample=sample)
+    decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
     requests = _requests(prompts or [], file)
     where = {"base": base, "revision": revision, "prompt_template": prompt_template}
     names = ["base", "adapter"] if compare else ["base"] if base_alone else ["adapter"]
@@ -104,6 +106,7 @@ def chat(
     compare: CompareOption = False,
     base_alone: BaseAloneOption = False,
     max_new_tokens: TokensOption = 512,
+    min_new_tokens: LeastTokensOption = 0,
     repetition_penalty: PenaltyOption = REPETITION_PENALTY,
     sample: SampleOption = False,
     temperature: TemperatureOption = None,
@@ -120,9 +123,9 @@ def chat(
 
     Commands begin with a slash: /help lists them.
     """
+    _check_who_answers(compare=compare, base_alone=base_alone)
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    _check_choices(drawing, sample=sample, compare=compare, base_alone=base_alone)
-    decoding = _decoding(max_new_tokens, repetition_penalty, drawing, sample=sample)
+    decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
     where = {"base": base, "revision": revision, "prompt_template": prompt_template}
     with contextlib.suppress(ImportError):  # line editing and history, where Python has it
         import readline  # noqa: F401
@@ -139,19 +142,9 @@ def chat(
         talk.run()
 
 
-def _check_choices(drawing: dict[str, Any], *, sample: bool, compare: bool, base_alone: bool) -> None:
-    unused = [f"--{name.replace('_', '-')}" for name, value in drawing.items() if value is not None]
-    if unused and not sample:
-        raise UserInputError(f"{', '.join(unused)}: no effect without --sample. Add it, or leave this out.")
+def _check_who_answers(*, compare: bool, base_alone: bool) -> None:
     if compare and base_alone:
         raise UserInputError("--compare: cannot be combined with --base-alone. Keep one.")
-
-
-def _decoding(max_new_tokens: int, penalty: float, drawing: dict[str, Any], *, sample: bool) -> Decoding:
-    from ..decoding import Decoding
-
-    given = {name: value for name, value in drawing.items() if value is not None}
-    return Decoding(max_new_tokens, do_sample=sample, repetition_penalty=penalty, **given)
 
 
 def _requests(prompts: Sequence[str], file: str | None) -> list[Request]:

@@ -20,7 +20,13 @@ T = TypeVar("T")
 
 
 def answers_file(
-    path: Path, folder: AdapterFolder, instructions: Sequence[dict[str, Any]], *, generator: str, decoding: Decoding
+    path: Path,
+    folder: AdapterFolder,
+    instructions: Sequence[dict[str, Any]],
+    *,
+    generator: str,
+    decoding: Decoding,
+    meta_prompt: str = "",
 ) -> RowsFile:
     """The file of an adapter's answers, with those that are there already. Nothing is loaded.
 
@@ -29,7 +35,8 @@ def answers_file(
     """
     digest = sha256_of_file(folder.path / WEIGHTS)
     base = {"base": folder.own_base} if folder.own_base else {}
-    metadata = json.dumps({"adapter_sha256": digest, **base, **asdict(decoding)}, sort_keys=True)
+    asked = {"meta_prompt": meta_prompt} if meta_prompt else {}
+    metadata = json.dumps({"adapter_sha256": digest, **base, **asked, **asdict(decoding)}, sort_keys=True)
     order = [row["instruction"] for row in instructions]
     return RowsFile(path, "--output", order, {"metadata": metadata}, {"generator": generator})
 
@@ -40,6 +47,7 @@ def answer(
     instructions: Sequence[dict[str, Any]],
     decoding: Decoding,
     *,
+    meta_prompt: str = "",
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
@@ -50,6 +58,7 @@ def answer(
         file: From `answers_file`.
         instructions: What is asked; further fields (``dataset``) are kept.
         decoding: How tokens are chosen.
+        meta_prompt: Put behind every instruction.
         batch_size: Prompts at a time.
         progress: Told how many are answered, of how many.
 
@@ -58,7 +67,8 @@ def answer(
     """
     asked = set(file.missing())
     rows = [row for row in instructions if row["instruction"] in asked]
-    prompts = [trained.prompts.ids([{"role": "user", "content": row["instruction"]}]) for row in rows]
+    texts = [f"{row['instruction']} {meta_prompt}".strip() if meta_prompt else row["instruction"] for row in rows]
+    prompts = [trained.prompts.ids([{"role": "user", "content": text}]) for text in texts]
     for batch in _batches(trained.texts(prompts, decoding, batch_size=batch_size), batch_size):
         file.add([_row(rows[i], text) for i, text in batch])
         progress(len(file.order) - len(file.missing()), len(file.order))

@@ -27,6 +27,7 @@ def alpaca_answers(
     instructions: Path | None = None,
     rows: int = 0,
     decoding: Decoding,
+    meta_prompt: str = "",
     batch_size: int,
     device: str = "auto",
     precision: str = "auto",
@@ -41,6 +42,8 @@ def alpaca_answers(
         instructions: As in `read_instructions`.
         rows: The first so many of them; 0 for all.
         decoding: How tokens are chosen.
+        meta_prompt: Put behind every instruction, as in the paper's Table 5; what is written and judged is the
+            instruction alone.
         batch_size: Prompts at a time.
         device, precision, base: As in `load_trained`.
         say: Told how far it is.
@@ -52,7 +55,7 @@ def alpaca_answers(
     path = output or default_output(source)
     asked = read_instructions(instructions)
     asked = asked[:rows] if rows else asked
-    file = answers_file(path, folder, asked, generator=name_of(folder), decoding=decoding)
+    file = answers_file(path, folder, asked, generator=name_of(folder), decoding=decoding, meta_prompt=meta_prompt)
     if file.missing():
         trained = load_trained(folder, device=device, precision=precision)
         too_long = answer(
@@ -60,6 +63,7 @@ def alpaca_answers(
             file,
             asked,
             decoding,
+            meta_prompt=meta_prompt,
             batch_size=batch_size,
             progress=lambda done, total: say(f"answers {done:,} of {total:,}"),
         )

@@ -121,6 +121,32 @@ def test_an_answer_is_the_models_own(place, trained):
     assert row["output"] == trained.tokenizer.decode(said, skip_special_tokens=True)
 
 
+def test_a_meta_prompt_is_asked_and_not_written(place, trained):
+    def outputs(file, *options):
+        found("alpaca", "out", "--instructions", file, "--output", "answers.json", *options, *FAST)
+        rows = json.loads(Path("answers.json").read_text())
+        Path("answers.json").unlink()
+        return [row["instruction"] for row in rows], [row["output"] for row in rows]
+
+    long = [{"instruction": f"{row['instruction']} Be long"} for row in ASKED]
+    Path("long.json").write_text(json.dumps(long))
+    said, answers = outputs("asked.json", "--meta-prompt", "Be long")
+    assert said == [row["instruction"] for row in ASKED]
+    assert answers == outputs("long.json")[1] != outputs("asked.json")[1]
+
+
+def test_answers_may_be_drawn_and_have_a_least_length(place):
+    asked = ("--instructions", "asked.json", "--output", "answers.json", *FAST)
+    drawing = ("--sample", "--temperature", "5", "--seed", "1")
+    assert "--temperature: no effect without --sample" in refused("eval", "alpaca", "out", *asked, "--temperature", "5")
+    assert "min_new_tokens: must be" in refused("eval", "alpaca", "out", *asked, "--min-new-tokens", "13")
+    found("alpaca", "out", *asked, *drawing, "--min-new-tokens", "12")
+    rows = json.loads(Path("answers.json").read_text())
+    made_by = json.loads(rows[0]["metadata"])
+    assert (made_by["do_sample"], made_by["temperature"], made_by["min_new_tokens"]) == (True, 5.0, 12)
+    assert "seed was 1, is now 0" in refused("eval", "alpaca", "out", *asked, *drawing[:3], "--min-new-tokens", "12")
+
+
 def test_what_was_answered_is_not_answered_again(place, trained):
     path, decoding, folder = Path("answers.json"), Decoding(max_new_tokens=12), find_adapter("out")
 

@@ -101,6 +101,7 @@ LAYERS = (
         "run",
     },
     {"sweeping"},
+    {"cli.answering"},
     {"cli.export", "cli.fit", "cli.preview", "cli.recipes", "cli.report", "cli.talk"},
     {"cli.consumers", "cli.merge", "cli.sweep"},
     {"cli.eval"},

@@ -17,8 +17,6 @@ PrecisionOption = Annotated[str, typer.Option(metavar="auto|bf16|fp16|fp32", hel
 BaseOption = Annotated[str | None, typer.Option(help="Base model in place of the recorded one.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Sequences at a time.")]
 RowsOption = Annotated[int, typer.Option(min=0, help="The first so many; 0: all.")]
-NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
-PenaltyOption = Annotated[float, typer.Option(min=0.01, help="Divides the logits of tokens that were there before.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change the run's recipe, such as data.path where it has moved."),
@@ -26,7 +24,6 @@ SetOption = Annotated[
 InstructionsOption = Annotated[
     Path | None, typer.Option(help="JSON of objects with an instruction; default: AlpacaEval's 805, from the Hub.")
 ]
-PAPERS_PENALTY = 1.2  # with greedy decoding, in all of the paper's generations for AlpacaEval
 
 
 @contextlib.contextmanager

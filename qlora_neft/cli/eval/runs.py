@@ -6,13 +6,12 @@ from typing import Annotated
 
 import typer
 
+from ..answering import PenaltyOption, TokensOption
 from ..recipes import JsonOption
 from .options import (
     BaseOption,
     BatchOption,
     DeviceOption,
-    NewTokensOption,
-    PenaltyOption,
     PrecisionOption,
     RowsOption,
     RunsArgument,
@@ -26,7 +25,7 @@ from .options import (
 def overfit(
     sources: RunsArgument,
     rows: Annotated[int, typer.Option(min=1, help="Training rows to answer, the first of each run.")] = 128,
-    max_new_tokens: NewTokensOption = 256,
+    max_new_tokens: TokensOption = 256,
     repetition_penalty: PenaltyOption = 1.0,
     batch_size: BatchOption = 8,
     device: DeviceOption = "auto",

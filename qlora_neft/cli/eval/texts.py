@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ...errors import UserInputError
+from ..answering import (
+    REPETITION_PENALTY,
+    LeastTokensOption,
+    PenaltyOption,
+    SampleOption,
+    SeedOption,
+    TemperatureOption,
+    TokensOption,
+    TopKOption,
+    TopPOption,
+    decoding_of,
+)
 from ..recipes import JsonOption
 from .options import (
-    PAPERS_PENALTY,
     BaseOption,
     BatchOption,
     DeviceOption,
     InstructionsOption,
-    NewTokensOption,
-    PenaltyOption,
     PrecisionOption,
     RowsOption,
     print_json,
     quiet,
     say,
 )
+
+if TYPE_CHECKING:
+    from ...decoding import Decoding
 
 
 def text(
@@ -39,8 +51,8 @@ def text(
     ] = None,
     instructions: InstructionsOption = None,
     rows: RowsOption = 0,
-    max_new_tokens: NewTokensOption = 1024,
-    repetition_penalty: PenaltyOption = PAPERS_PENALTY,
+    max_new_tokens: TokensOption = 1024,
+    repetition_penalty: PenaltyOption = REPETITION_PENALTY,
     batch_size: BatchOption = 8,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -64,7 +76,8 @@ def text(
         file = Path(name)
         if _is_model(name):
             with quiet():
-                file = _answered(name, (max_new_tokens, repetition_penalty), options)
+                decoding = decoding_of(max_new_tokens, 0, repetition_penalty, sample=False)
+                file = _answered(name, decoding, options)
         found[name] = measure_texts(read_texts(file, "--outputs"), length)
         keep_measures(name, "text", found[name].main())
     if as_json:
@@ -95,8 +108,17 @@ def alpaca(
     ] = "weighted_alpaca_eval_gpt4_turbo",
     instructions: InstructionsOption = None,
     rows: RowsOption = 0,
-    max_new_tokens: NewTokensOption = 1024,
-    repetition_penalty: PenaltyOption = PAPERS_PENALTY,
+    meta_prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="Put behind every instruction, such as: Generate a long response")
+    ] = "",
+    max_new_tokens: TokensOption = 1024,
+    min_new_tokens: LeastTokensOption = 0,
+    repetition_penalty: PenaltyOption = REPETITION_PENALTY,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
     batch_size: BatchOption = 8,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -114,7 +136,9 @@ def alpaca(
     if source is None and judge is None:
         raise UserInputError("--outputs: give --judge or --score with it. Lengths and repetition: eval text.")
     machine = {"device": device, "precision": precision, "instructions": instructions}
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     with quiet():
+        decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
         from ...evaluation.alpaca_run import check_judging, judged, keep_score
 
         if judge is not None:
@@ -122,7 +146,7 @@ def alpaca(
 
         if source is not None:
             options = {"output": output, "rows": rows, "batch_size": batch_size, "base": base, **machine}
-            outputs = _answered(source, (max_new_tokens, repetition_penalty), options)
+            outputs = _answered(source, decoding, {"meta_prompt": meta_prompt, **options})
         found = None
         if judge is not None:
             found = judged(judge, outputs, reference=reference, annotator=annotator, say=say, **machine)
@@ -140,13 +164,11 @@ def _is_model(name: str) -> bool:
     return path.is_dir() or (not path.exists() and not path.suffix and name.count("/") == 1)
 
 
-def _answered(source: str, decoding: tuple[int, float], options: dict[str, Any]) -> Path:
+def _answered(source: str, decoding: Decoding, options: dict[str, Any]) -> Path:
     """The file of a model's answers to AlpacaEval's instructions, made where it is not there."""
-    from ...decoding import Decoding
     from ...evaluation.alpaca_run import alpaca_answers
 
-    chosen = Decoding(max_new_tokens=decoding[0], repetition_penalty=decoding[1])
-    return alpaca_answers(source, decoding=chosen, say=say, **options)
+    return alpaca_answers(source, decoding=decoding, say=say, **options)
 
 
 def _scored(annotations: Path, outputs: Path | None) -> dict[str, Any]:
