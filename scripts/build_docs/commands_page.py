@@ -76,7 +76,7 @@ def _hidden(param: Any) -> bool:
 
 
 def _code(words: str) -> str:
-    """Code in a cell. Python-Markdown shows the backslash of a `\\|` between backquotes; HTML says it to every reader."""
+    """Code in a cell. Between backquotes Python-Markdown shows the backslash of a `\\|`; HTML suits every reader."""
     if "|" not in words:
         return f"`{words}`"
     return f"<code>{html.escape(words, quote=False).replace('|', '&#124;')}</code>"
