@@ -4,6 +4,7 @@ And what the other pages quote of the code is there.
 """
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -53,6 +54,36 @@ def test_a_message_that_is_explained_is_one_that_the_code_says(message, strings)
 
 def test_there_are_messages_to_look_up():
     assert len(own_messages()) > 15
+    assert sum("From `" in text for _, text in foreign_sections()) > 8
+
+
+def foreign_sections():
+    """Messages of other libraries: heading, and what stands below it."""
+    foreign = TROUBLE.partition("\n## Messages of other libraries")[2]
+    return re.findall(r"^### (.+)\n\n((?:(?!^### )[^\n]*\n)+)", foreign, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("heading", "text"), foreign_sections(), ids=lambda words: words[:40])
+def test_a_message_of_another_library_is_one_that_it_says(heading, text):
+    """It names the libraries, in whose installed source each message stands; or a thread, where there is no source."""
+    named = re.match(r"From ((?:`\w+`(?:, )?)+)\. ", text)
+    assert named or re.match(r"Seen in \[[\w-]+#\d+\]\(https://github\.com/", text), text
+    if named:
+        sources = [said_by(library) for library in re.findall(r"`(\w+)`", named[1])]
+        for message in re.findall(r"`([^`]+)`", heading):
+            assert any(message in source for source in sources), message
+
+
+def said_by(library):
+    """Every string of a library's source, one after another."""
+    [folder] = importlib.util.find_spec(library).submodule_search_locations
+    wanted = SPEAKING.get(library, ("",))
+    files = [path for path in sorted(Path(folder).rglob("*.py")) if any(part in path.as_posix() for part in wanted)]
+    return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
+
+
+# Large libraries: only the files that these messages are from.
+SPEAKING = {"torch": ("/amp/",), "transformers": ("/utils/hub.py", "/tokenization_utils_base.py")}
 
 
 NUMBER = r"(-?\d+(?:\.\d+)?)"

@@ -10,10 +10,11 @@ import pytest
 from packaging.requirements import Requirement
 
 import qlora_neft
+from scripts.set_repository import repository_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("export_to_hub.ipynb", "finetune.ipynb", "noise_and_alpha.ipynb", "thirty_billion.ipynb")
-OWNER = "qlora-neft/qlora_neft"
+OWNER = repository_of(ROOT)
 MOST_CODE_CELLS = 12
 TYPES = {"boolean": bool, "integer": int, "string": str, "slider": int}
 
