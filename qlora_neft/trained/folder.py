@@ -12,6 +12,7 @@ from ..errors import UserInputError
 from ..record_file import read_record
 
 WEIGHTS, CONFIG, RECIPE = "adapter_model.safetensors", "adapter_config.json", "recipe.yaml"
+MEND = "Copy or download it again."  # a damaged file
 SUMMARIES = ("summary.json", "training_summary.json")  # of a run's folder, of a published one
 WANTED = ["*.json", "*.yaml", "*.jinja", "*.model", "*.txt", WEIGHTS]
 
