@@ -61,7 +61,7 @@ def draft_of(out: Path) -> Iterator[Path]:
             try:
                 stack.enter_context(claimed(draft))
             except UserInputError as error:  # in the words of a run
-                raise UserInputError(str(error).replace("--output-dir", "OUT", 1)) from error
+                raise UserInputError(str(error).replace("--output-dir", "OUT")) from error
             _empty(draft)  # of what a merge that was killed has left
             try:
                 yield draft
