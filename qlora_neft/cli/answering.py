@@ -44,4 +44,10 @@ def decoding_of(
         raise UserInputError(f"{unused}: no effect without --sample. Add it, or leave this out.")
     from ..decoding import Decoding
 
-    return Decoding(max_new_tokens, min_new_tokens, do_sample=sample, repetition_penalty=repetition_penalty, **given)
+    try:
+        return Decoding(
+            max_new_tokens, min_new_tokens, do_sample=sample, repetition_penalty=repetition_penalty, **given
+        )
+    except UserInputError as error:  # the option as it was written
+        name, rule = str(error).split(":", 1)
+        raise UserInputError(f"--{name.replace('_', '-')}:{rule}") from error

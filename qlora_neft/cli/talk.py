@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..decoding import Decoding
     from ..talk import Request
     from ..talk.output import Replies
-    from ..trained import Trained
+    from ..trained import AdapterFolder, Trained
 
 DirArgument = Annotated[
     str, typer.Argument(metavar="DIR", help="--output-dir of a run, a checkpoint, any LoRA adapter, or a Hub id.")
@@ -81,17 +81,19 @@ def generate(
 
     The prompt template of the training run is put around them.
     """
+    from ..trained import find_adapter
+
     _check_who_answers(compare=compare, base_alone=base_alone)
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    adapter = find_adapter(dir, revision=revision, base=base)  # a wrong DIR is told before torch is loaded
     decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
     requests = _requests(prompts or [], file)
-    where = {"base": base, "revision": revision, "prompt_template": prompt_template}
     names = ["base", "adapter"] if compare else ["base"] if base_alone else ["adapter"]
     from ..talk.save import check_new
 
     if output is not None:
         check_new(output, "--output")
-    with _loaded(dir, device=device, precision=precision, **where) as trained:
+    with _loaded(adapter, prompt_template, device, precision) as trained:
         if system is not None:
             requests = _with_system(trained, requests, system)
         if sys.stdout.isatty() and len(requests) == 1 and not as_json and output is None:
@@ -123,10 +125,12 @@ def chat(
 
     Commands begin with a slash: /help lists them.
     """
+    from ..trained import find_adapter
+
     _check_who_answers(compare=compare, base_alone=base_alone)
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    adapter = find_adapter(dir, revision=revision, base=base)  # a wrong DIR is told before torch is loaded
     decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
-    where = {"base": base, "revision": revision, "prompt_template": prompt_template}
     with contextlib.suppress(ImportError):  # line editing and history, where Python has it
         import readline  # noqa: F401
     from rich.console import Console
@@ -134,7 +138,7 @@ def chat(
     from ..talk import Chat
     from ..talk.screen import Screen
 
-    with _loaded(dir, device=device, precision=precision, **where) as trained:
+    with _loaded(adapter, prompt_template, device, precision) as trained:
         screen = Screen(Console(highlight=False))
         screen.say(_title(trained), style="bold")
         with _named("--system"):
@@ -171,7 +175,7 @@ def _with_system(trained: Trained, requests: list[Request], system: str) -> list
 
 
 @contextlib.contextmanager
-def _loaded(dir: str, **options: Any) -> Iterator[Trained]:
+def _loaded(adapter: AdapterFolder, prompt_template: str | None, device: str, precision: str) -> Iterator[Trained]:
     """The model, for a block in which no library chatters."""
     from rich.console import Console
 
@@ -180,12 +184,12 @@ def _loaded(dir: str, **options: Any) -> Iterator[Trained]:
 
     console = Console(stderr=True, highlight=False)
     with quiet_libraries():
-        with contextlib.redirect_stdout(sys.stderr), console.status(f"loading {dir}"):
-            trained = load_trained(dir, **options)
+        with contextlib.redirect_stdout(sys.stderr), console.status(f"loading {adapter.source}"):
+            trained = load_trained(adapter, device=device, precision=precision, prompt_template=prompt_template)
         if trained.template_is_guessed:
             typer.echo(
-                f"prompt template: {trained.prompts.name}, a guess: no record says what {dir} was trained with. "
-                "--prompt-template sets it.",
+                f"prompt template: {trained.prompts.name}, a guess: no record says what {adapter.source} was "
+                "trained with. --prompt-template sets it.",
                 err=True,
             )
         yield trained
@@ -206,6 +210,7 @@ def _stream(trained: Trained, requests: list[Request], decoding: Decoding, names
             [found[name]] = replies(trained, requests, decoding, base_alone=name == "base", write=write)
     for remark in remarks(found):
         typer.echo(remark, err=True)
+    _fail_if_unanswered({reply.finish_reason for reply in found.values()})
 
 
 def _answer_all(
@@ -226,21 +231,31 @@ def _answer_all(
     found = (dict(zip(names, together, strict=True)) for together in zip(*sides, strict=True))
     suffix = "" if output is None else output.suffix.lower()
     form = "list" if suffix == ".json" else "lines" if as_json or suffix == ".jsonl" else "text"
-    lines = entries(_remarked(with_progress(found, len(requests))), form, len(requests))
+    reasons: set[str] = set()
+    lines = entries(_remarked(with_progress(found, len(requests)), reasons), form, len(requests))
     if output is None:
         for line in lines:
             typer.echo(line)
     else:
         typer.echo(f"written: {output}, {write_as_they_come(output, lines)} answers", err=True)
+    _fail_if_unanswered(reasons)
 
 
-def _remarked(answers: Iterator[Replies]) -> Iterator[Replies]:
+def _remarked(answers: Iterator[Replies], reasons: set[str]) -> Iterator[Replies]:
+    """Each answer, after what there is to say of it; why it ended goes into ``reasons``."""
     from ..talk.output import remarks
 
     for found in answers:
+        reasons |= {reply.finish_reason for reply in found.values()}
         for remark in remarks(found):
             typer.echo(remark, err=True)
         yield found
+
+
+def _fail_if_unanswered(reasons: set[str]) -> None:
+    """Exit code 1 where no prompt had room for an answer: a script would take the empty text for one."""
+    if reasons == {"no room"}:
+        raise typer.Exit(1)
 
 
 def _title(trained: Trained) -> str:

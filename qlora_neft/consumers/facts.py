@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserInputError
 from ..fit import read_config
-from ..trained.folder import WEIGHTS, AdapterFolder
+from ..trained.folder import MEND, WEIGHTS, AdapterFolder
+from ..trained.kinds import beyond_plain
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
@@ -80,6 +81,11 @@ class Facts:
         return "lm_head" in self.embedding_modules and bool((self.base_config or {}).get("tie_word_embeddings"))
 
     @property
+    def only_peft_merges(self) -> bool:
+        """Whether `qlora-neft merge` refuses its kind: other than plain, or on an embedding."""
+        return bool(beyond_plain(self.config) or {"embed_tokens", "wte"} & set(self.embedding_modules))
+
+    @property
     def base_is_local(self) -> bool:
         """Whether the recorded base is a path, which nobody else has."""
         recorded = str(self.config.get("base_model_name_or_path") or "")
@@ -127,8 +133,8 @@ def _weights(path: Path) -> tuple[dict[str, int], tuple[str, ...], tuple[str, ..
                     ranks[module] = piece.get_shape()[0]
                 elif not key.endswith((B, _EMBEDDING[1])):
                     others.append(key)
-    except SafetensorError as error:
-        raise UserInputError(f"{path}: cannot be read ({error}).") from error
+    except (OSError, SafetensorError) as error:
+        raise UserInputError(f"{path}: cannot be read ({error}). {MEND}") from error
     return ranks, tuple(sorted(others)), tuple(sorted(dtypes))
 
 

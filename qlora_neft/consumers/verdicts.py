@@ -21,7 +21,8 @@ VLLM_DEFAULT_RANK, VLLM_RANKS = 16, (1, 8, 16, 32, 64, 128, 256, 320, 512)  # va
 # model_type of bases: those that `qlora-neft gguf` writes, and those whose adapters Ollama takes as safetensors.
 GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 OLLAMA_TYPES = ("llama", "mistral", "mixtral", "gemma", "gemma2")
-NOT_THE_BASE = "the adapter was trained on the base in NF4; on the 16-bit base it answers differently: {merge} is exact"
+NOT_THE_BASE = "the adapter was trained on the base in NF4; on the 16-bit base it answers differently"
+VLLM_NF4 = "--quantization bitsandbytes makes vLLM quantize the base to NF4 as it loads it (after its documentation)"
 NF4_NEEDED = "NF4 is the BitsAndBytesConfig of training; without it the adapter is on the 16-bit base"
 
 
@@ -101,7 +102,14 @@ def named_consumers(names: str) -> list[str]:
 
 
 def _merge(facts: Facts) -> str:
+    """How to make a plain model; `qlora-neft merge` refuses some kinds, and then is no advice."""
+    if facts.only_peft_merges:
+        return "PEFT's merge_and_unload, saved to OUT"
     return f"qlora-neft merge {facts.source} OUT"
+
+
+def _not_the_base(facts: Facts) -> str:
+    return NOT_THE_BASE + ("" if facts.only_peft_merges else f": {_merge(facts)} is exact")
 
 
 def _gguf(facts: Facts) -> str:
@@ -126,7 +134,7 @@ def _vllm(facts: Facts, verdict: Verdict) -> None:
     if verdict.is_usable:
         flag = f" {verdict.flag}" if verdict.flag else ""
         verdict.command = f"vllm serve {facts.base} --enable-lora{flag} --lora-modules tuned={facts.source}"
-        verdict.notes.append(NOT_THE_BASE.format(merge=_merge(facts)))
+        verdict.notes += [_not_the_base(facts), VLLM_NF4]
         if facts.dtypes == ("F32",):
             verdict.notes.append("its float32 weights are cast to the dtype that vLLM serves in")
 
@@ -139,7 +147,7 @@ def _llama_cpp(facts: Facts, verdict: Verdict) -> None:
         verdict.breaks(
             f"qlora-neft gguf does not write {facts.model_type}, and llama.cpp's convert_lora_to_gguf.py ignores "
             f"{facts.odd_scale}",
-            f"{_merge(facts)}; then llama.cpp's convert_hf_to_gguf.py",
+            f"{_merge(facts)}; llama.cpp's convert_hf_to_gguf.py",
         )
     elif not is_ours:
         reason = f"qlora-neft gguf does not write {facts.model_type}; llama.cpp's converter may"
@@ -150,7 +158,7 @@ def _llama_cpp(facts: Facts, verdict: Verdict) -> None:
     if verdict.is_usable:
         if is_ours:
             verdict.command = f"{_gguf(facts)}; llama-server -m BASE.gguf --lora adapter.gguf"
-        verdict.notes.append(NOT_THE_BASE.format(merge=_merge(facts)))
+        verdict.notes.append(_not_the_base(facts))
 
 
 def _ollama(facts: Facts, verdict: Verdict) -> None:
@@ -168,14 +176,15 @@ def _ollama(facts: Facts, verdict: Verdict) -> None:
         verdict.breaks(f"from a folder Ollama reads lora_alpha alone and ignores {facts.odd_scale}", merge)
     if verdict.is_usable:
         verdict.command = f"{verdict.flag or flag}; ollama create tuned -f Modelfile"
-        verdict.notes.append(NOT_THE_BASE.format(merge=_merge(facts)))
+        verdict.notes.append(_not_the_base(facts))
 
 
 def _no_more_than_matrices(facts: Facts, verdict: Verdict, merge: str) -> None:
     if facts.beyond_matrices:
         verdict.breaks(f"a LoRA GGUF holds matrices A and B alone, not {', '.join(facts.beyond_matrices)}", merge)
     if facts.has_head_of_tied_base:
-        verdict.breaks("it has a LoRA on lm_head, which is the embedding in this base", merge)
+        reason = "it has a LoRA on lm_head, which is the embedding in this base"
+        verdict.breaks(reason, "train without lm_head in lora.target_modules")
     elif "embed_tokens" in facts.embedding_modules:
         verdict.breaks("it has a LoRA on embed_tokens", merge)
 

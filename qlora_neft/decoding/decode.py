@@ -71,7 +71,7 @@ class Decoding:
             (
                 "temperature",
                 0 < self.temperature < float("inf"),
-                "must be above 0; to take the likeliest, do not draw",
+                "must be above 0 (to take the likeliest, do not draw)",
             ),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "must be 0 (all tokens) or more"),

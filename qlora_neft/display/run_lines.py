@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files.bundled import PREFIX
 from ..neftune import expected_norm
 
 
@@ -39,10 +40,12 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
     return lines + [f"warning: {warning}" for warning in report["warnings"]]
 
 
-def lines_after(output_dir: Path, steps: int, seconds: float, *, drawn: bool) -> list[str]:
+def lines_after(output_dir: Path, base: str, steps: int, seconds: float, *, drawn: bool) -> list[str]:
     """Where everything is, and what to do next."""
     curves = f"loss curves: {output_dir / 'loss.png'}"
     here = shlex.quote(str(output_dir))
+    is_local = base.startswith((PREFIX, ".", "/", "~")) or Path(base).is_dir()
+    base_id = " --base-id owner/base" * is_local  # a local base is never published
     missing = "no loss.png: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'"
     return [
         f"trained {steps} steps in {seconds:.0f} s; base weights unchanged, bit for bit",
@@ -51,7 +54,7 @@ def lines_after(output_dir: Path, steps: int, seconds: float, *, drawn: bool) ->
         "next:",
         f"  qlora-neft chat {here} --compare   # talk to it, beside its base",
         f"  qlora-neft merge {here} {shlex.quote(f'{output_dir}-merged')}   # a plain 16-bit model, with proof",
-        f"  qlora-neft export {here} --repo-id you/name --dry-run   # what would go to the Hub",
+        f"  qlora-neft export {here} --repo-id you/name{base_id} --dry-run   # what would go to the Hub",
         "  qlora-neft cp llama2-7b-alpaca mine.yaml   # a recipe of your own",
     ]
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import UserInputError
 from ..trained import AdapterFolder
-from ..trained.folder import WEIGHTS
+from ..trained.folder import MEND, WEIGHTS
+from ..trained.kinds import beyond_plain
 from .architectures import Architecture, architecture_of, notes_on
 from .file import GgufTensor, check_dtype, gguf_library, write_gguf
 from .model import read_model_config
@@ -20,6 +22,7 @@ from .model import read_model_config
 A, B, PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
 _NO_PLACE = ("use_dora", "use_qalora", "layer_replication", "fan_in_fan_out", "lora_bias")
 MERGE = "Merge the adapter and write the merged model: qlora-neft merge, then qlora-neft gguf."
+MERGE_WITH_PEFT = "Merge the adapter with PEFT's merge_and_unload and write the merged model: qlora-neft gguf."
 
 
 def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> list[str]:
@@ -84,20 +87,28 @@ def scaling_of(config: dict[str, Any], module: str, rank: int) -> float:
 
 def _pairs(folder: AdapterFolder, architecture: Architecture) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A (r, in) and B (out, r) of every module."""
+    remedy = MERGE_WITH_PEFT if beyond_plain(folder.config) else MERGE
     used = [key for key in _NO_PLACE if folder.config.get(key)]
     if used:
-        raise UserInputError(f"{folder.source}: llama.cpp has no place for {', '.join(used)} of the adapter. {MERGE}")
-    weights = load_file(folder.path / WEIGHTS)
+        raise UserInputError(f"{folder.source}: llama.cpp has no place for {', '.join(used)} of the adapter. {remedy}")
+    weights = _read(folder)
     others = [key for key in weights if not key.endswith((A, B))]
     if others:
         raise UserInputError(
             f"{folder.source}: a LoRA GGUF holds matrices A and B alone, the adapter has {len(others)} other weights, "
-            f"such as {others[0]}. {MERGE}"
+            f"such as {others[0]}. {remedy}"
         )
     modules = {key.removesuffix(A).removeprefix(PREFIX): key for key in weights if key.endswith(A)}
     if architecture.is_tied and "lm_head" in modules:
         raise UserInputError(
             f"{folder.source}: has a LoRA on lm_head, which is the embedding in this base. llama.cpp cannot change one "
-            f"without the other. {MERGE}"
+            "without the other, nor can they be merged apart. Train without lm_head in lora.target_modules."
         )
     return {module: (weights[key], weights[key.removesuffix(A) + B]) for module, key in modules.items()}
+
+
+def _read(folder: AdapterFolder) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder.path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserInputError(f"{folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}") from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..trained import Prompts
+from ..trained.kinds import beyond_plain
 
 QUESTION = "Give three tips for staying healthy."
 TEXT = "Once upon a time"
@@ -90,8 +91,7 @@ def snippets(
         Snippet("PEFT, on the NF4 base it was trained on", "", "python", PEFT.format(**parts)),
         Snippet("transformers, 4-bit", "", "python", TRANSFORMERS.format(**parts)),
         *_vllm(repo_id, base, revision, config),
-        Snippet("Merged into a plain 16-bit model", MERGE_NOTE, "bash", f"qlora-neft merge {repo_id} merged"),
-        Snippet("GGUF, for llama.cpp and Ollama", GGUF_NOTE.format(repo=repo_id), "bash", GGUF),
+        *_merged(repo_id, config),
     ]
 
 
@@ -100,7 +100,8 @@ MERGE_NOTE = (
     "The adapter is added to the dequantized NF4 base, which is the model that was trained; the result needs neither "
     "bitsandbytes nor PEFT."
 )
-GGUF_NOTE = "Of the merged model above. The adapter alone, for a base in GGUF: `qlora-neft gguf {repo} adapter.gguf`."
+GGUF_NOTE = "Of the merged model above."
+LORA_GGUF_NOTE = " The adapter alone, for a base in GGUF: `qlora-neft gguf {repo} adapter.gguf`."
 GGUF = "qlora-neft gguf merged model.gguf --modelfile"
 VLLM_NOTE = (
     "`--quantization bitsandbytes` makes vLLM quantize the base to NF4. Without it vLLM serves the adapter on the "
@@ -109,14 +110,26 @@ VLLM_NOTE = (
 
 
 def _vllm(repo_id: str, base: str, revision: str | None, config: dict[str, Any]) -> list[Snippet]:
-    """vLLM takes no adapter with whole modules in it and none with DoRA."""
+    """vLLM takes matrices A and B alone, of one rank and one alpha."""
     rank = next((rank for rank in VLLM_RANKS if rank >= int(config.get("r", 0))), None)
-    if config.get("modules_to_save") or config.get("use_dora") or rank is None:
+    others = [key for key in ("modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
+    if others or beyond_plain(config) or rank is None:
         return []
     words = ["vllm", "serve", base, *(["--revision", revision] if revision else []), "--quantization", "bitsandbytes"]
     words += ["--enable-lora", "--max-lora-rank", str(rank)]
     words += ["--lora-modules", f"{repo_id.split('/')[-1]}={repo_id}"]
     return [Snippet("vLLM", VLLM_NOTE, "bash", shlex.join(words))]
+
+
+def _merged(repo_id: str, config: dict[str, Any]) -> list[Snippet]:
+    """`qlora-neft merge` refuses what is no plain LoRA, and a LoRA GGUF has no place for whole modules."""
+    if beyond_plain(config):
+        return []
+    note = GGUF_NOTE + ("" if config.get("modules_to_save") else LORA_GGUF_NOTE.format(repo=repo_id))
+    return [
+        Snippet("Merged into a plain 16-bit model", MERGE_NOTE, "bash", f"qlora-neft merge {repo_id} merged"),
+        Snippet("GGUF, for llama.cpp and Ollama", note, "bash", GGUF),
+    ]
 
 
 def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:

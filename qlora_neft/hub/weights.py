@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserInputError
+from ..trained.folder import MEND
 
 NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -22,7 +23,7 @@ def stored_dtype(path: Path) -> str:
         with safe_open(path, framework="pt") as file:
             found = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError) as error:
-        raise UserInputError(f"{path}: cannot be read ({error}). Train again, or copy it again.") from error
+        raise UserInputError(f"{path}: cannot be read ({error}). {MEND}") from error
     return " and ".join(sorted(NAMES.get(name, name) for name in found))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,11 @@ def draft_of(out: Path) -> Iterator[Path]:
     """
     draft = out.with_name(f".{out.name}.part")
     try:
-        with claimed(draft):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(claimed(draft))
+            except UserInputError as error:  # in the words of a run
+                raise UserInputError(str(error).replace("--output-dir", "OUT")) from error
             _empty(draft)  # of what a merge that was killed has left
             try:
                 yield draft
@@ -120,6 +124,8 @@ def write_companions(draft: Path, base: Path, tokenizer: Any, dtype: torch.dtype
     if quantization is not None:
         config["quantization_config"] = quantization.to_dict()
     write_json(draft / "config.json", config)
+    for path in draft.glob("*.safetensors"):  # safetensors makes files that their owner alone may read
+        shutil.copymode(draft / "config.json", path)
     if (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", draft / "generation_config.json")
     tokenizer.save_pretrained(draft)

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from ..errors import UserInputError
 from ..quantization import check_base_config
 from ..trained import AdapterFolder
+from ..trained.load import naming_the_base
 from .checkpoint import Checkpoint
 from .strategies import DEQUANTIZED, NF4, STRATEGIES, Merge, quantized_names
 from .update import Update
@@ -56,7 +57,8 @@ def plan_merge(folder: AdapterFolder, strategy: str = DEQUANTIZED, dtype: str = 
     Raises:
         UserInputError: If they cannot.
     """
-    config = check_base_config(folder.base, revision=folder.base_revision)
+    with naming_the_base(folder):
+        config = check_base_config(folder.base, revision=folder.base_revision)
     base = Checkpoint(_base_folder(folder), config, folder.base)
     quantized = quantized_names(base)
     shared = list(base.key_of.values())

@@ -12,28 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UserInputError
-from ..trained.folder import WEIGHTS, AdapterFolder
+from ..trained.folder import MEND, WEIGHTS, AdapterFolder
+from ..trained.kinds import beyond_plain
 
 PREFIX = "base_model.model."
-# Initializations that leave the base as it is. Others (PiSSA, OLoRA ...) subtract from it, which a merge cannot see.
-PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-# Keys of adapter_config.json under which the update is no plain B A.
-UNSUPPORTED = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "lora_bias",
-    "fan_in_fan_out",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-    "megatron_config",
-)
 
 
 class Update:
@@ -102,7 +84,7 @@ class Update:
             with safe_open(self.folder.path / WEIGHTS, "pt") as file:
                 return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise UserInputError(f"{self.folder.source}: {WEIGHTS} cannot be read ({error}).") from error
+            raise UserInputError(f"{self.folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}") from error
 
     def _read(self, key: str) -> Tensor:
         with safe_open(self.folder.path / WEIGHTS, "pt") as file:
@@ -110,12 +92,7 @@ class Update:
 
 
 def _check_kind(folder: AdapterFolder) -> None:
-    config = folder.config
-    used = [key for key in UNSUPPORTED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        used.append(f"bias={config['bias']}")
-    if config.get("init_lora_weights", True) not in PLAIN_INITS:
-        used.append(f"init_lora_weights={config['init_lora_weights']}")
+    used = beyond_plain(folder.config)
     if used:
         raise UserInputError(
             f"{folder.source}: only plain LoRA can be merged here (with rsLoRA, rank and alpha patterns, "

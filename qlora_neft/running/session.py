@@ -112,7 +112,10 @@ def train_and_measure(
             mirror.files([path.name for path in output_dir.iterdir() if path.is_file()])
     show_result(console, before.summary(), after.summary())
     show_answers(console, before.answers, after.answers)
-    say(console, lines_after(output_dir, summary["steps"], trainer.train_seconds, drawn=drawn))
+    say(
+        console,
+        lines_after(output_dir, recipe.model.name_or_path, summary["steps"], trainer.train_seconds, drawn=drawn),
+    )
     return summary
 
 

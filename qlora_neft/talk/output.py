@@ -45,7 +45,10 @@ def remarks(found: Replies) -> list[str]:
     for name, reply in found.items():
         where = reply.request.place + (f", {name}" if len(found) > 1 else "")
         if reply.finish_reason == "no room":
-            said.append(f"{where}: no answer, the {reply.prompt_tokens} tokens of the prompt fill the model's context.")
+            said.append(
+                f"{where}: no answer, the {reply.prompt_tokens} tokens of the prompt fill the model's context. "
+                "Shorten it."
+            )
         if reply.finish_reason == "length":
             said.append(f"{where}: cut after {reply.tokens} tokens, at --max-new-tokens or the context's end.")
     return said

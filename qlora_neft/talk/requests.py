@@ -111,7 +111,8 @@ def _text_of(name: str) -> str:
     try:
         return sys.stdin.read() if name == STDIN else Path(name).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserInputError(f"{name!r} cannot be read as UTF-8 text ({error}).") from error
+        what = "standard input" if name == STDIN else f"--file: {name!r}"
+        raise UserInputError(f"{what} cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
 def _request(row: Mapping[str, Any], place: str) -> Request | str:

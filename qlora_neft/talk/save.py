@@ -73,9 +73,8 @@ def write_as_they_come(path: Path, lines: Iterable[str]) -> int:
                 count += 1
         draft.replace(path)
     except OSError as error:
-        raise RunFailed(
-            f"--output: {str(path)!r} cannot be written ({error.strerror}). Begun: {str(draft)!r}."
-        ) from error
+        begun = f" Begun: {str(draft)!r}." if draft.exists() else ""
+        raise RunFailed(f"--output: {str(path)!r} cannot be written ({error.strerror}).{begun}") from error
     except KeyboardInterrupt:
         if count:
             raise RunFailed(f"interrupted after {count} prompts. Their answers: {str(draft)!r}.") from None

@@ -12,6 +12,7 @@ from ..files.record_file import read_record
 from ..run_folder.checkpoint_files import find_checkpoints
 
 WEIGHTS, CONFIG, RECIPE = "adapter_model.safetensors", "adapter_config.json", "recipe.yaml"
+MEND = "Copy or download it again."  # a damaged file
 SUMMARIES = ("summary.json", "training_summary.json")  # of a run's folder, of a published one
 WANTED = ["*.json", "*.yaml", "*.jinja", "*.model", "*.txt", WEIGHTS]
 

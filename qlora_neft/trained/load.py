@@ -18,7 +18,7 @@ from ..files.record_file import read_record
 from ..precision import PrecisionPolicy, resolve_precision
 from ..quantization import load_nf4_base, nf4_config
 from ..tokenizer import load_tokenizer
-from .folder import AdapterFolder, find_adapter
+from .folder import MEND, WEIGHTS, AdapterFolder, find_adapter
 from .prompts import Prompts, recorded_template, template_of
 
 
@@ -130,13 +130,30 @@ def _prompts(
 def nf4_base_of(folder: AdapterFolder, policy: PrecisionPolicy) -> PreTrainedModel:
     """The base as it was in training: NF4, double quantization as the recipe has it (on without one)."""
     double_quant = (folder.recipe or {}).get("quantization", {}).get("bnb_4bit_use_double_quant", True)
-    return load_nf4_base(
-        folder.base,
-        device=policy.device,
-        compute_dtype=policy.compute_dtype,
-        quantization_config=nf4_config(policy.compute_dtype, double_quant=double_quant),
-        revision=folder.base_revision,
-    )
+    with naming_the_base(folder):
+        return load_nf4_base(
+            folder.base,
+            device=policy.device,
+            compute_dtype=policy.compute_dtype,
+            quantization_config=nf4_config(policy.compute_dtype, double_quant=double_quant),
+            revision=folder.base_revision,
+        )
+
+
+@contextmanager
+def naming_the_base(folder: AdapterFolder) -> Iterator[None]:
+    """What is wrong with a base, in the words of who loads an adapter: ``model.name_or_path`` is a recipe's.
+
+    Raises:
+        UserInputError: With ``--base``, or with the adapter whose base it is and how to give another.
+    """
+    try:
+        yield
+    except UserInputError as error:
+        rule = str(error).removeprefix("model.name_or_path: ")
+        if folder.own_base:
+            raise UserInputError(f"--base: {rule}") from error
+        raise UserInputError(f"{folder.source}: its base: {rule} Another place of the base: --base.") from error
 
 
 def with_adapter(base: PreTrainedModel, folder: AdapterFolder) -> PeftModel:
@@ -147,7 +164,9 @@ def with_adapter(base: PreTrainedModel, folder: AdapterFolder) -> PeftModel:
     """
     try:
         return PeftModel.from_pretrained(base, str(folder.path)).eval()
-    except (RuntimeError, ValueError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise UserInputError(f"{folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}") from error
+    except (RuntimeError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise UserInputError(
             f"{folder.source}: the adapter does not fit the base {folder.base!r}. Give the base it was trained on "
@@ -159,4 +178,5 @@ def tokenizer_of_adapter(folder: AdapterFolder) -> Any:
     """The tokenizer saved beside the adapter, else the base's."""
     if (folder.path / "tokenizer_config.json").is_file():
         return load_tokenizer(str(folder.path))
-    return load_tokenizer(folder.base, revision=folder.base_revision)
+    with naming_the_base(folder):
+        return load_tokenizer(folder.base, revision=folder.base_revision)

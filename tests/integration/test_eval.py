@@ -139,7 +139,7 @@ def test_answers_may_be_drawn_and_have_a_least_length(place):
     asked = ("--instructions", "asked.json", "--output", "answers.json", *FAST)
     drawing = ("--sample", "--temperature", "5", "--seed", "1")
     assert "--temperature: no effect without --sample" in refused("eval", "alpaca", "out", *asked, "--temperature", "5")
-    assert "min_new_tokens: must be" in refused("eval", "alpaca", "out", *asked, "--min-new-tokens", "13")
+    assert "--min-new-tokens: must be" in refused("eval", "alpaca", "out", *asked, "--min-new-tokens", "13")
     found("alpaca", "out", *asked, *drawing, "--min-new-tokens", "12")
     rows = json.loads(Path("answers.json").read_text())
     made_by = json.loads(rows[0]["metadata"])

@@ -143,6 +143,13 @@ def test_why_an_answer_ended(trained, out):
     assert near.finish_reason == "length" and near.prompt_tokens + near.tokens == CONTEXT
 
 
+def test_prompts_that_all_fill_the_context_fail_for_a_script(out):
+    code, stdout, stderr = invoke("generate", out, "One " * 600)
+    assert code == 1 and stdout == "\n"
+    assert stderr.startswith("PROMPT 1: no answer") and "Shorten it" in stderr
+    assert invoke("generate", out, "One " * 600, "One", "--max-new-tokens", "2")[0] == 0
+
+
 def test_draws_repeat_with_their_seed(out):
     def drawn(seed, size):
         options = ("--sample", "--temperature", "3", "--seed", seed, "--batch-size", size)

@@ -34,7 +34,8 @@ def test_wrong_arguments_are_refused(out, folder, monkeypatch):
     )
     assert "--prompt-template" in refused("generate", out, "Hi", "--prompt-template", "none.jinja")
     assert "no effect without --sample" in refused("generate", out, "Hi", "--top-p", "0.5")
-    assert "temperature: must be above 0" in refused("generate", out, "Hi", "--sample", "--temperature", "0")
+    assert refused("generate", out, "Hi", "--sample", "--temperature", "0").startswith("--temperature: must be above 0")
+    assert "--repetition-penalty" in refused("generate", out, "Hi", "--repetition-penalty", "0")
     assert "--base-alone" in refused("generate", out, "Hi", "--compare", "--base-alone")
     assert "--file" in refused("generate", out, "Hi", "--file", "p.txt")
     assert "alpaca has no place for a system message" in refused("generate", out, "Hi", "--system", "Be brief.")
@@ -45,6 +46,7 @@ def test_wrong_arguments_are_refused(out, folder, monkeypatch):
     ("name", "text", "said"),
     [
         ("p.txt", "\n \n", "is empty"),
+        ("p.txt", "caf\xe9\n", "--file: 'p.txt' cannot be read as UTF-8 text"),
         ("p.md", "Hi", "must be a .txt"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n{"prompt": "c"}\n', "line 2 is not JSON"),
         ("p.jsonl", '{"text": "a"}\n', "line 1: needs prompt, or instruction, or messages; its fields are text"),
@@ -61,5 +63,5 @@ def test_wrong_arguments_are_refused(out, folder, monkeypatch):
 )
 def test_a_file_that_is_not_all_prompts_is_refused_by_its_lines(out, folder, name, text, said):
     if text is not None:
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="latin-1")
     assert said in refused("generate", out, "--file", name)

@@ -174,14 +174,14 @@ def test_what_the_name_of_the_architecture_does_not_say_is_refused(llama, tmp_pa
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "use_dora.*PEFT's merge_and_unload"),
         ({"bias": "all", "target_modules": ["q_proj"]}, "weights"),
         ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "lm_head"),
     ],
 )
 def test_more_than_matrices_is_refused(architecture_dir, tmp_path, config, match):
     adapted(architecture_dir("qwen2"), tmp_path / "adapter", **config)
-    refused(write_lora_gguf, find_adapter(tmp_path / "adapter"), tmp_path / "a.gguf", match=f"(?s){match}.*Merge")
+    refused(write_lora_gguf, find_adapter(tmp_path / "adapter"), tmp_path / "a.gguf", match=f"(?s){match}")
 
 
 def test_without_the_library_the_extra_is_named(llama, tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from command_line import contents, environment, invoke, never_stopped
 from safetensors.torch import save_file
 from tiny import save_tiny_model
 
+from qlora_neft.run_folder.lock import run_lock
+
 
 @pytest.fixture
 def here(llama, tmp_path, monkeypatch):
@@ -44,6 +46,8 @@ def test_the_verb_merges_a_run_and_proves_it_on_its_held_out_rows(here):
     assert report["proof"]["reference_loss"] == pytest.approx(summary["after"]["held_out_loss"], abs=1e-4)
     for name in ("trained model", "dequantized <", "original", "nf4", "no adapter"):
         assert any(line.startswith(name) for line in stdout.splitlines())
+    modes = {path.stat().st_mode for path in Path("merged").iterdir()}
+    assert len(modes) == 1  # whoever may read the configuration may read the weights
     everything = "".join(path for path in contents("merged"))
     assert "adapter" not in everything and "quantization_config" not in Path("merged/config.json").read_text()
     ran = subprocess.run(
@@ -71,6 +75,11 @@ def test_the_rows_of_the_proof(here):
     assert "--no-proof" in message("--no-proof", "--proof-data", "train.jsonl")
     assert "--proof-data" in message("--proof-data", "none.jsonl")
     assert "--max-shard-size" in message("--max-shard-size", "much")
+    Path(".c.part").mkdir()
+    with run_lock(Path(".c.part")):  # as another merge has it
+        code, _, stderr = invoke("merge", "out", "c", "--no-proof")
+    assert code == 2 and "give another OUT." in stderr and "--output-dir" not in stderr
+    Path(".c.part").rmdir()
     shutil.move("held.jsonl", "elsewhere.jsonl")
     assert "--proof-data FILE" in message()
     shutil.move("out/recipe.yaml", "recipe.yaml")

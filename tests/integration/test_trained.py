@@ -7,9 +7,13 @@ import pytest
 import torch
 from command_line import adapter, cut_off, never_stopped
 
+from qlora_neft.consumers import facts_of
 from qlora_neft.data.templates import alpaca_prompt
 from qlora_neft.decoding import Decoding, generate_ids
 from qlora_neft.errors import UserInputError
+from qlora_neft.gguf_export import write_lora_gguf
+from qlora_neft.hub.weights import stored_dtype
+from qlora_neft.merging import plan_merge
 from qlora_neft.trained import find_adapter, load_trained
 
 
@@ -86,3 +90,30 @@ def test_what_is_no_adapter_is_refused(llama, tmp_path):
 def test_a_base_it_was_not_trained_on_is_refused(llama, architecture_dir):
     with pytest.raises(UserInputError, match="does not fit the base"):
         load_trained(never_stopped(llama), base=str(architecture_dir("phi")), device="cpu", precision="fp32")
+
+
+def test_a_base_that_is_not_there_is_named_as_the_caller_knows_it(llama, tmp_path):
+    with pytest.raises(UserInputError, match=r"^--base: no folder at '/none/such'"):
+        load_trained(never_stopped(llama), base="/none/such", device="cpu", precision="fp32")
+    out = shutil.copytree(never_stopped(llama), tmp_path / "out")
+    (out / "recipe.yaml").unlink()
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/moved/away"}))
+    with pytest.raises(UserInputError, match=f"^{out}: its base: no folder at '/moved/away'.*--base.$"):
+        load_trained(out, device="cpu", precision="fp32")
+
+
+def test_damaged_weights_are_not_taken_for_another_bases(llama, tmp_path):
+    out = shutil.copytree(never_stopped(llama), tmp_path / "out")
+    weights = (out / "adapter_model.safetensors").read_bytes()
+    (out / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    for read in (
+        lambda: load_trained(out, device="cpu", precision="fp32"),
+        lambda: write_lora_gguf(find_adapter(out), tmp_path / "a.gguf"),
+        lambda: plan_merge(find_adapter(out)),
+        lambda: stored_dtype(out / "adapter_model.safetensors"),
+        lambda: facts_of(find_adapter(out)),
+    ):
+        with pytest.raises(UserInputError, match=r"adapter_model.safetensors:? cannot be read .*Copy or download it"):
+            read()
+    assert not (tmp_path / "a.gguf").exists()

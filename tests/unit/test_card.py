@@ -161,4 +161,14 @@ def test_vllm_is_given_the_rank_and_left_out_where_it_cannot():
 
     assert "--max-lora-rank 64" in vllm()[0] and f"--revision {COMMIT}" in vllm()[0]
     assert "--max-lora-rank 32" in vllm(r=24)[0]
-    assert vllm(use_dora=True) == vllm(modules_to_save=["lm_head"]) == []
+    assert vllm(use_dora=True) == vllm(modules_to_save=["lm_head"]) == vllm(rank_pattern={"q_proj": 8}) == []
+
+
+def test_the_card_advises_no_merge_that_is_refused():
+    def titles(**config):
+        found = snippets("ann/x", {"base": {"id": "a/b", "revision": COMMIT}}, {**CONFIG, **config}, None, None)
+        return {snippet.title.split(",")[0]: snippet.note for snippet in found}
+
+    assert "The adapter alone" in titles()["GGUF"] and "Merged into a plain 16-bit model" in titles()
+    assert "The adapter alone" not in titles(modules_to_save=["lm_head"])["GGUF"]
+    assert not {"GGUF", "Merged into a plain 16-bit model"} & titles(use_dora=True).keys()

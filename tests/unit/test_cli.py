@@ -95,6 +95,17 @@ def test_reading_recipes_imports_nothing_heavy(arguments):
     assert result.stderr == "\n"
 
 
+def test_what_is_wrong_with_an_adapters_folder_is_told_before_torch_is_loaded(tmp_path):
+    for arguments in (["check"], ["generate"], ["chat"], ["export", "--repo-id", "ann/x"]):
+        code = (
+            "import sys; from qlora_neft.cli import app\n"
+            f"try: app([{arguments[0]!r}, {str(tmp_path)!r}, *{arguments[1:]!r}])\n"
+            f"except SystemExit as end: sys.exit(' '.join([str(end.code), *set(sys.modules) & set({HEAVY!r})]))"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert result.stderr.endswith("or a Hub id.\n2\n")
+
+
 def test_importing_the_package_imports_no_torch():
     code = "import sys, qlora_neft; qlora_neft.load_recipe('demo'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
