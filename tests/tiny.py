@@ -27,20 +27,20 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 256,
-    "sliding_window": 128,
     "pad_token_id": 256,
     "bos_token_id": 257,
     "eos_token_id": 258,
 }
+WINDOW = {"sliding_window": 128}  # where attention has one; elsewhere the cache alone would heed it
 ARCHITECTURES = {
     "llama": ("LlamaConfig", {}),
     "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
     "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": WIDTH, "dropout": 0.0}),
-    "mistral": ("MistralConfig", {}),
+    "mistral": ("MistralConfig", WINDOW),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {}),
-    "gemma2": ("Gemma2Config", {}),
-    "gemma3": ("Gemma3TextConfig", {}),
+    "gemma2": ("Gemma2Config", WINDOW),
+    "gemma3": ("Gemma3TextConfig", WINDOW),
     "gpt-neox": ("GPTNeoXConfig", {}),
     "phi": ("PhiConfig", {"num_key_value_heads": 4}),
 }
