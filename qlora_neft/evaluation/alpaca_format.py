@@ -40,7 +40,7 @@ def read_outputs(path: str | Path, key: str = "--outputs") -> list[dict[str, Any
 
 
 def read_annotations(path: str | Path) -> list[dict[str, Any]]:
-    """Rows with ``instruction``, ``output_2`` and ``preference``, which may be null.
+    """Rows with ``instruction``, ``output_2`` and ``preference``, a number or null.
 
     Raises:
         UserInputError: If they have not.
@@ -49,6 +49,11 @@ def read_annotations(path: str | Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if "preference" not in row:
             raise UserInputError(f"--score: {str(path)!r}, entry {number} has no preference, the judge's verdict.")
+        value = row["preference"]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise UserInputError(
+                f"--score: {str(path)!r}, entry {number}: preference must be a number or null, got {value!r}."
+            )
     return rows
 
 

@@ -52,7 +52,7 @@ def read_text(path: Path, key: str) -> str:
     Raises:
         UserInputError: If it cannot be read.
     """
-    if not path.is_file():
+    if path.is_dir() or not path.exists():  # a pipe is neither a file nor a folder
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserInputError(f"{key}: must be a file, {str(path)!r} {found}.")
     try:
@@ -64,7 +64,7 @@ def read_text(path: Path, key: str) -> str:
 def _list(path: Path, text: str, key: str) -> list[Any]:
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserInputError(f"{key}: {str(path)!r} is no JSON ({error}).") from error
     if not isinstance(rows, list):
         raise UserInputError(f"{key}: {str(path)!r} must hold a JSON list, got {type(rows).__name__}.")
@@ -77,7 +77,7 @@ def _lines(path: Path, text: str, key: str) -> list[Any]:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserInputError(f"{key}: {str(path)!r}, line {number} is no JSON ({error}).") from error
     return rows
 

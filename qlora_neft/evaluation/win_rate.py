@@ -53,10 +53,9 @@ def win_rate(preferences: Sequence[float | None]) -> WinRate:
             from a judge that gives probabilities. None, NaN and what lies outside are no preferences and left out.
 
     Raises:
-        UserInputError: If a preference is no number, or none is usable.
+        UserInputError: If none is usable.
     """
-    numbers = [_number(value) for value in preferences]
-    scores = [score for score in map(_score, numbers) if score is not None]
+    scores = [score for score in map(_score, preferences) if score is not None]
     if not scores:
         raise UserInputError(
             f"the annotations have no usable preference among {len(preferences)}: it must be between 1 (the reference "
@@ -80,14 +79,6 @@ def win_rate(preferences: Sequence[float | None]) -> WinRate:
 def average_length(texts: Sequence[str]) -> int:
     """Mean characters, cut to a whole number as on the leaderboards (``alpaca_eval/main.py``)."""
     return int(sum(map(len, texts)) / len(texts))
-
-
-def _number(value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserInputError(f"the annotations' preference must be a number or null, got {value!r}.")
-    return float(value)
 
 
 def _score(preference: float | None) -> float | None:

@@ -25,7 +25,7 @@ def read_record(path: Path, remedy: str = "") -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserInputError(f"{path}: cannot be read ({error}).{remedy}") from error
     if not isinstance(content, dict):
         raise UserInputError(f"{path}: must hold a mapping, got {type(content).__name__}.{remedy}")

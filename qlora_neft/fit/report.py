@@ -53,7 +53,7 @@ def fit_report(
         "tokens_per_second": None if speed is None else [round(value) for value in speed],
         "confidence": CONFIDENCE[card.is_gpu],
         "remedies": [] if fits else remedies(geometry, wanted, card),
-        "notes": _notes(geometry, choice, stored),
+        "notes": _notes(geometry, wanted, choice, stored),
     }
 
 
@@ -106,8 +106,13 @@ def remedies(geometry: Geometry, wanted: Wanted, card: Card) -> list[str]:
     return found
 
 
-def _notes(geometry: Geometry, choice: Choice, stored: int | None) -> list[str]:
+def _notes(geometry: Geometry, wanted: Wanted, choice: Choice, stored: int | None) -> list[str]:
     notes = []
+    if wanted.passes > 1:
+        notes.append(
+            f"FreeLB makes {wanted.passes} passes a step, which costs {wanted.passes} times as much time; any speed "
+            "given here counts them"
+        )
     if choice.paged_out:
         notes.append(
             f"{choice.paged_out / GIB:.2f} GiB of optimizer states are paged to the host while they are not needed, "

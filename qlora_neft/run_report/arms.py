@@ -26,8 +26,11 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """Its settings, each key without its section."""
-        return ", ".join(f"{key.split('.')[-1]} {show(value)}" for key, value in self.settings.items()) or "all runs"
+        """Its settings, each key without its section; of an arm without noise not what kind of noise it has not."""
+        told = self.settings
+        if ALPHA in told and is_without_noise(self):
+            told = {key: value for key, value in told.items() if key == ALPHA or not key.startswith("neftune.")}
+        return ", ".join(f"{key.split('.')[-1]} {show(value)}" for key, value in told.items()) or "all runs"
 
     def values(self, measure: str) -> dict[int, float]:
         """A measure by seed, of the runs that have it."""

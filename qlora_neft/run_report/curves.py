@@ -10,7 +10,7 @@ from .arms import Arm
 from .record import RunRecord
 
 WIDTH, HEIGHT = 420, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 12, 42
 NUM_COLORS, DASHES = 7, ("", "7 4", "2 3")
 MAX_POINTS, MAX_MARKS = 300, 40
 CURVES = (

@@ -107,15 +107,15 @@ def runs_table(runs: Sequence[RunRecord]) -> TextTable:
 
 
 def facts_table(runs: Sequence[RunRecord]) -> TextTable:
-    """Model, data, hardware and versions; what all runs share is said once."""
+    """Model, data, hardware and versions; what all runs share, as far as they have it yet, is said once."""
     facts = [_facts(run) for run in runs]
     rows = []
     for key in dict.fromkeys(key for fact in facts for key in fact):
-        values = [fact.get(key, "-") for fact in facts]
-        if len(set(values)) == 1:
-            rows.append((key, values[0]))
+        values = {run.name: fact[key] for run, fact in zip(runs, facts, strict=True) if key in fact}
+        if len(set(values.values())) == 1:
+            rows.append((key, next(iter(values.values()))))
         else:
-            rows += [(f"{key}, {run.name}", value) for run, value in zip(runs, values, strict=True)]
+            rows += [(f"{key}, {name}", value) for name, value in values.items()]
     return TextTable("Data, hardware, versions", ("", ""), tuple(rows))
 
 
@@ -146,7 +146,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
         found["hardware"] = f"{hardware['name']} ({hardware['device']}), {hardware['threads']} threads"
         found["platform"] = hardware["platform"]
     if "precision" in summary:
-        found["precision"] = summary["precision"]
+        found["precision"] = summary["precision"].removeprefix("precision: ")
     return found | {f"{package} version": version for package, version in (summary.get("versions") or {}).items()}
 
 

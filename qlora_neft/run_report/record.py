@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from ..errors import UserInputError
 from ..files.record_file import read_record_if_there
+from . import shapes
 
 SWEEP_FILE, MEASURES_FILE, ANSWERS_FILE = "sweep.json", "measures.json", "answers.json"
 
@@ -63,7 +65,8 @@ class RunRecord:
         for measure, numbers in self.measures.items():
             found |= {f"{measure}.{name}": value for name, value in numbers.items()}
         found.pop("loss.held_out_loss", None)  # the summary's, measured again
-        return {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+        numbers = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
+        return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def read_run(folder: Path, name: str | None = None) -> RunRecord:
@@ -72,14 +75,15 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     Raises:
         UserInputError: If it holds none, or a file of it is damaged.
     """
-    about = read_record_if_there(folder / "run.json") or {}
-    summary = read_record_if_there(folder / "summary.json")
+    about = _record(folder / "run.json", shapes.About) or {}
+    summary = _record(folder / "summary.json", shapes.Summary)
     recipe = about.get("recipe") or read_record_if_there(folder / "recipe.yaml") or (summary or {}).get("recipe")
     if not isinstance(recipe, dict) or "train" not in recipe:
         raise UserInputError(
             f"{folder}: holds no run (run.json, recipe.yaml or summary.json). Give the --output-dir of train or sweep."
         )
-    answers = read_record_if_there(folder / ANSWERS_FILE) or {}
+    shapes.checked(recipe, shapes.Recipe, folder, "The recipe in its records is none. Leave this run out.")
+    answers = _record(folder / ANSWERS_FILE, shapes.Answers) or {}
     return RunRecord(
         name=name or folder.resolve().name,
         folder=folder,
@@ -87,7 +91,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         about=about,
         summary=summary,
         metrics=_lines(folder / "metrics.jsonl"),
-        measures=read_record_if_there(folder / MEASURES_FILE) or {},
+        measures=_record(folder / MEASURES_FILE, shapes.Measures) or {},
         answers=list(answers.get("answers", [])),
     )
 
@@ -110,7 +114,12 @@ def find_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 def read_sweep(folder: Path) -> dict[str, Any] | None:
     """``sweep.json``, None without one."""
-    return read_record_if_there(folder / SWEEP_FILE)
+    return _record(folder / SWEEP_FILE, shapes.Sweep)
+
+
+def _record(path: Path, shape: type) -> dict[str, Any] | None:
+    remedy = "Remove it to measure again." if path.name in (MEASURES_FILE, ANSWERS_FILE) else "Leave this folder out."
+    return shapes.checked(read_record_if_there(path, remedy), shape, path, remedy)
 
 
 def _runs_of(folder: Path) -> list[Path]:
@@ -134,7 +143,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """What was logged; the last line may be under way."""
+    """The numbers that were logged; the last line may be under way."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -146,7 +155,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _parsed(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
     for line in lines:
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, RecursionError):
             entry = json.loads(line)
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-                yield entry
+                yield {key: value for key, value in entry.items() if isinstance(value, int | float)}

@@ -100,8 +100,9 @@ def _verdict(compared: Sequence[tuple[str, dict[str, Any]]], name: MeasureName) 
     unclear = [label for label, found in compared if not found["measurable"]]
     if not clear:
         return "no measurable difference"
-    rest = f"; no measurable difference: {', '.join(unclear)}" if unclear else ""
-    return f"measurable: {', '.join(clear)}{rest}"
+    between = "; " if any("," in label for label, _ in compared) else ", "
+    rest = f"; no measurable difference: {between.join(unclear)}" if unclear else ""
+    return f"measurable: {between.join(clear)}{rest}"
 
 
 def best(arms: Sequence[Arm], measure: str = DECIDING) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def _without(row: tuple[str, ...], i: int) -> tuple[str, ...]:
 
 
 def _cell(text: str) -> str:
-    return " ".join("".join(f"\\{c}" if c in "\\|<`*" else c for c in text).split())
+    plain = "".join(f"\\{c}" if c in "\\|<`*" else c for c in text)
+    return " ".join(plain.replace("](", "]\\(").split())  # no link, and no picture fetched from elsewhere
 
 
 def short_table(results: dict[str, Any]) -> TextTable:

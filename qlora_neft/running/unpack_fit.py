@@ -11,6 +11,7 @@ from ..fit import Card, Choice, Wanted, choose
 from ..fit.cards import GIB
 from ..fit.geometry import geometry_of
 from ..recipe import Recipe
+from ..recipe.schema import Neftune
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,13 @@ def wanted(recipe: Recipe) -> Wanted:
         tokens=_chosen(machine.max_tokens_per_micro_batch),
         checkpointing=None if checkpointing == "auto" else bool(checkpointing),
         eval_rows=_chosen(machine.per_device_eval_batch_size) if recipe.data.has_eval_rows else 0,
-        passes=recipe.neftune.adversarial_steps if recipe.neftune else 1,
+        passes=_passes(recipe.neftune),
     )
+
+
+def _passes(noise: Neftune | None) -> int:
+    """Forward and backward passes of a step; without noise there is nothing to climb."""
+    return noise.adversarial_steps if noise is not None and (noise.noise_alpha or noise.final_alpha) else 1
 
 
 def planned_for(recipe: Recipe, config: Mapping[str, Any], card: Card) -> Planned:

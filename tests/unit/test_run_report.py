@@ -8,12 +8,14 @@ import yaml
 from command_line import invoke
 
 from qlora_neft.errors import UserInputError
+from qlora_neft.run_report.arms import arms_by
 from qlora_neft.run_report.curves import curve_of, style_of, thinned, ticks
 from qlora_neft.run_report.page import write_report
 from qlora_neft.run_report.record import find_runs, read_run
 from qlora_neft.run_report.tables import TextTable
 
 EVIL = '<script>alert("x")</script>'
+RECIPE = {"model": {"name_or_path": "base"}, "data": {"path": "rows.jsonl"}, "train": {"seed": 0}}
 VOID = {"meta", "line", "circle", "polyline", "br", "link"}
 
 
@@ -182,6 +184,51 @@ def test_damaged_records_are_named(tmp_path, broken):
         find_runs([folder])
 
 
+ANSWER = {"prompt": "p", "reference": "r", "text": "t"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("run.json", {"recipe": {"train": {"seed": 0}}}, "model"),
+        ("run.json", {"recipe": {**RECIPE, "lora": [1]}}, "lora"),
+        ("run.json", {"recipe": RECIPE, "before": {"answers": [{}]}}, "before.answers.0.prompt"),
+        ("summary.json", {"steps": 5, "hardware": {"name": "a card"}}, "hardware.device"),
+        ("measures.json", {"text": "long"}, "text"),
+        ("answers.json", {"answers": None}, "answers"),
+        ("answers.json", {"answers": [{**ANSWER, "text": None}]}, "answers.0.text"),
+        ("sweep.json", {"recipe": "mine", "swept": {}, "runs": [{}]}, "runs.0.name"),
+    ],
+)
+def test_records_of_another_shape_are_named(tmp_path, monkeypatch, name, content, place):
+    monkeypatch.chdir(tmp_path)
+    (make_run(tmp_path / "one") / name).write_text(json.dumps(content))
+    code, _, stderr = invoke("report", "one")
+    assert code == 2 and f"is damaged at {place} (" in stderr and "one" in stderr, stderr
+
+
+def test_measures_that_are_no_numbers_are_left_out(tmp_path):
+    folder = make_run(tmp_path / "one", 5.0)
+    (folder / "measures.json").write_text('{"text": {"a": NaN, "b": Infinity, "c": "x", "d": {"e": 1}, "f": 2}}')
+    assert set(read_run(folder).values) == {"clean_train_loss", "held_out_loss", "text.f"}
+
+
+def test_what_all_runs_share_is_said_once_also_beside_a_run_under_way(tmp_path):
+    runs = (
+        make_run(tmp_path / "one"),
+        make_run(tmp_path / "two", 5.0),
+        make_run(tmp_path / "begun", 9.0, finished=False),
+    )
+    _, _, markdown = report(tmp_path, *runs)
+    assert markdown.count("10 rows, 100 tokens") == 1 and "| training data |" in markdown
+
+
+def test_an_arm_without_noise_is_not_told_what_kind(tmp_path):
+    runs = [make_run(tmp_path / f"a{alpha}", alpha) for alpha in (0, 5)]
+    arms = arms_by([read_run(run) for run in runs], ["neftune.noise_alpha", "neftune.distribution"])
+    assert [arm.label for arm in arms] == ["noise_alpha 0", "noise_alpha 5, distribution uniform"]
+
+
 def test_what_holds_no_run_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -209,9 +256,12 @@ def test_what_is_no_number_is_no_point(tmp_path):
     folder = make_run(tmp_path / "one")
     with (folder / "metrics.jsonl").open("w") as file:
         file.write('{"step": 1, "loss": null}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": 1.5}\n')
+        file.write('{"step": 4, "loss": "x"}\n{"step": 5, "loss": [2]}\n' + "[" * 100_000 + "\n\x00\n")
     assert curve_of(read_run(folder), "loss") == [(3.0, 1.5)]
 
 
 def test_bars_and_line_ends_stay_in_their_cell():
     table = TextTable("", ("a", "b"), (("x|y", "1\n2"),))
     assert table.markdown().splitlines()[-1] == r"| x\|y | 1 2 |"
+    picture = TextTable("", ("a",), (("![x](http://elsewhere/x.png)",), ("[1, 2]",))).markdown()
+    assert "](" not in picture and "| [1, 2] |" in picture

@@ -126,6 +126,14 @@ def test_more_comparisons_ask_for_more_confidence():
     assert best(arms_from(many))["arm"] is None
 
 
+def test_arms_of_several_keys_are_told_apart_in_a_sentence():
+    runs = [record(alpha, seed, 1.0 - alpha / 50) for alpha in (0, 5, 10) for seed in (0, 1)]
+    results = results_of(arms_by(runs, ["neftune.noise_alpha", "neftune.distribution"]))
+    assert results["measures"]["held_out_loss"]["verdict"] == (
+        "measurable: noise_alpha 5, distribution uniform -0.100; noise_alpha 10, distribution uniform -0.200"
+    )
+
+
 def test_one_seed_says_nothing():
     results = results_of(arms_from({0: [1.0], 5: [0.1]}))
     assert results["measures"]["held_out_loss"]["verdict"] == "one seed: no difference can be told from chance"

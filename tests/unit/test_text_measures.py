@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import random
+import threading
 
 import pytest
 from command_line import invoke, refused
@@ -113,6 +115,14 @@ def test_the_command_measures_files_side_by_side_and_alone(tmp_path, monkeypatch
     code, stdout, _ = invoke("eval", "text", "long.json", "short.txt", "--chunk", "10")
     assert code == 0 and stdout.splitlines()[0].split() == ["long.json", "short.txt"]
     assert ["chunk,", "whitespace", "tokens", "10", "10"] in [line.split() for line in stdout.splitlines()]
+
+
+def test_outputs_may_come_from_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("one\ntwo\n"))
+    writer.start()
+    assert read_texts(tmp_path / "pipe", "--outputs") == ["one", "two"]
+    writer.join()
 
 
 def test_the_papers_cutoffs():

@@ -20,8 +20,8 @@ def rows(preferences, **more):
 
 
 def test_ties_count_half_and_what_is_no_preference_is_left_out():
-    found = win_rate([2, 2, 2, 1, 1.5, 0, None, float("nan"), -1, 3])
-    assert (found.n, found.wins, found.losses, found.ties, found.excluded) == (6, 3, 1, 2, 4)
+    found = win_rate([2, 2, 2, 1, 1.5, 0, None, float("nan"), -1, 3, 10**400])
+    assert (found.n, found.wins, found.losses, found.ties, found.excluded) == (6, 3, 1, 2, 5)
     scores = [1, 1, 1, 0, 0.5, 0.5]
     assert found.win_rate == pytest.approx(100 * sum(scores) / 6, rel=1e-14)
     assert found.standard_error == pytest.approx(100 * statistics.stdev(scores) / math.sqrt(6), rel=1e-14)
@@ -101,7 +101,14 @@ def test_outputs_that_are_not_the_judged_ones(files):
 def test_bad_input_is_told_with_its_remedy(files):
     score = ("eval", "alpaca", "--score")
     files("good.json", rows([1]))
-    assert "must be a number or null, got 'b'" in refused(*score, files("text.json", rows([2, "b"])))
+    said = refused(*score, files("text.json", rows([2, "b"])))
+    assert "--score: 'text.json', entry 2: preference must be a number or null, got 'b'" in said
+    assert "got True" in refused(*score, files("bool.json", rows([True])))
+    assert "is no JSON" in refused(*score, files("deep.json", "[" * 100_000))
+    assert "is no JSON" in refused(*score, files("deep.jsonl", "[" * 100_000))
+    assert "--outputs: 'none.json' is empty" in refused(*score, "good.json", "--outputs", files("none.json", []))
+    assert "--output: has no effect on --score" in refused(*score, "good.json", "--output", "x.json")
+    assert "--reference: has no effect" in refused(*score, "good.json", "--reference", "good.json")
     assert "no preference" in refused(*score, files("bare.json", [{"instruction": "a", "output_2": "b"}]))
     assert "entry 1 must have output_2" in refused(*score, files("no.json", [{"instruction": "a"}]))
     assert "no usable preference" in refused(*score, files("null.json", rows([None])))
@@ -111,17 +118,19 @@ def test_bad_input_is_told_with_its_remedy(files):
     assert "--judge or --score" in refused("eval", "alpaca", "--outputs", "good.json")
 
 
-def test_scoring_imports_no_torch(files):
+def test_scoring_and_measuring_import_no_torch(files):
     import subprocess
     import sys
 
     from command_line import environment
 
     files("annotations.json", rows([2, 1]))
+    files("outputs.json", [{"output": "a b c d " * 20}])
     code = (
         "import sys\nfrom qlora_neft.cli import app\n"
-        "try: app(['eval', 'alpaca', '--score', 'annotations.json', '--json'])\n"
-        "except SystemExit as end: assert not end.code\n"
+        "for verb in (['alpaca', '--score', 'annotations.json'], ['text', '--outputs', 'outputs.json']):\n"
+        "    try: app(['eval', *verb, '--json'])\n"
+        "    except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True, capture_output=True)

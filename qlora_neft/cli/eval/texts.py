@@ -129,6 +129,9 @@ def alpaca(
     if score is not None:
         if source is not None or judge is not None:
             raise UserInputError("--score: scores annotations that are there; give no DIR and no --judge with it.")
+        for option, given in (("--output", output), ("--reference", reference), ("--instructions", instructions)):
+            if given is not None:
+                raise UserInputError(f"{option}: has no effect on --score, got {str(given)!r}. Leave it away.")
         _show_score(_scored(score, outputs), as_json)
         return
     if (source is None) == (outputs is None):
