@@ -81,7 +81,7 @@ def main() -> None:
         else:
             result = sweep(options, rows, name)
         if options.output is not None:
-            shutil.copyfile(result, options.output / f"ablation_{name}.json")
+            shutil.copyfile(result, options.output / f"ablations_{name}.json")
 
 
 def sweep(options: argparse.Namespace, rows: Path, name: str) -> Path:

@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the sweeps")
     parser.add_argument("--output", type=Path, help="folder that gets the results")
     names = [f"{base}-{regime}" for base in BASES for regime in REGIMES]
+    parser.add_argument("--alphas", default=ALPHAS, help="some of them; others may be added later")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def measure(options: argparse.Namespace, name: str) -> None:
     base_name, regime = name.split("-")
     base, folder = BASES[base_name], options.runs / name
     rows = write_rows(options.runs / f"{base_name}.json", options.data, base, options.models)
-    words = [f"neftune.noise_alpha={ALPHAS}", *base.words(options.models, rows)]
+    words = [f"neftune.noise_alpha={options.alphas}", *base.words(options.models, rows)]
     words += [f"data.eval_split={base.held_out}", *COMMON, "data.max_length=256", *REGIMES[regime]]
     run_sweep(words, folder, *MEASURES)
     known = {row["instruction"] for row in json.loads(options.data.read_text(encoding="utf-8"))}

@@ -10,7 +10,7 @@ DOCS = ROOT / "docs"
 
 def pages() -> dict[str, str]:
     """Generated pages: path below docs/, text."""
-    from . import api_page, commands_page, gpu_page, recipes_page, results_page
+    from . import api_page, commands_page, gpu_page, measured_tables, recipes_page, results_page
 
     return {
         "which_recipe.md": gpu_page.text(),
@@ -18,4 +18,5 @@ def pages() -> dict[str, str]:
         "commands.md": commands_page.text(),
         "api.md": api_page.text(),
         "results/index.md": results_page.text(),
+        **measured_tables.pages(),
     }

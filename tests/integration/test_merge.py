@@ -80,7 +80,9 @@ def test_of_the_three_strategies_only_the_default_is_the_trained_model(architect
     report = merged(adapter, tmp_path / "out")
     found = report["strategies"]
     assert report["status"] == "done" and report["chosen"] == "dequantized" and report["dtype"] == "float16"
-    assert found["dequantized"]["kl"] < KL_LIMIT < min(found["original"]["kl"], found["nf4"]["kl"])
+    assert found["dequantized"]["kl"] < KL_LIMIT
+    # How large the others are depends on the random weights, which are not the same on every CPU.
+    assert min(found["original"]["kl"], found["nf4"]["kl"]) > 1000 * found["dequantized"]["kl"]
     assert found["dequantized"]["loss"] == pytest.approx(report["proof"]["reference_loss"], abs=1e-2)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
