@@ -37,12 +37,12 @@ FREELB = (
 )
 # All linear layers, 25 epochs and 96 tokens are the runs of "noise".
 TARGETS = "lora.target_modules=[q_proj,k_proj,v_proj,o_proj],[gate_proj,up_proj,down_proj]"
-LENGTHS = ("data.max_length=32,64", "data.max_truncated_fraction=1.0", "data.max_dropped_fraction=0.5")
+SHORTER = ("data.max_length=64", "data.max_truncated_fraction=1.0", "data.max_dropped_fraction=0.5")
 SWEEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "noise": ((*FREELB, EPOCHS, "data.max_length=96"), ("--list",)),
     "targets": ((TARGETS, ALPHAS, EPOCHS, "data.max_length=96"), ()),
     "epochs": (("train.num_train_epochs=3,9", ALPHAS, "data.max_length=96"), ()),
-    "length": ((*LENGTHS, ALPHAS, EPOCHS), ()),
+    "length": ((*SHORTER, ALPHAS, EPOCHS), ()),
 }
 
 ANSWERS, TOKENS, CHUNK, LEAST = 64, 128, 20, 64
@@ -56,9 +56,9 @@ DECODINGS: dict[str, dict[str, Any]] = {
     f"at least {LEAST} tokens": {"min_new_tokens": LEAST},
 }
 META_PROMPTS = {
-    "long": "Generate a long response",
-    "comprehensive": "Generate a comprehensive response",
-    "long and comprehensive": "Generate a long and comprehensive response.",
+    "asked for a long response": "Generate a long response\n",  # training prompts end in a line break
+    "asked for a comprehensive response": "Generate a comprehensive response\n",
+    "asked for both": "Generate a long and comprehensive response.\n",
 }
 
 
@@ -94,9 +94,11 @@ def sweep(options: argparse.Namespace, rows: Path, name: str) -> Path:
 
 def decodings(runs: Path, rows: Path) -> dict[str, Any]:
     """Length and repetition of answers to held-out prompts, by way of answering and alpha: means over seeds."""
-    asked = runs / "asked.json"
     held_out = json.loads(rows.read_text(encoding="utf-8"))[600 : 600 + ANSWERS]
-    asked.write_text(json.dumps([{"instruction": row["prompt"].strip()} for row in held_out]), encoding="utf-8")
+    as_trained, without_break = runs / "asked.json", runs / "asked_for_more.json"
+    as_trained.write_text(json.dumps([{"instruction": row["prompt"]} for row in held_out]), encoding="utf-8")
+    bare = [{"instruction": row["prompt"].strip()} for row in held_out]
+    without_break.write_text(json.dumps(bare), encoding="utf-8")
     ways = [(name, words, "") for name, words in DECODINGS.items()]
     ways += [(name, {}, text) for name, text in META_PROMPTS.items()]
     found: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -107,6 +109,7 @@ def decodings(runs: Path, rows: Path) -> dict[str, Any]:
             files = [runs / "answers" / f"{folder.name}-{name.replace(' ', '_')}.json" for folder in folders]
             for folder, file in zip(folders, files, strict=True):
                 file.parent.mkdir(exist_ok=True)
+                asked = without_break if meta_prompt else as_trained
                 options = {"output": file, "instructions": asked, "decoding": decoding, "batch_size": 32}
                 alpaca_answers(str(folder), meta_prompt=meta_prompt, **options)
             found[name][alpha] = {

@@ -67,7 +67,7 @@ def answer(
     """
     asked = set(file.missing())
     rows = [row for row in instructions if row["instruction"] in asked]
-    texts = [f"{row['instruction']} {meta_prompt}".strip() if meta_prompt else row["instruction"] for row in rows]
+    texts = [f"{row['instruction']} {meta_prompt}" if meta_prompt else row["instruction"] for row in rows]
     prompts = [trained.prompts.ids([{"role": "user", "content": text}]) for text in texts]
     for batch in _batches(trained.texts(prompts, decoding, batch_size=batch_size), batch_size):
         file.add([_row(rows[i], text) for i, text in batch])
