@@ -30,7 +30,6 @@ COMMON = (
     "lora.lora_alpha=16",
     "lora.lora_dropout=0",
     "train.effective_batch_size=16",
-    "train.learning_rate=5e-3",
     "train.lr_scheduler_type=cosine",
     "train.max_grad_norm=1.0",
     "machine.per_device_train_batch_size=16",
@@ -50,11 +49,13 @@ class Base:
         folder: Name below the folder of models, or a bundled model.
         held_out: Slice of its rows.
         longest: Tokens of prompt and response. Steps cost time in proportion.
+        learning_rate: That it takes; at 5e-3 the demo's base forgets more than it learns.
     """
 
     folder: str
     held_out: str
     longest: int
+    learning_rate: float = 5e-3
 
     def path(self, models: Path) -> str:
         """What ``model.name_or_path`` is."""
@@ -63,13 +64,14 @@ class Base:
     def words(self, models: Path, rows: Path) -> list[str]:
         """Overrides that name the model and its rows."""
         bare = ["data.format=prompt-completion", "data.prompt_template=auto"]
-        return [f"model.name_or_path={self.path(models)}", f"data.path={rows}", *bare]
+        learning_rate = f"train.learning_rate={self.learning_rate}"
+        return [f"model.name_or_path={self.path(models)}", f"data.path={rows}", *bare, learning_rate]
 
 
 BASES = {
     "stories": Base("stories260K", "train[800:928]", 104),
     "baby": Base("babyllama361", "train[1000:1128]", 200),
-    "demo": Base("bundled:demo/base", "train[900:1028]", 96),
+    "demo": Base("bundled:demo/base", "train[900:1028]", 96, learning_rate=1e-3),
 }
 
 

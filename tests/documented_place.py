@@ -63,7 +63,8 @@ def make_documented_place(llama: Path, folder: Path) -> Path:
         _write_lines(folder / f"{name}.jsonl", ROWS if name == "my_rows" else SOME)
     _write_lines(folder / "messages.jsonl", TALK)
     (folder / "prompts.txt").write_text("One?\nTwo?\n")
-    (folder / "model_outputs.json").write_text(json.dumps(OUTPUTS))
+    for name in ("model_outputs", "drawn", "long"):
+        (folder / f"{name}.json").write_text(json.dumps(OUTPUTS))
     (folder / "annotations.json").write_text(json.dumps(JUDGED))
     return folder
 
