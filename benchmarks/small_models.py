@@ -49,7 +49,7 @@ class Base:
         folder: Name below the folder of models, or a bundled model.
         held_out: Slice of its rows.
         longest: Tokens of prompt and response. Steps cost time in proportion.
-        learning_rate: That it takes; at 5e-3 the demo's base forgets more than it learns.
+        learning_rate: Of the adapter.
     """
 
     folder: str
