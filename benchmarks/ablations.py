@@ -88,7 +88,7 @@ def sweep(options: argparse.Namespace, rows: Path, name: str) -> Path:
     """One ablation; its results."""
     words, combine = SWEEPS[name]
     common = ["data.split=train[:128]", f"data.eval_split={BASE.held_out}", *COMMON, *words]
-    run_sweep([*BASE.words(options.models, rows), *common], options.runs / name, *MEASURES, *combine)
+    run_sweep(BASE.recipe, [*BASE.words(options.models, rows), *common], options.runs / name, *MEASURES, *combine)
     return options.runs / name / "results.json"
 
 

@@ -4,9 +4,9 @@
         [--output docs/results] [--only stories-memorise ...]
 
 Alpha 0, 5, 10 and 15 with three seeds each, as `qlora-neft sweep`, where a model memorises (128 rows, 25 epochs) and
-in the paper's own regime (800 rows, one epoch). Rows are Alpaca's, those short enough for the model. Losses also on the
-first 128 fitting rows of every other file, without the instructions that Alpaca's file has. Every sweep can be
-interrupted: the same command goes on. With --output, its results and picture are copied there;
+in the paper's own regime (800 rows, one epoch; the demo: 1,152 rows, two). Rows are Alpaca's, those short enough for the model;
+the demo's base learns the demo's. Losses also on the first 128 fitting rows of every other file, without the
+instructions that Alpaca's file has. Every sweep can be interrupted: the same command goes on. With --output, its results and picture are copied there;
 `python -m scripts.build_docs` makes the tables of the page from them.
 """
 
@@ -25,6 +25,7 @@ REGIMES = {
     "memorise": ("train.num_train_epochs=25", "data.split=train[:128]"),
     "paper": ("train.num_train_epochs=1", "data.split=train[:800]"),
 }
+OWN_REGIMES = {"memorise": REGIMES["memorise"], "paper": ()}  # the demo's recipe is two epochs of 1,152 rows
 
 
 def main() -> None:
@@ -50,20 +51,32 @@ def measure(options: argparse.Namespace, name: str) -> None:
     """One base in one regime."""
     base_name, regime = name.split("-")
     base, folder = BASES[base_name], options.runs / name
-    rows = write_rows(options.runs / f"{base_name}.json", options.data, base, options.models)
-    words = [f"neftune.noise_alpha={options.alphas}", *base.words(options.models, rows)]
-    words += [f"data.eval_split={base.held_out}", *COMMON, "data.max_length=256", *REGIMES[regime]]
-    run_sweep(words, folder, *MEASURES)
-    known = {row["instruction"] for row in json.loads(options.data.read_text(encoding="utf-8"))}
-    others = dict(word.split("=", 1) for word in options.other)
-    sets = []
-    for other, file in others.items():
-        path = options.runs / f"{base_name}-{other}.json"
-        write_rows(path, Path(file), base, options.models, unlike=known, most=OTHER_ROWS)
-        sets += ["--data", f"{other}={path}"]
-    if sets:
+    words = [f"neftune.noise_alpha={options.alphas}", *COMMON]
+    if base.has_own_rows:
+        words += OWN_REGIMES[regime]
+    else:
+        rows = write_rows(options.runs / f"{base_name}.json", options.data, base, options.models)
+        words += [*base.words(options.models, rows), f"data.eval_split={base.held_out}", "data.max_length=256"]
+        words += REGIMES[regime]
+    run_sweep(base.recipe, words, folder, *MEASURES)
+    if sets := other_sets(options, base_name):
         qlora_neft("eval", "loss", *map(str, runs_of(folder)), *sets, "--batch-size", "32")
-        run_sweep(words, folder, *MEASURES)  # all is trained: only the results are written again
+        run_sweep(base.recipe, words, folder, *MEASURES)  # all is trained: only the results are written again
+
+
+def other_sets(options: argparse.Namespace, base_name: str) -> list[str]:
+    """Options that name further held-out rows; for a base with rows of its own, Alpaca's first."""
+    base = BASES[base_name]
+    instructions = {row["instruction"] for row in json.loads(options.data.read_text(encoding="utf-8"))}
+    files = {name: (Path(file), instructions) for name, file in (word.split("=", 1) for word in options.other)}
+    if base.has_own_rows:
+        files = {"alpaca": (options.data, set()), **files}
+    words = []
+    for name, (file, unlike) in files.items():
+        path = options.runs / f"{base_name}-{name}.json"
+        write_rows(path, file, base, options.models, unlike=unlike, most=OTHER_ROWS)
+        words += ["--data", f"{name}={path}"]
+    return words
 
 
 def keep(folder: Path, output: Path, stem: str) -> None:

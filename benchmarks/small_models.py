@@ -1,6 +1,7 @@
 """Small pretrained models and short Alpaca rows for measurements on a CPU, and the sweeps that they are put to.
 
-Prompts stand without a template: in the tokens of a small tokenizer it would be longer than the rows.
+Prompts stand without a template: in the tokens of a small tokenizer it would be longer than the rows. The demo's base knows
+no word of Alpaca's and cannot learn them; it learns the demo's rows.
 
 Neither models nor rows are part of this repository.
 """
@@ -21,13 +22,9 @@ from transformers import AutoTokenizer
 
 from qlora_neft.files.bundled import resolve_bundled
 
-RECIPE = "llama2-7b-alpaca"
 MIN_RESPONSE_TOKENS = 24  # shorter ones say little about reciting
 MAX_CHARACTERS = 1000  # longer ones fit none of the bases
 COMMON = (
-    "model.revision=main",
-    "lora.r=64",
-    "lora.lora_alpha=16",
     "lora.lora_dropout=0",
     "train.effective_batch_size=16",
     "train.lr_scheduler_type=cosine",
@@ -49,29 +46,33 @@ class Base:
         folder: Name below the folder of models, or a bundled model.
         held_out: Slice of its rows.
         longest: Tokens of prompt and response. Steps cost time in proportion.
-        learning_rate: Of the adapter.
+        recipe: Shipped recipe that is started from.
+        has_own_rows: Whether the recipe's own rows are learned, with its template, and its numbers kept.
     """
 
     folder: str
     held_out: str
     longest: int
-    learning_rate: float = 5e-3
+    recipe: str = "llama2-7b-alpaca"
+    has_own_rows: bool = False
 
     def path(self, models: Path) -> str:
         """What ``model.name_or_path`` is."""
         return self.folder if self.folder.startswith("bundled:") else str(models / self.folder)
 
     def words(self, models: Path, rows: Path) -> list[str]:
-        """Overrides that name the model and its rows."""
+        """Overrides that name the model, its rows, and how fast it learns them."""
+        if self.has_own_rows:
+            return []
         bare = ["data.format=prompt-completion", "data.prompt_template=auto"]
-        learning_rate = f"train.learning_rate={self.learning_rate}"
-        return [f"model.name_or_path={self.path(models)}", f"data.path={rows}", *bare, learning_rate]
+        adapter = ["lora.r=64", "lora.lora_alpha=16", "train.learning_rate=5e-3"]
+        return [f"model.name_or_path={self.path(models)}", "model.revision=main", f"data.path={rows}", *bare, *adapter]
 
 
 BASES = {
     "stories": Base("stories260K", "train[800:928]", 104),
     "baby": Base("babyllama361", "train[1000:1128]", 200),
-    "demo": Base("bundled:demo/base", "train[900:1028]", 96, learning_rate=1e-3),
+    "demo": Base("bundled:demo/base", "", 200, recipe="demo", has_own_rows=True),
 }
 
 
@@ -95,9 +96,9 @@ def write_rows(
     return path
 
 
-def run_sweep(words: Sequence[str], folder: Path, *options: str) -> None:
-    """``qlora-neft sweep`` of the recipe; what is finished there is not done again."""
-    qlora_neft("sweep", RECIPE, *words, "--output-dir", str(folder), *options)
+def run_sweep(recipe: str, words: Sequence[str], folder: Path, *options: str) -> None:
+    """``qlora-neft sweep`` of a recipe; what is finished there is not done again."""
+    qlora_neft("sweep", recipe, *words, "--output-dir", str(folder), *options)
 
 
 def runs_of(folder: Path) -> list[Path]:
@@ -114,7 +115,7 @@ def qlora_neft(*words: str) -> str:
 
 
 def _short(rows: list[dict[str, Any]], base: Base, model: str) -> list[dict[str, Any]]:
-    """Rows without an input that fit, in the order of the file, as prompt and completion."""
+    """Rows without an input that fit, in the order of the file; as they are, or as prompt and completion."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_bundled(model))
     found = []
     for row in rows:
@@ -124,5 +125,5 @@ def _short(rows: list[dict[str, Any]], base: Base, model: str) -> list[dict[str,
         asked, answered = (tokenizer(text)["input_ids"] for text in (prompt, completion))
         is_spelled = tokenizer.unk_token_id not in asked + answered
         if is_spelled and MIN_RESPONSE_TOKENS <= len(answered) <= base.longest - len(asked):
-            found.append({"prompt": prompt, "completion": completion})
+            found.append(row if base.has_own_rows else {"prompt": prompt, "completion": completion})
     return found
