@@ -4,10 +4,10 @@
         [--output docs/results] [--only stories-memorise ...]
 
 Alpha 0, 5, 10 and 15 with three seeds each, as `qlora-neft sweep`, where a model memorises (128 rows, 25 epochs) and
-in the paper's own regime (800 rows, one epoch; the demo: 1,152 rows, two). Rows are Alpaca's, those short enough for the model;
-the demo's base learns the demo's. Losses also on the first 128 fitting rows of every other file, without the
-instructions that Alpaca's file has. Every sweep can be interrupted: the same command goes on. With --output, its results and picture are copied there;
-`python -m scripts.build_docs` makes the tables of the page from them.
+in the paper's own regime (800 rows, one epoch; the demo: 1,152 rows, two). Rows are Alpaca's, those short enough for
+the model; the demo's base learns the demo's. Losses also on the first 128 fitting rows of every other file, without the
+instructions that Alpaca's file has. Every sweep can be interrupted: the same command goes on. With --output, its
+results and picture are copied there; `python -m scripts.build_docs` makes the tables of the page from them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Small pretrained models and short Alpaca rows for measurements on a CPU, and the sweeps that they are put to.
 
-Prompts stand without a template: in the tokens of a small tokenizer it would be longer than the rows. The demo's base knows
-no word of Alpaca's and cannot learn them; it learns the demo's rows.
+Prompts stand without a template: in the tokens of a small tokenizer it would be longer than the rows. The demo's base
+does not learn Alpaca's rows, whose tokens it hardly knows; it learns the demo's.
 
 Neither models nor rows are part of this repository.
 """
