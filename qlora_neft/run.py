@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .base_config import check_base_config, check_context, check_vocabulary
 from .data import PreparedData
 from .display.console import make_console, say
 from .display.quiet import quiet_libraries
@@ -20,7 +21,6 @@ from .display.rows_progress import RowsProgress
 from .display.run_lines import data_lines, noise_line
 from .files.disk_errors import failing_with_the_disk
 from .precision import PrecisionPolicy
-from .quantization import check_base_config, check_context, check_vocabulary
 from .recipe import Recipe
 from .run_folder.checkpoint_files import remove_leftovers
 from .run_folder.output_folder import claimed, disk_message, read_summary, restore_from_mirror

@@ -57,8 +57,8 @@ def merge(
     from ..merging.output import check_out
     from ..merging.table import lines
     from ..trained import find_adapter
-    from ..trained.load import tokenizer_of_adapter
     from ..trained.prompts import template_of
+    from ..trained.tokenizer import tokenizer_of_adapter
 
     check_out(out.expanduser())  # before anything is fetched
     with quiet_libraries():

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from ..base_config import check_base_config
 from ..errors import UserInputError
 from ..precision import resolve_precision
-from ..quantization import check_base_config, load_nf4_base
+from ..quantization import load_nf4_base
 from ..tokenizer import load_tokenizer
 from ..trained import Prompts, load_trained
 from ..trained.folder import CONFIG

@@ -13,8 +13,8 @@ from ..errors import UserInputError
 from ..tokenizer import load_tokenizer
 from ..trained import AdapterFolder, Prompts, find_adapter
 from ..trained.folder import CONFIG
-from ..trained.load import tokenizer_of_adapter
 from ..trained.prompts import template_of
+from ..trained.tokenizer import tokenizer_of_adapter
 from .chat_to_go import chat_to_go
 
 # Greedy with this penalty, over the whole text: arXiv:2310.05914, appendix.

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..data.templates import read_jinja
 from ..files.suffixes import JINJA_SUFFIXES
 from ..trained import AdapterFolder
-from ..trained.load import tokenizer_of_adapter
+from ..trained.tokenizer import tokenizer_of_adapter
 
 FILES = (
     "tokenizer.json",

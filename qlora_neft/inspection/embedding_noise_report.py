@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base_config import check_base_config, check_vocabulary
 from ..display.quiet import quiet_libraries
 from ..errors import UserInputError
 from ..evaluation.embedding_noise import EmbeddingTable, read_embedding
 from ..evaluation.embedding_noise.report import embedding_noise_report
 from ..files.bundled import PREFIX, resolve_bundled, shown_path
 from ..precision import resolve_precision
-from ..quantization import check_base_config, check_vocabulary
 from ..recipe import Recipe, load_recipe
 from ..running.unpack import data_of, model_path
 from ..tokenizer import load_tokenizer

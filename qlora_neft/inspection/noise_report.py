@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..base_config import check_base_config
 from ..data.lengths import sequence_lengths
 from ..display.quiet import quiet_libraries
 from ..neftune import expected_norm, noise_scale
-from ..quantization import check_base_config
 from ..recipe import Recipe
 from ..running.unpack import data_of, model_path
 from ..tokenizer import load_tokenizer

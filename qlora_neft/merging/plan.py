@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
+from ..base_config import check_base_config
 from ..errors import UserInputError
-from ..quantization import check_base_config
 from ..trained import AdapterFolder
-from ..trained.load import naming_the_base
+from ..trained.tokenizer import naming_the_base
 from .checkpoint import Checkpoint
 from .strategies import DEQUANTIZED, NF4, STRATEGIES, Merge, quantized_names
 from .update import Update

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from ..base_config import check_vocabulary
 from ..data.examples import Passage
 from ..decoding import Continuation, Decoding, continuations
 from ..errors import RunFailed, UserInputError
-from ..quantization import check_vocabulary
 from ..trained import Trained
 from .requests import Request
 from .stream import TextStream, answer_text

@@ -17,9 +17,9 @@ from ..errors import UserInputError
 from ..files.record_file import read_record
 from ..precision import PrecisionPolicy, resolve_precision
 from ..quantization import load_nf4_base, nf4_config
-from ..tokenizer import load_tokenizer
 from .folder import MEND, WEIGHTS, AdapterFolder, find_adapter
 from .prompts import Prompts, recorded_template, template_of
+from .tokenizer import naming_the_base, tokenizer_of_adapter
 
 
 @dataclass(frozen=True)
@@ -140,22 +140,6 @@ def nf4_base_of(folder: AdapterFolder, policy: PrecisionPolicy) -> PreTrainedMod
         )
 
 
-@contextmanager
-def naming_the_base(folder: AdapterFolder) -> Iterator[None]:
-    """What is wrong with a base, in the words of who loads an adapter: ``model.name_or_path`` is a recipe's.
-
-    Raises:
-        UserInputError: With ``--base``, or with the adapter whose base it is and how to give another.
-    """
-    try:
-        yield
-    except UserInputError as error:
-        rule = str(error).removeprefix("model.name_or_path: ")
-        if folder.own_base:
-            raise UserInputError(f"--base: {rule}") from error
-        raise UserInputError(f"{folder.source}: its base: {rule} Another place of the base: --base.") from error
-
-
 def with_adapter(base: PreTrainedModel, folder: AdapterFolder) -> PeftModel:
     """Put the adapter on a base, in eval mode.
 
@@ -172,11 +156,3 @@ def with_adapter(base: PreTrainedModel, folder: AdapterFolder) -> PeftModel:
             f"{folder.source}: the adapter does not fit the base {folder.base!r}. Give the base it was trained on "
             f"with --base. ({first_line})"
         ) from error
-
-
-def tokenizer_of_adapter(folder: AdapterFolder) -> Any:
-    """The tokenizer saved beside the adapter, else the base's."""
-    if (folder.path / "tokenizer_config.json").is_file():
-        return load_tokenizer(str(folder.path))
-    with naming_the_base(folder):
-        return load_tokenizer(folder.base, revision=folder.base_revision)

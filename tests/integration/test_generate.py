@@ -190,7 +190,7 @@ def test_a_row_of_data_is_asked_as_it_was_trained(trained, folder, name):
 
 
 def load_trained_tokenizer(trained):
-    from qlora_neft.trained.load import tokenizer_of_adapter
+    from qlora_neft.trained.tokenizer import tokenizer_of_adapter
 
     return tokenizer_of_adapter(trained.folder)
 

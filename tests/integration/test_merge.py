@@ -17,7 +17,8 @@ from qlora_neft.precision import resolve_precision
 from qlora_neft.quantization import keep_nf4_layout, load_nf4_base
 from qlora_neft.run_folder.adapter import save_adapter
 from qlora_neft.trained import find_adapter
-from qlora_neft.trained.load import nf4_base_of, tokenizer_of_adapter, with_adapter
+from qlora_neft.trained.load import nf4_base_of, with_adapter
+from qlora_neft.trained.tokenizer import tokenizer_of_adapter
 
 ROWS = ProofRows([dict(row) for row in mixed_rows(6)], "random rows")
 IDS = torch.tensor([ROWS.rows[3]["input_ids"]])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig
 
+from qlora_neft.base_config import check_context, check_vocabulary
 from qlora_neft.errors import UserInputError
-from qlora_neft.quantization import check_context, check_vocabulary
 
 CONFIG = LlamaConfig(vocab_size=100, max_position_embeddings=64, hidden_size=32, num_attention_heads=2)
 

@@ -55,7 +55,7 @@ LAYERS = (
         "steps.rows",
         "trainer.smaller_steps",
     },
-    {"decoding.decode", "run_folder.when_to_save", "steps.batch", "steps.freelb"},
+    {"base_config", "decoding.decode", "run_folder.when_to_save", "steps.batch", "steps.freelb"},
     {"decoding.__init__"},
     # the parts
     {

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ...base_config import check_base_config
 from ...errors import UserInputError
-from ...quantization import check_base_config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
