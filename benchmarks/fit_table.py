@@ -30,7 +30,8 @@ PUBLISHED = (
 def main() -> None:
     """Print the page."""
     print("# What fits where, by the planner\n")
-    print("Made by `benchmarks/fit_table.py` from counts and a model of memory.")
+    print("How large a micro-batch each size of memory holds, by counts and a model of memory")
+    print("(`benchmarks/fit_table.py`).")
     print("**No figure of the model is measured on a GPU.**")
     for r in (64, 16):
         print(f"\n## 512 tokens, 16 sequences a step, LoRA r {r} on all linear layers, paged AdamW in 32 bits\n")

@@ -131,7 +131,8 @@ def _outputs(folder: Path, model: str) -> Path:
 
 INTRODUCTION = """# Published outputs, scored again
 
-Made by `benchmarks/published_scores.py` from files of github.com/tatsu-lab/alpaca_eval (commit cd543a1):
+AlpacaEval's published win rates, errors, counts and lengths come out of our code equal to 15 digits. Made by
+`benchmarks/published_scores.py` from files of github.com/tatsu-lab/alpaca_eval (commit cd543a1):
 `results/MODEL/model_outputs.json`, `results/MODEL/alpaca_eval_gpt4/annotations.json` and the leaderboard
 `alpaca_eval_gpt4_leaderboard.csv`. `tests/integration/test_published_scores.py` holds the figures.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .files import list_recipes, recipe_path
@@ -14,12 +15,7 @@ _HOME = {"Recipe": "schema", "list_recipes": "files", "load_recipe": "load", "re
 
 __all__ = ["Recipe", "list_recipes", "load_recipe", "recipe_path"]
 
-
-def __getattr__(name: str) -> Any:
-    # Imported when it is first used: the other modules here serve without what these need.
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -24,6 +24,7 @@ LAYERS = (
         "errors",
         "files.file_hash",
         "files.text_file",
+        "lazy_names",
         "running.processes",
     },
     {
