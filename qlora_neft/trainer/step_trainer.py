@@ -1,15 +1,14 @@
 """A trainer whose dataloader hands out whole optimizer steps, and which survives what can go wrong in one.
 
-Out of memory: the step is split into smaller micro-batches and taken again. A loss or gradient that is not finite:
-the step is skipped and counted. A request to stop that cannot wait: the step is given up.
+Out of memory: the step is split into smaller micro-batches and taken again. A request to stop that cannot wait: the
+step is given up. A loss or gradient that is not finite: `FiniteStepsTrainer`.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -24,11 +23,9 @@ from ..run_folder.stop_request import StopRequest
 from ..steps.batch import MicroBatch, StepBatch, StepCollator
 from ..steps.randomness import preserved_rng
 from ..steps.rows import StepLoader, StepRows, StepSampler, step_loader, step_order
-from .checkpointed_trainer import CheckpointedTrainer
+from .finite_steps import FiniteStepsTrainer
 from .label_check import check_labels
 from .smaller_steps import Split, smaller, too_large
-
-ROWS_NAMED = 16  # rows of a bad step that are named
 
 
 class StepGivenUp(Exception):
@@ -48,27 +45,22 @@ def ungathered(accelerator: Any) -> Iterator[None]:
         del accelerator.gather_for_metrics
 
 
-class StepTrainer(CheckpointedTrainer):
+class StepTrainer(FiniteStepsTrainer):
     """One dataloader batch is one optimizer step; `training_step` splits it into micro-batches.
 
     Attributes:
         split: Largest micro-batches so far found to fit.
         tokens_seen, trained_tokens_seen: Real tokens, and those with a label, on this rank.
         train_seconds: Spent in training so far, sessions before this one included.
-        bad_steps: Steps skipped for a loss or gradient that was not finite, in all.
         stop: Asked between micro-batches whether to give a step up.
-        say: Told every decision, one line each.
     """
 
     split: Split
-    tokens_seen = trained_tokens_seen = bad_steps = 0
+    tokens_seen = trained_tokens_seen = 0
     train_seconds = 0.0
     stop: StopRequest | None = None
-    say: Callable[[str], None] = staticmethod(logging.getLogger(__name__).warning)
-    _bad_in_a_row = 0
     _began = 0.0
     _steps: StepSampler | None = None
-    _loss_is_finite = True
 
     # ---- The steps ----
 
@@ -101,6 +93,14 @@ class StepTrainer(CheckpointedTrainer):
     def _epoch(self) -> int:
         """The epoch under way, counted from 0."""
         return self.state.global_step // max(len(self._steps or ()), 1)
+
+    def rows_of_step(self, step: int) -> list[Any]:
+        """The rows of the source that a step takes, by number where the dataset has them (``row``), else by index."""
+        if self._steps is None:
+            return []
+        indices = self._steps.rows_of(*divmod(step, max(len(self._steps), 1)))
+        has_numbers = "row" in getattr(self.train_dataset, "column_names", ())
+        return [self.train_dataset[i]["row"] if has_numbers else i for i in indices]
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward through the micro-batches of one optimizer step; returns the step's loss."""
@@ -198,44 +198,6 @@ class StepTrainer(CheckpointedTrainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
-
-    # ---- Steps that are not finite ----
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Upstream's norm; a step whose loss or gradient is not finite loses its gradient here, and is skipped.
-
-        Under fp16 a gradient that overflows is the scaler's business, as long as the loss is finite: it skips the
-        step by itself and lowers its scale.
-        """
-        norm = super()._get_grad_norm(model, grad_norm)
-        if self._loss_is_finite and (self.args.fp16 or math.isfinite(float(norm))):
-            self._bad_in_a_row = 0
-            return norm
-        self.bad_steps += 1
-        self._bad_in_a_row += 1
-        what = "gradient" if self._loss_is_finite else "loss"
-        self.say(f"step {self.state.global_step + 1}: the {what} is not finite; the step is skipped")
-        model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
-        if self._bad_in_a_row >= self.args.max_bad_steps:
-            raise RunFailed(self._diverged(what))
-        return norm
-
-    def _diverged(self, what: str) -> str:
-        rows = self.rows_of_step(self.state.global_step)
-        named = ", ".join(map(str, rows[:ROWS_NAMED])) + ", ..." * (len(rows) > ROWS_NAMED)
-        return (
-            f"the {what} was not finite in {self._bad_in_a_row} steps in a row, the last being step "
-            f"{self.state.global_step + 1} (rows {named} of the training data). Look at these rows, lower "
-            "train.learning_rate, or set machine.precision=fp32."
-        )
-
-    def rows_of_step(self, step: int) -> list[Any]:
-        """The rows of the source that a step takes, by number where the dataset has them (``row``), else by index."""
-        if self._steps is None:
-            return []
-        indices = self._steps.rows_of(*divmod(step, max(len(self._steps), 1)))
-        has_numbers = "row" in getattr(self.train_dataset, "column_names", ())
-        return [self.train_dataset[i]["row"] if has_numbers else i for i in indices]
 
     # ---- Interruption and resume ----
 

@@ -18,7 +18,8 @@ _MARK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTAL
 _LOSS, _SCORE = ".3f", ".1f"
 MEASURES = {
     "clean_train_loss": ("clean train loss", _LOSS),
-    "held_out_loss": ("held-out loss, Alpaca", _LOSS),
+    "held_out_loss": ("held-out loss", _LOSS),
+    "loss.alpaca_loss": ("held-out loss, Alpaca", _LOSS),
     "loss.gpt4_loss": ("held-out loss, GPT-4's answers", _LOSS),
     "loss.dolly_loss": ("held-out loss, Dolly", _LOSS),
     "overfit.train_prompts_rouge_l": ("ROUGE-L on training prompts", _SCORE),

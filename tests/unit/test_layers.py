@@ -73,6 +73,7 @@ LAYERS = (
     {"run_folder.output_folder", "running.plan", "tokenizer", "trainer.config", "trainer.memory_probe"},
     {"trained", "trainer.clean_evaluation", "trainer.setup"},
     {"consumers", "gguf_export", "talk", "trainer.checkpointed_trainer"},
+    {"trainer.finite_steps"},
     {"trainer.step_trainer"},
     {"decoding.answers", "trainer.qlora_neft_trainer"},
     {"trainer.__init__"},
