@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -9,9 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 SECONDS_A_CELL = 280
+SMALL = "machine.eval_answers=2 data.split=train[:64] data.eval_split=train[:16]"  # what a training here reads
+MISSING = [
+    name for name in ("nbclient", "ipykernel", "matplotlib", "rouge_score") if not importlib.util.find_spec(name)
+]
+needs_notebooks = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING} (pip install -e '.[dev]')")
 
 
 def execute(name: str, folder: Path, variables: Mapping[str, str] | None = None, **parameters: Any) -> Any:
