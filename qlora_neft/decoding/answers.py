@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..steps.batch import IGNORE_INDEX
-from .decode import Decoding, generate_ids
+from .decode import generate_ids
+from .settings import Decoding
 
 
 @dataclass(frozen=True)

@@ -26,60 +26,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..errors import UserInputError
 from ..steps.randomness import preserved_rng
+from .settings import Decoding
 from .token_choice import KeyedDraw, RepetitionPenalty
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How an answer is chosen.
-
-    Attributes:
-        max_new_tokens: Tokens of an answer at most.
-        min_new_tokens: An answer does not end before it has this many (the paper's Table 5 takes 250); 0: it may.
-        do_sample: Draw tokens; else take the likeliest.
-        temperature: Divides the logits before drawing.
-        top_p: Draw among the likeliest tokens that together have this probability.
-        top_k: Draw among this many at most; 0: all.
-        repetition_penalty: Of tokens that were there before, prompt included (1: none), see `RepetitionPenalty`.
-            NEFTune's authors decode greedily with 1.2 (arXiv:2310.05914, appendix, "Additional Ablation Studies").
-        seed: Of the draws.
-
-    Raises:
-        UserInputError: If a value makes no sense.
-    """
-
-    max_new_tokens: int = 512
-    min_new_tokens: int = 0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        # Written such that NaN breaks a rule too.
-        rules = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
-            (
-                "min_new_tokens",
-                0 <= self.min_new_tokens <= max(self.max_new_tokens, 0),
-                f"must be 0 or more, and at most max_new_tokens ({self.max_new_tokens})",
-            ),
-            (
-                "temperature",
-                0 < self.temperature < float("inf"),
-                "must be above 0 (to take the likeliest, do not draw)",
-            ),
-            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "must be 0 (all tokens) or more"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "must be above 0; 1 is none"),
-        )
-        for name, is_kept, rule in rules:
-            if not is_kept:
-                raise UserInputError(f"{name}: {rule}, got {getattr(self, name)}.")
 
 
 class _Stop(StoppingCriteria):
@@ -88,6 +37,16 @@ class _Stop(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.full((len(input_ids),), self.should_stop(), device=input_ids.device)
+
+
+class _Room(StoppingCriteria):
+    """Ends each answer where the model's context does."""
+
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ends  # (B,) width of prompt and answer together
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= self.ends
 
 
 @dataclass(frozen=True)
@@ -136,10 +95,12 @@ def continuations(
     """
     stops = list(stop_token_ids) or [tokenizer.eos_token_id]
     lengths, context = [len(prompt) for prompt in prompts], context_of(model)
-    for part, num_tokens in _batches(lengths, context, decoding.max_new_tokens, batch_size):
+    crowded_together = batch_size if may_outrun_its_context(model.config) else 1
+    for part in _batches(lengths, context - decoding.max_new_tokens, batch_size, crowded_together, context):
         batch = _Batch(tokenizer, [prompts[i] for i in part], [first_number + i for i in part], stops, model.device)
+        rooms = [min(context - lengths[i], decoding.max_new_tokens) for i in part]
         with _answering(model):
-            found = batch.answered(model, decoding, num_tokens, streamer, should_stop)
+            found = batch.answered(model, decoding, rooms, streamer, should_stop)
         for index, ids in zip(part, found, strict=True):
             answer = _up_to_stop(ids, stops)
             cut = "interrupted" if should_stop is not None and should_stop() else "length"
@@ -165,6 +126,17 @@ def generate_ids(
             yield found.index, found.ids
 
 
+def may_outrun_its_context(config: Any) -> bool:
+    """Whether a row that has ended may run on past the context beside others, as padding that nobody reads.
+
+    True where positions are rotary, computed for each from its number alone. Learned ones end with the context; dynamic
+    NTK and LongRoPE compute all rows' from the longest.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else list(rope.values())
+    return bool(kinds) and all(kind["rope_type"] in ("default", "linear", "llama3", "yarn") for kind in kinds)
+
+
 def context_of(model: Any) -> int:
     """Tokens of prompt and answer together at most."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
@@ -185,18 +157,20 @@ def _answering(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _batches(lengths: list[int], context: int, wanted: int, batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Which prompts to answer together, and in how many tokens at most.
+def _batches(
+    lengths: list[int], roomy: int, batch_size: int, crowded_together: int, context: int
+) -> Iterator[list[int]]:
+    """Which prompts to answer together.
 
-    A prompt near the end of the context is answered alone, in what room it has, so that it shortens no other answer;
-    one that fills the context gets none.
+    Those of more than ``roomy`` tokens are near the end of the context and come last, like with like; those that fill
+    it do not come.
     """
-    roomy = [i for i, length in enumerate(lengths) if length + wanted <= context]
-    for start in range(0, len(roomy), batch_size):
-        yield roomy[start : start + batch_size], wanted
-    for i, length in enumerate(lengths):
-        if length < context < length + wanted:
-            yield [i], context - length
+    parts = [[i for i, length in enumerate(lengths) if length <= roomy]]
+    crowded = [i for i, length in enumerate(lengths) if roomy < length < context]
+    parts.append(sorted(crowded, key=lambda i: lengths[i]))
+    for part, size in zip(parts, (batch_size, crowded_together), strict=True):
+        for start in range(0, len(part), size):
+            yield part[start : start + size]
 
 
 class _Batch:
@@ -212,11 +186,11 @@ class _Batch:
         self.is_padding = torch.arange(self.width, device=device) < self.width - lengths[:, None]  # (B, T)
 
     def answered(
-        self, model: Any, decoding: Decoding, num_tokens: int, streamer: Any, should_stop: Callable[[], bool] | None
+        self, model: Any, decoding: Decoding, rooms: list[int], streamer: Any, should_stop: Callable[[], bool] | None
     ) -> list[list[int]]:
-        """New tokens of each prompt, (B, up to ``num_tokens``)."""
+        """New tokens of each prompt, at most as many as it has room for."""
         config = GenerationConfig(
-            max_new_tokens=num_tokens,
+            max_new_tokens=max(rooms),
             do_sample=False,  # `KeyedDraw` leaves one token: the likeliest
             use_cache=True,
             pad_token_id=self.pad,
@@ -227,10 +201,16 @@ class _Batch:
             attention_mask=(~self.is_padding).long(),
             generation_config=config,
             logits_processor=LogitsProcessorList(self._processors(decoding)),
-            stopping_criteria=StoppingCriteriaList([_Stop(should_stop)] if should_stop else []),
+            stopping_criteria=StoppingCriteriaList(self._stopping(rooms, should_stop)),
             streamer=streamer,
         )
-        return output[:, self.width :].tolist()
+        return [ids[:room] for ids, room in zip(output[:, self.width :].tolist(), rooms, strict=True)]
+
+    def _stopping(self, rooms: list[int], should_stop: Callable[[], bool] | None) -> Iterator[StoppingCriteria]:
+        if min(rooms) < max(rooms):
+            yield _Room(self.width + torch.tensor(rooms, device=self.ids.device))
+        if should_stop:
+            yield _Stop(should_stop)
 
     def _processors(self, decoding: Decoding) -> Iterator[Any]:
         if decoding.repetition_penalty != 1:

@@ -11,12 +11,13 @@ import pytest
 import yaml
 from command_line import HELD_OUT, ROWS, cut_off, invoke, never_stopped, refused
 from talker import CONTEXT, save_talker
-from transformers import GenerationConfig
+from transformers import Gemma3TextConfig, GenerationConfig, GPTNeoXConfig, LlamaConfig, OPTConfig
 
 from qlora_neft.data.prepare import Settings, prepare_data
 from qlora_neft.data.sources import Source
 from qlora_neft.decoding import Decoding, continuations
 from qlora_neft.decoding.answers import questions
+from qlora_neft.decoding.decode import may_outrun_its_context
 from qlora_neft.talk import generate, requests_of_file, requests_of_texts
 from qlora_neft.trained import Prompts, load_trained
 
@@ -75,6 +76,38 @@ def test_a_batch_of_unequal_prompts_answers_as_each_alone(trained, drawing):
     assert len(held) >= 3
     for pad in held[:3]:
         assert answers(6, pad) == alone
+
+
+def test_prompts_near_the_end_of_the_context_answer_together_as_each_alone(trained):
+    texts = [f"Repeat {n}" + " please" * m for n, m in enumerate((94, 1, 104, 111))]
+    prompts = [trained.prompts.ids([{"role": "user", "content": text}]) for text in texts]
+    rooms = [min(CONTEXT - len(prompt), 110) for prompt in prompts]
+    assert len(set(rooms)) == 4 and max(rooms) == 110
+
+    def answers(batch_size, least=0):
+        options = Decoding(110, min_new_tokens=least)
+        found = continuations(trained.model, trained.tokenizer, prompts, options, batch_size=batch_size)
+        return {answer.index: (answer.ids, answer.finish_reason) for answer in found}
+
+    alone, held = answers(1), answers(1, 110)
+    assert {reason for _, reason in alone.values()} == {"stop", "length"}
+    assert [(len(ids), reason) for _, (ids, reason) in sorted(held.items())] == [(room, "length") for room in rooms]
+    assert (answers(4), answers(4, 110)) == (alone, held)
+
+
+@pytest.mark.parametrize(
+    ("config", "may"),
+    [
+        (LlamaConfig(), True),
+        (Gemma3TextConfig(), True),
+        (GPTNeoXConfig(), True),
+        (OPTConfig(), False),
+        (LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}), False),
+    ],
+    ids=["llama", "gemma3", "gpt-neox", "opt", "dynamic"],
+)
+def test_rows_run_past_the_context_only_where_positions_are_computed_one_by_one(config, may):
+    assert may_outrun_its_context(config) is may
 
 
 def test_the_bases_own_settings_change_nothing_and_are_kept(trained):

@@ -48,6 +48,7 @@ LAYERS = (
         "steps.sequences",
     },
     {
+        "decoding.settings",
         "decoding.token_choice",
         "neftune",
         "remote_code",
