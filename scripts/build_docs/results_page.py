@@ -90,6 +90,16 @@ def _merge() -> str:
     return f"KL to the trained model, three models, 16 bits: {'; '.join(ranges)}"
 
 
+def _signature() -> str:
+    def at_15(regime: str, measure: str, form: str) -> str:
+        found = [_raw(f"signature_{model}_{regime}")["measures"][measure]["arms"][-1] for model in ("stories", "baby")]
+        return ", ".join(f"{arm['difference']['mean']:{form}}" for arm in found)
+
+    loss, rouge = "held_out_loss", "overfit.train_prompts_rouge_l"
+    by_heart = f"held-out loss {at_15('memorise', loss, '+.2f')}, ROUGE-L {at_15('memorise', rouge, '+.0f')} points"
+    return f"alpha 15 where two models memorise: {by_heart}; where they see 800 rows once: {at_15('paper', loss, '+.2f')}"
+
+
 HEADLINES: dict[str, Callable[[], str]] = {
     "figure4": _figure4,
     "cpu_step": _cpu_step,
@@ -97,4 +107,5 @@ HEADLINES: dict[str, Callable[[], str]] = {
     "faults": _faults,
     "gguf": _gguf,
     "merge": _merge,
+    "signature": _signature,
 }
