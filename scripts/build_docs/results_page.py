@@ -97,7 +97,8 @@ def _signature() -> str:
 
     loss, rouge = "held_out_loss", "overfit.train_prompts_rouge_l"
     by_heart = f"held-out loss {at_15('memorise', loss, '+.2f')}, ROUGE-L {at_15('memorise', rouge, '+.0f')} points"
-    return f"alpha 15 where two models memorise: {by_heart}; where they see 800 rows once: {at_15('paper', loss, '+.2f')}"
+    many = f"where they see 800 rows once: {at_15('paper', loss, '+.2f')}"
+    return f"alpha 15 where two models memorise: {by_heart}; {many}"
 
 
 HEADLINES: dict[str, Callable[[], str]] = {

@@ -173,7 +173,7 @@ def test_a_module_imports_only_from_below(path):
 
 @pytest.mark.parametrize("path", [path for path in MODULES if name_of(path) in RECIPE], ids=file_of)
 def test_the_recipe_knows_no_part(path):
-    assert imports_of(path) <= RECIPE | {"errors", "files.bundled", "files.suffixes"}
+    assert imports_of(path) <= RECIPE | {"errors", "files.bundled", "files.suffixes", "lazy_names"}
 
 
 def test_the_test_sees_imports_in_every_form(tmp_path, monkeypatch):
