@@ -30,7 +30,7 @@ from qlora_neft.run_folder.checkpoint_files import find_checkpoints, verify
 from qlora_neft.trainer import QLoRANeftTrainer
 
 TESTS = Path(__file__).parent
-STEPS, STEPS_PER_EPOCH, SAVE_STEPS, EVAL_STEPS = 30, 7, 5, 8
+STEPS, STEPS_PER_EPOCH, SAVE_STEPS, EVAL_STEPS = 30, 7, 5, 4
 CUT_AT = 12  # mid-epoch, and no multiple of SAVE_STEPS
 ROWS = [{"instruction": f"Repeat {n}", "input": "loudly" * (n % 2), "output": f"{n} " * (1 + n % 3)} for n in range(26)]
 HELD_OUT = [{"instruction": f"Repeat {n}", "input": "", "output": str(n)} for n in (77, 88)]

@@ -79,20 +79,20 @@ def test_a_batch_of_unequal_prompts_answers_as_each_alone(trained, drawing):
 
 
 def test_prompts_near_the_end_of_the_context_answer_together_as_each_alone(trained):
-    texts = [f"Repeat {n}" + " please" * m for n, m in enumerate((94, 1, 104, 111))]
+    texts = [f"Repeat {n}" + " please" * m for n, m in enumerate((106, 1, 111, 114))]
     prompts = [trained.prompts.ids([{"role": "user", "content": text}]) for text in texts]
-    rooms = [min(CONTEXT - len(prompt), 110) for prompt in prompts]
-    assert len(set(rooms)) == 4 and max(rooms) == 110
+    rooms = [min(CONTEXT - len(prompt), 60) for prompt in prompts]
+    assert len(set(rooms)) == 4 and max(rooms) == 60
 
     def answers(batch_size, least=0):
-        options = Decoding(110, min_new_tokens=least)
+        options = Decoding(60, min_new_tokens=least)
         found = continuations(trained.model, trained.tokenizer, prompts, options, batch_size=batch_size)
         return {answer.index: (answer.ids, answer.finish_reason) for answer in found}
 
-    alone, held = answers(1), answers(1, 110)
+    alone, held = answers(1), answers(1, 60)
     assert {reason for _, reason in alone.values()} == {"stop", "length"}
     assert [(len(ids), reason) for _, (ids, reason) in sorted(held.items())] == [(room, "length") for room in rooms]
-    assert (answers(4), answers(4, 110)) == (alone, held)
+    assert (answers(4), answers(4, 60)) == (alone, held)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,8 @@ def test_run_is_the_function_whatever_was_imported_before(before, tmp_path):
     # A package of the same shape whose run.py needs no torch: what is tested is the package's own __init__.
     package = tmp_path / "qlora_neft"
     package.mkdir()
-    (package / "__init__.py").write_bytes((ROOT / "qlora_neft" / "__init__.py").read_bytes())
+    for own in ("__init__.py", "lazy_names.py"):
+        (package / own).write_bytes((ROOT / "qlora_neft" / own).read_bytes())
     (package / "run.py").write_text("def run(recipe): return recipe\n")
     (package / "cli.py").write_text("from qlora_neft.run import run\nfrom . import run as same\nassert run is same\n")
     code = (
