@@ -26,7 +26,13 @@ def check_base_config(name_or_path: str, **kwargs: Any) -> Any:
         UserInputError: If there is none, it is no causal language model, it needs code of its own repository, or it is
             quantized other than in NF4.
     """
-    config = _read_config(name_or_path, **kwargs)
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
+        raise UserInputError(f"model.name_or_path: no folder at {name_or_path!r}. Give a folder or a Hub id.")
+    refusal = (
+        f"model.name_or_path: no model configuration found at {name_or_path!r}. Give a Hub id you can reach or a "
+        "directory with a config.json."
+    )
+    config = read_config(name_or_path, refusal, **kwargs)
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     architectures = config.architectures or []
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -69,18 +75,22 @@ def check_vocabulary(config: Any, largest_token_id: int) -> None:
         )
 
 
-def _read_config(name_or_path: str, **kwargs: Any) -> Any:
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
-        raise UserInputError(f"model.name_or_path: no folder at {name_or_path!r}. Give a folder or a Hub id.")
+def read_config(name_or_path: str, refusal: str, **kwargs: Any) -> Any:
+    """transformers' configuration of a model.
+
+    Args:
+        name_or_path: Hub id or directory.
+        refusal: What the caller's user is told if there is none; transformers' reason is added.
+        kwargs: Passed on to ``AutoConfig.from_pretrained``.
+
+    Raises:
+        UserInputError: If there is none, or it needs code of its own repository.
+    """
     try:
         return AutoConfig.from_pretrained(name_or_path, **{**NOT_RUN, **kwargs})
     except (OSError, ValueError) as error:
         refuse_remote_code(name_or_path, error)
-        first_line = str(error).strip().splitlines()[0]
-        raise UserInputError(
-            f"model.name_or_path: no model configuration found at {name_or_path!r}. Give a Hub id you can reach or a "
-            f"directory with a config.json. ({first_line})"
-        ) from error
+        raise UserInputError(f"{refusal} ({str(error).strip().splitlines()[0]})") from error
 
 
 def _check_stored_quantization(name_or_path: str, stored: Any) -> None:

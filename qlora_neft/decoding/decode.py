@@ -101,9 +101,9 @@ def continuations(
         rooms = [min(context - lengths[i], decoding.max_new_tokens) for i in part]
         with _answering(model):
             found = batch.answered(model, decoding, rooms, streamer, should_stop)
-        for index, ids in zip(part, found, strict=True):
+        for index, ids, room in zip(part, found, rooms, strict=True):
             answer = _up_to_stop(ids, stops)
-            cut = "interrupted" if should_stop is not None and should_stop() else "length"
+            cut = "interrupted" if len(ids) < room else "length"
             yield Continuation(index, answer, "stop" if len(answer) < len(ids) else cut)
     for i, length in enumerate(lengths):
         if length >= context:

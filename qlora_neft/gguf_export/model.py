@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
+from ..base_config import read_config
 from ..errors import UserInputError
-from ..remote_code import NOT_RUN, refuse_remote_code
 from ..tokenizer import load_tokenizer
 from .architectures import Architecture, add_hyper_parameters, architecture_of, notes_on, rope_factors
 from .file import GgufTensor, check_dtype, gguf_library, write_gguf
@@ -62,15 +61,11 @@ def read_model_config(name_or_path: str, revision: str | None = None) -> Any:
     Raises:
         UserInputError: If there is none.
     """
-    try:
-        return AutoConfig.from_pretrained(name_or_path, revision=revision, **NOT_RUN)
-    except (OSError, ValueError) as error:
-        refuse_remote_code(name_or_path, error)
-        first_line = str(error).strip().splitlines()[0]
-        raise UserInputError(
-            f"{name_or_path}: no model configuration can be read. Give a folder with a config.json, or a base that "
-            f"you can reach with --base. ({first_line})"
-        ) from error
+    refusal = (
+        f"{name_or_path}: no model configuration can be read. Give a folder with a config.json, or a base that you can "
+        "reach with --base."
+    )
+    return read_config(name_or_path, refusal, revision=revision)
 
 
 def _add_end_of_turn(writer: Any, model_dir: Path, eos: int) -> None:
