@@ -21,10 +21,9 @@ from typing import Any
 
 from small_models import COMMON, Base, run_sweep, write_rows
 
-from qlora_neft.decoding import Decoding
-from qlora_neft.evaluation.alpaca_run import alpaca_answers
-from qlora_neft.evaluation.read_texts import read_texts
-from qlora_neft.evaluation.text_measures import measure_texts
+from qlora_neft.evaluation.alpaca.answers import alpaca_answers
+from qlora_neft.evaluation.texts import measure_texts, read_texts
+from qlora_neft.generation.decode import Decoding
 
 BASE = Base("stories260K", "train[600:728]", longest=96)
 MEASURES = ("--seeds", "3", "--measure", "rows,overfit")

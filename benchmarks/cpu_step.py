@@ -144,7 +144,7 @@ def run_arm(arm: str, base: Path, steps: int) -> dict[str, Any]:
 def ours(base: Path, steps: int) -> tuple[Any, list[float]]:
     """`QLoRANeftTrainer` as it comes."""
     from qlora_neft import QLoRANeftConfig, QLoRANeftTrainer
-    from qlora_neft.lora import lora_config
+    from qlora_neft.base.lora import lora_config
 
     seconds: list[float] = []
 
@@ -171,7 +171,7 @@ def plain(base: Path, steps: int) -> tuple[Any, list[float]]:
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from qlora_neft.lora import lora_config
+    from qlora_neft.base.lora import lora_config
 
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,

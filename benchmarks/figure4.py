@@ -82,7 +82,7 @@ def one_run(options: argparse.Namespace, arm: str, alpha: float, seed: int) -> d
 def run_with_upstream_hook(overrides: list[str], folder: Path) -> None:
     """The same run, its noise from ``transformers.integrations.neftune`` instead of ours."""
     from qlora_neft import load_recipe
-    from qlora_neft.run import run
+    from qlora_neft.runner.run import run
     from qlora_neft.trainer import QLoRANeftTrainer
 
     class UpstreamNoise(QLoRANeftTrainer):

@@ -6,8 +6,8 @@ python benchmarks/fit_table.py > docs/results/fit.md
 from __future__ import annotations
 
 from qlora_neft.fit import Wanted, card_of, choose
+from qlora_neft.fit.estimate import Step, memory_terms
 from qlora_neft.fit.geometry import geometry_of, shipped_config
-from qlora_neft.fit.memory import Step, memory_terms
 
 BASES = {
     "7B": "meta-llama/Llama-2-7b-hf",

@@ -19,12 +19,12 @@ import llama_cpp
 import numpy as np
 import torch
 
+from qlora_neft.adapter.load import Trained, load_trained, nf4_base_of, with_adapter
 from qlora_neft.data.templates import alpaca_prompt
-from qlora_neft.decoding import Decoding, generate_ids
-from qlora_neft.files.bundled import resolve_bundled
-from qlora_neft.gguf_export import write_lora_gguf, write_model_gguf
-from qlora_neft.trained import Trained, load_trained
-from qlora_neft.trained.load import nf4_base_of, with_adapter
+from qlora_neft.export.gguf.lora import write_lora_gguf
+from qlora_neft.export.gguf.model import write_model_gguf
+from qlora_neft.generation.decode import Decoding, generate_ids
+from qlora_neft.paths import resolve_bundled
 
 F32_CACHE = {"type_k": 0, "type_v": 0, "flash_attn": False}  # llama.cpp's own default is a cache in f16
 ARMS = {

@@ -74,11 +74,10 @@ def watched_merge(base: Path, out: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
     from transformers import AutoConfig
 
-    from qlora_neft.merging.checkpoint import Checkpoint
-    from qlora_neft.merging.shards import ShardWriter
-    from qlora_neft.merging.strategies import DEQUANTIZED, Merge, quantized_names
-    from qlora_neft.merging.update import Update
-    from qlora_neft.trained import AdapterFolder
+    from qlora_neft.adapter.folder import AdapterFolder
+    from qlora_neft.adapter.weights import Update
+    from qlora_neft.base.model_files import Checkpoint, ShardWriter
+    from qlora_neft.export.merge.plan import DEQUANTIZED, Merge, quantized_names
 
     out.mkdir()
     save_file({}, out / "adapter_model.safetensors")

@@ -196,9 +196,9 @@ def run_arm(arm: str, rows: Path, tokenizer: str, ids_file: Path) -> dict[str, A
 
 def ours(rows: Path, tokenizer: str, processes: int) -> tuple[Any, dict[str, Any]]:
     """From the file to the checked sequences, as `train` and `preview` do it."""
+    from qlora_neft.base.config import load_tokenizer
     from qlora_neft.recipe import load_recipe
-    from qlora_neft.running.unpack import data_of, model_path
-    from qlora_neft.tokenizer import load_tokenizer
+    from qlora_neft.runner.build import data_of, model_path
 
     changes = [*overrides(rows, tokenizer), f"machine.dataset_num_proc={processes}"]
     recipe = load_recipe("demo", changes)
@@ -215,7 +215,7 @@ def plain(rows: Path, tokenizer: str, processes: int) -> tuple[Any, dict[str, An
     from trl import SFTConfig, SFTTrainer
 
     from qlora_neft.data.templates import alpaca_prompt
-    from qlora_neft.files.bundled import resolve_bundled
+    from qlora_neft.paths import resolve_bundled
 
     class Timed(SFTTrainer):
         def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:

@@ -15,10 +15,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qlora_neft.evaluation.alpaca_format import read_annotations, read_outputs, score
-from qlora_neft.evaluation.plain_table import markdown_table
-from qlora_neft.evaluation.text_measures import TextMeasures, measure_texts
-from qlora_neft.evaluation.win_rate import average_length
+from qlora_neft.display.tables import markdown_table
+from qlora_neft.evaluation.alpaca.files import read_annotations, read_outputs, score
+from qlora_neft.evaluation.alpaca.win_rate import average_length
+from qlora_neft.evaluation.texts import TextMeasures, measure_texts
 
 LEADERBOARD = "alpaca_eval_gpt4_leaderboard.csv"
 JUDGED, REFERENCE = ("alpaca-7b", "alpaca-7b-neft"), "text_davinci_003"

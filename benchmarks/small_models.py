@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from qlora_neft.files.bundled import resolve_bundled
+from qlora_neft.paths import resolve_bundled
 
 MIN_RESPONSE_TOKENS = 24  # shorter ones say little about reciting
 MAX_CHARACTERS = 1000  # longer ones fit none of the bases

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .display.loss_plot import plot_losses
+from .display.plots import plot_losses
 from .errors import RunFailed, UserInputError
 
 SECONDS_BETWEEN_PICTURES = 2.0

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_neft.run_folder.checkpoint_files import find_checkpoints
+from qlora_neft.run_folder.checkpoints import find_checkpoints
 
 STEPS, SAVE_STEPS = 24, 3
 OVERRIDES = [

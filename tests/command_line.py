@@ -25,8 +25,8 @@ import yaml
 from qlora_neft import load_recipe
 from qlora_neft.cli import app, main
 from qlora_neft.errors import RunInterrupted
-from qlora_neft.run import run
-from qlora_neft.run_folder.checkpoint_files import find_checkpoints, verify
+from qlora_neft.run_folder.checkpoints import find_checkpoints, verify
+from qlora_neft.runner.run import run
 from qlora_neft.trainer import QLoRANeftTrainer
 
 TESTS = Path(__file__).parent

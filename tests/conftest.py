@@ -26,7 +26,7 @@ def float32_on_a_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     own_machine = {"cpu", "gpu"} & set(request.fixturenames) or request.node.get_closest_marker("gpu")
     if "torch" in sys.modules and not own_machine:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-        monkeypatch.setattr("qlora_neft.precision.cpu_has_bf16_matrix_unit", lambda: False)
+        monkeypatch.setattr("qlora_neft.base.precision.cpu_has_bf16_matrix_unit", lambda: False)
 
 
 @pytest.fixture(scope="session")

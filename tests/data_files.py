@@ -6,7 +6,10 @@ import json
 
 from tiny import byte_tokenizer
 
-from qlora_neft.data import Limits, Settings, Source, prepare_data
+from qlora_neft.data.gate import Limits
+from qlora_neft.data.prepare import prepare_data
+from qlora_neft.data.sources import Source
+from qlora_neft.data.worker import Settings
 
 SETTINGS = Settings(256)
 TOKENIZER = byte_tokenizer()

@@ -12,12 +12,11 @@ from pathlib import Path
 from command_line import until
 
 from qlora_neft import load_recipe
+from qlora_neft.compare.plan import plan_sweep, recipe_of
+from qlora_neft.compare.queue import Outcome
+from qlora_neft.compare.sweep import sweep
 from qlora_neft.errors import RunFailed, RunInterrupted
-from qlora_neft.run import run
-from qlora_neft.sweeping.plan import plan_sweep
-from qlora_neft.sweeping.queue import Outcome
-from qlora_neft.sweeping.sweep import sweep
-from qlora_neft.sweeping.sweep_file import recipe_of
+from qlora_neft.runner.run import run
 from qlora_neft.trainer import QLoRANeftTrainer
 
 WORDS = ("neftune.noise_alpha=0,15", "train.max_steps=8")

@@ -9,9 +9,9 @@ import yaml
 from peft import LoraConfig, get_peft_model
 
 from qlora_neft import load_recipe
-from qlora_neft.files.bundled import resolve_bundled
-from qlora_neft.quantization import load_nf4_base
-from qlora_neft.tokenizer import load_tokenizer
+from qlora_neft.base.config import load_tokenizer
+from qlora_neft.base.nf4 import load_nf4_base
+from qlora_neft.paths import resolve_bundled
 
 CONTEXT = 512  # tokens
 

@@ -1,5 +1,7 @@
 """The command line: verbs, a module each. What is heavy is imported inside the verb that needs it."""
 
-from .verbs import app, main
+from __future__ import annotations
+
+from .app import app, main
 
 __all__ = ["app", "main"]

@@ -10,41 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
+from ..display.tables import _columns
 from ..errors import RecipeError, UserInputError
-
-
-def complete_recipe(incomplete: str) -> list[str]:
-    """Names of shipped recipes, for the shell."""
-    from ..recipe.files import list_recipes
-
-    return [name for name in list_recipes() if name.startswith(incomplete)]
-
-
-def complete_override(incomplete: str) -> list[str]:
-    """Keys of a recipe with an equals sign, for the shell."""
-    from ..recipe.keys import key_names
-
-    return [f"{key}=" for key in key_names() if key.startswith(incomplete)]
-
-
-def complete_recipe_or_override(incomplete: str) -> list[str]:
-    """Names of recipes, then keys, for the shell."""
-    return complete_recipe(incomplete) + complete_override(incomplete)
-
-
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(metavar="NAME", help="A recipe's name, or a path to a YAML file.", autocompletion=complete_recipe),
-]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Changes to the recipe, such as lora.r=8; all keys: qlora-neft show --keys.",
-        autocompletion=complete_override,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for a program to read.")]
+from .options import (
+    JsonOption,
+    OverridesArgument,
+    RecipeArgument,
+    complete_recipe,
+    complete_recipe_or_override,
+)
 
 
 def ls(as_json: JsonOption = False) -> None:
@@ -124,7 +98,7 @@ def cp(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Copy a recipe with all its comments, to edit it."""
-    from ..recipe.files import find_recipe
+    from ..recipe.load import find_recipe
 
     source = find_recipe(name)
     target = dest / source.name if dest.is_dir() else dest
@@ -188,14 +162,6 @@ def _count(problems: Sequence[str]) -> str:
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     """``section.key`` -> value. An absent section has no keys."""
     return {f"{section}.{key}": value for section, keys in values.items() if keys for key, value in keys.items()}
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as lines, their columns aligned; the same on a terminal and in a pipe."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def _describe_keys(as_json: bool) -> str:

@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import UserInputError
 from .chat_markers import AMBIGUOUS, Span, TurnFinder, Wording, mark, read_marks
-from .examples import BadRow, Message, Piece
+from .formats import BadRow, Message, Piece
 
 # What a template raises about a conversation it was not written for; transformers raises ValueError itself.
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..steps.batch import IGNORE_INDEX
-from .examples import Piece
+from ..steps.sequences import IGNORE_INDEX
+from .formats import Piece
 
 
 @dataclass(frozen=True)

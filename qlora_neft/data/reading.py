@@ -12,9 +12,10 @@ from pathlib import Path
 from datasets import ReadInstruction
 
 from ..errors import UserInputError
+from ..paths import is_local
 from .read_hub import hub_rows, hub_version
 from .read_local import count_rows, file_rows
-from .sources import Row, Source, is_local, local_files, split_key
+from .sources import Row, Source, local_files, split_key
 
 __all__ = ["Row", "read_rows", "source_fingerprint"]
 

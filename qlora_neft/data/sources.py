@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserInputError
-from ..files.suffixes import DATA_SUFFIXES
+from ..paths import DATA_SUFFIXES, _matches
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,6 @@ def split_key(key: str) -> str:
     return key.replace("path", "split")
 
 
-def is_local(path: str) -> bool:
-    """Whether a path names local files rather than a Hub id."""
-    if path.lower().endswith(DATA_SUFFIXES) or path.startswith((".", "/", "~")) or os.path.exists(path):
-        return True
-    return glob.has_magic(path) and bool(_matches(path))
-
-
 def local_files(source: Source) -> list[Path]:
     """The files a local path names, those of a pattern sorted by name.
 
@@ -98,12 +91,6 @@ def local_files(source: Source) -> list[Path]:
     for file in files:
         _check(file, source.key, is_pattern)
     return files
-
-
-def _matches(pattern: str) -> list[str]:
-    """What a pattern matches, less the folders on the way; a folder with the name of a file stays, to be refused."""
-    found = set(glob.glob(pattern, recursive=True))
-    return sorted(path for path in found if path.lower().endswith(DATA_SUFFIXES) or not os.path.isdir(path))
 
 
 def _check(file: Path, key: str, is_pattern: bool) -> None:

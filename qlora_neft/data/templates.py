@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import UserInputError
-from ..files.suffixes import JINJA_SUFFIXES
+from ..paths import JINJA_SUFFIXES
 from .chat_template import ChatTemplate
-from .examples import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
+from .formats import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
 
 # Which template a format means, where the recipe says auto.
 TEMPLATE_OF_FORMAT = {"alpaca": "alpaca", "sharegpt": "vicuna", "messages": "chat", "prompt-completion": "none"}

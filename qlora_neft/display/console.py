@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import shlex
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import datasets
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from ..decoding.answers import Answer
+from ..noise.neftune import expected_norm
+from ..paths import PREFIX
 
 SHOWN = (("loss", "loss"), ("clean_loss", "clean"), ("eval_loss", "held out"))
 
@@ -88,14 +97,14 @@ def show_result(console: Console, before: dict[str, Any], after: dict[str, Any])
     console.print(table)
 
 
-def show_answers(console: Console, before: list[Answer], after: list[Answer], count: int = 3) -> None:
-    """Sample answers, before and after."""
-    for old, new in list(zip(before, after, strict=True))[:count]:
+def show_answers(console: Console, answers: Iterable[tuple[str, str, str, str]]) -> None:
+    """Sample answers: a prompt, its answers before and after training, and the reference."""
+    for prompt, before, after, reference in answers:
         grid = Table.grid(padding=(0, 2))
-        grid.add_row("prompt", Text(_request(old.prompt), style="bold"))
-        grid.add_row("before", Text(_one_line(old.text), style="dim"))
-        grid.add_row("after", Text(_one_line(new.text)))
-        grid.add_row("wanted", Text(_one_line(new.reference)))
+        grid.add_row("prompt", Text(_request(prompt), style="bold"))
+        grid.add_row("before", Text(_one_line(before), style="dim"))
+        grid.add_row("after", Text(_one_line(after)))
+        grid.add_row("wanted", Text(_one_line(reference)))
         console.print(grid)
         console.print()
 
@@ -112,3 +121,130 @@ def _request(prompt: str) -> str:
 def _one_line(text: str, width: int = 110) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 3] + "..."
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Inside the block: no upstream progress bars, no deprecation notes meant for developers, warnings kept."""
+    verbosity = datasets.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+    bars = datasets.utils.is_progress_bar_enabled(), transformers.utils.logging.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error, then raises it: once is enough
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        datasets.logging.set_verbosity(verbosity[0])
+        transformers.utils.logging.set_verbosity(verbosity[1])
+        if bars[0]:
+            datasets.enable_progress_bars()
+        if bars[1]:
+            transformers.utils.logging.enable_progress_bar()
+
+
+class RowsProgress:
+    """Counts rows while data is prepared; on a terminal only, since a pipe gets the result in a moment.
+
+    Args:
+        console: Where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.rows = console, 0
+
+    def __call__(self, rows: int) -> None:
+        """So many rows more."""
+        self.rows += rows
+        if self.console.is_terminal:
+            self.console.print(f"preparing data: {self.rows:,} rows", end="\r")
+
+
+def noise_line(noise: Mapping[str, Any] | None) -> str:
+    """What noise the run adds; ``noise`` holds ``noise_alpha``, ``distribution``, ``schedule``, ``final_alpha``."""
+    if noise is None or not (noise["noise_alpha"] or noise["final_alpha"]):
+        return "noise: none"
+    way = "" if noise["schedule"] == "constant" else f", {noise['schedule']} to {noise['final_alpha']:g}"
+    norm = expected_norm(noise["noise_alpha"], noise["distribution"])
+    drawn = f"alpha {noise['noise_alpha']:g}{way}, {noise['distribution']}, norm {norm:.2f} per sequence"
+    passes, size = noise["adversarial_steps"], noise["adversarial_step_size"]
+    if passes == 1:
+        return f"noise: NEFTune {drawn}"
+    return f"noise: FreeLB {drawn}, climbing by {size:g}: {passes} passes a step, which costs {passes} times as much"
+
+
+def data_lines(report: Mapping[str, Any]) -> list[str]:
+    """Sources, rows and tokens of each part of the data, what was cut or left out, and what is suspicious."""
+    lines = [
+        f"data: {source['path']}, {source['format']}, prompt template {source['prompt_template']}"
+        for source in report["sources"]
+    ]
+    for name in ("train", "eval"):
+        if report[name] is not None:
+            rows = report[name]
+            cut = f", {rows['truncated']} truncated" * bool(rows["truncated"])
+            gone = f", {rows['dropped']} dropped" * bool(rows["dropped"])
+            share = f", {rows['share_trained']:.0%} of them trained"
+            lines.append(f"{name} data: {rows['rows']} rows, {rows['tokens']} tokens{share}{cut}{gone}")
+    return lines + [f"warning: {warning}" for warning in report["warnings"]]
+
+
+def lines_after(output_dir: Path, base: str, steps: int, seconds: float, *, drawn: bool) -> list[str]:
+    """Where everything is, and what to do next."""
+    curves = f"loss curves: {output_dir / 'loss.png'}"
+    here = shlex.quote(str(output_dir))
+    is_local = base.startswith((PREFIX, ".", "/", "~")) or Path(base).is_dir()
+    base_id = " --base-id owner/base" * is_local  # a local base is never published
+    missing = "no loss.png: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'"
+    return [
+        f"trained {steps} steps in {seconds:.0f} s; base weights unchanged, bit for bit",
+        f"adapter, recipe, metrics and summary: {output_dir}/",
+        curves if drawn else missing,
+        "next:",
+        f"  qlora-neft chat {here} --compare   # talk to it, beside its base",
+        f"  qlora-neft merge {here} {shlex.quote(f'{output_dir}-merged')}   # a plain 16-bit model, with proof",
+        f"  qlora-neft export {here} --repo-id you/name{base_id} --dry-run   # what would go to the Hub",
+        "  qlora-neft cp llama2-7b-alpaca mine.yaml   # a recipe of your own",
+    ]
+
+
+def title(recipe: Mapping[str, Any]) -> str:
+    """Over a picture: which base learned what, under how much noise."""
+    alpha = (recipe["neftune"] or {}).get("noise_alpha", 0)
+    return f"{recipe['model']['name_or_path']} on {recipe['data']['path']}, alpha {alpha:g}"
+
+
+WARM_UP, MEASURED = 1, 4  # steps: the first is slower, with caches and kernels still to be made
+
+
+class SpeedLine(TrainerCallback):
+    """Times a few steps at the start of a session and says tokens a second and time left; once.
+
+    Args:
+        tokens_seen: Gives the tokens trained on so far.
+        say: Told the line.
+    """
+
+    def __init__(self, tokens_seen: Callable[[], int], say: Callable[[str], None]) -> None:
+        self.tokens_seen, self.say, self.steps = tokens_seen, say, 0
+        self.tokens_per_second: float | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time after the warm-up, and speak after the measured steps."""
+        self.steps += 1
+        if self.steps == WARM_UP:
+            self._began, self._tokens = time.monotonic(), self.tokens_seen()
+        if self.steps != WARM_UP + MEASURED:
+            return
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        self.tokens_per_second = (self.tokens_seen() - self._tokens) / seconds
+        left = (state.max_steps - state.global_step) * seconds / MEASURED
+        self.say(f"speed: {self.tokens_per_second:,.0f} tokens a second; about {_shown(left)} left")
+
+
+def _shown(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

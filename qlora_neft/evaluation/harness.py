@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..display.quiet import quiet_libraries
+from ..adapter.folder import find_adapter
+from ..adapter.load import Trained, load_trained
+from ..display.console import quiet_libraries
+from ..display.tables import plain_table
 from ..errors import RunFailed, UserInputError
-from ..files.bundled import shown_path
-from ..trained import Trained, find_adapter, load_trained
-from .plain_table import plain_table
+from ..paths import shown_path
 
 # Examples before each question on the Open LLM Leaderboard that the paper reports; other tasks: as lm-eval has them.
 LEADERBOARD_SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0}

@@ -6,11 +6,62 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..decoding import Decoding
-from ..decoding.answers import Answer, Question, exact_match
-from ..trained import Trained
-from .overlap import bleu, rouge_l
-from .plain_table import short_names
+from ..adapter.load import Trained
+from ..display.tables import short_names
+from ..errors import UserInputError
+from ..generation.answers import Answer, Question, exact_match
+from ..generation.decode import Decoding
+from ..generation.generate import answer_texts
+
+MISSING = "rouge-score and sacrebleu are missing. Install the extra: pip install 'qlora-neft[eval]'"
+
+
+def check_installed() -> None:
+    """Refuse at once what would fail after the answers are generated.
+
+    Raises:
+        UserInputError: If the extra is not installed.
+    """
+    _libraries()
+
+
+def rouge_l(texts: Sequence[str], references: Sequence[str]) -> list[float]:
+    """ROUGE-L of each text against its reference, F-measure in percent, without stemming.
+
+    From the longest common subsequence of words, lower case, letters and digits only (``rouge-score``). Lin 2004,
+    ROUGE: A Package for Automatic Evaluation of Summaries, section 3.
+
+    Raises:
+        UserInputError: If the extra is not installed.
+    """
+    scorer = _libraries()[0].RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = zip(texts, references, strict=True)
+    return [100 * scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
+
+
+def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
+    """BLEU over all texts together, n-grams up to 4, between 0 and 100.
+
+    As ``sacrebleu`` has it by default: tokenizer 13a, case kept, exponential smoothing. Papineni et al. 2002, BLEU.
+
+    Args:
+        texts: At least one.
+        references: One for each.
+
+    Raises:
+        UserInputError: If the extra is not installed.
+    """
+    return _libraries()[1].corpus_bleu(list(texts), [list(references)]).score
+
+
+def _libraries() -> tuple[Any, Any]:
+    try:
+        import sacrebleu
+        from rouge_score import rouge_scorer
+    except ModuleNotFoundError as error:
+        raise UserInputError(f"eval overfit: {MISSING} ({error})") from error
+    return rouge_scorer, sacrebleu
+
 
 LABELS = (
     ("rows", "training prompts", "{:,}"),
@@ -66,7 +117,7 @@ def measure_overfit(
         progress: Told how many are answered, of how many.
     """
     texts, prompts = [""] * len(asked), [question.prompt_ids for question in asked]
-    for done, (i, text) in enumerate(trained.texts(prompts, decoding, batch_size=batch_size), 1):
+    for done, (i, text) in enumerate(answer_texts(trained, prompts, decoding, batch_size=batch_size), 1):
         texts[i] = text
         if done % batch_size == 0 or done == len(asked):
             progress(done, len(asked))

@@ -1,5 +1,7 @@
 """The fit planner: does a run fit on a card, how would it run, how fast. Nothing here imports torch."""
 
+from __future__ import annotations
+
 from .cards import Card, card_of, this_machine
 from .choose import Choice, Wanted, choose
 from .config import read_config, stored_parameters

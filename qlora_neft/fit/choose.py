@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .cards import Card
+from .estimate import Step, memory_terms, operations_per_token, relative_speed
 from .geometry import Geometry
-from .memory import Step, memory_terms
-from .speed import operations_per_token, relative_speed
 
 USABLE = 0.94  # of a card's memory; the rest is the display's, the driver's, and for being wrong
 TOKENS = (16384, 8192, 4096, 2048, 1024, 512)  # of a micro-batch; beyond the first nothing is gained

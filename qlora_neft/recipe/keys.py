@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from .schema import Recipe
-from .value_types import Section
+from .schema import Recipe, Section
 
 # Names other trainers use, and ours. A name with a section in front is meant in that section only.
 _SYNONYMS = {

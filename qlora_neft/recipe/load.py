@@ -5,6 +5,7 @@ What a recipe may say is in `schema`; where recipes are found is in `files`.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,122 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import RecipeError
-from .files import find_recipe, list_recipes, recipe_dir, recipe_path
-from .overrides import apply_overrides
+from .keys import fields_of, key_names, section_names, unknown_key
 from .problems import describe_problems
 from .schema import Recipe
-from .yaml_text import read_recipe_text
+from .yaml_text import parse_value, read_recipe_text
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def recipe_dir() -> Path:
+    """The folder the recipes are in: the repository's own, else the copy that ships in the wheel."""
+    repository = _PACKAGE.parent
+    # pyproject.toml tells a clone from site-packages, where some other package may have left a "recipes".
+    if (repository / "pyproject.toml").is_file() and (repository / "recipes").is_dir():
+        return repository / "recipes"
+    return _PACKAGE / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that ship with the package, sorted."""
+    return sorted(path.stem for path in recipe_dir().glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """File of the shipped recipe ``name``.
+
+    Raises:
+        RecipeError: If there is none of that name; the message lists those there are.
+    """
+    names = list_recipes()
+    if name in names:
+        return recipe_dir() / f"{name}.yaml"
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    raise RecipeError(
+        f"{name}: unknown recipe.{hint} Recipes: {', '.join(names)}. A file of your own is named by its path."
+    )
+
+
+def find_recipe(name_or_path: str | Path) -> Path:
+    """File meant by a recipe's name or by a path to a YAML file.
+
+    A word with a folder or a .yaml or .yml ending in it is a path. Any other is a recipe's name, and
+    a path only if no recipe has that name and such a file exists.
+
+    Raises:
+        RecipeError: If there is no such recipe or file, or it is a folder.
+    """
+    path = Path(name_or_path).expanduser()
+    is_name = isinstance(name_or_path, str) and path.name == name_or_path and path.suffix not in (".yaml", ".yml")
+    if is_name and (name_or_path in list_recipes() or not path.is_file()):
+        return recipe_path(str(name_or_path))
+    if path.is_dir():
+        raise RecipeError(f"{name_or_path}: is a folder. Name one YAML file in it.")
+    if not path.exists():
+        known = f" Did you mean the recipe {path.stem}?" if path.stem in list_recipes() else ""
+        raise RecipeError(f"{name_or_path}: no such file.{known} Shipped recipes: qlora-neft ls.")
+    return path
+
+
+def apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], dict[tuple[str, ...], str], list[str]]:
+    """Lay overrides over a recipe's values, the later over the earlier.
+
+    A whole section can be overridden too: ``neftune=null`` takes it out, ``machine={}`` empties it.
+    Overriding a key of a section that is absent creates the section.
+
+    Args:
+        values: The recipe as read from its file; left as it is.
+        overrides: ``section.key=value`` each.
+
+    Returns:
+        The new values; the override that set each key, by its place; and one line per override that
+        cannot be understood.
+    """
+    merged = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
+    origins: dict[tuple[str, ...], str] = {}
+    problems: list[str] = []
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        place = tuple(name.split("."))
+        problem = _problem(place, equals)
+        try:
+            value = parse_value(text)
+        except ValueError as error:
+            problem = problem or f"the value is not valid YAML: {error}. Put it in quotes."
+        if problem:
+            problems.append(f"override {override}: {problem}")
+            continue
+        _put(merged, place, value)
+        origins = {other: text for other, text in origins.items() if other[: len(place)] != place}
+        origins[place] = override
+    return merged, origins, problems
+
+
+def _put(values: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
+    if len(place) == 1:
+        values[place[0]] = dict(value) if isinstance(value, dict) else value
+        return
+    section, key = place
+    if not isinstance(values.get(section), dict):
+        values[section] = {}
+    values[section][key] = value
+
+
+def _problem(place: tuple[str, ...], equals: str) -> str | None:
+    """What is wrong with the left-hand side, if anything."""
+    name = ".".join(place)
+    if not equals:
+        return "not of the form section.key=value."
+    if name in key_names() or name in section_names():
+        return None
+    if len(place) == 2 and place[0] in section_names() and place[1] == "":
+        return f"names no key. Keys of {place[0]}: {', '.join(fields_of(place[0]))}."
+    return unknown_key(name)
+
 
 __all__ = ["Recipe", "list_recipes", "load_recipe", "recipe_path"]
 

@@ -15,16 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserInputError
-from .checkpoint_files import (
-    Checkpoint,
-    files_in,
-    find_checkpoints,
-    in_place_of,
-    prune,
-    remove_leftovers,
-    sync,
-    verify,
-)
+from .checkpoints import Checkpoint, files_in, find_checkpoints, in_place_of, prune, remove_leftovers, sync, verify
 
 
 class Mirror:

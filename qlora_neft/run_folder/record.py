@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 import sys
@@ -15,8 +16,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..files.json_file import finite
-from ..files.text_file import write_text
+from ..files import finite, read_record_if_there, write_json, write_text
 
 PACKAGES = (
     "qlora-neft",
@@ -99,3 +99,29 @@ def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+MEASURES_FILE, RECIPE = "measures.json", "recipe.yaml"
+
+
+def keep_measures(folder: str | Path, name: str, numbers: dict[str, Any]) -> None:
+    """Put numbers under a measure's name, in place of earlier ones; nothing is done for what is no run's folder.
+
+    Args:
+        folder: What the user named; a Hub id or another program's adapter has no such file.
+        name: The measure.
+        numbers: By name; what is no finite number is left out.
+
+    Raises:
+        UserInputError: If the file that is there is damaged.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / RECIPE).is_file():
+        return
+    finite = {key: value for key, value in numbers.items() if _is_number(value)}
+    stored = read_record_if_there(folder / MEASURES_FILE, "Remove it to measure again.") or {}
+    write_json(folder / MEASURES_FILE, {**stored, name: finite})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .rows import GHOST
-from .sequences import SequenceSpan, UnknownSequenceBoundaries, count_tokens, find_sequences
+from .sequences import IGNORE_INDEX, SequenceSpan, UnknownSequenceBoundaries, count_tokens, find_sequences
 
 Features = Sequence[Mapping[str, Any]]
 Collator = Callable[[list], dict[str, Any]]
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)

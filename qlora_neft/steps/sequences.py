@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IGNORE_INDEX = -100
+
 
 @dataclass(frozen=True)
 class SequenceSpan:

@@ -9,9 +9,9 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from ..base.precision import resolve_precision
 from ..fit.choose import CPU_TOKENS
-from ..neftune import DISTRIBUTIONS, SCHEDULES
-from ..precision import resolve_precision
+from ..noise.neftune import DISTRIBUTIONS, SCHEDULES
 
 # transformers renamed the option on its way from 5.15 to 5.23 and warns about the old name.
 CHECKPOINTING = next(
@@ -35,7 +35,7 @@ class QLoRANeftConfig(SFTConfig):
         neftune_schedule: ``"constant"``, ``"linear"`` or ``"cosine"``, from alpha to the final alpha.
         neftune_final_alpha: Noise strength at the last step; required by a schedule that is not constant.
         neftune_adversarial_steps: Forward and backward passes per step: 1 is NEFTune, more are FreeLB's (see
-            `qlora_neft.steps.freelb`), and cost that many times as much.
+            `qlora_neft.noise.freelb`), and cost that many times as much.
         neftune_adversarial_step_size: Length of FreeLB's ascent step, an L2 norm per sequence like alpha; required with
             more than one pass.
         clean_loss_steps: Optimizer steps between two measurements of the clean train loss (no noise, no dropout),
@@ -52,7 +52,7 @@ class QLoRANeftConfig(SFTConfig):
         effective_batch_size: Sequences per optimizer step of all ranks together, where it does not divide by them; None
             for ``per_device_train_batch_size`` times ``gradient_accumulation_steps`` times ranks.
         max_bad_steps: Steps in a row with a loss or gradient that is not finite, each skipped, after which it fails.
-        bf16, fp16: None decides by capability, see `qlora_neft.precision`.
+        bf16, fp16: None decides by capability, see `qlora_neft.base.precision`.
 
     Raises:
         ValueError: If a value breaks one of these rules.

@@ -6,10 +6,12 @@ step is given up. A loss or gradient that is not finite: `FiniteStepsTrainer`.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -17,15 +19,155 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import TrainerCallback
 
-from ..errors import RunFailed
-from ..run_folder.stop_request import StopRequest
+from ..errors import RunFailed, UserInputError
+from ..fit.cards import GIB
+from ..fit.choose import USABLE
+from ..noise.streams import preserved_rng
+from ..run_folder.stop import StopRequest
 from ..steps.batch import MicroBatch, StepBatch, StepCollator
-from ..steps.randomness import preserved_rng
 from ..steps.rows import StepLoader, StepRows, StepSampler, step_loader, step_order
-from .finite_steps import FiniteStepsTrainer
-from .label_check import check_labels
-from .smaller_steps import Split, smaller, too_large
+from ..steps.sequences import IGNORE_INDEX
+from .checkpointed_trainer import CheckpointedTrainer
+
+ROWS_NAMED = 16  # rows of a bad step that are named
+
+
+class FiniteStepsTrainer(CheckpointedTrainer):
+    """No gradient that is not finite reaches the optimizer.
+
+    Attributes:
+        bad_steps: Steps skipped, in all.
+        say: Told every decision, one line each.
+    """
+
+    bad_steps = 0
+    say: Callable[[str], None] = staticmethod(logging.getLogger(__name__).warning)
+    _bad_in_a_row = 0
+    _loss_is_finite = True
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        """Upstream's norm; a step whose loss or gradient is not finite loses its gradient here, and is skipped.
+
+        Under fp16 a gradient that overflows is the scaler's business, as long as the loss is finite: it skips the
+        step by itself and lowers its scale.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self._loss_is_finite and (self.args.fp16 or math.isfinite(float(norm))):
+            self._bad_in_a_row = 0
+            return norm
+        self.bad_steps += 1
+        self._bad_in_a_row += 1
+        what = "gradient" if self._loss_is_finite else "loss"
+        self.say(f"step {self.state.global_step + 1}: the {what} is not finite; the step is skipped")
+        model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
+        if self._bad_in_a_row >= self.args.max_bad_steps:
+            raise RunFailed(self._diverged(what))
+        return norm
+
+    def _diverged(self, what: str) -> str:
+        rows = self.rows_of_step(self.state.global_step)
+        named = ", ".join(map(str, rows[:ROWS_NAMED])) + ", ..." * (len(rows) > ROWS_NAMED)
+        return (
+            f"the {what} was not finite in {self._bad_in_a_row} steps in a row, the last being step "
+            f"{self.state.global_step + 1} (rows {named} of the training data). Look at these rows, lower "
+            "train.learning_rate, or set machine.precision=fp32."
+        )
+
+    def rows_of_step(self, step: int) -> list[Any]:
+        """The rows of the source that a step takes, where that is known; nothing is known here."""
+        return []
+
+
+@dataclass(frozen=True)
+class Split:
+    """Largest micro-batches.
+
+    Attributes:
+        rows: Sequences.
+        tokens: Tokens, padding counted; None for no such limit.
+        is_smaller: Whether it is not what the run began with.
+    """
+
+    rows: int
+    tokens: int | None = None
+    is_smaller: bool = False
+
+    def __iter__(self) -> Iterator[int | None]:
+        return iter((self.rows, self.tokens))
+
+    def __str__(self) -> str:
+        tokens = "" if self.tokens is None else f" and {self.tokens} tokens"
+        return f"micro-batches of at most {self.rows} {'sequence' if self.rows == 1 else 'sequences'}{tokens}"
+
+    def at_most(self, rows: int, tokens: int | None) -> Split:
+        """The smaller of two, each way."""
+        limits = [limit for limit in (self.tokens, tokens) if limit is not None]
+        return Split(min(self.rows, rows), min(limits) if limits else None, is_smaller=True)
+
+
+def smaller(split: Split, rows: int, tokens: int) -> Split:
+    """Half of what did not fit.
+
+    Args:
+        split: The limits so far.
+        rows: Sequences of the micro-batch that did not fit, more than one.
+        tokens: Its tokens, padding counted.
+    """
+    return split.at_most(rows // 2, None if split.tokens is None else max(tokens // 2, 1))
+
+
+def too_large(tokens: int, rows: int, error: str) -> str:
+    """What to say when nothing smaller is left to try."""
+    what = f"one sequence of {tokens} tokens" if rows <= 1 else f"a micro-batch of {rows} sequences"
+    detail = error.strip().splitlines()[0] if error.strip() else "out of memory"
+    return (
+        f"out of memory: {what} does not fit on this device ({detail}). In this order: "
+        "machine.activation_checkpointing=true, a lower data.max_length, optim paged_adamw_8bit, a lower lora.r, a "
+        "smaller base. What was learned so far is in the newest checkpoint; machine settings may change on a resume."
+    )
+
+
+def check_labels(step: StepBatch, tokenizer: Any) -> None:
+    """See that a step trains something, and that its end tokens are not masked as padding.
+
+    A collator that masks every pad token (transformers' ``DataCollatorForLanguageModeling``) masks the end token as
+    well where the two are one; a model so trained never stops.
+
+    Args:
+        step: The first step, collated.
+        tokenizer: With ``pad_token_id`` and ``eos_token_id``.
+
+    Raises:
+        UserInputError: If there is no label at all, or pad is the end token and no end token has a label.
+    """
+    if step.num_trained_tokens() == 0:
+        raise UserInputError(
+            "train_dataset: the first optimizer step has no label, so nothing would be learned. Look at the labels: "
+            "all are -100, or every response lies behind max_length."
+        )
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None or getattr(tokenizer, "pad_token_id", None) != end:
+        return
+    if any(_ends(micro.inputs, end) for micro in step) and not any(_trained_ends(m.inputs, end) for m in step):
+        raise UserInputError(
+            "data_collator: pad token and end token are one, and the collator masks both: the model would never learn "
+            "to stop. Give the tokenizer another pad token, or leave data_collator to the trainer."
+        )
+
+
+def _ends(inputs: dict[str, Any], end: int) -> int:
+    """End tokens that are no padding, the first token of a row left aside: it may be a begin token as well."""
+    found = inputs["input_ids"].eq(end)
+    if inputs.get("attention_mask") is not None and inputs["attention_mask"].shape == found.shape:
+        found = found & inputs["attention_mask"].bool()
+    return int(found[..., 1:].sum())
+
+
+def _trained_ends(inputs: dict[str, Any], end: int) -> int:
+    labels = inputs["labels"]
+    return int((labels.eq(end) & labels.ne(IGNORE_INDEX))[..., 1:].sum())
 
 
 class StepGivenUp(Exception):
@@ -244,3 +386,44 @@ class StepTrainer(FiniteStepsTrainer):
     def _track_num_input_tokens(self, inputs: Any) -> None:
         for batch in (micro.inputs for micro in inputs) if isinstance(inputs, StepBatch) else [inputs]:
             super()._track_num_input_tokens(batch)
+
+
+class MemoryProbe(TrainerCallback):
+    """Reads the peak after the first step of a session; where it is too near the limit, micro-batches are halved once.
+
+    The effective batch, the noise and the loss stay as they are.
+
+    Args:
+        trainer: Whose ``split`` it may change; its ``say`` is told.
+        total: Bytes of the card.
+        estimate: Bytes the planner expected, None if it was not asked.
+        read_peak: Gives the peak so far, in bytes.
+    """
+
+    def __init__(self, trainer: Any, total: int, estimate: int | None, read_peak: Callable[[], int]) -> None:
+        self.trainer, self.total, self.estimate, self.read_peak = trainer, total, estimate, read_peak
+        self.measured: int | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Read back, once."""
+        if self.measured is not None:
+            return
+        self.measured = self.read_peak()
+        expected = "" if self.estimate is None else f", {self.estimate / GIB:.2f} GiB expected"
+        self.trainer.say(f"memory: {self.measured / GIB:.2f} GiB after the first step{expected}")
+        split = self.trainer.split
+        if self.measured > USABLE * self.total and split.rows > 1:
+            self.trainer.split = smaller(split, split.rows, split.tokens or 0)
+            self.trainer.say(
+                f"memory: too near the limit of {self.total / GIB:.2f} GiB; going on with {self.trainer.split}"
+            )
+
+
+def cuda_probe(trainer: Any, estimate: int | None) -> MemoryProbe | None:
+    """A probe of the trainer's GPU, None on a CPU."""
+    device = trainer.args.device
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return MemoryProbe(trainer, total, estimate, lambda: torch.cuda.max_memory_reserved(device))

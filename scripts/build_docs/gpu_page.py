@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora_neft import list_recipes, load_recipe
-from qlora_neft.cli.fit import planned
+from qlora_neft.cli.look import planned
 
 GIB = 2**30
 CARDS = ("rtx4070-12g", "t4", "rtx4080-16g", "l4", "rtx4090", "rtx5090", "a100-40g", "a6000-48g", "a100-80g", "h200")

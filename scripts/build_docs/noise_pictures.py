@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from qlora_neft.inspection.noise_report import compare_scales
-from qlora_neft.neftune import NEFTuneNoise, expected_norm, noise_scale
+from qlora_neft.noise.neftune import NEFTuneNoise, expected_norm, noise_scale
+from qlora_neft.runner.noise_report import compare_scales
 from qlora_neft.steps.sequences import SequenceSpan
 
 ALPHA, WIDTH = 5.0, 4096  # of Llama 7B

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from qlora_neft import list_recipes, load_recipe
-from qlora_neft.recipe.files import recipe_dir
 from qlora_neft.recipe.keys import fields_of, section_names
+from qlora_neft.recipe.load import recipe_dir
 
 from .recipe_lines import WHY
 

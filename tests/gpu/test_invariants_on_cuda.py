@@ -7,9 +7,9 @@ import torch
 from noise_probe import NoiseProbe
 from tiny import adapter_weights, losses, max_difference, mixed_rows, tiny_trainer
 
-from qlora_neft.precision import resolve_precision
-from qlora_neft.quantization import frozen_fingerprints
-from qlora_neft.steps.philox import uniform_by_tensors, uniform_draws
+from qlora_neft.base.nf4 import frozen_fingerprints
+from qlora_neft.base.precision import resolve_precision
+from qlora_neft.noise.streams import uniform_by_tensors, uniform_draws
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,8 +18,9 @@ import torch
 from command_line import invoke
 from peft import AutoPeftModelForCausalLM
 
-from qlora_neft.quantization import keep_nf4_layout, nf4_config
-from qlora_neft.trained import find_adapter, load_trained
+from qlora_neft.adapter.folder import find_adapter
+from qlora_neft.adapter.load import load_trained
+from qlora_neft.base.nf4 import keep_nf4_layout, nf4_config
 
 ON_CPU = {"device": "cpu", "precision": "fp32"}
 REQUEST = [{"role": "user", "content": "Repeat 7"}]

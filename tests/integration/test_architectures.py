@@ -12,8 +12,8 @@ from peft import PeftModel
 from tiny import ARCHITECTURES, WIDTH, adapter_weights, losses, rows_of_lengths, save_tiny_model, tiny_trainer
 from transformers import AutoConfig, BitsAndBytesConfig
 
+from qlora_neft.base.nf4 import frozen_fingerprints, load_nf4_base
 from qlora_neft.errors import UserInputError
-from qlora_neft.quantization import frozen_fingerprints, load_nf4_base
 from qlora_neft.trainer import QLoRANeftTrainer
 
 ROWS = rows_of_lengths([30, 12, 40, 20], seed=6)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from tiny import adapter_weights, losses, max_difference, mixed_rows, tiny_trainer
 
 from qlora_neft.errors import RunFailed
-from qlora_neft.trainer.smaller_steps import Split, smaller
+from qlora_neft.trainer.step_trainer import Split, smaller
 
 ROWS = mixed_rows(24, seed=8).add_column("row", [100 + n for n in range(24)])
 RUN = {"max_steps": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}

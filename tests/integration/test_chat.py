@@ -13,12 +13,11 @@ from command_line import environment, invoke, refused
 from rich.console import Console
 from talker import CONTEXT, save_talker
 
-from qlora_neft.decoding import Decoding
+from qlora_neft.adapter.load import load_trained
 from qlora_neft.errors import RunInterrupted, UserInputError
-from qlora_neft.talk import Chat
-from qlora_neft.talk.conversation import Conversation
-from qlora_neft.talk.screen import Screen
-from qlora_neft.trained import load_trained
+from qlora_neft.generation.chat import Chat, Conversation
+from qlora_neft.generation.decode import Decoding
+from qlora_neft.generation.screen import Screen
 
 VICUNA = ("--prompt-template", "vicuna", "--max-new-tokens", "8")
 

@@ -9,10 +9,11 @@ import torch
 from command_line import HELD_OUT, ROWS, contents, invoke, never_stopped, refused, summary
 from eval_place import ASKED, FAST, OTHER, found, make_place
 
-from qlora_neft.decoding import Decoding
-from qlora_neft.evaluation.alpaca_answers import answer, answers_file
-from qlora_neft.evaluation.overlap import rouge_l
-from qlora_neft.trained import find_adapter, load_trained
+from qlora_neft.adapter.folder import find_adapter
+from qlora_neft.adapter.load import load_trained
+from qlora_neft.evaluation.alpaca.answers import answer, answers_file
+from qlora_neft.evaluation.overfit import rouge_l
+from qlora_neft.generation.decode import Decoding
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from tiny import ARCHITECTURES, VOCABULARY, WIDTH, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from qlora_neft import load_recipe
+from qlora_neft.base.model_files import INDEX, SINGLE, read_embedding
 from qlora_neft.errors import UserInputError
-from qlora_neft.evaluation.embedding_noise import EmbeddingTable, read_embedding, token_flips
-from qlora_neft.evaluation.embedding_noise.stored import INDEX, SINGLE
+from qlora_neft.evaluation.embeddings.flips import token_flips
+from qlora_neft.evaluation.embeddings.table import EmbeddingTable
 
 
 def measured(*arguments):
@@ -68,8 +69,8 @@ def test_a_runs_rows_are_measured_with_their_own_lengths(llama, monkeypatch):
     assert report["sequences"] == 9 and report["model"] == str(llama)
 
     recipe = load_recipe("out/recipe.yaml")
-    from qlora_neft.running.unpack import data_of
-    from qlora_neft.tokenizer import load_tokenizer
+    from qlora_neft.base.config import load_tokenizer
+    from qlora_neft.runner.build import data_of
 
     train = data_of(recipe, load_tokenizer(str(llama))).train
     whole = measured("out", "--alpha", "20", "--rows", "500")["flips"][0]

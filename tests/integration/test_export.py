@@ -14,9 +14,9 @@ from hub_server.repositories import Blob
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from qlora_neft.hub.base_id import public_base
+from qlora_neft.adapter.folder import find_adapter
+from qlora_neft.export.hub.base import public_base
 from qlora_neft.recipe import load_recipe
-from qlora_neft.trained import find_adapter
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BASE = ("--base-id", "ann/tiny-base", "--base-revision", COMMIT)

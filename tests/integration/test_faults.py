@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,7 @@ from command_line import (
     summary,
 )
 
-from qlora_neft.running.unpack import data_of
+from qlora_neft.runner.build import data_of
 
 OUT, NEW = Path("out"), Path("new")
 
@@ -141,7 +140,7 @@ def test_a_run_that_another_process_finishes_meanwhile_is_left_as_it_is(interrup
         shutil.copytree(whole, OUT)
         return data_of(*arguments, **keywords)
 
-    monkeypatch.setattr(sys.modules["qlora_neft.run"], "data_of", meanwhile)  # `qlora_neft.run` is the function
+    monkeypatch.setattr("qlora_neft.runner.run.data_of", meanwhile)
     assert "this run is finished" in goes_on(whole)
     assert contents(OUT) == contents(whole)
 

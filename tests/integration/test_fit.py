@@ -18,16 +18,15 @@ from typer.testing import CliRunner
 
 from qlora_neft import list_recipes, load_recipe
 from qlora_neft.cli import app
-from qlora_neft.display.speed_line import SpeedLine
+from qlora_neft.display.console import SpeedLine
 from qlora_neft.errors import UserInputError
 from qlora_neft.fit import Wanted, card_of, choose, fit_report
 from qlora_neft.fit.cards import CARDS, GIB, this_machine
 from qlora_neft.fit.choose import USABLE, candidates
 from qlora_neft.fit.geometry import geometry_of, shipped_config
-from qlora_neft.fit.show import picture
-from qlora_neft.running.unpack_fit import planned_for, wanted
-from qlora_neft.trainer.memory_probe import MemoryProbe
-from qlora_neft.trainer.smaller_steps import Split
+from qlora_neft.fit.report import picture
+from qlora_neft.runner.build import planned_for, wanted
+from qlora_neft.trainer.step_trainer import MemoryProbe, Split
 
 LLAMA_7B = geometry_of(shipped_config("meta-llama/Llama-2-7b-hf"))
 LLAMA_30B = geometry_of(shipped_config("huggyllama/llama-30b"))
@@ -176,7 +175,7 @@ def test_a_picture_of_any_report(tmp_path):
 
 WEIGHED = """
 import ctypes, gc, sys, torch
-from qlora_neft.quantization import load_nf4_base
+from qlora_neft.base.nf4 import load_nf4_base
 def anonymous():  # without what is mapped from the checkpoint's file, which the system may drop at any time
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)

@@ -13,13 +13,14 @@ from command_line import HELD_OUT, ROWS, cut_off, invoke, never_stopped, refused
 from talker import CONTEXT, save_talker
 from transformers import Gemma3TextConfig, GenerationConfig, GPTNeoXConfig, LlamaConfig, OPTConfig
 
+from qlora_neft.adapter.load import load_trained
+from qlora_neft.adapter.prompts import Prompts
 from qlora_neft.data.prepare import Settings, prepare_data
 from qlora_neft.data.sources import Source
-from qlora_neft.decoding import Decoding, continuations
-from qlora_neft.decoding.answers import questions
-from qlora_neft.decoding.decode import may_outrun_its_context
-from qlora_neft.talk import generate, requests_of_file, requests_of_texts
-from qlora_neft.trained import Prompts, load_trained
+from qlora_neft.generation.answers import questions
+from qlora_neft.generation.decode import Decoding, continuations, may_outrun_its_context
+from qlora_neft.generation.generate import generate
+from qlora_neft.generation.requests import requests_of_file, requests_of_texts
 
 TEXTS = [f"Repeat {n}" + " please" * (n % 4) for n in range(6)]
 SHORT = ("--max-new-tokens", "12")
@@ -223,7 +224,7 @@ def test_a_row_of_data_is_asked_as_it_was_trained(trained, folder, name):
 
 
 def load_trained_tokenizer(trained):
-    from qlora_neft.trained.tokenizer import tokenizer_of_adapter
+    from qlora_neft.adapter.load import tokenizer_of_adapter
 
     return tokenizer_of_adapter(trained.folder)
 
@@ -309,7 +310,7 @@ def test_answers_go_to_a_file_whole(out, folder):
 
 
 def test_an_interrupted_file_keeps_what_is_there(out, folder, monkeypatch):
-    from qlora_neft.talk import output
+    from qlora_neft.generation import output
 
     def interrupted(answers, count):
         yield next(iter(answers))

@@ -13,11 +13,10 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from tiny import ARCHITECTURES, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora_neft.base.lora import add_adapters, count_trainable, lora_config
+from qlora_neft.base.nf4 import load_nf4_base, nf4_config
 from qlora_neft.errors import UserInputError
-from qlora_neft.fit.architectures import FAMILIES
-from qlora_neft.fit.geometry import geometry_of, shipped_config
-from qlora_neft.lora import add_adapters, count_trainable, lora_config
-from qlora_neft.quantization import load_nf4_base, nf4_config
+from qlora_neft.fit.geometry import FAMILIES, geometry_of, shipped_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_lora
 from transformers import AutoModelForCausalLM
 
+from qlora_neft.adapter.folder import find_adapter
 from qlora_neft.errors import UserInputError
-from qlora_neft.gguf_export import modelfile_of_model, write_lora_gguf, write_model_gguf
-from qlora_neft.trained import find_adapter
+from qlora_neft.export.gguf.lora import write_lora_gguf
+from qlora_neft.export.gguf.model import write_model_gguf
+from qlora_neft.export.gguf.modelfile import modelfile_of_model
 
 gguf = pytest.importorskip("gguf", reason="the gguf library is not installed: pip install 'qlora-neft[gguf]'")
 

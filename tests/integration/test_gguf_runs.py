@@ -14,12 +14,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import qlora_neft
-from qlora_neft.decoding import Decoding, generate_ids
+from qlora_neft.adapter.folder import find_adapter
+from qlora_neft.adapter.load import load_trained, nf4_base_of, with_adapter
 from qlora_neft.errors import UserInputError
-from qlora_neft.gguf_export import write_lora_gguf, write_model_gguf
-from qlora_neft.gguf_export.pre_tokenizers import _LLAMA3, _QWEN2
-from qlora_neft.trained import find_adapter, load_trained
-from qlora_neft.trained.load import nf4_base_of, with_adapter
+from qlora_neft.export.gguf.lora import write_lora_gguf
+from qlora_neft.export.gguf.model import write_model_gguf
+from qlora_neft.export.gguf.vocabulary import _LLAMA3, _QWEN2
+from qlora_neft.generation.decode import Decoding, generate_ids
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is not installed: pip install llama-cpp-python builds it"
@@ -273,7 +274,7 @@ def test_text_that_would_be_split_otherwise_is_refused(tmp_path, make, match):
 def test_a_wrong_name_would_be_noticed(tmp_path, monkeypatch):
     """The comparison of tokens can fail: Llama 3's digits under Qwen2's name."""
     folder = model_with(TOKENIZERS["dbrx"](), tmp_path / "model")
-    monkeypatch.setattr("qlora_neft.gguf_export.vocabulary.byte_level_name", lambda *_: "qwen2")
+    monkeypatch.setattr("qlora_neft.export.gguf.vocabulary.byte_level_name", lambda *_: "qwen2")
     write_model_gguf(folder, tmp_path / "m.gguf")
     with pytest.raises(AssertionError):
         same_tokens(folder, tmp_path / "m.gguf")

@@ -10,9 +10,9 @@ import torch
 import yaml
 from command_line import invoke, never_stopped
 
+from qlora_neft.adapter.load import load_trained
 from qlora_neft.errors import UserInputError
 from qlora_neft.evaluation.harness import evaluate_adapter, paired_stderr, side_by_side
-from qlora_neft.trained import load_trained
 
 HERE = {"device": "cpu", "precision": "fp32"}
 needs_lm_eval = pytest.mark.skipif(

@@ -42,7 +42,7 @@ from safetensors.torch import load_file
 from tiny import max_difference
 
 from qlora_neft import load_recipe
-from qlora_neft.run_folder.checkpoint_files import read_checkpoint
+from qlora_neft.run_folder.checkpoints import read_checkpoint
 
 OUT = Path("out")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

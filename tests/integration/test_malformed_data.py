@@ -29,9 +29,11 @@ from malformed_files import (
 )
 from test_bad_input import contents, invoke
 
-from qlora_neft.data import Settings, Source, prepare_data
+from qlora_neft.base.config import load_tokenizer
+from qlora_neft.data.prepare import prepare_data
+from qlora_neft.data.sources import Source
+from qlora_neft.data.worker import Settings
 from qlora_neft.errors import UserInputError
-from qlora_neft.tokenizer import load_tokenizer
 
 PLACE = re.compile(r"\b(?:line|entry|row) \d+")
 

@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, mixed_rows, tiny_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_neft.adapter.folder import find_adapter
+from qlora_neft.adapter.load import nf4_base_of, tokenizer_of_adapter, with_adapter
+from qlora_neft.base.nf4 import keep_nf4_layout, load_nf4_base
+from qlora_neft.base.precision import resolve_precision
 from qlora_neft.errors import RunFailed, UserInputError
-from qlora_neft.merging import KL_LIMIT, ProofRows, merge_adapter, plan_merge
-from qlora_neft.precision import resolve_precision
-from qlora_neft.quantization import keep_nf4_layout, load_nf4_base
-from qlora_neft.run_folder.adapter import save_adapter
-from qlora_neft.trained import find_adapter
-from qlora_neft.trained.load import nf4_base_of, with_adapter
-from qlora_neft.trained.tokenizer import tokenizer_of_adapter
+from qlora_neft.export.merge.merge import merge_adapter
+from qlora_neft.export.merge.plan import plan_merge
+from qlora_neft.export.merge.proof import KL_LIMIT, ProofRows
+from qlora_neft.run_folder.checkpoints import save_adapter
 
 ROWS = ProofRows([dict(row) for row in mixed_rows(6)], "random rows")
 IDS = torch.tensor([ROWS.rows[3]["input_ids"]])

@@ -88,9 +88,9 @@ def test_the_rows_of_the_proof(here):
 
 MEASURED = """
 from pathlib import Path
-from qlora_neft.merging import merge_adapter, plan_merge
-from qlora_neft.trained import find_adapter
-from qlora_neft.trained.tokenizer import tokenizer_of_adapter
+from qlora_neft.export.merge import merge_adapter, plan_merge
+from qlora_neft.adapter import find_adapter
+from qlora_neft.adapter.load import tokenizer_of_adapter
 def own_kib():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))

@@ -10,7 +10,7 @@ from command_line import adapter
 from hub_server import HubServer
 from notebook_runner import SMALL, execute, needs_notebooks, text_of
 
-from qlora_neft.files.bundled import resolve_bundled
+from qlora_neft.paths import resolve_bundled
 
 pytestmark = needs_notebooks
 TOKEN = "hf_annwrite0123456789abcdef"

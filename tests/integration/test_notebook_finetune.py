@@ -9,7 +9,7 @@ from notebook_runner import execute, needs_notebooks, pictures_of, text_of
 
 from qlora_neft import QLoRANeftTrainer, load_recipe, run
 from qlora_neft.errors import RunInterrupted
-from qlora_neft.run_folder.checkpoint_files import find_checkpoints
+from qlora_neft.run_folder.checkpoints import find_checkpoints
 
 pytestmark = needs_notebooks
 OWN_ROWS = (

@@ -14,10 +14,11 @@ from data_cases import LLAMA2
 from data_files import plain, prepare, talks, texts, write
 from tiny import byte_tokenizer
 
-from qlora_neft.data import Limits, Settings, Source
-from qlora_neft.data.cache import cache_root
+from qlora_neft.data.gate import Limits
 from qlora_neft.data.parallel import CHUNK, MIN_ROWS_PER_PROCESS
-from qlora_neft.data.worker import RowWorker
+from qlora_neft.data.sources import Source
+from qlora_neft.data.store import cache_root
+from qlora_neft.data.worker import RowWorker, Settings
 from qlora_neft.errors import RunFailed, UserInputError
 
 

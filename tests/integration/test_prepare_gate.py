@@ -10,7 +10,8 @@ from data_cases import CHATML, tokenizer_of
 from data_files import ANYTHING, TOKENIZER, plain, prepare, write
 from tiny import byte_tokenizer
 
-from qlora_neft.data import DataRefused, Limits, Settings
+from qlora_neft.data.gate import DataRefused, Limits
+from qlora_neft.data.worker import Settings
 
 LIMITS = Limits()
 EMPTY = {"prompt": "p", "completion": " "}

@@ -16,9 +16,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
-from qlora_neft.data import Settings
-from qlora_neft.data.lengths import MAX_BINS, histogram, padding_waste, percentiles, sequence_lengths
-from qlora_neft.data.tally import PLACES_NAMED
+from qlora_neft.data.gate import PLACES_NAMED
+from qlora_neft.data.report import MAX_BINS, histogram, padding_waste, percentiles, sequence_lengths
+from qlora_neft.data.worker import Settings
 
 
 def shuffled(rows):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import invoke
 
-from qlora_neft.evaluation.plain_table import markdown_table
+from qlora_neft.display.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT.parent / "shared" / "data" / "alpaca_eval"

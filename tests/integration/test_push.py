@@ -11,8 +11,8 @@ from command_line import contents
 from hub_server import HubServer
 
 from qlora_neft.errors import RunFailed, UserInputError
-from qlora_neft.hub.push import push_folder
-from qlora_neft.hub.retrying import Patience
+from qlora_neft.export.hub.failures import Patience
+from qlora_neft.export.hub.push import push_folder
 
 TOKEN, READ, BOB = "hf_annwritessecretly", "hf_annreadssecretly", "hf_bobwritessecretly"
 COMMAND = "qlora-neft export out --repo-id ann/x"

@@ -6,8 +6,8 @@ import pytest
 from hub_server import HubServer
 
 from qlora_neft.errors import RunFailed, UserInputError
-from qlora_neft.hub.push import push_folder
-from qlora_neft.hub.retrying import Patience
+from qlora_neft.export.hub.failures import Patience
+from qlora_neft.export.hub.push import push_folder
 
 TOKEN, COMMAND = "hf_annwritessecretly", "qlora-neft export out --repo-id ann/x"
 LOOK, LIST, MAKE = ("GET", r"/revision/main|/models/ann/x$"), ("GET", "/tree/"), ("POST", "/repos/create")

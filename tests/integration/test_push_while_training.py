@@ -20,9 +20,9 @@ from command_line import (
 )
 from hub_server import HubServer
 
-from qlora_neft.hub.retrying import Patience
+from qlora_neft.export.hub.failures import Patience
 from qlora_neft.recipe import load_recipe
-from qlora_neft.running.push_while_training import ready_to_push
+from qlora_neft.runner.push import ready_to_push
 
 TOKEN = "hf_annwritessecretly"
 TO = ("--push-to", "ann/tuned")

@@ -17,18 +17,17 @@ from tiny import byte_tokenizer, mixed_rows, tiny_trainer
 from transformers import AutoTokenizer
 
 from qlora_neft import load_recipe
+from qlora_neft.base.lora import LARGE_MODEL_PARAMETERS, default_lora_config
+from qlora_neft.base.nf4 import load_nf4_base
 from qlora_neft.data.encode import Encoder
-from qlora_neft.data.examples import content_hash
-from qlora_neft.data.formats import to_example
-from qlora_neft.data.split import unit_interval
+from qlora_neft.data.formats import content_hash, to_example
+from qlora_neft.data.prepare import unit_interval
 from qlora_neft.data.templates import AlpacaTemplate
-from qlora_neft.decoding.answers import Answer, Question, exact_match, greedy_answers, questions
-from qlora_neft.display.loss_plot import plot_losses
-from qlora_neft.files.json_file import finite, write_json
-from qlora_neft.lora import LARGE_MODEL_PARAMETERS, default_lora_config
-from qlora_neft.quantization import load_nf4_base
-from qlora_neft.run import run
+from qlora_neft.display.plots import plot_losses
+from qlora_neft.files import finite, write_json
+from qlora_neft.generation.answers import Answer, Question, exact_match, greedy_answers, questions
 from qlora_neft.run_folder.record import versions
+from qlora_neft.runner.run import run
 
 NUM_ROWS, BATCH, MAX_LENGTH = 10, 4, 250
 TRAIN = [

@@ -11,14 +11,13 @@ from command_line import adapter, contents, invoke, logged, make_workplace, proc
 from sweep_runs import WORDS, Watched, swept_in
 
 from qlora_neft import load_recipe
+from qlora_neft.compare.arms import arms_by
+from qlora_neft.compare.measures import measure_run
+from qlora_neft.compare.records import read_run
+from qlora_neft.compare.results import read_rows, results_of
 from qlora_neft.errors import RunFailed, RunInterrupted, UserInputError
 from qlora_neft.fit import card_of
-from qlora_neft.run import run
-from qlora_neft.run_report.arms import arms_by
-from qlora_neft.run_report.record import read_run
-from qlora_neft.run_report.results import results_of
-from qlora_neft.run_report.row_losses import read_rows
-from qlora_neft.sweeping.measures import measure_run
+from qlora_neft.runner.run import run
 
 NAMES = ["noise_alpha_0-seed_3", "noise_alpha_15-seed_3", "noise_alpha_0-seed_4", "noise_alpha_15-seed_4"]
 
@@ -165,7 +164,7 @@ def test_what_is_measured_is_not_measured_again(swept, workplace, monkeypatch):
     folder = swept[0] / NAMES[0]
     measure_run(folder, ["rows"])
     before = contents(folder)
-    monkeypatch.setattr("qlora_neft.sweeping.measures.MEASURES", {"rows": None})
+    monkeypatch.setattr("qlora_neft.compare.measures.MEASURES", {"rows": None})
     measure_run(folder, ["rows"])
     assert contents(folder) == before
     with pytest.raises(UserInputError, match=r"must be names from rows, .* got rouge"):

@@ -7,14 +7,15 @@ import pytest
 import torch
 from command_line import adapter, cut_off, never_stopped
 
-from qlora_neft.consumers import facts_of
+from qlora_neft.adapter.folder import find_adapter
+from qlora_neft.adapter.load import load_trained
 from qlora_neft.data.templates import alpaca_prompt
-from qlora_neft.decoding import Decoding, generate_ids
 from qlora_neft.errors import UserInputError
-from qlora_neft.gguf_export import write_lora_gguf
-from qlora_neft.hub.weights import stored_dtype
-from qlora_neft.merging import plan_merge
-from qlora_neft.trained import find_adapter, load_trained
+from qlora_neft.export.consumers import facts_of
+from qlora_neft.export.gguf.lora import write_lora_gguf
+from qlora_neft.export.hub.folder import stored_dtype
+from qlora_neft.export.merge.plan import plan_merge
+from qlora_neft.generation.decode import Decoding, generate_ids
 
 
 @pytest.fixture(scope="module")

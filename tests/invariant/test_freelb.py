@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import adapter_weights, gradient_norms, losses, max_difference, mixed_rows, tiny_trainer
 
-from qlora_neft.neftune import NEFTuneNoise
-from qlora_neft.steps.freelb import Perturbation
+from qlora_neft.noise.freelb import Perturbation
+from qlora_neft.noise.neftune import NEFTuneNoise
 from qlora_neft.steps.sequences import SequenceSpan
 from qlora_neft.trainer import QLoRANeftConfig
 

@@ -18,13 +18,7 @@ from tiny import (
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from qlora_neft.quantization import (
-    base_fingerprint,
-    frozen_fingerprints,
-    keep_nf4_layout,
-    load_nf4_base,
-    nf4_config,
-)
+from qlora_neft.base.nf4 import base_fingerprint, frozen_fingerprints, keep_nf4_layout, load_nf4_base, nf4_config
 
 ROWS = mixed_rows(32, seed=11)
 STEP_OF_16 = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import LlamaConfig
 
-from qlora_neft.base_config import check_context, check_vocabulary
+from qlora_neft.base.config import check_context, check_vocabulary
 from qlora_neft.errors import UserInputError
 
 CONFIG = LlamaConfig(vocab_size=100, max_position_embeddings=64, hidden_size=32, num_attention_heads=2)

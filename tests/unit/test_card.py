@@ -4,12 +4,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from qlora_neft.hub.card import render_card
-from qlora_neft.hub.metadata import card_data
-from qlora_neft.hub.public_recipe import public_recipe
-from qlora_neft.hub.records import Records
-from qlora_neft.hub.training_summary import training_summary
-from qlora_neft.hub.usage import snippets
+from qlora_neft.export.hub.card import card_data, render_card, snippets
+from qlora_neft.export.hub.records import Records, public_recipe, training_summary
 from qlora_neft.recipe import load_recipe
 from qlora_neft.recipe.yaml_text import dump_yaml
 

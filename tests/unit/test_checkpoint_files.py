@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from qlora_neft.errors import UserInputError
-from qlora_neft.run_folder.checkpoint_files import (
+from qlora_neft.run_folder.checkpoints import (
     MANIFEST,
     Checkpoint,
     find_checkpoints,
@@ -330,7 +330,7 @@ def test_a_checkpoint_moved_aside_comes_back_if_no_other_took_its_place(tmp_path
 WRITER = """
 import sys
 from pathlib import Path
-from qlora_neft.run_folder.checkpoint_files import new_checkpoint, prune, remove_leftovers
+from qlora_neft.run_folder.checkpoints import new_checkpoint, prune, remove_leftovers
 
 run, step = Path(sys.argv[1]), int(sys.argv[2])
 remove_leftovers(run)
@@ -412,7 +412,7 @@ def test_killed_at_every_system_call(tmp_path, step):
 FULL = """
 import resource, signal, sys
 from pathlib import Path
-from qlora_neft.run_folder.checkpoint_files import new_checkpoint
+from qlora_neft.run_folder.checkpoints import new_checkpoint
 
 if sys.argv[2] == "limit":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -15,7 +15,7 @@ import yaml
 from qlora_neft import __version__, list_recipes, load_recipe
 from qlora_neft.cli import app
 from qlora_neft.errors import RunFailed, UserInputError
-from qlora_neft.recipe.files import recipe_path
+from qlora_neft.recipe.load import recipe_path
 
 VERBS = ["ls", "show", "diff", "cp", "validate", "train", "preview", "fit", "noise", "doctor"]
 VERBS += ["generate", "chat", "merge", "export", "check", "gguf", "sweep", "report", "eval"]
@@ -56,7 +56,7 @@ def cpu_seconds(*arguments):
 @pytest.fixture
 def fake_run(monkeypatch):
     """Stands in for the module of the run, and records what it is called with."""
-    module = types.ModuleType("qlora_neft.run")
+    module = types.ModuleType("qlora_neft.runner.run")
     module.calls = []
 
     def run(recipe, output_dir, **kwargs):
@@ -65,7 +65,7 @@ def fake_run(monkeypatch):
         return {"final": 1.5}
 
     module.run = run
-    monkeypatch.setitem(sys.modules, "qlora_neft.run", module)
+    monkeypatch.setitem(sys.modules, "qlora_neft.runner.run", module)
     return module
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qlora_neft.consumers import facts_of, named_consumers, verdict_for
+from qlora_neft.adapter.folder import find_adapter
 from qlora_neft.errors import UserInputError
-from qlora_neft.trained import find_adapter
+from qlora_neft.export.consumers import facts_of, named_consumers, verdict_for
 
 PLAIN = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "bias": "none", "target_modules": ["q_proj"]}
 

@@ -16,8 +16,9 @@ from huggingface_hub.errors import HTTPError
 
 from qlora_neft.data import read_hub
 from qlora_neft.data.reading import Row, read_rows, source_fingerprint
-from qlora_neft.data.sources import Source, is_local, local_files
+from qlora_neft.data.sources import Source, local_files
 from qlora_neft.errors import UserInputError
+from qlora_neft.paths import is_local
 
 ROWS = [{"instruction": f"Say {n}", "input": "", "output": str(n)} for n in range(10)]
 AN_OBJECT = "Every example must be a JSON object with named fields"

@@ -8,10 +8,9 @@ import torch
 from tiny import byte_tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from qlora_neft.decoding import Decoding
-from qlora_neft.decoding.token_choice import KeyedDraw, RepetitionPenalty
 from qlora_neft.errors import UserInputError
-from qlora_neft.talk.stream import TextStream, answer_text
+from qlora_neft.generation.decode import Decoding, KeyedDraw, RepetitionPenalty
+from qlora_neft.generation.generate import TextStream, answer_text
 
 PAD, STOP = 9, 8
 

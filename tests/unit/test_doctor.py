@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qlora_neft.cli import app
-from qlora_neft.inspection import doctor
+from qlora_neft.cli import look as doctor
 
 
 @pytest.fixture

@@ -10,16 +10,12 @@ import pytest
 import torch
 
 from qlora_neft.errors import UserInputError
-from qlora_neft.evaluation.embedding_noise import (
-    EmbeddingTable,
-    noised,
-    similarity_spectrum,
-    token_flips,
-    whole_vocabulary,
-)
-from qlora_neft.evaluation.embedding_noise import table as table_module
-from qlora_neft.evaluation.embedding_noise.spectrum import clean_blocks, noised_blocks
-from qlora_neft.neftune import NEFTuneNoise
+from qlora_neft.evaluation.embeddings import flips as noised
+from qlora_neft.evaluation.embeddings import table as table_module
+from qlora_neft.evaluation.embeddings.flips import token_flips, whole_vocabulary
+from qlora_neft.evaluation.embeddings.spectrum import clean_blocks, noised_blocks, similarity_spectrum
+from qlora_neft.evaluation.embeddings.table import EmbeddingTable
+from qlora_neft.noise.neftune import NEFTuneNoise
 from qlora_neft.steps.sequences import SequenceSpan
 
 V, D = 300, 24
@@ -39,8 +35,8 @@ def small_blocks(monkeypatch):
     """Several blocks also in small tables, the last one not full."""
     for name, size in (("POINTS_AT_ONCE", 64), ("ROWS_AT_ONCE", 128)):
         monkeypatch.setattr(table_module, name, size)
-    monkeypatch.setattr("qlora_neft.evaluation.embedding_noise.flips.POINTS_AT_ONCE", 64)
-    monkeypatch.setattr("qlora_neft.evaluation.embedding_noise.spectrum.ROWS_AT_ONCE", 128)
+    monkeypatch.setattr("qlora_neft.evaluation.embeddings.flips.POINTS_AT_ONCE", 64)
+    monkeypatch.setattr("qlora_neft.evaluation.embeddings.spectrum.ROWS_AT_ONCE", 128)
 
 
 def sequences_of(lengths, seed=1):
@@ -165,9 +161,9 @@ def test_memory_does_not_grow_with_the_square_of_the_vocabulary():
     """A whole table of distances would be 8,000^2 float32 numbers, 244 MiB."""
     script = """if True:
         import resource, torch
-        from qlora_neft.evaluation.embedding_noise import EmbeddingTable, similarity_spectrum
-        from qlora_neft.evaluation.embedding_noise import token_flips, whole_vocabulary
-        from qlora_neft.evaluation.embedding_noise.spectrum import clean_blocks
+        from qlora_neft.evaluation.embeddings import EmbeddingTable, similarity_spectrum
+        from qlora_neft.evaluation.embeddings import token_flips, whole_vocabulary
+        from qlora_neft.evaluation.embeddings.spectrum import clean_blocks
         weight = torch.randn(8000, 32)
         torch.linalg.eigvalsh(torch.eye(8) @ torch.eye(8))  # what is loaded for the first product stays
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

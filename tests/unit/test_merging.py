@@ -10,14 +10,12 @@ from safetensors.torch import load_file
 from tiny import ARCHITECTURES, mixed_rows
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
+from qlora_neft.base.model_files import Checkpoint, ShardWriter, from_nf4, skeleton, to_nf4
+from qlora_neft.base.nf4 import load_nf4_base, nf4_config
 from qlora_neft.errors import UserInputError
-from qlora_neft.merging.checkpoint import Checkpoint, from_nf4, skeleton, to_nf4
-from qlora_neft.merging.output import check_space
-from qlora_neft.merging.proof import distance, reference_of
-from qlora_neft.merging.shards import ShardWriter
-from qlora_neft.merging.strategies import quantized_names
-from qlora_neft.merging.streamed import Streamed
-from qlora_neft.quantization import load_nf4_base, nf4_config
+from qlora_neft.export.merge.merge import check_space
+from qlora_neft.export.merge.plan import quantized_names
+from qlora_neft.export.merge.proof import Streamed, distance, reference_of
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qlora_neft.errors import UserInputError
-from qlora_neft.run_folder.checkpoint_files import find_checkpoints, new_checkpoint, prune, verify
+from qlora_neft.run_folder.checkpoints import find_checkpoints, new_checkpoint, prune, verify
 from qlora_neft.run_folder.mirror import Mirror, restore
 
 

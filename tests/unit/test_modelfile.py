@@ -5,8 +5,8 @@ import re
 import pytest
 from tiny import byte_tokenizer
 
-from qlora_neft.gguf_export.modelfile import go_template
-from qlora_neft.trained import Prompts
+from qlora_neft.adapter.prompts import Prompts
+from qlora_neft.export.gguf.modelfile import go_template
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"

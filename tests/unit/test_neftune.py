@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlora_neft.neftune import (
+from qlora_neft.noise.neftune import (
     NEFTuneNoise,
     NoiseStatistics,
     alpha_at,
@@ -18,7 +18,7 @@ from qlora_neft.neftune import (
     noise_scale,
     noisy_embeddings,
 )
-from qlora_neft.steps.randomness import keyed_rng, preserved_rng, stream_key
+from qlora_neft.noise.streams import keyed_rng, preserved_rng, stream_key
 from qlora_neft.steps.sequences import SequenceSpan
 
 WIDTH = 48

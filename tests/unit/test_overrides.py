@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_neft import RecipeError, load_recipe
-from qlora_neft.recipe.overrides import apply_overrides
+from qlora_neft.recipe.load import apply_overrides
 
 
 def problems_of(*overrides):

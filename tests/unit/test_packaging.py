@@ -17,15 +17,15 @@ import yaml
 import qlora_neft
 from qlora_neft import list_recipes
 from qlora_neft.errors import UserInputError
-from qlora_neft.files.bundled import resolve_bundled
-from qlora_neft.recipe.files import recipe_dir
+from qlora_neft.paths import resolve_bundled
+from qlora_neft.recipe.load import recipe_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 WHERE = (
     "import qlora_neft; print(qlora_neft.__file__);"
-    "from qlora_neft.recipe.files import recipe_dir; print(recipe_dir());"
+    "from qlora_neft.recipe.load import recipe_dir; print(recipe_dir());"
     "print(*qlora_neft.list_recipes()); print(qlora_neft.load_recipe('demo').lora.r);"
-    "from qlora_neft.files.bundled import resolve_bundled; print(resolve_bundled('bundled:demo/train.jsonl'))"
+    "from qlora_neft.paths import resolve_bundled; print(resolve_bundled('bundled:demo/train.jsonl'))"
 )
 
 
@@ -79,7 +79,7 @@ def test_a_stale_copy_of_the_recipes_does_not_win_in_a_clone(tmp_path, monkeypat
     package = tmp_path / "qlora_neft"
     for folder in (package / "recipes", tmp_path / "recipes"):
         folder.mkdir(parents=True)
-    monkeypatch.setattr("qlora_neft.recipe.files._PACKAGE", package)
+    monkeypatch.setattr("qlora_neft.recipe.load._PACKAGE", package)
     assert recipe_dir() == package / "recipes"  # a "recipes" beside the package is not ours in site-packages
     (tmp_path / "pyproject.toml").touch()
     assert recipe_dir() == tmp_path / "recipes"
@@ -167,24 +167,10 @@ def test_an_issue_form_is_one_that_github_shows(path):
         assert field.get("validations", {"required": True}) == {"required": True}
 
 
-@pytest.mark.parametrize(
-    "before", ["pass", "import qlora_neft.run", "from qlora_neft.run import run", "import qlora_neft.cli"]
-)
-def test_run_is_the_function_whatever_was_imported_before(before, tmp_path):
-    # A package of the same shape whose run.py needs no torch: what is tested is the package's own __init__.
-    package = tmp_path / "qlora_neft"
-    package.mkdir()
-    for own in ("__init__.py", "lazy_names.py"):
-        (package / own).write_bytes((ROOT / "qlora_neft" / own).read_bytes())
-    (package / "run.py").write_text("def run(recipe): return recipe\n")
-    (package / "cli.py").write_text("from qlora_neft.run import run\nfrom . import run as same\nassert run is same\n")
-    code = (
-        f"{before}\nimport qlora_neft\nfrom qlora_neft import run\nassert run(3) == 3\n"
-        "import qlora_neft.run\nassert qlora_neft.run is run\n"
-        "import sys, importlib\nmodule = importlib.import_module('qlora_neft.run')\n"
-        "assert module is sys.modules['qlora_neft.run'] is not run"
-    )
-    python(code, tmp_path, cwd=tmp_path)
+def test_run_is_the_function_whatever_was_imported_before():
+    import qlora_neft.runner.run as module
+
+    assert qlora_neft.run is module.run
 
 
 def test_public_names_are_listed_and_others_refused():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qlora_neft.steps.philox import FLOATS_AT_ONCE, _parts, normal_draws, uniform_by_tensors, uniform_draws
+from qlora_neft.noise.streams import FLOATS_AT_ONCE, _parts, normal_draws, uniform_by_tensors, uniform_draws
 
 CPU = torch.device("cpu")
 KEYS = [(0, 0), (1, 2), (2**64 - 1, 2**63 + 12345), (7, (123 << 32) | 5)]

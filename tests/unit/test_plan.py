@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qlora_neft.fit.choose import CPU_TOKENS
-from qlora_neft.running.plan import SMALL_GPU_BYTES, TOKENS_PER_MICRO_BATCH, plan_run
+from qlora_neft.runner.plan import SMALL_GPU_BYTES, TOKENS_PER_MICRO_BATCH, plan_run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_neft.base.precision import resolve_precision
 from qlora_neft.errors import UserInputError
-from qlora_neft.precision import resolve_precision
 from qlora_neft.trainer.config import CHECKPOINTING, QLoRANeftConfig
 
 GPUS = {"T4": (7, 5), "A100": (8, 0), "L4": (8, 9), "H100": (9, 0)}

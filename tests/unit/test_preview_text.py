@@ -12,7 +12,7 @@ from tiny import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qlora_neft.display.length_plot import plot_lengths
+from qlora_neft.display.plots import plot_lengths
 from qlora_neft.display.preview_text import TokenView, printable, render_example, render_summary, token_views
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
@@ -350,7 +350,7 @@ def test_no_plot_without_matplotlib(tmp_path, monkeypatch):
 
 
 def test_no_torch_is_loaded():
-    code = "import sys, qlora_neft.display.preview_text, qlora_neft.display.length_plot; print('torch' in sys.modules)"
+    code = "import sys, qlora_neft.display.preview_text, qlora_neft.display.plots; print('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from qlora_neft import list_recipes, load_recipe
-from qlora_neft.recipe.files import recipe_dir
 from qlora_neft.recipe.keys import fields_of, section_names
+from qlora_neft.recipe.load import recipe_dir
 
 RECIPES = sorted(recipe_dir().rglob("*.yaml"))
 OTHERS = {"demo", "llama2-7b-platypus", "llama2-7b-sharegpt", "qwen3-4b-chat"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_neft.display.run_lines import lines_after
+from qlora_neft.display.console import lines_after
 
 
 @pytest.mark.parametrize(

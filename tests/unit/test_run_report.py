@@ -7,12 +7,11 @@ import pytest
 import yaml
 from command_line import invoke
 
+from qlora_neft.compare.arms import arms_by
+from qlora_neft.compare.page import curve_of, style_of, thinned, ticks, write_report
+from qlora_neft.compare.records import find_runs, read_run
+from qlora_neft.compare.results import TextTable
 from qlora_neft.errors import UserInputError
-from qlora_neft.run_report.arms import arms_by
-from qlora_neft.run_report.curves import curve_of, style_of, thinned, ticks
-from qlora_neft.run_report.page import write_report
-from qlora_neft.run_report.record import find_runs, read_run
-from qlora_neft.run_report.tables import TextTable
 
 EVIL = '<script>alert("x")</script>'
 RECIPE = {"model": {"name_or_path": "base"}, "data": {"path": "rows.jsonl"}, "train": {"seed": 0}}

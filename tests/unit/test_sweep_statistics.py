@@ -9,20 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_neft.errors import RecipeError, UserInputError
-from qlora_neft.run_report.arms import Arm, arms_by, arms_of, baseline_of
-from qlora_neft.run_report.record import RunRecord
-from qlora_neft.run_report.results import best, results_of
-from qlora_neft.run_report.statistics import (
+from qlora_neft.compare.arms import Arm, arms_by, arms_of, baseline_of
+from qlora_neft.compare.plan import open_sweep, plan_sweep, split_values, split_words
+from qlora_neft.compare.records import RunRecord
+from qlora_neft.compare.results import best, results_of
+from qlora_neft.compare.statistics import (
     bootstrap_interval,
     difference,
     ratio_bootstrap_interval,
     t_interval,
     t_quantile,
 )
-from qlora_neft.sweeping.plan import plan_sweep
-from qlora_neft.sweeping.sweep_file import open_sweep
-from qlora_neft.sweeping.words import split_values, split_words
+from qlora_neft.errors import RecipeError, UserInputError
 
 
 def record(alpha, seed, loss, **more):

@@ -9,10 +9,8 @@ import threading
 import pytest
 from command_line import invoke, refused
 
-from qlora_neft.evaluation.ngrams import MAX_LOG_DIVERSITY, log_diversity, repetition
-from qlora_neft.evaluation.plain_table import short_names
-from qlora_neft.evaluation.read_texts import read_texts
-from qlora_neft.evaluation.text_measures import CUTOFFS, measure_texts
+from qlora_neft.display.tables import short_names
+from qlora_neft.evaluation.texts import CUTOFFS, MAX_LOG_DIVERSITY, log_diversity, measure_texts, read_texts, repetition
 
 
 def words(count, vocabulary, seed):

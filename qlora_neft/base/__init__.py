@@ -1,0 +1,1 @@
+"""The model that is trained: its configuration, NF4 weights, LoRA, number formats and files."""

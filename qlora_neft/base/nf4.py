@@ -1,0 +1,153 @@
+"""The frozen base: 4-bit NF4 with double quantization (Dettmers et al. 2023, QLoRA, section 3, arXiv:2305.14314)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from ..errors import UserInputError
+from .config import NOT_RUN, check_base_config
+
+
+def nf4_config(
+    compute_dtype: torch.dtype, *, double_quant: bool = True, quant_storage: torch.dtype = torch.uint8
+) -> BitsAndBytesConfig:
+    """NF4 as in QLoRA (section 3).
+
+    Args:
+        compute_dtype: What weights are unpacked to for each product.
+        double_quant: Quantize the quantization constants; saves 0.37 bit per parameter.
+        quant_storage: What the packed bytes are declared as. The bytes are the same; FSDP shards only a float dtype.
+    """
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=quant_storage,
+    )
+
+
+def load_nf4_base(
+    name_or_path: str,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    quantization_config: BitsAndBytesConfig | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a base model in NF4, one shard at a time, straight to its device.
+
+    Weights are quantized from the dtype they are stored in, whatever the machine computes in, so that every machine
+    trains on the same NF4 bytes. Embeddings, norms and head stay unquantized, in ``compute_dtype``.
+
+    Args:
+        name_or_path: Hub id or directory; the checkpoint may already be stored in NF4.
+        device: Where the weights go.
+        compute_dtype: What weights are dequantized to, and what unquantized weights are stored in.
+        quantization_config: Default: `nf4_config`.
+        kwargs: Passed on to ``from_pretrained`` (``revision``, ``attn_implementation`` ...;
+            ``trust_remote_code``, default False: code in a model's repository is not run).
+
+    Raises:
+        UserInputError: As `check_base_config`, or if the weights are missing.
+    """
+    config_kwargs = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    config = check_base_config(name_or_path, **config_kwargs)
+    if getattr(config, "quantization_config", None) is None:
+        kwargs["quantization_config"] = quantization_config or nf4_config(compute_dtype)
+    kwargs.setdefault("device_map", {"": device})
+    kwargs = {**NOT_RUN, "dtype": "auto", **kwargs}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    except (OSError, SafetensorError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserInputError(
+            f"model.name_or_path: no weights could be read from {name_or_path!r}. ({first_line})"
+        ) from error
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise UserInputError(
+            f"model.name_or_path: the checkpoint {name_or_path!r} lacks {len(names)} weights of "
+            f"{type(model).__name__}, among them {names[0]}. A frozen base must be complete."
+        )
+    own_choice = None if quantization_config is None else quantization_config.bnb_4bit_compute_dtype
+    set_compute_dtype(model, compute_dtype, own_choice)
+    return model
+
+
+def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype, matmul_dtype: torch.dtype | None = None) -> None:
+    """Let a loaded NF4 base compute in ``dtype``: dequantization target, embeddings, norms, biases and head.
+
+    ``matmul_dtype`` sets another dequantization target (a caller's own ``bnb_4bit_compute_dtype``). Weights that their
+    architecture wants in float32 stay there. Buffers (rotary frequencies) are left alone.
+    """
+    keep_nf4_layout(model)
+    keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = matmul_dtype or dtype
+            module.compute_type_is_set = True  # else bitsandbytes takes the dtype of the first input it sees
+            module.weight.quant_state.dtype = matmul_dtype or dtype
+    for name, param in model.named_parameters():
+        if isinstance(param, Params4bit) or not param.is_floating_point():
+            continue
+        if any(part in keep_fp32 for part in name.split(".")) and dtype != torch.float32:
+            continue
+        param.data = param.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def keep_nf4_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from rewriting the base on CPUs with AVX512-BF16.
+
+    There, the first forward in eval mode repacks every `Linear4bit` weight in place for an inference kernel, rounds its
+    double-quantized constants to bf16 for good, and fails where a layer's width is no multiple of 32; later training
+    steps then run on the rewritten weights (``Linear4bit.forward`` and ``_convert_weight_packed_for_cpu``, bitsandbytes
+    0.50; bitsandbytes-foundation/bitsandbytes#2078 is one consequence). A single evaluation would change the run. Can
+    go when the repacking leaves the stored weight alone.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def frozen_fingerprints(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every frozen parameter's bytes, quantization constants included, by name.
+
+    Equal dictionaries before and after training prove that the base did not move by a single bit.
+    """
+    return {
+        name: _sha256(_stored_tensors(param)) for name, param in model.named_parameters() if not param.requires_grad
+    }
+
+
+def base_fingerprint(fingerprints: dict[str, str]) -> str:
+    """One SHA-256 for all of `frozen_fingerprints`."""
+    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(fingerprints.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _stored_tensors(param: Tensor) -> Iterator[Tensor]:
+    yield param.detach()
+    state = getattr(param, "quant_state", None)
+    if state is None:
+        return
+    yield state.absmax
+    if state.nested:
+        yield state.offset
+        yield state.state2.absmax
+
+
+def _sha256(tensors: Iterator[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,129 @@
+"""The verb sweep: a plan from the command line, its runs trained in processes of their own, the results shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserInputError
+from .options import JsonOption, RecipeArgument, complete_override
+
+if TYPE_CHECKING:
+    from ..compare.plan import SweepPlan
+    from ..compare.queue import Runner
+
+WordsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="KEY=V1,V2,...",
+        help="Keys to sweep, their values with commas, such as neftune.noise_alpha=0,5,10,15; KEY=VALUE: the same "
+        "change in every run.",
+        autocompletion=complete_override,
+    ),
+]
+
+
+def sweep(
+    name: RecipeArgument,
+    words: WordsArgument,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Where the runs and their results go; default: sweep-NAME-KEYS, here."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting, seeds counted from the recipe's.")] = 3,
+    as_list: Annotated[
+        bool, typer.Option("--list/--grid", help="First values of all keys together, then the second, ...")
+    ] = False,
+    measure: Annotated[
+        str, typer.Option(metavar="NAMES", help="Also measured after training, with commas; see docs/sweeps.md.")
+    ] = "",
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time, on CPUs.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs with their tokens; check model, data and plan of each.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a recipe under several settings, and compare them.
+
+    Runs of one seed differ in nothing but what is swept. The same command goes on where it was cut off.
+    """
+    from ..compare.measures import check_held_out, check_names
+    from ..compare.plan import plan_sweep
+
+    measures = [word for word in (part.strip() for part in measure.split(",")) if word]
+    check_names(measures)
+    plan = plan_sweep(name, words, seeds=seeds, combine="list" if as_list else "grid")
+    check_held_out(measures, [run.recipe for run in plan.runs])
+    _check_parallel(plan, parallel)
+    output_dir = output_dir or Path("-".join(["sweep", Path(name).stem, *(key.split(".")[-1] for key in plan.keys)]))
+    from ..compare.show import SweepDisplay, show_plan, show_results
+
+    if dry_run:
+        from ..compare.sweep import check_runs
+
+        show_plan(check_runs(plan, output_dir), as_json=as_json)
+        return
+    from ..compare.sweep import sweep as run_sweep
+
+    with SweepDisplay(quiet=as_json) as display:
+        runner = runner_of(output_dir, measures, parallel)
+        options = {"--seeds": seeds, "--output-dir": output_dir, "--measure": measure, "--parallel": parallel}
+        command = _command(name, words, options, as_list)
+        results = run_sweep(plan, output_dir, runner, display, measures=measures, parallel=parallel, command=command)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        show_results(results, output_dir)
+
+
+def runner_of(output_dir: Path, measures: list[str], parallel: int) -> Runner:
+    """Who trains the runs; several at a time share the machine's threads."""
+    from ..compare.queue import ProcessRunner
+
+    threads = None if parallel == 1 else max((os.cpu_count() or 1) // parallel, 1)
+    return ProcessRunner(output_dir, measures, threads)
+
+
+def _check_parallel(plan: SweepPlan, parallel: int) -> None:
+    if parallel == 1 or all(run.recipe.machine.device == "cpu" for run in plan.runs):
+        return
+    from ..fit import this_machine
+
+    if this_machine().is_gpu:
+        raise UserInputError(
+            f"--parallel: runs on one GPU go one at a time, got {parallel}. Leave it away, or set machine.device=cpu."
+        )
+
+
+def _command(name: str, words: list[str], options: dict[str, Any], as_list: bool) -> str:
+    """The command that goes on with the sweep."""
+    defaults = {"--measure": "", "--parallel": 1, "--seeds": 3}
+    stated = [str(part) for pair in options.items() if defaults.get(pair[0]) != pair[1] for part in pair]
+    return shlex.join(["qlora-neft", "sweep", name, *words, *stated, *(["--list"] if as_list else [])])
+
+
+def report(
+    dirs: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs; a sweep's folder stands for its runs.")
+    ],
+    output: Annotated[
+        Path, typer.Option(dir_okay=False, help="The page; a Markdown file of the same name goes beside it.")
+    ] = Path("report.html"),
+) -> None:
+    """Compare runs on one page: settings, curves, measures, answers.
+
+    The page needs no network and no JavaScript.
+    """
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise UserInputError(f"--output: must end in .html, got {str(output)!r}.")
+    if not output.parent.is_dir():
+        raise UserInputError(f"--output: there is no folder {str(output.parent)!r}. Make it first.")
+    from ..compare.page import write_report
+
+    pages = write_report(dirs, output)
+    typer.echo("\n".join(f"written: {page}" for page in pages))

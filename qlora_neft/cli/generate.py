@@ -1,0 +1,273 @@
+"""The verbs generate and chat. Heavy imports inside them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UserInputError
+from .options import (
+    REPETITION_PENALTY,
+    LeastTokensOption,
+    PenaltyOption,
+    SampleOption,
+    SeedOption,
+    TemperatureOption,
+    TokensOption,
+    TopKOption,
+    TopPOption,
+    decoding_of,
+)
+
+if TYPE_CHECKING:
+    from ..adapter.folder import AdapterFolder
+    from ..adapter.load import Trained
+    from ..generation.decode import Decoding
+    from ..generation.output import Replies
+    from ..generation.requests import Request
+
+DirArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="--output-dir of a run, a checkpoint, any LoRA adapter, or a Hub id.")
+]
+BaseOption = Annotated[str | None, typer.Option(help="Base model in place of the recorded one.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Hub revision of DIR.")]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(metavar="alpaca|vicuna|chat|none|FILE.jinja", help="In place of the template of the training run."),
+]
+SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, where the template has one.")]
+BaseAloneOption = Annotated[bool, typer.Option("--base-alone", help="Ask the base without the adapter.")]
+CompareOption = Annotated[bool, typer.Option("--compare", help="Ask both, the base and the adapter.")]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
+PrecisionOption = Annotated[str, typer.Option(metavar="auto|bf16|fp16|fp32", help="In what to compute.")]
+
+
+def generate(
+    dir: DirArgument,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to ask; - is standard input, all of it.")
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Prompts: .txt or - (one a line), or .jsonl, .json, .csv, .parquet rows."),
+    ] = None,
+    system: SystemOption = None,
+    compare: CompareOption = False,
+    base_alone: BaseAloneOption = False,
+    max_new_tokens: TokensOption = 512,
+    min_new_tokens: LeastTokensOption = 0,
+    repetition_penalty: PenaltyOption = REPETITION_PENALTY,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time; changes no answer.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="New file: .json a list, .jsonl JSON lines, others as printed.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    base: BaseOption = None,
+    revision: RevisionOption = None,
+    prompt_template: TemplateOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Answer prompts with a trained adapter.
+
+    The prompt template of the training run is put around them.
+    """
+    from ..adapter.folder import find_adapter
+
+    _check_who_answers(compare=compare, base_alone=base_alone)
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    adapter = find_adapter(dir, revision=revision, base=base)  # a wrong DIR is told before torch is loaded
+    decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
+    requests = _requests(prompts or [], file)
+    names = ["base", "adapter"] if compare else ["base"] if base_alone else ["adapter"]
+    from ..generation.output import check_new
+
+    if output is not None:
+        check_new(output, "--output")
+    with _loaded(adapter, prompt_template, device, precision) as trained:
+        if system is not None:
+            requests = _with_system(trained, requests, system)
+        if sys.stdout.isatty() and len(requests) == 1 and not as_json and output is None:
+            _stream(trained, requests, decoding, names)
+        else:
+            _answer_all(trained, requests, decoding, names, batch_size, output, as_json)
+
+
+def chat(
+    dir: DirArgument,
+    system: SystemOption = None,
+    compare: CompareOption = False,
+    base_alone: BaseAloneOption = False,
+    max_new_tokens: TokensOption = 512,
+    min_new_tokens: LeastTokensOption = 0,
+    repetition_penalty: PenaltyOption = REPETITION_PENALTY,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    base: BaseOption = None,
+    revision: RevisionOption = None,
+    prompt_template: TemplateOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Talk with a trained adapter.
+
+    Commands begin with a slash: /help lists them.
+    """
+    from ..adapter.folder import find_adapter
+
+    _check_who_answers(compare=compare, base_alone=base_alone)
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    adapter = find_adapter(dir, revision=revision, base=base)  # a wrong DIR is told before torch is loaded
+    decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
+    with contextlib.suppress(ImportError):  # line editing and history, where Python has it
+        import readline  # noqa: F401
+    from rich.console import Console
+
+    from ..generation.chat import Chat
+    from ..generation.screen import Screen
+
+    with _loaded(adapter, prompt_template, device, precision) as trained:
+        screen = Screen(Console(highlight=False))
+        screen.say(_title(trained), style="bold")
+        with _named("--system"):
+            talk = Chat(trained, decoding, screen, compare=compare, base_alone=base_alone, system=system)
+        talk.run()
+
+
+def _check_who_answers(*, compare: bool, base_alone: bool) -> None:
+    if compare and base_alone:
+        raise UserInputError("--compare: cannot be combined with --base-alone. Keep one.")
+
+
+def _requests(prompts: Sequence[str], file: str | None) -> list[Request]:
+    """From the arguments, a file, or standard input."""
+    from ..generation.requests import requests_of_file, requests_of_stdin, requests_of_texts
+
+    if file is not None:
+        if prompts:
+            raise UserInputError("--file: cannot be combined with PROMPT. Keep one.")
+        return requests_of_file(file)
+    if list(prompts) == ["-"] or (not prompts and not sys.stdin.isatty()):
+        return requests_of_stdin()
+    if not prompts:
+        raise UserInputError("PROMPT: none given. Write it behind DIR, pipe it in, or give --file. To talk: chat DIR.")
+    return requests_of_texts(prompts)
+
+
+def _with_system(trained: Trained, requests: list[Request], system: str) -> list[Request]:
+    from ..generation.chat import check_system
+
+    with _named("--system"):
+        check_system(trained.prompts, system)
+    return [request.with_system(system) for request in requests]
+
+
+@contextlib.contextmanager
+def _loaded(adapter: AdapterFolder, prompt_template: str | None, device: str, precision: str) -> Iterator[Trained]:
+    """The model, for a block in which no library chatters."""
+    from rich.console import Console
+
+    from ..adapter.load import load_trained
+    from ..display.console import quiet_libraries
+
+    console = Console(stderr=True, highlight=False)
+    with quiet_libraries():
+        with contextlib.redirect_stdout(sys.stderr), console.status(f"loading {adapter.source}"):
+            trained = load_trained(adapter, device=device, precision=precision, prompt_template=prompt_template)
+        if trained.template_is_guessed:
+            typer.echo(
+                f"prompt template: {trained.prompts.name}, a guess: no record says what {adapter.source} was "
+                "trained with. --prompt-template sets it.",
+                err=True,
+            )
+        yield trained
+
+
+def _stream(trained: Trained, requests: list[Request], decoding: Decoding, names: list[str]) -> None:
+    """One answer, or two side by side, as they come."""
+    from rich.console import Console
+
+    from ..generation.generate import replies
+    from ..generation.output import remarks
+    from ..generation.screen import Screen
+
+    found = {}
+    with Screen(Console(highlight=False)).answers(names) as begin:
+        for name in names:
+            write = begin(name)
+            [found[name]] = replies(trained, requests, decoding, base_alone=name == "base", write=write)
+    for remark in remarks(found):
+        typer.echo(remark, err=True)
+    _fail_if_unanswered({reply.finish_reason for reply in found.values()})
+
+
+def _answer_all(
+    trained: Trained,
+    requests: list[Request],
+    decoding: Decoding,
+    names: list[str],
+    batch_size: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    from ..generation.generate import replies
+    from ..generation.output import entries, with_progress, write_as_they_come
+
+    options = {"batch_size": batch_size}
+    sides = [replies(trained, requests, decoding, base_alone=name == "base", **options) for name in names]
+    found = (dict(zip(names, together, strict=True)) for together in zip(*sides, strict=True))
+    suffix = "" if output is None else output.suffix.lower()
+    form = "list" if suffix == ".json" else "lines" if as_json or suffix == ".jsonl" else "text"
+    reasons: set[str] = set()
+    lines = entries(_remarked(with_progress(found, len(requests)), reasons), form, len(requests))
+    if output is None:
+        for line in lines:
+            typer.echo(line)
+    else:
+        typer.echo(f"written: {output}, {write_as_they_come(output, lines)} answers", err=True)
+    _fail_if_unanswered(reasons)
+
+
+def _remarked(answers: Iterator[Replies], reasons: set[str]) -> Iterator[Replies]:
+    """Each answer, after what there is to say of it; why it ended goes into ``reasons``."""
+    from ..generation.output import remarks
+
+    for found in answers:
+        reasons |= {reply.finish_reason for reply in found.values()}
+        for remark in remarks(found):
+            typer.echo(remark, err=True)
+        yield found
+
+
+def _fail_if_unanswered(reasons: set[str]) -> None:
+    """Exit code 1 where no prompt had room for an answer: a script would take the empty text for one."""
+    if reasons == {"no room"}:
+        raise typer.Exit(1)
+
+
+def _title(trained: Trained) -> str:
+    from ..paths import shown_path
+
+    base, device = shown_path(trained.folder.base), trained.policy.device
+    return f"{trained.folder.source} on {base} (NF4, {device}), prompt template {trained.prompts.name}"
+
+
+@contextlib.contextmanager
+def _named(option: str) -> Iterator[None]:
+    try:
+        yield
+    except UserInputError as error:
+        raise UserInputError(f"{option}: {error}") from error

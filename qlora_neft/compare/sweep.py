@@ -1,0 +1,179 @@
+"""The story of a sweep: plan in, every run trained, results out; the same call goes on where an earlier one ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import RunFailed, RunInterrupted
+from ..run_folder.lock import run_lock
+from ..runner.run import run
+from .arms import name_of
+from .measures import missing
+from .plan import PlannedRun, SweepPlan, open_sweep
+from .queue import Outcome, Runner, run_queue
+from .records import read_run
+from .show import MARKDOWN_FILE, write_results
+
+
+class Display(Protocol):
+    """Who is told how a sweep goes."""
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+
+    def progress(self, name: str, line: str) -> None:
+        """What a run printed last; from another thread."""
+
+
+def sweep(
+    plan: SweepPlan,
+    output_dir: Path,
+    runner: Runner,
+    display: Display,
+    *,
+    measures: Sequence[str] = (),
+    parallel: int = 1,
+    command: str = "the same command",
+) -> dict[str, Any]:
+    """Train every run of a plan that is not finished, and write down what came of all of them.
+
+    Writes into ``output_dir``: ``sweep.json`` (the plan), ``recipes/``, ``logs/``, a folder for each run, and
+    ``results.json``, ``sweep.md`` and ``sweep.png`` from what is finished, also where the sweep itself is not.
+
+    Args:
+        plan: From `plan_sweep`.
+        output_dir: A new or empty folder, or this sweep's.
+        runner: Trains a run and measures it.
+        display: Told how it goes.
+        measures: Names of what ``runner`` measures after training.
+        parallel: Runs at a time.
+        command: To go on with.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        UserInputError: If the folder holds something else.
+        RunFailed: If a run failed; the others are done.
+        RunInterrupted: If a signal asked to stop; every run under way has written a checkpoint.
+    """
+    with _held(output_dir):
+        new = open_sweep(plan, output_dir)
+        names = [run.name for run in plan.runs]
+        todo = [name for name in names if not is_done(output_dir / name, measures)]
+        if len(new) < len(names):
+            grown = f", {len(new)} of them new" if new else ""
+            display.say(f"going on: {len(names) - len(todo)} of {len(names)} runs are finished{grown}")
+        outcomes, signal = _train(todo, names, output_dir, runner, display, parallel)
+        results = write_results(plan, output_dir)
+    finished = sum(is_done(output_dir / name, measures) for name in names)
+    state = f"{finished} of {len(names)} runs are finished; results so far: {output_dir / MARKDOWN_FILE}"
+    if signal is not None and finished < len(names):
+        raise RunInterrupted(signal, f"{state}. To go on from the checkpoints:\n  {command}")
+    failed = [outcome for outcome in outcomes if outcome.code]
+    if failed:
+        lines = [f"  {outcome.name}: {outcome.reason}" for outcome in failed]
+        raise RunFailed("\n".join([f"{state}. Failed:", *lines, "When mended, to go on:", f"  {command}"]))
+    return results
+
+
+def is_done(folder: Path, measures: Sequence[str] = ()) -> bool:
+    """Whether a run is trained, and measured in all that is asked for."""
+    return (folder / "summary.json").exists() and not missing(folder, measures)
+
+
+@contextmanager
+def _held(output_dir: Path) -> Iterator[None]:
+    """The folder for this sweep alone; one made for a sweep that was refused goes again."""
+    is_new = not output_dir.exists()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with run_lock(output_dir):
+            yield
+    finally:
+        if is_new and not any(output_dir.iterdir()):
+            output_dir.rmdir()
+
+
+def _train(
+    todo: Sequence[str], names: Sequence[str], output_dir: Path, runner: Runner, display: Display, parallel: int
+) -> tuple[list[Outcome], int | None]:
+    def place(name: str) -> str:
+        return f"{names.index(name) + 1}/{len(names)} {name}"
+
+    def ended(outcome: Outcome) -> None:
+        display.say(f"{place(outcome.name)}: {_result(output_dir, outcome)}")
+
+    started = time.monotonic()
+    found = run_queue(
+        todo,
+        runner,
+        parallel=parallel,
+        on_start=lambda name: display.say(f"{place(name)}: {_verb(output_dir / name)}"),
+        on_line=display.progress,
+        on_end=ended,
+        on_stop=lambda name: display.say(f"{name}: waiting for the next checkpoint; once more stops at once"),
+    )
+    if todo:
+        display.say(f"{len(todo)} runs, {time.monotonic() - started:.0f} s")
+    return found
+
+
+def _verb(folder: Path) -> str:
+    if (folder / "summary.json").exists():
+        return "measures"
+    return "goes on" if (folder / "run.json").exists() else "begins"
+
+
+def _result(output_dir: Path, outcome: Outcome) -> str:
+    if outcome.code:
+        return f"not finished: {outcome.reason}"
+    values = read_run(output_dir / outcome.name).values
+    keys = [key for key in ("clean_train_loss", "held_out_loss") if key in values]
+    losses = [f"{name_of(key).label} {values[key]:.4f}" for key in keys]
+    return ", ".join([f"done in {outcome.seconds:.0f} s", *losses])
+
+
+def check_runs(plan: SweepPlan, output_dir: Path) -> dict[str, Any]:
+    """Check the runs and count their tokens; nothing is written. Runs that differ in noise or seed are looked at once.
+
+    Returns:
+        ``runs`` (``name``, ``steps``, ``tokens``, ``state``) and ``tokens``, of those that are not finished.
+
+    Raises:
+        UserInputError: If one of them would be refused.
+    """
+    open_sweep(plan, output_dir, write=False)
+    known: dict[str, dict[str, Any]] = {}
+    rows = []
+    for planned in plan.runs:
+        key = _looked_at(planned)
+        if key not in known:
+            known[key] = run(planned.recipe, output_dir / planned.name, dry_run=True, quiet=True)
+        rows.append({"name": planned.name, "state": _state(output_dir / planned.name), **_size(planned, known[key])})
+    return {"runs": rows, "tokens": sum(row["tokens"] for row in rows if row["state"] != "finished")}
+
+
+def _looked_at(planned: PlannedRun) -> str:
+    recipe = planned.recipe.to_dict()
+    recipe["train"] = {**recipe["train"], "seed": None}
+    recipe["machine"] = {**recipe["machine"], "mirror_dir": None}
+    return repr({**recipe, "neftune": None})
+
+
+def _size(planned: PlannedRun, facts: dict[str, Any]) -> dict[str, int]:
+    """Optimizer steps, and an estimate of the tokens in them: the mean of the data."""
+    steps, rows = facts["plan"]["num_steps"], facts["data"]["train"]
+    per_row = rows["tokens"] / max(rows["rows"], 1)
+    most = rows["tokens"] * planned.recipe.train.num_train_epochs
+    return {"steps": steps, "tokens": round(min(steps * planned.recipe.train.effective_batch_size * per_row, most))}
+
+
+def _state(folder: Path) -> str:
+    if (folder / "summary.json").exists():
+        return "finished"
+    return "begun" if (folder / "run.json").exists() else ""

@@ -1,0 +1,152 @@
+"""``loss.png``: train loss (under noise), clean train loss and held-out loss of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+
+def new_picture(title: str, size: tuple[float, float] = (8, 4.5)) -> tuple[Any, Any] | None:
+    """A figure of so many inches and its axes; None if matplotlib is not installed (extra ``plots``)."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, parse_math=False)  # a path may hold dollar signs
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_picture(figure: Any, path: Path) -> bool:
+    """Write a PNG; true, for callers that say whether there is one."""
+    figure.savefig(path, format="png")
+    return True
+
+
+# Color-blind safe (Okabe-Ito), distinct in grey as well.
+CURVES = (
+    ("loss", "train, under noise", "#999999", "-"),
+    ("clean_loss", "train, clean (no noise, no dropout)", "#0072B2", "o-"),
+    ("eval_loss", "held out", "#D55E00", "s-"),
+)
+
+
+def plot_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> bool:
+    """Draw the curves of a run.
+
+    Args:
+        log_history: Log entries with ``step`` and any of ``loss``, ``clean_loss``, ``eval_loss`` (nats per token).
+        path: PNG file to write.
+        title: Heading.
+
+    Returns:
+        False if matplotlib is not installed (extra ``plots``); nothing is written then.
+    """
+    picture = new_picture(title)
+    if picture is None:
+        return False
+    figure, axes = picture
+    for key, label, color, style in CURVES:
+        points = [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
+        if points:
+            name = label.replace(", under noise", "") if not _has_noise(log_history) else label
+            axes.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=4, linewidth=1.6)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return save_picture(figure, path)
+
+
+def _has_noise(log_history: Sequence[dict[str, Any]]) -> bool:
+    return any("neftune_norm" in entry for entry in log_history)
+
+
+# Color-blind safe (Okabe-Ito), distinct in grey as well; held-out has the color it has in loss.png.
+TRAIN, HELD_OUT, MARK = "#56B4E9", "#D55E00", "#000000"
+PERCENTILES = (("p50", "median", ":"), ("p95", "95% of rows at most", "--"))
+FAR = 1.5  # a maximum so many times the longest row would squeeze the bars: it is named below the axis instead
+
+
+def plot_lengths(report: dict[str, Any], path: Path, title: str) -> bool:
+    """Draw the lengths of a prepared data set.
+
+    Args:
+        report: As the data preparation makes it; ``train``, ``eval`` and ``settings`` are read.
+        path: PNG file to write.
+        title: Heading.
+
+    Returns:
+        False if matplotlib is not installed (extra ``plots``); nothing is written then.
+    """
+    picture = new_picture(title)
+    if picture is None:
+        return False
+    figure, axes = picture
+    _draw_parts(axes, report)
+    _draw_marks(axes, report)
+    axes.set_xlim(left=max(0, axes.get_xlim()[0]))
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)  # below: bars may stand anywhere above
+    return save_picture(figure, path)
+
+
+def _draw_parts(axes: Any, report: dict[str, Any]) -> None:
+    train, held_out = report["train"], report.get("eval")
+    both = bool(held_out) and any(held_out["histogram"]["counts"])
+    first = train if any(train["histogram"]["counts"]) else held_out if both else None
+    if first is None:
+        axes.text(0.5, 0.5, "no rows", ha="center", va="center", transform=axes.transAxes, color="#555555")
+        axes.set(xlabel="tokens in a sequence", ylabel="rows", xticks=[], yticks=[])
+        return
+    edges = first["histogram"]["edges"]
+    width = (edges[-1] - edges[0]) / (len(edges) - 1)
+    if first is train:
+        axes.stairs(*_heights(train, width, both), fill=True, color=TRAIN, label=_label("train", train))
+    if both:
+        label = _label("held out", held_out)
+        axes.stairs(*_heights(held_out, width, both), color=HELD_OUT, linewidth=1.8, label=label)
+    unit = "token" if width == 1 else f"{width:,.4g} tokens"
+    axes.set(ylabel=f"{'% of rows' if both else 'rows'} per {unit}")
+    axes.margins(x=max(0.02, 0.5 / len(edges)))  # a lone bar keeps air beside it
+    axes.set_ylim(bottom=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axis.set_major_formatter("{x:,.0f}")
+
+
+def _heights(part: dict[str, Any], width: float, share: bool) -> tuple[list[float], list[float]]:
+    """Heights and edges; two parts are comparable as shares, whatever their sizes and the widths of their bins."""
+    edges, counts = part["histogram"]["edges"], part["histogram"]["counts"]
+    scale = 100 / sum(counts) if share else 1.0
+    widths = (after - before for before, after in pairwise(edges))
+    return [n * scale * width / (own or 1) for n, own in zip(counts, widths, strict=True)], edges
+
+
+def _label(name: str, part: dict[str, Any]) -> str:
+    rows = f"{part['rows']:,} row" + "s" * (part["rows"] != 1)
+    share = part.get("share_trained")
+    return f"{name}: {rows}" + (f", {share:.0%} of tokens trained" if share is not None else "")
+
+
+def _draw_marks(axes: Any, report: dict[str, Any]) -> None:
+    lengths = report["train"]["lengths"]
+    for key, name, style in PERCENTILES:
+        if lengths.get(key) is not None:
+            axes.axvline(lengths[key], color=MARK, linestyle=style, linewidth=1.2, label=f"{name}: {lengths[key]:,.0f}")
+    limit, cut = report.get("settings", {}).get("max_length"), report["train"]["truncated"]
+    label = "tokens in a sequence"
+    if limit and lengths.get("max") is not None:
+        note = f"max_length {limit:,}: {cut:,} row{'s' * (cut != 1)} truncated"
+        if limit <= FAR * lengths["max"]:
+            axes.axvline(limit, color=MARK, linewidth=1.6, label=note)
+        else:
+            label += f" ({note})"
+    axes.set_xlabel(label)

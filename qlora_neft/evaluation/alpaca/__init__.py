@@ -1,0 +1,1 @@
+"""AlpacaEval: answers, a judge, win rates."""

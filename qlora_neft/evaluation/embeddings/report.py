@@ -1,0 +1,225 @@
+"""Token flips and singular values of one embedding as plain values, for JSON, a table and a picture."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...display.plots import new_picture, save_picture
+from ...display.tables import plain_table
+from .flips import Flips, gaps_of, noised, token_flips, whole_vocabulary
+from .spectrum import Spectrum, clean_blocks, noised_blocks, similarity_spectrum
+from .table import EmbeddingTable
+
+PAIRS_SHOWN = 20
+
+
+def embedding_noise_report(
+    table: EmbeddingTable,
+    sequences: Sequence[Tensor],
+    *,
+    alphas: Sequence[float],
+    lengths: Sequence[int],
+    seed: int = 0,
+    distribution: str = "uniform",
+    spell: Callable[[int], str] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure an embedding under noise.
+
+    Args:
+        table: The embedding.
+        sequences: Token ids (L,) of real data; each gets the noise of its own length. May be empty.
+        alphas: Noise strengths.
+        lengths: L for noise on the whole vocabulary; may be empty if there are sequences.
+        seed: Of the noise.
+        distribution: ``uniform`` or ``gaussian``.
+        spell: Text of a token id, to name tokens that flip.
+        say: Told what is being done.
+
+    Returns:
+        ``vocabulary``, ``distinct_embeddings``, ``width``; ``flips``, a list of entries with ``over`` (``data`` or
+        ``vocabulary``), ``alpha``, ``length`` (of data: the median), ``tokens``, ``flipped``, ``share``,
+        ``share_per_sequence``, ``noise_to_embedding``, ``pairs``; ``singular_values``, a list of entries with ``alpha``
+        (0: clean), ``length`` (null: clean), ``inner_product`` and ``cosine``.
+    """
+    say = say or (lambda text: None)
+    common = {"seed": seed, "distribution": distribution}
+    flips: list[dict[str, Any]] = []
+    everything = [torch.arange(table.vocabulary)] if lengths else list(sequences)
+    say(f"nearest neighbours among {len(table.rows):,} embeddings of width {table.width:,}")
+    gaps = gaps_of(table, everything)
+    middle = int(statistics.median(map(len, sequences))) if sequences else None
+    if sequences:
+        say(f"token flips in {len(sequences):,} sequences")
+        found = token_flips(table, sequences, alphas, gaps=gaps, **common)
+        flips += [_entry("data", one, middle, spell) for one in found]
+    for length in lengths:
+        say(f"token flips over the whole vocabulary, L = {length}")
+        tokens = whole_vocabulary(table, length)
+        found = token_flips(table, tokens, alphas, gaps=gaps, max_tokens=table.vocabulary, **common)
+        flips += [_entry("vocabulary", one, length, spell) for one in found]
+    return {
+        "vocabulary": table.vocabulary,
+        "distinct_embeddings": len(table.rows),
+        "width": table.width,
+        **common,
+        "sequences": len(sequences),
+        "flips": flips,
+        "singular_values": _spectra(table, alphas, min(lengths) if lengths else middle, say, **common),
+    }
+
+
+def _entry(over: str, found: Flips, length: int | None, spell: Callable[[int], str] | None) -> dict[str, Any]:
+    spelled = spell or str
+    return {
+        "over": over,
+        "alpha": found.alpha,
+        "length": length,
+        "tokens": sum(found.lengths),
+        "flipped": sum(found.flipped),
+        "share": found.share,
+        "share_per_sequence": found.share_per_sequence,
+        "sequences_with_flips": sum(count > 0 for count in found.flipped),
+        "noise_to_embedding": found.noise_to_embedding,
+        "searched": found.searched,
+        "pairs": [
+            {"token": a, "nearest": b, "text": [spelled(a), spelled(b)], "count": count}
+            for (a, b), count in found.pairs.most_common(PAIRS_SHOWN)
+        ],
+    }
+
+
+def _spectra(
+    table: EmbeddingTable,
+    alphas: Sequence[float],
+    length: int,
+    say: Callable[[str], None],
+    **common: Any,
+) -> list[dict[str, Any]]:
+    say("singular values of the similarity matrix, without noise")
+    found = [_values(0.0, None, similarity_spectrum(clean_blocks(table), table.width))]
+    tokens = whole_vocabulary(table, length)
+    for alpha in alphas:
+        if alpha > 0:
+            say(f"singular values of the similarity matrix, alpha {alpha:g}, L = {length}")
+            blocks = noised_blocks(table, noised(table, tokens, alpha, **common))
+            found.append(_values(alpha, length, similarity_spectrum(blocks, table.width)))
+    return found
+
+
+def _values(alpha: float, length: int | None, spectrum: Spectrum) -> dict[str, Any]:
+    return {
+        "alpha": alpha,
+        "length": length,
+        "inner_product": spectrum.inner_product,
+        "cosine": spectrum.cosine,
+    }
+
+
+COLORS = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73", "#56B4E9")  # Okabe-Ito, safe for the color-blind
+SHOWN = (1, 2, 10, 20, 50, 100)  # singular values in the table
+PAIRS_NAMED = 5
+
+
+def lines(report: dict[str, Any]) -> str:
+    """A report as text."""
+    shared = report["vocabulary"] - report["distinct_embeddings"]
+    found = [f"embedding of {report['vocabulary']:,} tokens, width {report['width']:,}"]
+    if report["sequences"]:
+        found.append(f"data: {report['sequences']:,} rows, each with its own L")
+    if shared:
+        found.append(f"{shared:,} tokens have another token's embedding; that is no flip")
+    found += ["", "tokens whose noised embedding is nearer to another token", _flips(report)]
+    for kind, name in (("inner_product", "inner products"), ("cosine", "cosines")):
+        found += ["", f"singular values of the embedding similarity matrix, {name}", _spectrum(report, kind)]
+    worst = max(report["flips"], key=lambda entry: entry["share"])
+    if worst["pairs"]:
+        named = ", ".join(f"{a!r} to {b!r}" for a, b in (pair["text"] for pair in worst["pairs"][:PAIRS_NAMED]))
+        found += ["", f"flipped most often at alpha {worst['alpha']:g}: {named}"]
+    return "\n".join(found)
+
+
+def _flips(report: dict[str, Any]) -> str:
+    rows = []
+    for entry in report["flips"]:
+        is_data = entry["over"] == "data"
+        rows.append(
+            [
+                entry["over"],
+                f"median {entry['length']}" if is_data else str(entry["length"]),
+                f"{entry['alpha']:g}",
+                f"{entry['tokens']:,}",
+                f"{entry['flipped']:,}",
+                _percent(entry["share"]),
+                _percent(entry["share_per_sequence"]) if is_data else "",
+                f"{entry['noise_to_embedding']:.3f}",
+            ]
+        )
+    return plain_table(("over", "L", "alpha", "tokens", "flipped", "share", "per row", "noise/embedding"), rows)
+
+
+def _percent(share: float) -> str:
+    return "0" if share == 0 else f"{share:.3%}"
+
+
+def _spectrum(report: dict[str, Any], kind: str) -> str:
+    spectra = report["singular_values"]
+    ranks = [rank for rank in SHOWN if rank <= len(spectra[0][kind])]
+    rows = [[_label(entry), *(f"{entry[kind][rank - 1]:.4g}" for rank in ranks)] for entry in spectra]
+    return plain_table(("noise", *(f"#{rank}" for rank in ranks)), rows)
+
+
+def _label(entry: dict[str, Any]) -> str:
+    return "none" if entry["length"] is None else f"alpha {entry['alpha']:g}, L {entry['length']}"
+
+
+def draw(report: dict[str, Any], path: Path, title: str) -> bool:
+    """Draw shares of flips against alpha, one line for each L, beside the singular values.
+
+    Returns:
+        False if matplotlib is not installed (extra ``plots``); nothing is written then.
+    """
+    picture = new_picture(title, (10, 5))
+    if picture is None:
+        return False
+    figure, axes = picture
+    axes.remove()
+    figure.suptitle(title, parse_math=False)
+    left, right = figure.subplots(1, 2)
+    _draw_flips(report, left)
+    _draw_spectrum(report, right)
+    for part in (left, right):
+        part.spines[["top", "right"]].set_visible(False)
+        part.grid(alpha=0.25)
+        part.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    return save_picture(figure, path)
+
+
+def _draw_flips(report: dict[str, Any], axes: Any) -> None:
+    lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for entry in report["flips"]:
+        lines.setdefault((entry["over"], entry["length"]), []).append((entry["alpha"], 100 * entry["share"]))
+    for i, ((over, length), points) in enumerate(lines.items()):
+        is_data = over == "data"
+        label = f"data, own L (median {length})" if is_data else f"vocabulary, L = {length}"
+        style = {"color": "black", "linestyle": "--"} if is_data else {"color": COLORS[i % len(COLORS)]}
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=label, **style)
+    axes.set(xlabel="alpha", ylabel="tokens flipped (%)")
+    axes.set_xticks(sorted({entry["alpha"] for entry in report["flips"]}))
+    axes.set_ylim(bottom=0)
+
+
+def _draw_spectrum(report: dict[str, Any], axes: Any) -> None:
+    for i, entry in enumerate(report["singular_values"]):
+        values = entry["cosine"]
+        color = "black" if entry["length"] is None else COLORS[(i - 1) % len(COLORS)]
+        label = "no noise" if entry["length"] is None else _label(entry)
+        axes.plot(range(1, len(values) + 1), values, color=color, label=label, linewidth=1.6)
+    axes.set_yscale("log")
+    axes.set(xlabel="rank", ylabel="singular value of the cosine matrix")

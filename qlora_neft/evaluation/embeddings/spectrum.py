@@ -1,0 +1,75 @@
+"""Top singular values of the embedding similarity matrix, without the matrix.
+
+Jain et al. 2023, NEFTune, appendix "Impact of noise on embedding similarity", arXiv:2310.05914. The paper does not say
+which similarity; both usual ones are here. S = E E^T (V, V) holds inner products of all pairs of token embeddings, or
+their cosines if the rows of E have norm 1. S is symmetric and positive semidefinite, so that its singular values are
+its eigenvalues, and those that are not zero are the eigenvalues of E^T E (D, D), a sum over blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .flips import NoisedRows
+from .table import ROWS_AT_ONCE, EmbeddingTable
+
+TOP = 100
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of a similarity matrix, falling; at most `TOP`.
+
+    Attributes:
+        inner_product: Of S = E E^T.
+        cosine: Of S with each row of E divided by its norm (a row of zeros stays one). All of them sum to V.
+    """
+
+    inner_product: list[float]
+    cosine: list[float]
+
+
+def similarity_spectrum(blocks: Iterable[Tensor], width: int, top: int = TOP) -> Spectrum:
+    """Singular values of the similarity matrix of all rows in some blocks.
+
+    Args:
+        blocks: (N, D) each, float32. Products are in float32, their sums and the eigenvalues in float64.
+        width: D.
+        top: How many.
+    """
+    grams: list[Tensor] | None = None
+    count = 0
+    for block in blocks:
+        count += len(block)
+        grams = grams or [torch.zeros(width, width, dtype=torch.float64, device=block.device) for _ in range(2)]
+        for gram, rows in zip(grams, (block, torch.nn.functional.normalize(block, dim=1)), strict=True):
+            gram += rows.T @ rows
+    top = min(top, count, width)
+    values = []
+    while grams:  # one less in memory for the second
+        values.append(torch.linalg.eigvalsh(grams.pop(0)).flip(0)[:top].clamp(min=0).tolist())
+    return Spectrum(*values)
+
+
+def clean_blocks(table: EmbeddingTable) -> Iterator[Tensor]:
+    """The embeddings of all tokens, in blocks."""
+    for rows in table.row_of_token.split(ROWS_AT_ONCE):
+        yield table.of_rows(rows)
+
+
+def noised_blocks(table: EmbeddingTable, sequences: Iterable[NoisedRows]) -> Iterator[Tensor]:
+    """The noised embeddings of all tokens, in blocks, from `whole_vocabulary` under noise."""
+    waiting: list[Tensor] = []
+    left = table.vocabulary
+    for one in sequences:
+        waiting.append((one.clean + one.noise)[:left])
+        left -= len(waiting[-1])
+        if sum(map(len, waiting)) >= ROWS_AT_ONCE or left == 0:
+            yield torch.cat(waiting)
+            waiting = []
+        if left == 0:
+            return

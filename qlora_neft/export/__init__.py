@@ -1,0 +1,1 @@
+"""Taking a trained adapter elsewhere: merged, as GGUF, on the Hub, and who can load it."""

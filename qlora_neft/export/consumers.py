@@ -1,0 +1,348 @@
+"""What each tool does with an adapter: takes it, takes it with a flag, or breaks; why, and what helps.
+
+vLLM: ``vllm/lora/peft_helper.py`` and ``vllm/config/lora.py``. llama.cpp: ``convert_lora_to_gguf.py`` and
+``src/llama-adapter.cpp``. Ollama: ``docs/import.mdx`` and ``convert/convert.go``. Read, not run, but for llama.cpp;
+transformers and PEFT are run in the tests.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..adapter.folder import WEIGHTS, AdapterFolder, beyond_plain
+from ..adapter.weights import _weights
+from ..errors import UserInputError
+from ..fit import read_config
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """An adapter, as other programs will find it.
+
+    Attributes:
+        source: What the caller named.
+        config: ``adapter_config.json``.
+        base: Hub id or folder of the base.
+        base_config: The base's ``config.json``; None where it is out of reach.
+        ranks: By module, from the shapes of the weights.
+        others: Weights that are no matrix A or B.
+        dtypes: Of the weights, as safetensors names them.
+        largest_token: Largest id of the tokenizer beside the adapter, None without one.
+    """
+
+    source: str
+    config: dict[str, Any]
+    base: str
+    base_config: dict[str, Any] | None
+    ranks: dict[str, int]
+    others: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    largest_token: int | None
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(self.ranks.values(), default=self.config.get("r", 0))
+
+    @property
+    def model_type(self) -> str | None:
+        """The base's architecture, as transformers names it."""
+        return (self.base_config or {}).get("model_type")
+
+    @property
+    def odd_scale(self) -> str | None:
+        """What makes the scale of a module other than ``lora_alpha / r``, None if nothing does."""
+        used = [key for key in ("use_rslora", "alpha_pattern", "rank_pattern") if self.config.get(key)]
+        return " and ".join(used) or None
+
+    @property
+    def beyond_matrices(self) -> list[str]:
+        """What the adapter has besides pairs of matrices, by the words of its configuration."""
+        config = self.config
+        found = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
+        if config.get("bias", "none") != "none" or config.get("lora_bias"):
+            found.append("bias")
+        if self.others and not found:
+            found.append(f"weights such as {self.others[0]}")
+        return found
+
+    @property
+    def embedding_modules(self) -> list[str]:
+        """Modules with LoRA that are an embedding or the head."""
+        last = {module.split(".")[-1] for module in self.ranks}
+        return sorted(last & {"embed_tokens", "lm_head", "wte"})
+
+    @property
+    def has_head_of_tied_base(self) -> bool:
+        """Whether it changes a head that is the embedding."""
+        return "lm_head" in self.embedding_modules and bool((self.base_config or {}).get("tie_word_embeddings"))
+
+    @property
+    def only_peft_merges(self) -> bool:
+        """Whether `qlora-neft merge` refuses its kind: other than plain, or on an embedding."""
+        return bool(beyond_plain(self.config) or {"embed_tokens", "wte"} & set(self.embedding_modules))
+
+    @property
+    def base_is_local(self) -> bool:
+        """Whether the recorded base is a path, which nobody else has."""
+        recorded = str(self.config.get("base_model_name_or_path") or "")
+        return recorded.startswith((".", "/", "~")) or recorded.count("/") > 1 or Path(recorded).is_dir()
+
+    @property
+    def new_tokens(self) -> int:
+        """Token ids of its tokenizer that the base has no row for."""
+        rows = (self.base_config or {}).get("vocab_size")
+        return 0 if rows is None or self.largest_token is None else max(0, self.largest_token + 1 - rows)
+
+
+def facts_of(folder: AdapterFolder) -> Facts:
+    """Read an adapter's files; of the base, its configuration alone.
+
+    Raises:
+        UserInputError: If the weights cannot be read, or no base is recorded.
+    """
+    ranks, others, dtypes = _weights(folder.path / WEIGHTS)
+    try:
+        base_config, _ = read_config(folder.base, folder.base_revision or "main")
+    except UserInputError:  # a base that is out of reach is part of the answer
+        base_config = None
+    return Facts(
+        source=folder.source,
+        config=folder.config,
+        base=folder.base,
+        base_config=base_config,
+        ranks=ranks,
+        others=others,
+        dtypes=dtypes,
+        largest_token=_largest_token(folder.path / "tokenizer.json"),
+    )
+
+
+def _largest_token(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        vocab = stored["model"]["vocab"]
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        return max([*ids, *(token["id"] for token in stored["added_tokens"])])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserInputError(f"{path}: is no tokenizer ({error!r}).") from error
+
+
+WORKS, FLAG, BREAKS = "works", "works with a flag", "breaks"
+VLLM_DEFAULT_RANK, VLLM_RANKS = 16, (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+# model_type of bases: those that `qlora-neft gguf` writes, and those whose adapters Ollama takes as safetensors.
+GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+OLLAMA_TYPES = ("llama", "mistral", "mixtral", "gemma", "gemma2")
+NOT_THE_BASE = "the adapter was trained on the base in NF4; on the 16-bit base it answers differently"
+VLLM_NF4 = "--quantization bitsandbytes makes vLLM quantize the base to NF4 as it loads it (after its documentation)"
+NF4_NEEDED = "NF4 is the BitsAndBytesConfig of training; without it the adapter is on the 16-bit base"
+
+
+@dataclass
+class Verdict:
+    """What a tool does with an adapter.
+
+    Attributes:
+        consumer: The tool.
+        verdict: ``works``, ``works with a flag`` or ``breaks``.
+        flag: What to pass or do, for ``works with a flag``.
+        reasons: Why it is not ``works``.
+        remedy: What helps where it breaks.
+        command: How it is used, where it works.
+        notes: What else to know.
+    """
+
+    consumer: str
+    verdict: str = WORKS
+    flag: str | None = None
+    reasons: list[str] = field(default_factory=list)
+    remedy: str | None = None
+    command: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the tool can use the adapter, with a flag or without."""
+        return self.verdict != BREAKS
+
+    def breaks(self, reason: str, remedy: str) -> None:
+        """Add a reason why it cannot be used; the first remedy stays."""
+        self.verdict, self.flag, self.command = BREAKS, None, None
+        self.reasons.append(reason)
+        self.remedy = self.remedy or remedy
+
+    def needs(self, flag: str, reason: str) -> None:
+        """Add a reason why a flag is needed."""
+        self.reasons.append(reason)
+        if self.is_usable:
+            self.verdict, self.flag = FLAG, flag
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def verdict_for(consumer: str, facts: Facts) -> Verdict:
+    """The verdict of one tool, by a name of `CONSUMERS`."""
+    verdict = Verdict(consumer)
+    CONSUMERS[consumer](facts, verdict)
+    if facts.new_tokens:
+        verdict.breaks(
+            f"its tokenizer has {facts.new_tokens} tokens more than the base has rows",
+            "train with the base's own tokenizer",
+        )
+    if facts.base_config is None and consumer not in ("transformers", "peft"):
+        verdict.notes.append("the base's configuration is out of reach: its architecture was not checked")
+    return verdict
+
+
+def named_consumers(names: str) -> list[str]:
+    """Tools from a list with commas.
+
+    Raises:
+        UserInputError: If one is not known.
+    """
+    found = list(dict.fromkeys(name.strip().lower() for name in names.split(",") if name.strip()))
+    for name in found:
+        if name not in CONSUMERS:
+            close = difflib.get_close_matches(name, CONSUMERS, n=1, cutoff=0.5)
+            hint = f"Did you mean {close[0]}? " if close else ""
+            raise UserInputError(f"--for: {name!r} is not known. {hint}Known: {', '.join(CONSUMERS)}.")
+    if not found:
+        raise UserInputError(f"--for: names no tool. Known: {', '.join(CONSUMERS)}.")
+    return found
+
+
+def _merge(facts: Facts) -> str:
+    """How to make a plain model; `qlora-neft merge` refuses some kinds, and then is no advice."""
+    if facts.only_peft_merges:
+        return "PEFT's merge_and_unload, saved to OUT"
+    return f"qlora-neft merge {facts.source} OUT"
+
+
+def _not_the_base(facts: Facts) -> str:
+    return NOT_THE_BASE + ("" if facts.only_peft_merges else f": {_merge(facts)} is exact")
+
+
+def _gguf(facts: Facts) -> str:
+    return f"qlora-neft gguf {facts.source} adapter.gguf"
+
+
+def _vllm(facts: Facts, verdict: Verdict) -> None:
+    merge = _merge(facts)
+    rank = next((size for size in VLLM_RANKS if size >= max(facts.rank, VLLM_DEFAULT_RANK)), None)
+    if facts.beyond_matrices:
+        verdict.breaks(f"vLLM takes matrices A and B alone, not {', '.join(facts.beyond_matrices)}", merge)
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if facts.config.get(key)]
+    if patterns:
+        verdict.breaks(f"vLLM reads one r and one lora_alpha: {' and '.join(patterns)} would be ignored", merge)
+    if rank is None:
+        verdict.breaks(f"rank {facts.rank} is over {VLLM_RANKS[-1]}, the largest --max-lora-rank", merge)
+    elif rank > VLLM_DEFAULT_RANK:
+        verdict.needs(f"--max-lora-rank {rank}", f"rank {facts.rank} is over vLLM's default of {VLLM_DEFAULT_RANK}")
+    if facts.embedding_modules:
+        modules = " and ".join(facts.embedding_modules)
+        verdict.notes.append(f"LoRA on {modules}: whether vLLM takes it depends on version and model; not checked")
+    if verdict.is_usable:
+        flag = f" {verdict.flag}" if verdict.flag else ""
+        verdict.command = f"vllm serve {facts.base} --enable-lora{flag} --lora-modules tuned={facts.source}"
+        verdict.notes += [_not_the_base(facts), VLLM_NF4]
+        if facts.dtypes == ("F32",):
+            verdict.notes.append("its float32 weights are cast to the dtype that vLLM serves in")
+
+
+def _llama_cpp(facts: Facts, verdict: Verdict) -> None:
+    merge = f"{_merge(facts)}; qlora-neft gguf OUT model.gguf"
+    _no_more_than_matrices(facts, verdict, merge)
+    is_ours = facts.model_type is None or facts.model_type in GGUF_TYPES
+    if not is_ours and facts.odd_scale:
+        verdict.breaks(
+            f"qlora-neft gguf does not write {facts.model_type}, and llama.cpp's convert_lora_to_gguf.py ignores "
+            f"{facts.odd_scale}",
+            f"{_merge(facts)}; llama.cpp's convert_hf_to_gguf.py",
+        )
+    elif not is_ours:
+        reason = f"qlora-neft gguf does not write {facts.model_type}; llama.cpp's converter may"
+        verdict.needs("llama.cpp's convert_lora_to_gguf.py", reason)
+    elif facts.odd_scale:
+        reason = f"llama.cpp's own convert_lora_to_gguf.py writes lora_alpha alone and ignores {facts.odd_scale}"
+        verdict.needs(_gguf(facts), reason)
+    if verdict.is_usable:
+        if is_ours:
+            verdict.command = f"{_gguf(facts)}; llama-server -m BASE.gguf --lora adapter.gguf"
+        verdict.notes.append(_not_the_base(facts))
+
+
+def _ollama(facts: Facts, verdict: Verdict) -> None:
+    merge = f"{_merge(facts)}; qlora-neft gguf OUT model.gguf --modelfile"
+    _no_more_than_matrices(facts, verdict, merge)
+    flag = f"{_gguf(facts)} --modelfile"
+    as_folder = facts.model_type is None or facts.model_type in OLLAMA_TYPES
+    if facts.model_type is not None and facts.model_type not in (*OLLAMA_TYPES, *GGUF_TYPES):
+        verdict.breaks(f"Ollama takes no adapter of {facts.model_type} as a folder", merge)
+    elif not as_folder:
+        verdict.needs(flag, f"Ollama takes a folder for Llama, Mistral and Gemma, not for {facts.model_type}")
+    if facts.odd_scale and facts.model_type in (None, *GGUF_TYPES):
+        verdict.needs(flag, f"from a folder Ollama reads lora_alpha alone and ignores {facts.odd_scale}")
+    elif facts.odd_scale:
+        verdict.breaks(f"from a folder Ollama reads lora_alpha alone and ignores {facts.odd_scale}", merge)
+    if verdict.is_usable:
+        verdict.command = f"{verdict.flag or flag}; ollama create tuned -f Modelfile"
+        verdict.notes.append(_not_the_base(facts))
+
+
+def _no_more_than_matrices(facts: Facts, verdict: Verdict, merge: str) -> None:
+    if facts.beyond_matrices:
+        verdict.breaks(f"a LoRA GGUF holds matrices A and B alone, not {', '.join(facts.beyond_matrices)}", merge)
+    if facts.has_head_of_tied_base:
+        reason = "it has a LoRA on lm_head, which is the embedding in this base"
+        verdict.breaks(reason, "train without lm_head in lora.target_modules")
+    elif "embed_tokens" in facts.embedding_modules:
+        verdict.breaks("it has a LoRA on embed_tokens", merge)
+
+
+def _peft(facts: Facts, verdict: Verdict) -> None:
+    _reachable_base(facts, verdict)
+    if verdict.is_usable:
+        call = f"AutoPeftModelForCausalLM.from_pretrained({facts.source!r}, quantization_config=NF4)"
+        verdict.command = call
+        verdict.notes.append(NF4_NEEDED)
+
+
+def _transformers(facts: Facts, verdict: Verdict) -> None:
+    _reachable_base(facts, verdict)
+    if facts.config.get("modules_to_save"):
+        verdict.notes.append("modules_to_save are taken from the adapter; PEFT must be installed")
+    if verdict.is_usable:
+        verdict.command = f"AutoModelForCausalLM.from_pretrained({facts.source!r}, quantization_config=NF4)"
+        verdict.notes.append(NF4_NEEDED)
+
+
+def _reachable_base(facts: Facts, verdict: Verdict) -> None:
+    recorded = str(facts.config.get("base_model_name_or_path") or "")
+    if not recorded:
+        verdict.breaks("adapter_config.json names no base", "qlora-neft export writes the base's Hub id into it")
+    elif facts.base_is_local and not Path(recorded).expanduser().is_dir():
+        verdict.breaks(f"the base is a folder that is not here: {recorded}", "qlora-neft export names it by its Hub id")
+    elif facts.base_is_local:
+        verdict.notes.append("the base is a folder of this machine: nobody else can load it (qlora-neft export)")
+    elif facts.base_config is None:
+        verdict.notes.append(f"the base {recorded} could not be reached from here")
+
+
+CONSUMERS: dict[str, Callable[[Facts, Verdict], None]] = {
+    "vllm": _vllm,
+    "llama.cpp": _llama_cpp,
+    "ollama": _ollama,
+    "transformers": _transformers,
+    "peft": _peft,
+}

@@ -1,0 +1,131 @@
+"""A GGUF file: metadata first, then tensors, one in memory at a time. Written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ...errors import RunFailed, UserInputError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # bf16: its bits
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor to be written.
+
+    Attributes:
+        name: In GGUF.
+        shape: As torch has it; GGUF lists it backwards.
+        dtype: What it is written in.
+        read: Gives its values, of that shape, in any float dtype.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+
+def gguf_library() -> Any:
+    """The ``gguf`` package.
+
+    Raises:
+        UserInputError: If it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserInputError("gguf: the gguf library is missing. Install it: pip install 'qlora-neft[gguf]'") from error
+    return gguf
+
+
+def check_dtype(name: str) -> torch.dtype:
+    """The dtype of ``--dtype``.
+
+    Raises:
+        UserInputError: If there is none of that name.
+    """
+    if name not in DTYPES:
+        raise UserInputError(f"--dtype: must be one of {', '.join(DTYPES)}, got {name!r}.")
+    return DTYPES[name]
+
+
+def write_gguf(
+    path: Path, architecture: str, describe: Callable[[GGUFWriter], None], tensors: Sequence[GgufTensor]
+) -> None:
+    """Write a GGUF file.
+
+    Args:
+        path: A file that is not there yet, in a folder that is.
+        architecture: llama.cpp's name of it.
+        describe: Adds the metadata.
+        tensors: In the order of the file.
+
+    Raises:
+        UserInputError: If the path cannot be written to, or a value does not fit the dtype.
+        RunFailed: If the disk fails.
+    """
+    gguf = gguf_library()
+    with _draft(path) as draft:
+        writer = gguf.GGUFWriter(draft, architecture)
+        describe(writer)
+        for tensor in tensors:
+            _announce(writer, tensor)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in tensors:
+                writer.write_tensor_data(_values(tensor))
+        finally:
+            writer.close()
+
+
+@contextmanager
+def _draft(path: Path) -> Iterator[Path]:
+    """A sibling to write to, renamed to ``path`` at the end, removed after an error."""
+    if path.exists():
+        raise UserInputError(f"OUT: {str(path)!r} exists already. Name another file, or remove it.")
+    if not path.parent.is_dir():
+        raise UserInputError(f"OUT: there is no folder {str(path.parent)!r}. Make it first.")
+    draft = path.with_name(path.name + ".part")
+    try:
+        yield draft
+        draft.replace(path)
+    except PermissionError as error:
+        raise UserInputError(f"OUT: {str(path)!r} cannot be written ({error.strerror}).") from error
+    except OSError as error:
+        raise RunFailed(f"{path}: could not be written ({error.strerror}). Nothing is left of it.") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _announce(writer: GGUFWriter, tensor: GgufTensor) -> None:
+    gguf = gguf_library()
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    kind = gguf.GGMLQuantizationType[kinds[tensor.dtype]]
+    dtype = np.dtype(_NUMPY[tensor.dtype])
+    count = int(np.prod(tensor.shape, dtype=np.int64))
+    writer.add_tensor_info(tensor.name, tensor.shape, dtype, count * dtype.itemsize, kind)
+
+
+def _values(tensor: GgufTensor) -> np.ndarray:
+    found = tensor.read()
+    if tuple(found.shape) != tensor.shape:
+        raise AssertionError(f"{tensor.name}: {tuple(found.shape)} read, {tensor.shape} announced")
+    values = found.to(tensor.dtype).contiguous()
+    if tensor.dtype == torch.float16 and not torch.isfinite(values).all() and torch.isfinite(found).all():
+        largest = found.abs().max().item()
+        raise UserInputError(f"--dtype f16: {tensor.name} has values up to {largest:g}, f16 ends at 65504. Use bf16.")
+    return (values.view(torch.int16) if tensor.dtype == torch.bfloat16 else values).numpy()

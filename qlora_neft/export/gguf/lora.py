@@ -1,0 +1,97 @@
+"""An adapter as GGUF. llama.cpp scales every matrix by alpha / r, so what PEFT scales otherwise is folded into B."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ...adapter.folder import MEND, WEIGHTS, AdapterFolder, beyond_plain
+from ...adapter.weights import PREFIX, A, B, scaling_of
+from ...errors import UserInputError
+from .file import GgufTensor, check_dtype, gguf_library, write_gguf
+from .model import Architecture, architecture_of, notes_on, read_model_config
+
+_NO_PLACE = ("use_dora", "use_qalora", "layer_replication", "fan_in_fan_out", "lora_bias")
+MERGE = "Merge the adapter and write the merged model: qlora-neft merge, then qlora-neft gguf."
+MERGE_WITH_PEFT = "Merge the adapter with PEFT's merge_and_unload and write the merged model: qlora-neft gguf."
+
+
+def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> list[str]:
+    """Write an adapter as a LoRA GGUF.
+
+    rsLoRA, ``alpha_pattern`` and ``rank_pattern`` are kept: the delta that llama.cpp adds is PEFT's.
+
+    Args:
+        folder: The adapter; its base's configuration must be within reach, its weights need not.
+        path: The file to write.
+        dtype: ``f32`` (as trained), ``f16`` or ``bf16``.
+
+    Returns:
+        What llama.cpp will do otherwise than PEFT; nothing for most models.
+
+    Raises:
+        UserInputError: If llama.cpp has no place for a part of the adapter.
+        RunFailed: If the disk fails.
+    """
+    gguf = gguf_library()
+    written = check_dtype(dtype)
+    architecture = architecture_of(read_model_config(folder.base, folder.base_revision), folder.source)
+    pairs = _pairs(folder, architecture)
+    alpha = float(folder.config["lora_alpha"])
+    if folder.config.get("use_rslora"):
+        alpha *= math.sqrt(folder.config["r"])  # alpha / sqrt(r) is (alpha * sqrt(r)) / r
+    name_of = architecture.namer()
+    tensors = []
+    for module, (a, b) in sorted(pairs.items()):
+        key = f"{module}.weight"
+        name = name_of(key)
+        if name is None:
+            raise UserInputError(f"{folder.source}: llama.cpp's {architecture.name} has no place for {module}. {MERGE}")
+        rank = a.shape[0]
+        factor = scaling_of(folder.config, module, rank) / (alpha / rank)
+        b = architecture.rows_for_llama_cpp(key, b.float() * factor)
+        for end, tensor in (("lora_a", a), ("lora_b", b)):
+            tensors.append(GgufTensor(f"{name}.{end}", tuple(tensor.shape), written, lambda tensor=tensor: tensor))
+
+    def describe(writer: Any) -> None:
+        writer.add_type("adapter")
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_name(folder.path.resolve().name)
+
+    write_gguf(path, architecture.name, describe, tensors)
+    return notes_on(architecture)
+
+
+def _pairs(folder: AdapterFolder, architecture: Architecture) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A (r, in) and B (out, r) of every module."""
+    remedy = MERGE_WITH_PEFT if beyond_plain(folder.config) else MERGE
+    used = [key for key in _NO_PLACE if folder.config.get(key)]
+    if used:
+        raise UserInputError(f"{folder.source}: llama.cpp has no place for {', '.join(used)} of the adapter. {remedy}")
+    weights = _read(folder)
+    others = [key for key in weights if not key.endswith((A, B))]
+    if others:
+        raise UserInputError(
+            f"{folder.source}: a LoRA GGUF holds matrices A and B alone, the adapter has {len(others)} other weights, "
+            f"such as {others[0]}. {remedy}"
+        )
+    modules = {key.removesuffix(A).removeprefix(PREFIX): key for key in weights if key.endswith(A)}
+    if architecture.is_tied and "lm_head" in modules:
+        raise UserInputError(
+            f"{folder.source}: has a LoRA on lm_head, which is the embedding in this base. llama.cpp cannot change one "
+            "without the other, nor can they be merged apart. Train without lm_head in lora.target_modules."
+        )
+    return {module: (weights[key], weights[key.removesuffix(A) + B]) for module, key in modules.items()}
+
+
+def _read(folder: AdapterFolder) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder.path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserInputError(f"{folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}") from error

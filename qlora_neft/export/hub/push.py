@@ -1,0 +1,326 @@
+"""A folder pushed to the Hub in one commit, whatever the network does on the way, and read back.
+
+Upstream retries some of a push's requests and not others, and a commit that is answered with 504 may have landed. So
+the push as a whole is tried again here, and every attempt first looks whether the repository holds the folder already.
+Each commit names the one it follows (``parent_commit``): if an earlier attempt lands after all, the later one is
+refused instead of being made a second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from ...errors import RunFailed, UserInputError
+from ...run_folder.checkpoints import files_in
+from .failures import Patience, Place, keep_trying, token_source
+
+LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or add a Colab secret HF_TOKEN: a token with write access."
+
+
+def place_of(repo_id: str, token: str | None, resume_command: str) -> Place:
+    """Where a push goes, and with which token.
+
+    Raises:
+        UserInputError: If there is no token, or the name is not ``owner/name``.
+    """
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise UserInputError(f"{repo_id!r} is no name for a repository: it must be owner/name.")
+    used = token or get_token()
+    if not used:
+        raise UserInputError(f"{repo_id}: there is no token for the Hub. {LOG_IN} Then:\n  {resume_command}")
+    return Place(repo_id, HfApi().endpoint, used, token_source(token), resume_command)
+
+
+class Branch:
+    """A branch to push to.
+
+    Args:
+        place: The repository, and the token.
+        revision: Name of the branch.
+        private: Of a repository that is made; one that is there stays as it is.
+        say: Told if it is not as asked for.
+    """
+
+    def __init__(self, place: Place, revision: str, private: bool, say: Callable[[str], None]) -> None:
+        self.place, self.revision, self.private, self.say = place, revision, private, say
+        self.repo_id = place.repo_id
+        self.api = HfApi(token=place.token, library_name="qlora_neft")
+        self._is_known = False
+
+    @property
+    def url(self) -> str:
+        """For a browser."""
+        return f"{self.place.endpoint}/{self.repo_id}" + ("" if self.revision == "main" else f"/tree/{self.revision}")
+
+    def head(self) -> str:
+        """The newest commit; repository and branch are made if they are missing. Harmless to repeat.
+
+        Raises:
+            OSError: Or another of the client's errors.
+        """
+        try:
+            info = self.api.repo_info(self.repo_id, revision=self.revision)
+        except RevisionNotFoundError:
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        except RepositoryNotFoundError:
+            self._create()
+        else:
+            self._tell_if_otherwise(info.private)
+            return info.sha
+        return self.head_that_is_there()
+
+    def head_that_is_there(self) -> str:
+        """The newest commit.
+
+        Raises:
+            OSError: Or another of the client's errors.
+        """
+        return self.api.repo_info(self.repo_id, revision=self.revision).sha
+
+    def _create(self) -> None:
+        self._is_known = True
+        try:
+            self.api.create_repo(self.repo_id, private=self.private)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409 or not self.api.repo_exists(self.repo_id):
+                raise  # else it was made by an earlier attempt, or just now by someone else
+        if self.revision != "main":
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+
+    def _tell_if_otherwise(self, is_private: bool) -> None:
+        if not self._is_known and is_private != self.private:
+            kind, other = ("private", "public") if is_private else ("public", "private")
+            settings = f"{self.place.endpoint}/{self.repo_id}/settings"
+            self.say(f"{self.repo_id} is there already and stays {kind}; to make it {other}: {settings}")
+        self._is_known = True
+
+
+@contextmanager
+def patient_client(patience: Patience) -> Iterator[Callable[[], None]]:
+    """Inside the block the client waits for an answer as long as told; upstream's waits without end.
+
+    The value is to be called before each attempt: upstream makes a new client after a lost connection.
+    """
+    before = get_session().timeout
+
+    def apply() -> None:
+        get_session().timeout = patience.answer
+
+    try:
+        yield apply
+    finally:
+        get_session().timeout = before
+
+
+def check_push(
+    repo_id: str,
+    revision: str,
+    *,
+    private: bool = True,
+    say: Callable[[str], None],
+    resume_command: str,
+    patience: Patience | None = None,
+) -> None:
+    """Make sure that a later push will not fail for its name or token; repository and branch are made if missing.
+
+    Raises:
+        UserInputError: If the token, the name or the account does not allow it.
+        RunFailed: If the network did not come back.
+    """
+    patience = patience or Patience()
+    branch = Branch(place_of(repo_id, None, resume_command), revision, private, say)
+
+    def ask() -> None:
+        limit_waiting()
+        branch.head()
+        # The first request of an upload is refused without the right to write; a small text is not uploaded by it.
+        branch.api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"\n")], revision=revision)
+
+    with patient_client(patience) as limit_waiting:
+        keep_trying(ask, patience, branch.place, say)
+
+
+CHUNK = 1 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """A file's two identities: as git stores it, and as Git LFS and Xet do."""
+
+    blob_id: str
+    sha256: str
+
+    def are_of(self, file: RepoFile | None) -> bool:
+        """Whether a file of a repository has the same content."""
+        if file is None:
+            return False
+        return file.lfs.sha256 == self.sha256 if file.lfs else file.blob_id == self.blob_id
+
+
+def hashes_of(folder: Path) -> dict[str, Hashes]:
+    """Every file of a folder by its path from there; each is read once."""
+    return {name: _hashes(folder / name) for name in files_in(folder)}
+
+
+def files_at(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
+    """Every file of a repository at a commit.
+
+    Raises:
+        OSError: Or another of the client's errors.
+    """
+    entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _hashes(path: Path) -> Hashes:
+    # git's own identity of a file: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects
+    blob, content = hashlib.sha1(b"blob %d\0" % path.stat().st_size), hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            blob.update(chunk)
+            content.update(chunk)
+    return Hashes(blob.hexdigest(), content.hexdigest())
+
+
+# What an earlier push of ours may have left and this one need not have: beside a newer adapter it would be wrong.
+OURS = frozenset(
+    """adapter_config.json adapter_model.safetensors added_tokens.json chat_template.jinja generation_config.json
+    lengths.png loss.png merges.txt recipe.yaml sentencepiece.bpe.model special_tokens_map.json spiece.model
+    tokenizer.json tokenizer.model tokenizer_config.json training_summary.json vocab.json vocab.txt""".split()
+)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push came to.
+
+    Attributes:
+        repo_id: ``owner/name``.
+        revision: Branch.
+        commit: That holds the folder, 40 hexadecimal digits.
+        url: For a browser.
+        files: Files of the folder, all compared with the repository's by hash.
+        was_up_to_date: The branch held the folder before; no commit was made.
+    """
+
+    repo_id: str
+    revision: str
+    commit: str
+    url: str
+    files: int
+    was_up_to_date: bool
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str = "main",
+    message: str,
+    say: Callable[[str], None],
+    resume_command: str,
+    token: str | None = None,
+    patience: Patience | None = None,
+) -> Pushed:
+    """Bring a branch to hold a folder's files, by one commit or by none, and compare what is there afterwards.
+
+    A repository or branch that is missing is made. In one that is there, files of the same names are replaced, those of
+    `OURS` that the folder has not are removed, and all others stay; it stays as private or public as it is.
+
+    Args:
+        folder: All files below it are pushed.
+        repo_id: ``owner/name``.
+        private: Of a repository that is made.
+        revision: Branch.
+        message: Title of the commit.
+        say: Told, in one line each, of waits and of what was found otherwise than asked for.
+        resume_command: What a message says to do to try again.
+        token: In place of the one that is logged in with.
+        patience: How long to go on trying.
+
+    Raises:
+        UserInputError: If the token, the name, the card or the account does not allow it.
+        RunFailed: If the network did not come back, or if the repository does not hold what was sent.
+    """
+    patience = patience or Patience()
+    branch = Branch(place_of(repo_id, token, resume_command), revision, private, say)
+    push = _Push(branch, Path(folder), message)
+    with patient_client(patience) as limit_waiting:
+
+        def attempt() -> Pushed:
+            limit_waiting()
+            return push.attempt()
+
+        return keep_trying(attempt, patience, branch.place, say)
+
+
+class _Push:
+    """One push; what several attempts at it share."""
+
+    def __init__(self, branch: Branch, folder: Path, message: str) -> None:
+        self.branch, self.folder, self.message = branch, folder, message
+        self.wanted = hashes_of(folder)
+        if not self.wanted:
+            raise UserInputError(f"{folder}: holds no file to push.")
+        self.has_sent = False
+
+    def attempt(self) -> Pushed:
+        """Look, and change what is not as wanted; harmless to repeat.
+
+        Raises:
+            OSError: Or another of the client's errors.
+            RunFailed: If the repository does not hold what was sent.
+        """
+        branch, head = self.branch, self.branch.head()
+        changes = self._changes(self._there(head))
+        if changes:
+            head = self._commit(head, changes)
+            self._compare(head)
+        up_to_date = not self.has_sent
+        return Pushed(branch.repo_id, branch.revision, head, branch.url, len(self.wanted), up_to_date)
+
+    def _there(self, commit: str) -> dict[str, RepoFile]:
+        return files_at(self.branch.api, self.branch.repo_id, commit)
+
+    def _changes(self, there: dict[str, RepoFile]) -> list[CommitOperationAdd | CommitOperationDelete]:
+        gone = sorted(OURS & there.keys() - self.wanted.keys())
+        new = [CommitOperationAdd(name, str(self.folder / name)) for name in self._differing(there)]
+        return [*new, *(CommitOperationDelete(name) for name in gone)]
+
+    def _differing(self, there: dict[str, RepoFile]) -> list[str]:
+        return [name for name, hashes in self.wanted.items() if not hashes.are_of(there.get(name))]
+
+    def _commit(self, head: str, changes: list[CommitOperationAdd | CommitOperationDelete]) -> str:
+        """Make the commit. A refusal because the branch has moved is none if an earlier attempt has moved it."""
+        branch, message = self.branch, self.message
+        self.has_sent = True
+        try:
+            return branch.api.create_commit(
+                branch.repo_id, changes, commit_message=message, revision=branch.revision, parent_commit=head
+            ).oid
+        except HfHubHTTPError as error:
+            if error.response.status_code != 412:
+                raise
+            now = branch.head_that_is_there()
+            if self._changes(self._there(now)):
+                raise
+            return now
+
+    def _compare(self, commit: str) -> None:
+        there = self._there(commit)
+        if wrong := self._differing(there):
+            what = "is missing" if wrong[0] not in there else "has other content"
+            raise RunFailed(
+                f"{self.branch.repo_id}: {wrong[0]} {what} in the repository after the push (commit {commit[:10]}, "
+                f"{len(wrong)} of {len(self.wanted)} files differ). Look whether a .gitignore there names it. Then:\n"
+                f"  {self.branch.place.resume_command}"
+            )

@@ -1,0 +1,214 @@
+"""Answers of a trained model to a list of requests, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from ..adapter.load import Trained
+from ..base.config import check_vocabulary
+from ..data.formats import Passage
+from ..errors import RunFailed, UserInputError
+from .decode import Continuation, Decoding, continuations, generate_ids
+from .requests import Request
+
+BROKEN = "\ufffd"  # what a decoder makes of half a character
+
+
+def answer_text(tokenizer: Any, ids: Sequence[int], *, as_it_is: bool) -> str:
+    """Text of an answer, special tokens left away.
+
+    Args:
+        tokenizer: The model's.
+        ids: The answer's tokens.
+        as_it_is: Keep white space at its ends: without a template it belongs to the text. Elsewhere it is the
+            template's, such as the space behind Vicuna's ``ASSISTANT:``.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return text if as_it_is else text.strip()
+
+
+def answer_texts(
+    trained: Trained, prompts: Sequence[Sequence[int]], decoding: Decoding, *, batch_size: int
+) -> Iterator[tuple[int, str]]:
+    """Yield the index of each prompt and its answer, batch by batch; a prompt that fills the context gets none.
+
+    Args:
+        trained: Model and tokenizer.
+        prompts: Token ids of each prompt.
+        decoding: How tokens are chosen.
+        batch_size: Prompts per forward pass.
+    """
+    tokenizer, stops = trained.tokenizer, trained.stop_token_ids
+    for i, ids in generate_ids(
+        trained.model, tokenizer, prompts, decoding, batch_size=batch_size, stop_token_ids=stops
+    ):
+        yield i, tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class TextStream(BaseStreamer):
+    """Hands on an answer's text while it grows; all of it together is `answer_text`.
+
+    What may still change is held back: half a character, and white space that may turn out to be the end.
+
+    Args:
+        tokenizer: The model's.
+        write: Takes the new text.
+        stop_token_ids: Tokens that end an answer and are no part of it.
+        as_it_is: As in `answer_text`.
+    """
+
+    def __init__(
+        self, tokenizer: Any, write: Callable[[str], Any], *, stop_token_ids: Sequence[int], as_it_is: bool
+    ) -> None:
+        self.tokenizer, self.write, self.as_it_is = tokenizer, write, as_it_is
+        self.stop_token_ids = set(stop_token_ids)
+        self._ids: list[int] | None = None
+        self._written = ""
+
+    def put(self, value: Tensor) -> None:
+        """Take tokens of one sequence; the first are the prompt."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += [token for token in value.flatten().tolist() if token not in self.stop_token_ids]
+        text = answer_text(self.tokenizer, self._ids, as_it_is=self.as_it_is)
+        if not text.endswith(BROKEN):
+            self._hand_on(text)
+
+    def end(self) -> None:
+        """The answer is whole."""
+        self._hand_on(answer_text(self.tokenizer, self._ids or [], as_it_is=self.as_it_is))
+        self._ids, self._written = None, ""
+
+    def _hand_on(self, text: str) -> None:
+        if len(text) > len(self._written) and text.startswith(self._written):
+            self.write(text[len(self._written) :])
+            self._written = text
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer.
+
+    Attributes:
+        request: What was asked.
+        text: The answer; white space at its ends is left away, but without a prompt template.
+        tokens: How many, the end token not counted.
+        finish_reason: ``stop``, ``length``, ``no room`` or ``interrupted``, see `Continuation`.
+        prompt_tokens: Tokens of the prompt.
+    """
+
+    request: Request
+    text: str
+    tokens: int
+    finish_reason: str
+    prompt_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer without its request, for JSON."""
+        return {"text": self.text, "tokens": self.tokens, "finish_reason": self.finish_reason}
+
+
+def generate(
+    trained: Trained,
+    requests: Sequence[Request | str],
+    decoding: Decoding,
+    *,
+    batch_size: int = 8,
+    base_alone: bool = False,
+) -> list[Reply]:
+    """Answer requests, see `replies`."""
+    return list(replies(trained, requests, decoding, batch_size=batch_size, base_alone=base_alone))
+
+
+def replies(
+    trained: Trained,
+    requests: Sequence[Request | str],
+    decoding: Decoding,
+    *,
+    batch_size: int = 8,
+    base_alone: bool = False,
+    write: Callable[[str], Any] | None = None,
+) -> Iterator[Reply]:
+    """Answer requests in their order, as they come.
+
+    Args:
+        trained: The model.
+        requests: What to ask; texts are put into the template of the training run.
+        decoding: How tokens are chosen.
+        batch_size: Requests at a time; answers do not depend on it, but for rounding.
+        base_alone: Answer without the adapter.
+        write: Takes each answer's text as it comes; requests are then answered one at a time.
+
+    Raises:
+        UserInputError: Before the first answer, if the template has no room for a request.
+        RunFailed: If the memory does not do for the batch.
+    """
+    asked = [
+        r if isinstance(r, Request) else Request(Passage(r, ""), f"request {n}") for n, r in enumerate(requests, 1)
+    ]
+    prompts = [_prompt(trained, request) for request in asked]
+    size = 1 if write else batch_size
+    return _answered(trained, asked, prompts, decoding, size, base_alone, write)
+
+
+def _answered(
+    trained: Trained,
+    asked: list[Request],
+    prompts: list[list[int]],
+    decoding: Decoding,
+    batch_size: int,
+    base_alone: bool,
+    write: Callable[[str], Any] | None,
+) -> Iterator[Reply]:
+    as_it_is = trained.prompts.name == "none"
+    for start in range(0, len(asked), batch_size):
+        part = prompts[start : start + batch_size]
+        stream = text_stream(trained, write) if write else None
+        with trained.base_alone() if base_alone else nullcontext():
+            found = answer_ids(trained, part, decoding, streamer=stream, first_number=start)
+        for i, answer in enumerate(found, start):
+            text = answer_text(trained.tokenizer, answer.ids, as_it_is=as_it_is)
+            yield Reply(asked[i], text, len(answer.ids), answer.finish_reason, len(prompts[i]))
+
+
+def answer_ids(
+    trained: Trained, prompts: Sequence[Sequence[int]], decoding: Decoding, **options: Any
+) -> list[Continuation]:
+    """Answers to one batch of prompts, in their order; ``options`` as of `continuations`."""
+    check_vocabulary(trained.model.config, max(max(prompt) for prompt in prompts))
+    try:
+        found = continuations(
+            trained.model,
+            trained.tokenizer,
+            prompts,
+            decoding,
+            batch_size=len(prompts),
+            stop_token_ids=trained.stop_token_ids,
+            **options,
+        )
+        return sorted(found, key=lambda answer: answer.index)
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(
+            f"out of memory with {len(prompts)} prompts at a time. Give a smaller --batch-size or --max-new-tokens."
+        ) from error
+
+
+def text_stream(trained: Trained, write: Callable[[str], Any]) -> TextStream:
+    """Hands an answer's text to ``write`` as it comes."""
+    as_it_is = trained.prompts.name == "none"
+    return TextStream(trained.tokenizer, write, stop_token_ids=trained.stop_token_ids, as_it_is=as_it_is)
+
+
+def _prompt(trained: Trained, request: Request) -> list[int]:
+    try:
+        return trained.prompts.ids_of_example(request.example)
+    except UserInputError as error:
+        raise UserInputError(f"{request.place}: {error}") from error

@@ -1,0 +1,163 @@
+"""What a model is asked: prompts from a command line, from standard input or from a file of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.formats import BadRow, Dialogue, Example, Instruction, Message, as_dialogue, to_example
+from ..data.read_local import file_rows
+from ..errors import UserInputError
+from ..paths import DATA_SUFFIXES
+
+STDIN = "-"
+MOST_PROBLEMS = 10  # named of one file
+NO_MATTER = "?"  # stands in for the response, which a prompt has not and a row of data must have
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt.
+
+    Attributes:
+        example: As a row of data would say it; its response, if it has one, is not looked at.
+        place: Where it is from, for messages: ``PROMPT 2``, ``line 7``.
+    """
+
+    example: Example
+    place: str
+
+    def with_system(self, system: str) -> Request:
+        """The same with a system message, unless it has one of its own."""
+        messages = self.messages
+        if messages[0]["role"] in ("system", "developer"):
+            return self
+        tools = self.example.tools if isinstance(self.example, Dialogue) else None
+        return Request(Dialogue(({"role": "system", "content": system}, *messages), tools), self.place)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """As a conversation that ends with a request."""
+        if isinstance(self.example, Dialogue):
+            return self.example.messages
+        return as_dialogue(self.example).messages[:1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """``prompt``, with ``input`` or ``messages`` where there are any."""
+        if isinstance(self.example, Dialogue):
+            return {"prompt": self.messages[-1]["content"], "messages": [dict(m) for m in self.messages]}
+        if isinstance(self.example, Instruction):
+            given = {"input": self.example.input} if self.example.input else {}
+            return {"prompt": self.example.instruction, **given}
+        return {"prompt": self.example.prompt}
+
+
+def requests_of_texts(texts: Iterable[str]) -> list[Request]:
+    """One request for each text.
+
+    Raises:
+        UserInputError: If one is blank, or no text.
+    """
+    return _all_good([_request({"prompt": text}, f"PROMPT {number}") for number, text in enumerate(texts, 1)])
+
+
+def requests_of_stdin() -> list[Request]:
+    """All of standard input as one request.
+
+    Raises:
+        UserInputError: If it is blank.
+    """
+    return _all_good([_request({"prompt": _text_of(STDIN).removesuffix("\n")}, "PROMPT (standard input)")])
+
+
+def requests_of_file(name: str) -> list[Request]:
+    """The requests of a file.
+
+    Args:
+        name: A ``.txt`` file or ``-`` (standard input) of one prompt a line; or ``.jsonl``, ``.json``, ``.csv`` or
+            ``.parquet`` rows with ``prompt``, or ``instruction`` (and ``input``), or ``messages``. Rows of data that
+            have a response are asked for it.
+
+    Raises:
+        UserInputError: If there is no such file, or it holds anything but prompts; with the lines.
+    """
+    suffix = Path(name).suffix.lower()
+    if name != STDIN and suffix not in (".txt", *DATA_SUFFIXES):
+        raise UserInputError(f"--file: must be a .txt, {', '.join(DATA_SUFFIXES)} file or -, got {name!r}.")
+    if name != STDIN and not Path(name).expanduser().is_file():
+        raise UserInputError(f"--file: no file at {name!r}. Paths are relative to the current directory.")
+    found = _of_rows(name) if suffix in DATA_SUFFIXES else _of_lines(name)
+    return _all_good(list(found), f"--file: {name!r}, ")
+
+
+def _of_rows(name: str) -> Iterator[Request | str]:
+    for row in file_rows(Path(name).expanduser(), "--file"):
+        yield f"{row.place} {row.problem}" if row.values is None else _request(row.values, row.place)
+
+
+def _of_lines(name: str) -> Iterator[Request | str]:
+    lines = [(number, line) for number, line in enumerate(_text_of(name).splitlines(), 1) if line.strip()]
+    if not lines:
+        raise UserInputError(f"--file: {name!r} is empty. It needs one prompt a line.")
+    for number, line in lines:
+        yield _request({"prompt": line}, f"line {number}")
+
+
+def _text_of(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == STDIN else Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        what = "standard input" if name == STDIN else f"--file: {name!r}"
+        raise UserInputError(f"{what} cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def _request(row: Mapping[str, Any], place: str) -> Request | str:
+    """What a row asks, or what is wrong with it."""
+    try:
+        example = _example(row)
+        if not as_dialogue(example).messages[0]["content"].strip():
+            return f"{place} is blank"
+    except BadRow as error:
+        return f"{place}: {error}"
+    return Request(example, place)
+
+
+def _example(row: Mapping[str, Any]) -> Example:
+    if isinstance(row.get("prompt"), list):
+        row = {"messages": row["prompt"], "tools": row.get("tools")}
+    for column, format in (("messages", "messages"), ("conversations", "sharegpt")):
+        if row.get(column) is not None:
+            return _conversation(row, column, format)
+    if row.get("prompt") is not None:
+        return to_example({"prompt": row["prompt"], "completion": NO_MATTER}, "prompt-completion")[0]
+    if row.get("instruction") is not None:
+        return to_example({**row, "output": NO_MATTER}, "alpaca")[0]
+    names = ", ".join(sorted(map(str, row)))[:200] or "none"
+    raise BadRow(f"needs prompt, or instruction, or messages; its fields are {names}")
+
+
+def _conversation(row: Mapping[str, Any], column: str, format: str) -> Dialogue:
+    """A conversation up to its last response, or all of it if it ends with a request."""
+    turns = row[column]
+    if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
+        if format == "sharegpt" and "from" not in turns[-1]:
+            format = "messages"
+        role, text = ("from", "value") if format == "sharegpt" else ("role", "content")
+        if turns[-1].get(role) not in ("assistant", "gpt"):
+            row = {**row, column: [*turns, {role: "assistant", text: NO_MATTER}]}
+    example, _ = to_example(row, format)
+    asked = example.messages[:-1]
+    if not asked or asked[-1]["role"] not in ("user", "tool"):
+        raise BadRow(f"{column} hold no request before the last response")
+    return Dialogue(asked, example.tools)
+
+
+def _all_good(found: Sequence[Request | str], where: str = "") -> list[Request]:
+    problems = [problem for problem in found if isinstance(problem, str)]
+    if problems:
+        more = [f"and {len(problems) - MOST_PROBLEMS} more"] * (len(problems) > MOST_PROBLEMS)
+        raise UserInputError(where + "\n  ".join([*problems[:MOST_PROBLEMS], *more]))
+    return [request for request in found if isinstance(request, Request)]

@@ -1,1 +1,0 @@
-"""What a recipe's data, its noise, its finished runs and this machine are, without training."""

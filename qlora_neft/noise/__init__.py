@@ -1,0 +1,1 @@
+"""NEFTune noise and the random streams it is drawn from."""

@@ -1,0 +1,157 @@
+"""NEFTune as published: each sequence's embeddings get noise scaled by alpha / sqrt(L * d).
+
+    X'_j = emb(x_j) + alpha / sqrt(L_j * d) * eps_j,   eps_j ~ Uniform(-1, 1)^(L_j x d)
+
+L_j is the sequence's own number of real tokens and d the embedding width (Jain et al. 2023, NEFTune,
+Algorithm 1 and its footnote on batches of unequal lengths, arXiv:2310.05914). Padding receives nothing.
+eps_j is a function of (seed, optimizer step, ordinal), so that no batch-mate, split, rank, device or restart can change
+it. Only torch lives here: no transformers, no recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..steps.sequences import SequenceSpan
+from .streams import normal_draws, uniform_draws
+
+DISTRIBUTIONS = ("uniform", "gaussian")
+SCHEDULES = ("constant", "linear", "cosine")
+# Standard deviation of one component of eps: Uniform(-1, 1) has variance 1/3.
+UNIT_RMS = {"uniform": 1 / math.sqrt(3), "gaussian": 1.0}
+
+
+def noise_scale(alpha: float, length: int, width: int) -> float:
+    """The factor on eps for one sequence: ``alpha / sqrt(length * width)``, length in real tokens."""
+    return alpha / math.sqrt(length * width)
+
+
+def expected_norm(alpha: float, distribution: str) -> float:
+    """Expected L2 norm of one sequence's noise, whatever L and d: alpha / sqrt(3) if uniform, alpha if gaussian."""
+    return alpha * UNIT_RMS[distribution]
+
+
+def alpha_at(step: int, num_steps: int, alpha: float, final_alpha: float | None, schedule: str) -> float:
+    """Noise strength at optimizer step ``step`` (0-based) of ``num_steps``.
+
+    ``linear`` and ``cosine`` go from ``alpha`` at the first step to ``final_alpha`` at the last; a schedule over
+    training is the future work that the paper names, not a part of its results.
+    """
+    if schedule == "constant" or final_alpha is None:
+        return alpha
+    progress = min(step / max(num_steps - 1, 1), 1.0)
+    if schedule == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    return alpha + (final_alpha - alpha) * progress
+
+
+def lookup_scale(embedding: nn.Module) -> float:
+    """What the embedding multiplies its lookup by, 1.0 for most models.
+
+    The Gemma family scales by sqrt(d) inside its embedding module. Noise belongs at the lookup, before that, so
+    that alpha means the same for every model; noise on the output must therefore carry the factor.
+    """
+    scale = getattr(embedding, "embed_scale", 1.0)
+    return float(scale.to(embedding.weight.dtype)) if isinstance(scale, Tensor) else float(scale)
+
+
+@dataclass
+class NoiseStatistics:
+    """Noise and embedding norms of the sequences measured so far, as device scalars (no synchronization)."""
+
+    noise_norms: list[Tensor] = field(default_factory=list)
+    embedding_norms: list[Tensor] = field(default_factory=list)
+
+    def add(self, noise: Tensor, embeds: Tensor, scale: float = 1.0) -> None:
+        """Record one sequence: its noise and its clean embeddings, both (L, D), at the lookup (``scale`` undone)."""
+        self.noise_norms.append(torch.linalg.vector_norm(noise, dtype=torch.float32) / scale)
+        self.embedding_norms.append(torch.linalg.vector_norm(embeds, dtype=torch.float32) / scale)
+
+    def means(self) -> tuple[float, float] | None:
+        """Mean noise norm, and mean ratio of noise norm to embedding norm; None if nothing was measured."""
+        if not self.noise_norms:
+            return None
+        noise, embeds = torch.stack(self.noise_norms), torch.stack(self.embedding_norms)
+        return noise.mean().item(), (noise / embeds).mean().item()
+
+
+@dataclass
+class NEFTuneNoise:
+    """The noise of one micro-batch, as a forward hook on the input embedding.
+
+    Attributes:
+        spans: The sequences of the micro-batch; their ordinals count through the whole optimizer step.
+        alpha: Noise strength at this step, dimensionless, >= 0.
+        seed: Seed of the run.
+        step: Optimizer step, 0-based.
+        distribution: ``"uniform"`` (the paper) or ``"gaussian"`` (its ablation, eps ~ N(0, 1)).
+        scale: See `lookup_scale`.
+        statistics: Where to record norms, or None to skip the measurement.
+    """
+
+    spans: Sequence[SequenceSpan]
+    alpha: float
+    seed: int
+    step: int
+    distribution: str = "uniform"
+    scale: float = 1.0
+    statistics: NoiseStatistics | None = None
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Return ``output`` plus noise, (B, T, D), in its dtype; ``output`` itself is left alone.
+
+        Out of place because under activation checkpointing the embedding's output is a leaf that requires grad.
+        Noise is drawn, scaled and added in float32 and rounded once. Calling twice gives the same noise.
+        """
+        noisy = output.clone()
+        for span, noise in self.drawn(output):
+            if noisy.dtype == torch.float32 and isinstance(span.tokens, slice):
+                noisy[span.row, span.tokens].add_(noise)
+            else:
+                clean = output[span.row, span.tokens]
+                noisy[span.row, span.tokens] = (clean.float() + noise).to(noisy.dtype)
+        return noisy
+
+    def drawn(self, output: Tensor) -> Iterator[tuple[SequenceSpan, Tensor]]:
+        """Each sequence of (B, T, D) embeddings and its noise, (L, D) in float32; good until the next is asked for."""
+        width = output.shape[-1]
+        for span, eps in zip(self.spans, self._draws(width, output.device), strict=True):
+            bound = noise_scale(self.alpha, span.length, width) * self.scale
+            noise = self._scaled(eps, bound).view(-1, width)
+            if self.statistics is not None:
+                self.statistics.add(noise, output[span.row, span.tokens].detach(), self.scale)
+            yield span, noise
+
+    def _draws(self, width: int, device: torch.device) -> Iterator[Tensor]:
+        draws = uniform_draws if self.distribution == "uniform" else normal_draws
+        keys = [(self.seed, (self.step << 32) | span.ordinal) for span in self.spans]
+        return draws([span.length * width for span in self.spans], keys, device)
+
+    def _scaled(self, eps: Tensor, bound: float) -> Tensor:
+        """From Uniform[0, 1) to Uniform[-bound, bound), or from N(0, 1) to N(0, bound^2), in place."""
+        return eps.mul_(2 * bound).sub_(bound) if self.distribution == "uniform" else eps.mul_(bound)
+
+
+@contextmanager
+def noisy_embeddings(embedding: nn.Module, noise: Callable[..., Tensor] | None) -> Iterator[None]:
+    """Noise on the output of ``embedding`` inside the block and never outside it, whatever ends the block.
+
+    Args:
+        embedding: The model's input embedding, (B, T) ids to (B, T, D).
+        noise: A forward hook that adds it, such as `NEFTuneNoise`; None adds nothing and registers nothing.
+    """
+    if noise is None:
+        yield
+        return
+    # First in line, so that every later hook (input gradients for checkpointing, a user's probe) sees the noise.
+    handle = embedding.register_forward_hook(noise, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()

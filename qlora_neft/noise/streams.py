@@ -1,0 +1,145 @@
+"""Random numbers that are a function of a key alone: the same on every CPU and every GPU, bit for bit.
+
+Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a 128-bit key and a counter to
+256 random bits. On a CPU NumPy's implementation draws them; elsewhere the same integers are computed with tensor
+operations. torch's own generators give other numbers on a CPU than on a GPU, and may give others on another GPU; then
+where a run happens would change what it learns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Key = tuple[int, int]
+
+ROUNDS = 10
+FLOATS_PER_BLOCK = 8  # 256 bits, 32 for each
+FLOATS_AT_ONCE = 2**22  # by tensor operations; about 16 int64 words of scratch for every 8 of them: 64 MiB
+_LOW = 0xFFFFFFFF
+# Multipliers and Weyl constants of Philox4x64, as signed 64-bit integers where torch needs them.
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+_UNIT = 2.0**-24  # 24 random bits make a float32 in [0, 1)
+
+
+def uniform_draws(counts: Sequence[int], keys: Sequence[Key], device: torch.device) -> Iterator[Tensor]:
+    """Draw from Uniform[0, 1), 24 random bits a number, once per key.
+
+    Args:
+        counts: How many numbers for each key.
+        keys: Two integers in [0, 2**64) each.
+        device: Where they are wanted.
+
+    Yields:
+        float32 tensors (count,), the caller's to change and valid until the next is asked for.
+    """
+    if device.type == "cpu":
+        buffer = torch.empty(max(counts, default=0), dtype=torch.float32)
+        for count, key in zip(counts, keys, strict=True):
+            bits = np.random.Philox(key=np.array(key, dtype=np.uint64))
+            np.random.Generator(bits).random(dtype=np.float32, out=buffer[:count].numpy())
+            yield buffer[:count]
+        return
+    for part in _parts(counts):
+        yield from uniform_by_tensors(counts[part], keys[part], device)
+
+
+def normal_draws(counts: Sequence[int], keys: Sequence[Key], device: torch.device) -> Iterator[Tensor]:
+    """As `uniform_draws`, from N(0, 1) by the Box-Muller transform; devices agree up to rounding."""
+    pairs = [-(-count // 2) for count in counts]
+    draws = uniform_draws([2 * n for n in pairs], keys, device)
+    for count, n, uniform in zip(counts, pairs, draws, strict=True):
+        radius = (-2 * (1 - uniform[:n]).log()).sqrt()  # 1 - u is in (0, 1]: the logarithm is finite
+        angle = 2 * torch.pi * uniform[n:]
+        yield torch.cat((radius * angle.cos(), radius * angle.sin()))[:count]
+
+
+def uniform_by_tensors(counts: Sequence[int], keys: Sequence[Key], device: torch.device) -> list[Tensor]:
+    """What `uniform_draws` yields, all at once, computed with integer tensor operations on any device."""
+    blocks = [-(-count // FLOATS_PER_BLOCK) for count in counts]
+    # NumPy counts up before its first block, so counters begin at 1.
+    counter = torch.cat([torch.arange(1, n + 1, device=device) for n in blocks])
+    repeats = torch.tensor(blocks, device=device)
+    k0, k1 = (torch.tensor([_signed(key[i]) for key in keys], device=device).repeat_interleave(repeats) for i in (0, 1))
+    raw = torch.stack(_philox(counter, k0, k1), dim=1)  # (N, 4) 64-bit words in the order they are handed out
+    halves = torch.stack((raw & _LOW, (raw >> 32) & _LOW), dim=2).view(-1)  # the low half comes first
+    uniform = (halves >> 8).to(torch.float32) * _UNIT
+    rows = uniform.split([n * FLOATS_PER_BLOCK for n in blocks])
+    return [row[:count] for row, count in zip(rows, counts, strict=True)]
+
+
+def _parts(counts: Sequence[int]) -> Iterator[slice]:
+    """Runs of neighbours whose scratch memory stays bounded: few kernel launches, and no burst of memory."""
+    start, size = 0, 0
+    for i, count in enumerate(counts):
+        if i > start and size + count > FLOATS_AT_ONCE:
+            yield slice(start, i)
+            start, size = i, 0
+        size += count
+    if start < len(counts):
+        yield slice(start, len(counts))
+
+
+def _philox(counter: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b, c, d = counter, torch.zeros_like(counter), torch.zeros_like(counter), torch.zeros_like(counter)
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(a, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c, _MULTIPLIERS[1])
+        a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
+        k0, k1 = k0 + _signed(_WEYL[0]), k1 + _signed(_WEYL[1])
+    return a, b, c, d
+
+
+def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 64 bits of an unsigned product; int64 tensors hold the bits, products wrap around."""
+    x0, x1 = x & _LOW, (x >> 32) & _LOW
+    c0, c1 = constant & _LOW, constant >> 32
+    low, cross = x0 * c0, x1 * c0
+    middle = cross + ((low >> 32) & _LOW)  # cannot exceed 64 bits
+    other = (middle & _LOW) + x0 * c1
+    high = x1 * c1 + ((middle >> 32) & _LOW) + ((other >> 32) & _LOW)
+    return high, x * _signed(constant)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit integer."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+def stream_key(name: str, *parts: int) -> int:
+    """Hash a stream's name and its coordinates into a generator seed in [0, 2**63).
+
+    The key is hashed, not packed, because torch's CPU generators read only the low 32 bits of a seed.
+    """
+    text = ":".join([name, *(str(part) for part in parts)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@contextmanager
+def keyed_rng(key: int, device: torch.device) -> Iterator[None]:
+    """Run a block (dropout, that is) on torch's global generators seeded with ``key``; put them back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(key)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(key)
+        yield
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leave Python's, NumPy's and torch's global random streams as they were before the block."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

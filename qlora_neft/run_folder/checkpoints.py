@@ -1,0 +1,272 @@
+"""Checkpoints as folders on disk: whole or not there, and known by a checksum of every file.
+
+A checkpoint is written into a hidden folder and renamed when all of it has reached the disk; it is removed by being
+renamed to a hidden name first. So whatever bears a good name was once whole, wherever a process was killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from ..errors import UserInputError
+from ..files import sha256_of_file
+
+PREFIX = "checkpoint-"
+MANIFEST = "manifest.json"
+VERSION = 1
+
+_NAME = re.compile(re.escape(PREFIX) + r"([0-9]+)")
+_HIDDEN = re.compile(rf"\.({_NAME.pattern})\.(partial|replaced|removed)-.+")
+# What file systems say that have no fsync; every other error is a real one.
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A sound checkpoint: its folder, the optimizer steps made, what its writer said of the run."""
+
+    path: Path
+    step: int
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The newest sound checkpoint of a folder, and newer damaged ones (all, if none is sound) with what is wrong."""
+
+    newest: Checkpoint | None
+    damaged: list[tuple[Path, list[str]]]
+
+
+@contextmanager
+def new_checkpoint(output_dir: Path, step: int, about: dict[str, Any]) -> Iterator[Path]:
+    """A hidden folder to write into; a checkpoint at the end of the block, nothing if an exception leaves it.
+
+    Args:
+        output_dir: Folder of the run; made if it is missing.
+        step: Optimizer steps made. An older checkpoint of this step is replaced.
+        about: What the manifest says of the run; values of JSON.
+
+    Raises:
+        OSError: If it cannot be written, for instance for want of space. Nothing is left of it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with in_place_of(output_dir / f"{PREFIX}{step}") as folder:
+        yield folder
+        paths = {name: folder / name for name in files_in(folder) if name != MANIFEST}
+        files = {name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size} for name, path in paths.items()}
+        content = {"manifest_version": VERSION, "step": step, "about": about, "files": files}
+        (folder / MANIFEST).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def in_place_of(final: Path) -> Iterator[Path]:
+    """A new hidden folder to write into: named ``final`` at the end of the block, removed if an exception leaves it.
+
+    Args:
+        final: A name in an existing folder; what has that name by then is replaced.
+
+    Raises:
+        OSError: If it cannot be made, brought to the disk or renamed.
+    """
+    partial = _hidden(final, "partial")
+    partial.mkdir()
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        _rename_over(partial, final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # the error that is on its way is the one to report
+        raise
+
+
+def _rename_over(partial: Path, final: Path) -> None:
+    """A folder cannot be renamed over another that holds something: that one is moved aside first."""
+    old = _hidden(final, "replaced") if os.path.lexists(final) else None
+    if old:
+        final.rename(old)
+    try:
+        partial.rename(final)
+    except OSError:
+        if old:
+            old.rename(final)
+        raise
+    sync(final.parent)
+    if old:
+        _delete(old)
+
+
+def sync(path: Path) -> None:
+    """Return when a file or the names in a folder are on the disk; at once where a file system cannot say."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def files_in(folder: Path) -> list[str]:
+    """Every file below a folder, by its path from there."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with a checkpoint; nothing if it is sound. Files beyond those of its manifest are allowed."""
+    return _examine(path)[1]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint, verified.
+
+    Raises:
+        UserInputError: If it is not sound.
+    """
+    checkpoint, wrong = _examine(path)
+    if checkpoint is None:
+        raise UserInputError(
+            f"{path}: not a checkpoint that can be used: {'; '.join(wrong)}. Name another one, or start anew."
+        )
+    return checkpoint
+
+
+def find_checkpoints(output_dir: Path) -> Search:
+    """The newest sound checkpoint of a folder by its step; older ones are not looked at."""
+    damaged: list[tuple[Path, list[str]]] = []
+    for path in _newest_first(output_dir):
+        checkpoint, wrong = _examine(path)
+        if checkpoint:
+            return Search(checkpoint, damaged)
+        damaged.append((path, wrong))
+    return Search(None, damaged)
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    paths = output_dir.iterdir() if output_dir.is_dir() else ()
+    steps = {path: int(named[1]) for path in paths if (named := _NAME.fullmatch(path.name)) and path.is_dir()}
+    return sorted(steps, key=lambda path: steps[path], reverse=True)
+
+
+def _examine(path: Path) -> tuple[Checkpoint | None, list[str]]:
+    """A checkpoint, or what is wrong with it."""
+    try:
+        checkpoint, files = _read_manifest(path)
+    except ValueError as error:
+        return None, [str(error)]
+    named = _NAME.fullmatch(path.name)
+    wrong = [f"{MANIFEST} is of step {checkpoint.step}"] if named and int(named[1]) != checkpoint.step else []
+    wrong += [problem for name, file in files.items() if (problem := _problem(path / name, name, *file))]
+    return (None, wrong) if wrong else (checkpoint, [])
+
+
+def _read_manifest(path: Path) -> tuple[Checkpoint, dict[str, tuple[int, str]]]:
+    """What a checkpoint is to be, and the size and sum of each of its files."""
+    try:
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        version, step, about = content["manifest_version"], content["step"], content["about"]
+        files = {name: (file["bytes"], file["sha256"]) for name, file in content["files"].items()}
+    except FileNotFoundError as error:
+        raise ValueError(f"{MANIFEST} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
+        raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} does not describe a checkpoint") from error
+    if version != VERSION or type(step) is not int or not isinstance(about, dict):
+        raise ValueError(f"{MANIFEST} is not one of version {VERSION}, which this program reads")
+    return Checkpoint(path, step, about), files
+
+
+def _problem(path: Path, name: str, size: int, sha256: str) -> str | None:
+    """What is wrong with one file; its size first, which costs nothing to know."""
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if (found := path.stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size}"
+        return None if sha256_of_file(path) == sha256 else f"{name} has another content than was written (SHA-256)"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
+
+
+def prune(output_dir: Path, keep: int) -> None:
+    """Remove all but the newest sound checkpoints, and damaged ones among and before them.
+
+    Nothing is removed that is newer than the newest sound one, nor anything where none is sound.
+
+    Args:
+        output_dir: Folder of the run.
+        keep: Sound ones to keep; one stays in any case.
+    """
+    kept = 0
+    for path in _newest_first(output_dir):
+        if kept < max(keep, 1) and not verify(path):
+            kept += 1
+        elif kept:
+            doomed = _hidden(path, "removed")
+            path.rename(doomed)
+            _delete(doomed)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Clear away what killed processes left half written or half removed. The caller alone writes there."""
+    for path in list(output_dir.iterdir()) if output_dir.is_dir() else []:
+        if hidden := _HIDDEN.fullmatch(path.name):
+            final = path.with_name(hidden[1])
+            if hidden[3] == "replaced" and not os.path.lexists(final) and not verify(path):
+                path.rename(final)  # killed after it was moved aside, before the new one was in place
+            else:
+                _delete(path)
+
+
+def _hidden(path: Path, why: str) -> Path:
+    return path.with_name(f".{path.name}.{why}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _delete(path: Path) -> None:
+    """What resists stays under its hidden name until `remove_leftovers`: no reason to end a run."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def save_adapter(model: PeftModel, tokenizer: Any, output_dir: str | Path) -> None:
+    """Write an adapter so that the same training writes the same bytes; no pickle is written.
+
+    Args:
+        model: The trained model; only its adapter is written, in the dtype it was trained in (float32).
+        tokenizer: Saved beside it, None to leave it out.
+        output_dir: Folder to write to, made if missing.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    # Without False, PEFT asks the Hub for the base's configuration to see whether its vocabulary grew.
+    model.save_pretrained(output_dir, save_embedding_layers=False)
+    (output_dir / "README.md").unlink(missing_ok=True)  # PEFT's template, all "[More Information Needed]"
+    _sort_config(output_dir / "adapter_config.json")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(output_dir)
+
+
+def _sort_config(path: Path) -> None:
+    """PEFT writes sets, in an order that changes from run to run."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,1 +1,0 @@
-"""Any number of runs beside each other: read from their folders, compared, and shown as one page. No torch."""

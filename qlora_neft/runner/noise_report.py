@@ -1,0 +1,108 @@
+"""What NEFTune adds to each sequence of a recipe's data, beside what upstream's hook would add.
+
+Needs the tokenizer, the data and the model's configuration; no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..base.config import check_base_config, load_tokenizer
+from ..data.report import sequence_lengths
+from ..display.console import quiet_libraries
+from ..noise.neftune import expected_norm, noise_scale
+from ..recipe import Recipe
+from .build import data_of, model_path
+
+UPSTREAM_ROWS = 4  # rows padded or packed together in the comparison
+
+
+def noise_report(recipe: Recipe, rows: int = 8) -> dict[str, Any]:
+    """Effective noise of the first sequences of a recipe's data.
+
+    Args:
+        recipe: What is learned.
+        rows: How many sequences.
+
+    Returns:
+        ``alpha``, ``distribution``, ``width`` (d), ``expected_norm`` and ``sequences``: for each its ``length``, the
+        ``published`` bound alpha / sqrt(L * d) on one component, and the bound that transformers' hook would use if
+        the row were ``padded`` with, or ``packed`` behind, the rows beside it.
+
+    Raises:
+        UserInputError: If model or data cannot be read.
+    """
+    noise = recipe.neftune
+    alpha = noise.noise_alpha if noise else 0.0
+    distribution = noise.distribution if noise else "uniform"
+    with quiet_libraries():
+        width = _embedding_width(recipe)
+        lengths = _lengths(recipe, rows)
+    return {
+        "alpha": alpha,
+        "distribution": distribution,
+        "width": width,
+        "expected_norm": expected_norm(alpha, distribution),
+        "sequences": compare_scales(lengths, width, alpha),
+    }
+
+
+def compare_scales(lengths: Sequence[int], width: int, alpha: float) -> list[dict[str, Any]]:
+    """Bounds on one component of the noise, per sequence: as published, and as transformers' hook has them.
+
+    The hook divides by the width of the row it sees (``transformers/integrations/neftune.py``): the longest row of a
+    padded batch, or everything that is packed into one row (huggingface/transformers#34659).
+    """
+    report = []
+    for start in range(0, len(lengths), UPSTREAM_ROWS):
+        batch = lengths[start : start + UPSTREAM_ROWS]
+        for length in batch:
+            published = noise_scale(alpha, length, width)
+            padded, packed = noise_scale(alpha, max(batch), width), noise_scale(alpha, sum(batch), width)
+            report.append({"length": length, "published": published, "padded": padded, "packed": packed})
+    return report
+
+
+def render(report: dict[str, Any], console: Console) -> None:
+    """Print a report as a table."""
+    bound = "largest" if report["distribution"] == "uniform" else "standard deviation of a"
+    console.print(
+        f"NEFTune alpha {report['alpha']:g}, {report['distribution']}, d = {report['width']}: "
+        f"norm {report['expected_norm']:.3f} per sequence, padding gets none"
+    )
+    table = Table(title=f"{bound} noise component per sequence", title_justify="left")
+    columns = (
+        "tokens",
+        "published",
+        f"transformers, padded in {UPSTREAM_ROWS}s",
+        f"transformers, packed in {UPSTREAM_ROWS}s",
+    )
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in report["sequences"]:
+        table.add_row(
+            str(row["length"]),
+            f"{row['published']:.5f}",
+            *(f"{row[way]:.5f} ({_share(row[way], row['published'])})" for way in ("padded", "packed")),
+        )
+    console.print(table)
+    console.print("Percentages: of the published noise. Every row is one training sequence, in the order of the data.")
+
+
+def _share(value: float, published: float) -> str:
+    return "no noise" if published == 0 else f"{value / published:.0%}"
+
+
+def _lengths(recipe: Recipe, rows: int) -> list[int]:
+    tokenizer = load_tokenizer(model_path(recipe), revision=recipe.model.revision)
+    return sequence_lengths(data_of(recipe, tokenizer).train)[:rows].tolist()
+
+
+def _embedding_width(recipe: Recipe) -> int:
+    config = check_base_config(model_path(recipe), revision=recipe.model.revision)
+    text = config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", text.hidden_size))  # OPT-350m's embeddings are narrower

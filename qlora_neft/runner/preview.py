@@ -1,0 +1,97 @@
+"""What a recipe's data looks like to the model: its first sequences, its numbers, what the gate says. No weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..base.config import load_tokenizer
+from ..display.console import quiet_libraries
+from ..display.plots import plot_lengths
+from ..display.preview_text import LEGEND, TokenView, render_example, render_summary, token_views
+from ..files import write_json
+from ..recipe import Recipe
+from .build import data_of, model_path, plan_of, policy_of, report_of
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The first sequences, and the report on all.
+
+    Attributes:
+        report: As in ``data_report.json``.
+        examples: The title of each, and its tokens.
+    """
+
+    report: dict[str, Any]
+    examples: list[tuple[str, list[TokenView]]]
+
+
+def preview(recipe: Recipe, rows: int = 3, progress: Any = None) -> Preview:
+    """Prepare a recipe's data and look at it. Problems of the gate are in the report; they do not raise.
+
+    Args:
+        recipe: What is learned.
+        rows: Sequences to show.
+        progress: Called with the number of rows done since its last call.
+
+    Raises:
+        UserInputError: If the data or the tokenizer cannot be read at all.
+    """
+    with quiet_libraries():
+        tokenizer = load_tokenizer(model_path(recipe), revision=recipe.model.revision)
+        data = data_of(recipe, tokenizer, refuse=False, progress=progress)
+        report = data.report
+        if len(data.train):
+            report = report_of(recipe, data, plan_of(recipe, policy_of(recipe), data))
+        first = data.train.select(range(min(rows, len(data.train))))
+        return Preview(report, [(_title(row, report["sources"]), _views(tokenizer, row)) for row in first])
+
+
+def render(found: Preview, console: Console, *, show_tokens: bool = False) -> None:
+    """Print sequences and summary."""
+    if found.examples:
+        console.print(LEGEND, markup=False)
+    for title, views in found.examples:
+        render_example(console, title, views, show_tokens=show_tokens)
+    render_summary(console, {**found.report, "problems": []})  # those are said once, as the error
+
+
+def to_json(found: Preview) -> dict[str, Any]:
+    """The report, and under ``examples`` the text of each sequence with its trained stretches."""
+    examples = [{"title": title, "pieces": _pieces(views)} for title, views in found.examples]
+    return {**found.report, "examples": examples}
+
+
+def save(found: Preview, output_dir: Path) -> list[Path]:
+    """Write ``data_report.json`` and ``lengths.png`` into a folder; returns what was written."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    report, picture = output_dir / "data_report.json", output_dir / "lengths.png"
+    write_json(report, found.report)
+    drawn = plot_lengths(found.report, picture, found.report["sources"][0]["path"])
+    return [report, picture] if drawn else [report]
+
+
+def _views(tokenizer: Any, row: dict[str, Any]) -> list[TokenView]:
+    return token_views(tokenizer, row["input_ids"], row["labels"])
+
+
+def _title(row: dict[str, Any], sources: Sequence[dict[str, Any]]) -> str:
+    source = f" of {sources[row['source']]['path']}" if len(sources) > 1 else ""
+    trained = sum(label >= 0 for label in row["labels"][1:])  # nothing predicts the first token
+    return f"row {row['row']}{source}: {len(row['input_ids'])} tokens, {trained} trained"
+
+
+def _pieces(views: Sequence[TokenView]) -> list[dict[str, Any]]:
+    """Neighbouring tokens of one kind joined."""
+    pieces: list[dict[str, Any]] = []
+    for view in views:
+        if pieces and pieces[-1]["trained"] == view.trained:
+            pieces[-1]["text"] += view.text
+        else:
+            pieces.append({"text": view.text, "trained": view.trained})
+    return pieces

@@ -1,1 +1,0 @@
-"""Runs of one recipe under several settings and seeds, as pairs that differ in nothing else. No torch."""
