@@ -4,7 +4,7 @@
     python scripts/trajectories.py after.json --against before.json
 
 Each run is the installed command line on the demo, on one CPU thread in float32: with and without noise, killed and
-resumed, on two ranks. Losses, the adapter's bytes and the prepared token ids are compared exactly; they hold between two
+resumed, on two ranks. Losses, the adapter and the prepared token ids are compared exactly; they hold between two
 commits on one machine, not between two machines.
 """
 
@@ -50,7 +50,7 @@ RUNS: dict[str, list[str]] = {
 }
 PREVIEWS: dict[str, list[str]] = {
     "demo": ["demo"],
-    "demo, short": ["demo", "data.max_length=60", "data.max_truncated_fraction=1"],
+    "demo, short": ["demo", "data.max_length=60", "data.max_truncated_fraction=1", "data.max_dropped_fraction=1"],
     "demo, vicuna": ["demo", "data.prompt_template=vicuna", "data.train_on_prompt=true"],
 }
 LOSSES = ("loss", "grad_norm", "eval_loss", "clean_loss")
@@ -98,12 +98,20 @@ def command(output_dir: Path, settings: list[str], launcher: list[str] | None = 
 
 
 def train(output_dir: Path, settings: list[str], launcher: list[str] | None = None) -> None:
-    subprocess.run(command(output_dir, settings, launcher), check=True, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        command(output_dir, settings, launcher),
+        check=True,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def kill_and_resume(output_dir: Path) -> None:
     """Kill a run once its checkpoint of step 4 is written, and run the same command again."""
-    process = subprocess.Popen(command(output_dir, []), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(output_dir, []), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not (output_dir / "checkpoint-4").is_dir():
         if process.poll() is not None:
             raise SystemExit("the run ended before it could be killed")
