@@ -37,9 +37,10 @@ package: $(VENV)/.dev ## build sdist and wheel into dist/, install the wheel in 
 docs: $(VENV)/.docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python -m mkdocs build --strict
 
-lint: $(VENV)/.dev ## check style and formatting
+lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ty check
 
 format: $(VENV)/.dev ## fix style and formatting
 	$(BIN)/python -m ruff check --fix .

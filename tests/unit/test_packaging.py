@@ -167,6 +167,40 @@ def test_an_issue_form_is_one_that_github_shows(path):
         assert field.get("validations", {"required": True}) == {"required": True}
 
 
+def test_everybody_checks_a_change_with_the_same_commands():
+    """On GitHub, elsewhere and by hand: the two that CONTRIBUTING.md names."""
+    said = re.findall(r"^make [a-z]+$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert said == ["make lint", "make test"]
+    targets = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {command.removeprefix("make ") for command in said} <= set(targets)
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    [job] = workflow["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == said
+    script = ROOT / ".ci" / "run"
+    if script.exists():  # not in an sdist
+        assert [line for line in script.read_text().splitlines() if line.startswith("make ")] == said
+        assert os.access(script, os.X_OK)
+
+
+def test_the_workflow_may_read_only_and_takes_actions_by_major_version():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert set(workflow) == {"name", True, "permissions", "concurrency", "jobs"}  # YAML 1.1 reads "on" as true
+    assert set(workflow[True]) == {"push", "pull_request"}
+    assert workflow["permissions"] == {"contents": "read"}
+    [job] = workflow["jobs"].values()
+    assert "permissions" not in job
+    used = [step["uses"] for step in job["steps"] if "uses" in step]
+    assert len(used) == 2 and all(re.fullmatch(r"actions/[a-z-]+@v\d+", action) for action in used)
+
+
+def test_the_workflow_runs_every_python_from_the_oldest_that_is_supported():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    [job] = workflow["jobs"].values()
+    pythons = [tuple(map(int, version.split("."))) for version in job["strategy"]["matrix"]["python"]]
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    assert pythons == [(3, 11), (3, 12), (3, 13)] and pythons[0] == tuple(map(int, oldest.split(".")))
+
+
 def test_run_is_the_function_whatever_was_imported_before():
     import qlora_neft.runner.run as module
 
