@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..errors import UserInputError
 from .folder import MEND, WEIGHTS, AdapterFolder, beyond_plain
+
+if TYPE_CHECKING:
+    from torch import Tensor  # `qlora-neft check` reads names and shapes alone, without torch
 
 PREFIX = "base_model.model."
 
@@ -102,6 +102,8 @@ def _check_kind(folder: AdapterFolder) -> None:
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """As PEFT scales: lora_alpha / r, or over its root with rsLoRA, with the pattern's alpha where one matches."""
+    from peft.utils.other import get_pattern_key
+
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -109,7 +111,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 def finite(weight: Tensor) -> bool:
     """Whether every number is."""
-    return bool(torch.isfinite(weight).all())
+    return bool(weight.isfinite().all())
 
 
 A, B, PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
@@ -123,6 +125,8 @@ def scaling_of(config: dict[str, Any], module: str, rank: int) -> float:
         module: Its name in the base.
         rank: Of its A, which ``rank_pattern`` may have set.
     """
+    from peft.utils.other import get_pattern_key
+
     patterns = config.get("alpha_pattern") or {}
     alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -16,12 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from peft import PeftModel
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserInputError
 from ..files import sha256_of_file
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # the verbs that only look at a folder need no torch
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
