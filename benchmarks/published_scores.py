@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qlora_neft.display.tables import markdown_table
+from qlora_neft.display.tables import Table
 from qlora_neft.evaluation.alpaca.files import read_annotations, read_outputs, score
 from qlora_neft.evaluation.alpaca.win_rate import average_length
 from qlora_neft.evaluation.texts import TextMeasures, measure_texts
@@ -40,11 +40,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the published files")
     folder = parser.parse_args().folder
     print(INTRODUCTION)
-    print(markdown_table(*scores_table(folder)))
+    print(scores_table(folder).markdown(aligned=True))
     print(AFTER_SCORES)
-    print(markdown_table(*texts_table(folder)))
+    print(texts_table(folder).markdown(aligned=True))
     print(AFTER_TEXTS)
-    print(markdown_table(*scale_table(folder)))
+    print(scale_table(folder).markdown(aligned=True))
     print(AFTER_SCALE)
 
 
@@ -64,7 +64,7 @@ def steps_apart(printed: str, ours: float) -> int:
     return round(abs(float(printed) - ours) / math.ulp(ours))
 
 
-def scores_table(folder: Path) -> tuple[list[str], list[list[str]]]:
+def scores_table(folder: Path) -> Table:
     """Every figure of the leaderboard, ours beside it."""
     board, rows = published(folder), []
     for model in JUDGED:
@@ -76,20 +76,20 @@ def scores_table(folder: Path) -> tuple[list[str], list[list[str]]]:
     length = average_length(_texts(folder, REFERENCE))
     printed = board[REFERENCE]["avg_length"]
     rows.append([REFERENCE, "avg_length", printed, str(length), str(steps_apart(printed, length))])
-    return ["model", "figure", "published", "computed", "steps of double precision apart"], rows
+    return Table(["model", "figure", "published", "computed", "steps of double precision apart"], rows)
 
 
-def texts_table(folder: Path) -> tuple[list[str], list[list[str]]]:
+def texts_table(folder: Path) -> Table:
     """Lengths and repetition at the paper's cutoff for Alpaca, beside its tables."""
     rows = [[name, *cells, "-"] for name, cells in list(TABLE_4.items())[:1]]
     rows.append(["published outputs, alpaca-7b", *_cells(measured(folder, "alpaca-7b", 50))])
     rows += [[name, *cells, "-"] for name, cells in list(TABLE_4.items())[1:]]
     rows.append(["published outputs, alpaca-7b-neft", *_cells(measured(folder, "alpaca-7b-neft", 50))])
     heading = ["", "characters", "whitespace tokens", "2-gram repetition, %", "log-diversity", "dropped of 805"]
-    return heading, rows
+    return Table(heading, rows)
 
 
-def scale_table(folder: Path) -> tuple[list[str], list[list[str]]]:
+def scale_table(folder: Path) -> Table:
     """The log-diversity on both scales, and by the released code's count, beside the paper's."""
     rows = []
     for data, chunk, repetition, diversity in SCALE:
@@ -104,7 +104,7 @@ def scale_table(folder: Path) -> tuple[list[str], list[list[str]]]:
                 f"{ours.repetition_2:.2f} -> {ours.log_diversity_unscaled:.2f}",
             ]
         )
-    return ["chunk", "paper", "ours", "without each last n-gram", "unscaled"], rows
+    return Table(["chunk", "paper", "ours", "without each last n-gram", "unscaled"], rows)
 
 
 def measured(folder: Path, model: str, chunk: int, *, without_last: bool = False) -> TextMeasures:

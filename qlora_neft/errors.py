@@ -1,4 +1,4 @@
-"""The errors that end a command with a message instead of a traceback. Nothing else lives here."""
+"""The errors that end a command with a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -49,3 +49,9 @@ class RunInterrupted(Exception):
     def __init__(self, signal: int, message: str) -> None:
         self.signal = int(signal)
         super().__init__(message)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name if it has none: a detail for our own message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserInputError
+from ..errors import UserInputError, first_line
 from ..files import read_record
 from ..paths import resolve_bundled
 from ..run_folder.checkpoints import find_checkpoints
@@ -114,10 +114,9 @@ def _downloaded(source: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED))
     except (OSError, HFValidationError) as error:  # every error of the Hub's client and of the network below it
-        first_line = str(error).strip().splitlines()[0]
         raise UserInputError(
             f"{source}: no such folder, and the Hub gives no such model. Give the --output-dir of a run, or a Hub id "
-            f"that you can reach. ({first_line})"
+            f"that you can reach. ({first_line(error)})"
         ) from error
 
 

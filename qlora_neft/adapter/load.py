@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..base.config import load_tokenizer
 from ..base.nf4 import load_nf4_base, nf4_config
 from ..base.precision import PrecisionPolicy, resolve_precision
-from ..errors import UserInputError
+from ..errors import UserInputError, first_line
 from ..files import read_record
 from .folder import MEND, WEIGHTS, AdapterFolder, find_adapter
 from .prompts import Prompts, recorded_template, template_of
@@ -159,8 +159,7 @@ def with_adapter(base: PreTrainedModel, folder: AdapterFolder) -> PeftModel:
     except SafetensorError as error:
         raise UserInputError(f"{folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}") from error
     except (RuntimeError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise UserInputError(
             f"{folder.source}: the adapter does not fit the base {folder.base!r}. Give the base it was trained on "
-            f"with --base. ({first_line})"
+            f"with --base. ({first_line(error)})"
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..errors import UserInputError
+from ..errors import UserInputError, first_line
 
 # Said outright at every load: without it transformers asks at a terminal, and a "y" runs the code.
 NOT_RUN = {"trust_remote_code": False}
@@ -115,7 +115,7 @@ def read_config(name_or_path: str, refusal: str, **kwargs: Any) -> Any:
         return AutoConfig.from_pretrained(name_or_path, **{**NOT_RUN, **kwargs})
     except (OSError, ValueError) as error:
         refuse_remote_code(name_or_path, error)
-        raise UserInputError(f"{refusal} ({str(error).strip().splitlines()[0]})") from error
+        raise UserInputError(f"{refusal} ({first_line(error)})") from error
 
 
 def _check_stored_quantization(name_or_path: str, stored: Any) -> None:
@@ -148,9 +148,8 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **{**NOT_RUN, **kwargs})
     except (OSError, ValueError) as error:
         refuse_remote_code(name_or_path, error)
-        first_line = str(error).strip().splitlines()[0]
         raise UserInputError(
-            f"model.name_or_path: no tokenizer could be read from {name_or_path!r}. ({first_line})"
+            f"model.name_or_path: no tokenizer could be read from {name_or_path!r}. ({first_line(error)})"
         ) from error
     if tokenizer.eos_token is None:
         raise UserInputError(

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from ..errors import UserInputError
+from ..errors import UserInputError, first_line
 from ..files import write_json
 from .config import check_base_config
 
@@ -317,11 +317,7 @@ def _file(source: str, name: str, revision: str | None, *, optional: bool = Fals
         if optional:
             return None
         raise UserInputError(
-            f"{source}: the Hub has no {name} of it that could be fetched. ({_line(error)})"
+            f"{source}: the Hub has no {name} of it that could be fetched. ({first_line(error)})"
         ) from error
     except OSError as error:
-        raise UserInputError(f"{source}: {name} cannot be fetched from the Hub. ({_line(error)})") from error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserInputError(f"{source}: {name} cannot be fetched from the Hub. ({first_line(error)})") from error

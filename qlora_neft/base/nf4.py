@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from ..errors import UserInputError
+from ..errors import UserInputError, first_line
 from .config import NOT_RUN, check_base_config
 
 
@@ -68,9 +68,8 @@ def load_nf4_base(
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     except (OSError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise UserInputError(
-            f"model.name_or_path: no weights could be read from {name_or_path!r}. ({first_line})"
+            f"model.name_or_path: no weights could be read from {name_or_path!r}. ({first_line(error)})"
         ) from error
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])

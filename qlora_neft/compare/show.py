@@ -12,7 +12,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..display.plots import new_picture, save_picture
+from ..display.plots import (
+    BLUE,
+    DARK_GREY,
+    GREEN,
+    LIGHT_GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    new_picture,
+    save_picture,
+)
 from ..files import write_json, write_text
 from .arms import Arm, arms_by, name_of, show
 from .plan import SweepPlan
@@ -21,7 +32,7 @@ from .results import TextTable, differences_table, measures_table, pairing_line,
 
 MAX_MEASURES = 5
 NOT_DRAWN = {"lowest_held_out_loss"}  # the curves of report show it better
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, DARK_GREY)
 MARKERS = "osD^vPX"
 
 
@@ -90,7 +101,7 @@ def _values(panel: Any, lines: dict[str, list[tuple[float, int]]], measure: dict
 
 
 def _differences(panel: Any, lines: dict[str, list[tuple[float, int]]], measure: dict[str, Any]) -> None:
-    panel.axhline(0, color="#999999", linewidth=1)
+    panel.axhline(0, color=LIGHT_GREY, linewidth=1)
     for i, line in enumerate(lines.values()):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
         found = [(x, measure["arms"][arm]["difference"]) for x, arm in line if "difference" in measure["arms"][arm]]

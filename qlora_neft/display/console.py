@@ -15,12 +15,13 @@ import datasets
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 from transformers import TrainerCallback
 
 from ..noise.neftune import expected_norm
 from ..paths import PREFIX
+from .tables import Table
 
 SHOWN = (("loss", "loss"), ("clean_loss", "clean"), ("eval_loss", "held out"))
 
@@ -85,22 +86,23 @@ class ProgressLines(TrainerCallback):
 
 def show_result(console: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
     """A table of what training changed."""
-    table = Table("", "before", "after", title="what was learned", title_justify="left")
-    rows = (
+    measures = (
         ("held-out loss (nats per token)", "held_out_loss", "{:.3f}"),
         ("exact answers, held out", "exact_match", "{:.1%}"),
         ("clean train loss (nats per token)", "clean_train_loss", "{:.3f}"),
     )
-    for label, key, form in rows:
-        if before.get(key) is not None and after.get(key) is not None:
-            table.add_row(label, form.format(before[key]), form.format(after[key]))
-    console.print(table)
+    rows = [
+        (label, form.format(before[key]), form.format(after[key]))
+        for label, key, form in measures
+        if before.get(key) is not None and after.get(key) is not None
+    ]
+    console.print(Table(("", "before", "after"), rows, title="what was learned", align="l").rich())
 
 
 def show_answers(console: Console, answers: Iterable[tuple[str, str, str, str]]) -> None:
     """Sample answers: a prompt, its answers before and after training, and the reference."""
     for prompt, before, after, reference in answers:
-        grid = Table.grid(padding=(0, 2))
+        grid = RichTable.grid(padding=(0, 2))
         grid.add_row("prompt", Text(_request(prompt), style="bold"))
         grid.add_row("before", Text(_one_line(before), style="dim"))
         grid.add_row("after", Text(_one_line(after)))

@@ -7,6 +7,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+# Okabe and Ito's palette: safe for the color-blind, distinct in grey as well.
+BLUE, SKY, GREEN, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#E69F00"
+VERMILION, PURPLE, YELLOW = "#D55E00", "#CC79A7", "#F0E442"
+LIGHT_GREY, DARK_GREY = "#999999", "#555555"
+
 
 def new_picture(title: str, size: tuple[float, float] = (8, 4.5)) -> tuple[Any, Any] | None:
     """A figure of so many inches and its axes; None if matplotlib is not installed (extra ``plots``)."""
@@ -29,11 +34,10 @@ def save_picture(figure: Any, path: Path) -> bool:
     return True
 
 
-# Color-blind safe (Okabe-Ito), distinct in grey as well.
 CURVES = (
-    ("loss", "train, under noise", "#999999", "-"),
-    ("clean_loss", "train, clean (no noise, no dropout)", "#0072B2", "o-"),
-    ("eval_loss", "held out", "#D55E00", "s-"),
+    ("loss", "train, under noise", LIGHT_GREY, "-"),
+    ("clean_loss", "train, clean (no noise, no dropout)", BLUE, "o-"),
+    ("eval_loss", "held out", VERMILION, "s-"),
 )
 
 
@@ -67,8 +71,7 @@ def _has_noise(log_history: Sequence[dict[str, Any]]) -> bool:
     return any("neftune_norm" in entry for entry in log_history)
 
 
-# Color-blind safe (Okabe-Ito), distinct in grey as well; held-out has the color it has in loss.png.
-TRAIN, HELD_OUT, MARK = "#56B4E9", "#D55E00", "#000000"
+TRAIN, HELD_OUT, MARK = SKY, VERMILION, "#000000"  # held-out data has the color it has in loss.png
 PERCENTILES = (("p50", "median", ":"), ("p95", "95% of rows at most", "--"))
 FAR = 1.5  # a maximum so many times the longest row would squeeze the bars: it is named below the axis instead
 
@@ -103,7 +106,7 @@ def _draw_parts(axes: Any, report: dict[str, Any]) -> None:
     both = bool(held_out) and any(held_out["histogram"]["counts"])
     first = train if any(train["histogram"]["counts"]) else held_out if both else None
     if first is None:
-        axes.text(0.5, 0.5, "no rows", ha="center", va="center", transform=axes.transAxes, color="#555555")
+        axes.text(0.5, 0.5, "no rows", ha="center", va="center", transform=axes.transAxes, color=DARK_GREY)
         axes.set(xlabel="tokens in a sequence", ylabel="rows", xticks=[], yticks=[])
         return
     edges = first["histogram"]["edges"]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
+
+from .tables import Table
 
 LEGEND = "⟦ ⟧ the loss is taken here   ⏎ newline   ⇥ tab"  # for whoever shows examples
 
@@ -88,16 +89,11 @@ def render_summary(console: Console, report: dict[str, Any]) -> None:
         report: Of the data preparation: ``train``, ``eval`` (or None), ``settings``, ``warnings``, ``problems``.
     """
     parts = {"train": report["train"]} | ({"held out": report["eval"]} if report.get("eval") else {})
-    table = Table(title=_heading(report), title_justify="left")
-    table.add_column("")
-    for name in parts:
-        table.add_column(name, justify="right")
     cells = [_cells(part) for part in parts.values()]
-    for label in cells[0]:
-        table.add_row(
-            label, *(column.get(label, "-") for column in cells), end_section=label in ("duplicates", "mean length")
-        )
-    console.print(table, soft_wrap=False)
+    rows = [(label, *(column.get(label, "-") for column in cells)) for label in cells[0]]
+    sections = [i for i, (label, *_) in enumerate(rows) if label in ("duplicates", "mean length")]
+    table = Table(("", *parts), rows, title=_heading(report), sections=sections)
+    console.print(table.rich(), soft_wrap=False)
     for line in _histogram_lines(report["train"], min(console.width, WIDTH)):
         console.print(Text(line), soft_wrap=True)
     for kind, style in (("warning", "yellow"), ("problem", "bold red")):

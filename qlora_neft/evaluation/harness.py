@@ -19,7 +19,7 @@ from ..adapter.folder import find_adapter
 from ..adapter.load import Trained, load_trained
 from ..display.console import quiet_libraries
 from ..display.tables import plain_table
-from ..errors import RunFailed, UserInputError
+from ..errors import RunFailed, UserInputError, first_line
 from ..paths import shown_path
 
 # Examples before each question on the Open LLM Leaderboard that the paper reports; other tasks: as lm-eval has them.
@@ -184,8 +184,7 @@ def _measured(
                 model, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=True
             )
         except OSError as error:  # a data set that is not there, or the network
-            first_line = str(error).strip().splitlines()[0]
-            raise RunFailed(f"{', '.join(names)}: the data of a task cannot be read. ({first_line})") from error
+            raise RunFailed(f"{', '.join(names)}: the data of a task cannot be read. ({first_line(error)})") from error
         results.append(found)
     return results
 

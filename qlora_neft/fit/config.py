@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserInputError
+from ..errors import UserInputError, first_line
 from .geometry import shipped_config
 
 MAX_HEADER = 100 * 2**20  # bytes; what safetensors itself allows
@@ -58,10 +58,9 @@ def _hub_config(name: str, revision: str) -> dict[str, Any]:
     try:
         return json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserInputError(
             f"model.name_or_path: the configuration of {name!r} cannot be read from the Hub. Check its name, your "
-            f"access and the network. ({detail})"
+            f"access and the network. ({first_line(error)})"
         ) from error
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..display.plots import new_picture, save_picture
+from ..display.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, new_picture, save_picture
 from .cards import CARDS, GIB, Card
 from .choose import USABLE, Choice, Wanted, choose
 from .estimate import tokens_per_second
@@ -144,6 +144,7 @@ NAMES = {
     "context": "CUDA context",
 }
 BAR = 44  # characters
+COLORS = (BLUE, SKY, GREEN, "#8FD3B6", "#005C43", ORANGE, YELLOW, VERMILION, PURPLE, "#8C6D9E", "#BBBBBB", "#777777")
 
 
 def lines(report: Mapping[str, Any], name: str) -> list[str]:
@@ -177,10 +178,8 @@ def picture(report: Mapping[str, Any], path: Path, title: str) -> bool:
     if made is None:
         return False
     figure, axes = made
-    colours = ("#0072b2", "#56b4e9", "#009e73", "#8fd3b6", "#005c43", "#e69f00", "#f0e442", "#d55e00")
-    colours += ("#cc79a7", "#8c6d9e", "#bbbbbb", "#777777")
     left, paged = 0.0, bool(report["paged_out_bytes"])
-    parts = list(zip(report["terms"].items(), colours, strict=False))
+    parts = list(zip(report["terms"].items(), COLORS, strict=False))
     # What is paged out stands last, beyond the line if need be.
     for (term, size), colour in sorted(parts, key=lambda part: paged and part[0][0] == "optimizer"):
         width, out = size / GIB, paged and term == "optimizer"

@@ -12,7 +12,7 @@ from ..adapter.load import Trained
 from ..data.prepare import PreparedData, prepare_data
 from ..data.sources import Source
 from ..data.worker import Settings
-from ..errors import UserInputError
+from ..errors import UserInputError, first_line
 from ..export.merge.proof import ProofRows
 from ..paths import JINJA_SUFFIXES
 from ..recipe import Recipe, load_recipe
@@ -47,8 +47,9 @@ def proof_rows(folder: AdapterFolder, tokenizer: Any, template: str, path: str |
         recipe = Recipe.model_validate(folder.recipe)
         return _from_recipe(recipe, tokenizer, count)
     except (ValidationError, UserInputError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserInputError(f"{folder.source}: the data of the run cannot be read ({first_line}) {remedy}") from error
+        raise UserInputError(
+            f"{folder.source}: the data of the run cannot be read ({first_line(error)}) {remedy}"
+        ) from error
 
 
 def _from_recipe(recipe: Recipe, tokenizer: Any, count: int) -> ProofRows:

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from command_line import invoke
 
-from qlora_neft.display.tables import markdown_table
-
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT.parent / "shared" / "data" / "alpaca_eval"
 PAGE = ROOT / "docs" / "results" / "published_scores.md"
@@ -44,14 +42,16 @@ def test_the_command_gives_the_leaderboards_figures(benchmark, model):
 
 
 def test_the_reference_has_the_leaderboards_length(benchmark):
-    rows = benchmark.scores_table(PUBLISHED)[1]
+    rows = benchmark.scores_table(PUBLISHED).rows
     assert rows[-1][:4] == ["text_davinci_003", "avg_length", "307", "307"]
 
 
 def test_the_committed_page_is_what_the_files_give(benchmark):
     page = PAGE.read_text(encoding="utf-8")
     for table in (benchmark.scores_table, benchmark.texts_table, benchmark.scale_table):
-        assert markdown_table(*table(PUBLISHED)) in page, f"run benchmarks/published_scores.py again: {table.__name__}"
+        assert table(PUBLISHED).markdown(aligned=True) in page, (
+            f"run benchmarks/published_scores.py again: {table.__name__}"
+        )
 
 
 def test_the_papers_finding_shows_in_the_published_outputs():

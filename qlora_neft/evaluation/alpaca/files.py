@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import UserInputError
+from ...errors import UserInputError, first_line
 from ...files import write_json
 from ..texts import read_rows
 from .win_rate import LENGTH_CONTROLLED_NOTE, average_length, win_rate
@@ -116,10 +116,9 @@ def _from_hub() -> Path:
     try:
         return Path(hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset"))
     except (OSError, HTTPError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise UserInputError(
             f"--instructions: AlpacaEval's instructions cannot be had from the Hub ({HUB_DATASET}, {HUB_FILE}). Give "
-            f"a local JSON file of objects with an instruction. ({first_line})"
+            f"a local JSON file of objects with an instruction. ({first_line(error)})"
         ) from error
 
 

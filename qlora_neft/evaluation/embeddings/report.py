@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...display.plots import new_picture, save_picture
+from ...display.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_picture, save_picture
 from ...display.tables import plain_table
 from .flips import Flips, gaps_of, noised, token_flips, whole_vocabulary
 from .spectrum import Spectrum, clean_blocks, noised_blocks, similarity_spectrum
@@ -122,7 +122,7 @@ def _values(alpha: float, length: int | None, spectrum: Spectrum) -> dict[str, A
     }
 
 
-COLORS = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#009E73", "#56B4E9")  # Okabe-Ito, safe for the color-blind
+COLORS = (BLUE, ORANGE, VERMILION, PURPLE, GREEN, SKY)
 SHOWN = (1, 2, 10, 20, 50, 100)  # singular values in the table
 PAIRS_NAMED = 5
 

@@ -19,7 +19,7 @@ from ...adapter.weights import Update, finite
 from ...base.config import check_base_config
 from ...base.model_files import Checkpoint, from_nf4, skeleton, to_nf4
 from ...base.nf4 import nf4_config
-from ...errors import UserInputError
+from ...errors import UserInputError, first_line
 
 DEQUANTIZED, ORIGINAL, NF4 = "dequantized", "original", "nf4"
 STRATEGIES = (DEQUANTIZED, ORIGINAL, NF4)
@@ -167,5 +167,4 @@ def _base_folder(folder: AdapterFolder) -> Path:
     try:
         return Path(snapshot_download(folder.base, revision=folder.base_revision, allow_patterns=BASE_FILES))
     except OSError as error:  # every error of the Hub's client and of the network below it
-        first_line = str(error).strip().splitlines()[0]
-        raise UserInputError(f"{folder.base}: the base's weights cannot be fetched. ({first_line})") from error
+        raise UserInputError(f"{folder.base}: the base's weights cannot be fetched. ({first_line(error)})") from error
