@@ -1,8 +1,8 @@
-"""What each tool does with an adapter: takes it, takes it with a flag, or breaks; why, and what helps.
+"""Which tools can use an adapter: as it is, with a flag, or not at all; why, and what to do instead.
 
-vLLM: ``vllm/lora/peft_helper.py`` and ``vllm/config/lora.py``. llama.cpp: ``convert_lora_to_gguf.py`` and
-``src/llama-adapter.cpp``. Ollama: ``docs/import.mdx`` and ``convert/convert.go``. Read, not run, but for llama.cpp;
-transformers and PEFT are run in the tests.
+The rules for vLLM were read from ``vllm/lora/peft_helper.py`` and ``vllm/config/lora.py``, those for Ollama from
+``docs/import.mdx`` and ``convert/convert.go``; neither was run. The rules for llama.cpp come from
+``convert_lora_to_gguf.py`` and ``src/llama-adapter.cpp``. llama.cpp, transformers and PEFT are run in the tests.
 """
 
 from __future__ import annotations
@@ -19,21 +19,34 @@ from ..adapter.weights import _weights
 from ..errors import UserInputError
 from ..fit import read_config
 
-A, B = ".lora_A.weight", ".lora_B.weight"
+WORKS, FLAG, BREAKS = "works", "works with a flag", "breaks"
+# Values of --max-lora-rank. vLLM's LoRAConfig had these as possible_max_ranks; v0.26 (MaxLoRARanks in
+# https://github.com/vllm-project/vllm/blob/v0.26.0/vllm/config/lora.py) accepts 1 as well. It is omitted here: no
+# adapter needs it, since the default covers every rank up to 16, and older versions reject it.
+VLLM_DEFAULT_RANK = 16
+VLLM_RANKS = (8, VLLM_DEFAULT_RANK, 32, 64, 128, 256, 320, 512)
+GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model_type of bases that `qlora-neft gguf` writes
+OLLAMA_TYPES = ("llama", "mistral", "mixtral", "gemma", "gemma2")  # and whose adapters Ollama takes as safetensors
+NOT_THE_BASE = "the adapter was trained on the base in NF4; on the 16-bit base it answers differently"
+VLLM_NF4 = "--quantization bitsandbytes makes vLLM quantize the base to NF4 as it loads it (after its documentation)"
+NF4_NEEDED = "NF4 is the BitsAndBytesConfig of training; without it the adapter is on the 16-bit base"
+
+
+# ---- What is known of the adapter ----
 
 
 @dataclass(frozen=True)
 class Facts:
-    """An adapter, as other programs will find it.
+    """An adapter as other programs will find it.
 
     Attributes:
-        source: What the caller named.
-        config: ``adapter_config.json``.
+        source: The name the caller gave.
+        config: Content of ``adapter_config.json``.
         base: Hub id or folder of the base.
-        base_config: The base's ``config.json``; None where it is out of reach.
-        ranks: By module, from the shapes of the weights.
-        others: Weights that are no matrix A or B.
-        dtypes: Of the weights, as safetensors names them.
+        base_config: The base's ``config.json``; None if it cannot be reached.
+        ranks: Rank of each module, from the shapes of its weights.
+        others: Weights other than the matrices A and B.
+        dtypes: Dtypes of the weights, as safetensors names them.
         largest_token: Largest id of the tokenizer beside the adapter, None without one.
     """
 
@@ -48,23 +61,34 @@ class Facts:
 
     @property
     def rank(self) -> int:
-        """The largest."""
+        """Largest rank of any module."""
         return max(self.ranks.values(), default=self.config.get("r", 0))
 
     @property
     def model_type(self) -> str | None:
-        """The base's architecture, as transformers names it."""
+        """Architecture of the base, as transformers names it."""
         return (self.base_config or {}).get("model_type")
 
     @property
+    def recorded_base(self) -> str:
+        """Base that ``adapter_config.json`` names, empty without one."""
+        return str(self.config.get("base_model_name_or_path") or "")
+
+    @property
+    def base_is_local(self) -> bool:
+        """Whether the recorded base is a path, which nobody else has."""
+        recorded = self.recorded_base
+        return recorded.startswith((".", "/", "~")) or recorded.count("/") > 1 or Path(recorded).is_dir()
+
+    @property
     def odd_scale(self) -> str | None:
-        """What makes the scale of a module other than ``lora_alpha / r``, None if nothing does."""
+        """Settings that scale a module by anything other than ``lora_alpha / r``; None without any."""
         used = [key for key in ("use_rslora", "alpha_pattern", "rank_pattern") if self.config.get(key)]
         return " and ".join(used) or None
 
     @property
     def beyond_matrices(self) -> list[str]:
-        """What the adapter has besides pairs of matrices, by the words of its configuration."""
+        """Parts of the adapter besides the matrices A and B, in the words of its configuration."""
         config = self.config
         found = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
         if config.get("bias", "none") != "none" or config.get("lora_bias"):
@@ -81,29 +105,23 @@ class Facts:
 
     @property
     def has_head_of_tied_base(self) -> bool:
-        """Whether it changes a head that is the embedding."""
+        """Whether it changes a head that shares its weight with the embedding."""
         return "lm_head" in self.embedding_modules and bool((self.base_config or {}).get("tie_word_embeddings"))
 
     @property
     def only_peft_merges(self) -> bool:
-        """Whether `qlora-neft merge` refuses its kind: other than plain, or on an embedding."""
+        """Whether `qlora-neft merge` refuses the adapter: it is not plain LoRA, or is on an embedding."""
         return bool(beyond_plain(self.config) or {"embed_tokens", "wte"} & set(self.embedding_modules))
 
     @property
-    def base_is_local(self) -> bool:
-        """Whether the recorded base is a path, which nobody else has."""
-        recorded = str(self.config.get("base_model_name_or_path") or "")
-        return recorded.startswith((".", "/", "~")) or recorded.count("/") > 1 or Path(recorded).is_dir()
-
-    @property
     def new_tokens(self) -> int:
-        """Token ids of its tokenizer that the base has no row for."""
+        """Number of the tokenizer's ids for which the base has no row."""
         rows = (self.base_config or {}).get("vocab_size")
         return 0 if rows is None or self.largest_token is None else max(0, self.largest_token + 1 - rows)
 
 
 def facts_of(folder: AdapterFolder) -> Facts:
-    """Read an adapter's files; of the base, its configuration alone.
+    """Read an adapter's files and its base's configuration; no weight is loaded.
 
     Raises:
         UserInputError: If the weights cannot be read, or no base is recorded.
@@ -111,7 +129,7 @@ def facts_of(folder: AdapterFolder) -> Facts:
     ranks, others, dtypes = _weights(folder.path / WEIGHTS)
     try:
         base_config, _ = read_config(folder.base, folder.base_revision or "main")
-    except UserInputError:  # a base that is out of reach is part of the answer
+    except UserInputError:  # a base that cannot be reached is part of the answer
         base_config = None
     return Facts(
         source=folder.source,
@@ -131,20 +149,13 @@ def _largest_token(path: Path) -> int | None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         vocab = stored["model"]["vocab"]
-        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))  # Unigram lists its tokens in order
         return max([*ids, *(token["id"] for token in stored["added_tokens"])])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserInputError(f"{path}: is no tokenizer ({error!r}).") from error
+        raise UserInputError(f"{path}: is not a tokenizer ({error!r}).") from error
 
 
-WORKS, FLAG, BREAKS = "works", "works with a flag", "breaks"
-VLLM_DEFAULT_RANK, VLLM_RANKS = 16, (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
-# model_type of bases: those that `qlora-neft gguf` writes, and those whose adapters Ollama takes as safetensors.
-GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-OLLAMA_TYPES = ("llama", "mistral", "mixtral", "gemma", "gemma2")
-NOT_THE_BASE = "the adapter was trained on the base in NF4; on the 16-bit base it answers differently"
-VLLM_NF4 = "--quantization bitsandbytes makes vLLM quantize the base to NF4 as it loads it (after its documentation)"
-NF4_NEEDED = "NF4 is the BitsAndBytesConfig of training; without it the adapter is on the 16-bit base"
+# ---- Verdicts ----
 
 
 @dataclass
@@ -152,12 +163,12 @@ class Verdict:
     """What a tool does with an adapter.
 
     Attributes:
-        consumer: The tool.
+        consumer: Name of the tool.
         verdict: ``works``, ``works with a flag`` or ``breaks``.
         flag: What to pass or do, for ``works with a flag``.
         reasons: Why it is not ``works``.
-        remedy: What helps where it breaks.
-        command: How it is used, where it works.
+        remedy: What to do instead, if it breaks.
+        command: How to use it, unless it breaks.
         notes: What else to know.
     """
 
@@ -175,7 +186,7 @@ class Verdict:
         return self.verdict != BREAKS
 
     def breaks(self, reason: str, remedy: str) -> None:
-        """Add a reason why it cannot be used; the first remedy stays."""
+        """Add a reason why the adapter cannot be used; the first remedy stays."""
         self.verdict, self.flag, self.command = BREAKS, None, None
         self.reasons.append(reason)
         self.remedy = self.remedy or remedy
@@ -187,12 +198,12 @@ class Verdict:
             self.verdict, self.flag = FLAG, flag
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields as a dictionary, for JSON."""
         return asdict(self)
 
 
 def verdict_for(consumer: str, facts: Facts) -> Verdict:
-    """The verdict of one tool, by a name of `CONSUMERS`."""
+    """Judge an adapter for one tool, named by a key of `CONSUMERS`."""
     verdict = Verdict(consumer)
     CONSUMERS[consumer](facts, verdict)
     if facts.new_tokens:
@@ -201,15 +212,15 @@ def verdict_for(consumer: str, facts: Facts) -> Verdict:
             "train with the base's own tokenizer",
         )
     if facts.base_config is None and consumer not in ("transformers", "peft"):
-        verdict.notes.append("the base's configuration is out of reach: its architecture was not checked")
+        verdict.notes.append("the base's configuration cannot be reached: its architecture was not checked")
     return verdict
 
 
 def named_consumers(names: str) -> list[str]:
-    """Tools from a list with commas.
+    """Return the tools that a comma-separated list names, each once.
 
     Raises:
-        UserInputError: If one is not known.
+        UserInputError: If a name is not known, or there is none.
     """
     found = list(dict.fromkeys(name.strip().lower() for name in names.split(",") if name.strip()))
     for name in found:
@@ -222,33 +233,29 @@ def named_consumers(names: str) -> list[str]:
     return found
 
 
-def _merge(facts: Facts) -> str:
-    """How to make a plain model; `qlora-neft merge` refuses some kinds, and then is no advice."""
-    if facts.only_peft_merges:
-        return "PEFT's merge_and_unload, saved to OUT"
-    return f"qlora-neft merge {facts.source} OUT"
+def vllm_rank_flag(rank: int) -> str | None:
+    """Return the flag vLLM needs to serve a rank: empty if its default is enough, None above its largest."""
+    allowed = next((size for size in VLLM_RANKS if size >= max(rank, VLLM_DEFAULT_RANK)), None)
+    if allowed is None:
+        return None
+    return f"--max-lora-rank {allowed}" if allowed > VLLM_DEFAULT_RANK else ""
 
 
-def _not_the_base(facts: Facts) -> str:
-    return NOT_THE_BASE + ("" if facts.only_peft_merges else f": {_merge(facts)} is exact")
-
-
-def _gguf(facts: Facts) -> str:
-    return f"qlora-neft gguf {facts.source} adapter.gguf"
+# ---- The tools, one function each ----
 
 
 def _vllm(facts: Facts, verdict: Verdict) -> None:
     merge = _merge(facts)
-    rank = next((size for size in VLLM_RANKS if size >= max(facts.rank, VLLM_DEFAULT_RANK)), None)
+    rank_flag = vllm_rank_flag(facts.rank)
     if facts.beyond_matrices:
-        verdict.breaks(f"vLLM takes matrices A and B alone, not {', '.join(facts.beyond_matrices)}", merge)
+        verdict.breaks(f"vLLM takes the matrices A and B only, not {', '.join(facts.beyond_matrices)}", merge)
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if facts.config.get(key)]
     if patterns:
         verdict.breaks(f"vLLM reads one r and one lora_alpha: {' and '.join(patterns)} would be ignored", merge)
-    if rank is None:
+    if rank_flag is None:
         verdict.breaks(f"rank {facts.rank} is over {VLLM_RANKS[-1]}, the largest --max-lora-rank", merge)
-    elif rank > VLLM_DEFAULT_RANK:
-        verdict.needs(f"--max-lora-rank {rank}", f"rank {facts.rank} is over vLLM's default of {VLLM_DEFAULT_RANK}")
+    elif rank_flag:
+        verdict.needs(rank_flag, f"rank {facts.rank} is over vLLM's default of {VLLM_DEFAULT_RANK}")
     if facts.embedding_modules:
         modules = " and ".join(facts.embedding_modules)
         verdict.notes.append(f"LoRA on {modules}: whether vLLM takes it depends on version and model; not checked")
@@ -261,8 +268,7 @@ def _vllm(facts: Facts, verdict: Verdict) -> None:
 
 
 def _llama_cpp(facts: Facts, verdict: Verdict) -> None:
-    merge = f"{_merge(facts)}; qlora-neft gguf OUT model.gguf"
-    _no_more_than_matrices(facts, verdict, merge)
+    _only_matrices_fit(facts, verdict, f"{_merge(facts)}; qlora-neft gguf OUT model.gguf")
     is_ours = facts.model_type is None or facts.model_type in GGUF_TYPES
     if not is_ours and facts.odd_scale:
         verdict.breaks(
@@ -274,7 +280,7 @@ def _llama_cpp(facts: Facts, verdict: Verdict) -> None:
         reason = f"qlora-neft gguf does not write {facts.model_type}; llama.cpp's converter may"
         verdict.needs("llama.cpp's convert_lora_to_gguf.py", reason)
     elif facts.odd_scale:
-        reason = f"llama.cpp's own convert_lora_to_gguf.py writes lora_alpha alone and ignores {facts.odd_scale}"
+        reason = f"llama.cpp's own convert_lora_to_gguf.py writes only lora_alpha and ignores {facts.odd_scale}"
         verdict.needs(_gguf(facts), reason)
     if verdict.is_usable:
         if is_ours:
@@ -284,34 +290,24 @@ def _llama_cpp(facts: Facts, verdict: Verdict) -> None:
 
 def _ollama(facts: Facts, verdict: Verdict) -> None:
     merge = f"{_merge(facts)}; qlora-neft gguf OUT model.gguf --modelfile"
-    _no_more_than_matrices(facts, verdict, merge)
+    _only_matrices_fit(facts, verdict, merge)
     flag = f"{_gguf(facts)} --modelfile"
     as_folder = facts.model_type is None or facts.model_type in OLLAMA_TYPES
     if facts.model_type is not None and facts.model_type not in (*OLLAMA_TYPES, *GGUF_TYPES):
-        verdict.breaks(f"Ollama takes no adapter of {facts.model_type} as a folder", merge)
+        verdict.breaks(f"Ollama does not take an adapter of {facts.model_type} as a folder", merge)
     elif not as_folder:
         verdict.needs(flag, f"Ollama takes a folder for Llama, Mistral and Gemma, not for {facts.model_type}")
     if facts.odd_scale and facts.model_type in (None, *GGUF_TYPES):
-        verdict.needs(flag, f"from a folder Ollama reads lora_alpha alone and ignores {facts.odd_scale}")
+        verdict.needs(flag, f"from a folder Ollama reads only lora_alpha and ignores {facts.odd_scale}")
     elif facts.odd_scale:
-        verdict.breaks(f"from a folder Ollama reads lora_alpha alone and ignores {facts.odd_scale}", merge)
+        verdict.breaks(f"from a folder Ollama reads only lora_alpha and ignores {facts.odd_scale}", merge)
     if verdict.is_usable:
         verdict.command = f"{verdict.flag or flag}; ollama create tuned -f Modelfile"
         verdict.notes.append(_not_the_base(facts))
 
 
-def _no_more_than_matrices(facts: Facts, verdict: Verdict, merge: str) -> None:
-    if facts.beyond_matrices:
-        verdict.breaks(f"a LoRA GGUF holds matrices A and B alone, not {', '.join(facts.beyond_matrices)}", merge)
-    if facts.has_head_of_tied_base:
-        reason = "it has a LoRA on lm_head, which is the embedding in this base"
-        verdict.breaks(reason, "train without lm_head in lora.target_modules")
-    elif "embed_tokens" in facts.embedding_modules:
-        verdict.breaks("it has a LoRA on embed_tokens", merge)
-
-
 def _peft(facts: Facts, verdict: Verdict) -> None:
-    _reachable_base(facts, verdict)
+    _base_can_be_loaded(facts, verdict)
     if verdict.is_usable:
         call = f"AutoPeftModelForCausalLM.from_pretrained({facts.source!r}, quantization_config=NF4)"
         verdict.command = call
@@ -319,7 +315,7 @@ def _peft(facts: Facts, verdict: Verdict) -> None:
 
 
 def _transformers(facts: Facts, verdict: Verdict) -> None:
-    _reachable_base(facts, verdict)
+    _base_can_be_loaded(facts, verdict)
     if facts.config.get("modules_to_save"):
         verdict.notes.append("modules_to_save are taken from the adapter; PEFT must be installed")
     if verdict.is_usable:
@@ -327,8 +323,32 @@ def _transformers(facts: Facts, verdict: Verdict) -> None:
         verdict.notes.append(NF4_NEEDED)
 
 
-def _reachable_base(facts: Facts, verdict: Verdict) -> None:
-    recorded = str(facts.config.get("base_model_name_or_path") or "")
+CONSUMERS: dict[str, Callable[[Facts, Verdict], None]] = {
+    "vllm": _vllm,
+    "llama.cpp": _llama_cpp,
+    "ollama": _ollama,
+    "transformers": _transformers,
+    "peft": _peft,
+}
+
+
+# ---- Rules that several tools share ----
+
+
+def _only_matrices_fit(facts: Facts, verdict: Verdict, merge: str) -> None:
+    """Break what a LoRA GGUF cannot hold."""
+    if facts.beyond_matrices:
+        verdict.breaks(f"a LoRA GGUF holds the matrices A and B only, not {', '.join(facts.beyond_matrices)}", merge)
+    if facts.has_head_of_tied_base:
+        reason = "it has a LoRA on lm_head, which is the embedding in this base"
+        verdict.breaks(reason, "train without lm_head in lora.target_modules")
+    elif "embed_tokens" in facts.embedding_modules:
+        verdict.breaks("it has a LoRA on embed_tokens", merge)
+
+
+def _base_can_be_loaded(facts: Facts, verdict: Verdict) -> None:
+    """Break an adapter whose recorded base is not here: PEFT and transformers load it by that name."""
+    recorded = facts.recorded_base
     if not recorded:
         verdict.breaks("adapter_config.json names no base", "qlora-neft export writes the base's Hub id into it")
     elif facts.base_is_local and not Path(recorded).expanduser().is_dir():
@@ -339,10 +359,16 @@ def _reachable_base(facts: Facts, verdict: Verdict) -> None:
         verdict.notes.append(f"the base {recorded} could not be reached from here")
 
 
-CONSUMERS: dict[str, Callable[[Facts, Verdict], None]] = {
-    "vllm": _vllm,
-    "llama.cpp": _llama_cpp,
-    "ollama": _ollama,
-    "transformers": _transformers,
-    "peft": _peft,
-}
+def _merge(facts: Facts) -> str:
+    """Advise how to make a plain model; `qlora-neft merge` refuses some kinds of adapter."""
+    if facts.only_peft_merges:
+        return "PEFT's merge_and_unload, saved to OUT"
+    return f"qlora-neft merge {facts.source} OUT"
+
+
+def _not_the_base(facts: Facts) -> str:
+    return NOT_THE_BASE + ("" if facts.only_peft_merges else f": {_merge(facts)} is exact")
+
+
+def _gguf(facts: Facts) -> str:
+    return f"qlora-neft gguf {facts.source} adapter.gguf"

@@ -1,9 +1,12 @@
 """What a model card says, from records alone."""
 
+import re
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from qlora_neft.export.consumers import Facts, verdict_for
 from qlora_neft.export.hub.card import card_data, render_card, snippets
 from qlora_neft.export.hub.records import Records, public_recipe, training_summary
 from qlora_neft.recipe import load_recipe
@@ -150,14 +153,26 @@ def test_of_a_local_path_the_name_alone_is_published(path, published, on_hub, tm
     assert (tagged == [path]) == on_hub and (tagged is None) != on_hub
 
 
-def test_vllm_is_given_the_rank_and_left_out_where_it_cannot():
-    def vllm(**config):
-        found = snippets("ann/x", {"base": {"id": "a/b", "revision": COMMIT}}, {**CONFIG, **config}, None, None)
-        return [snippet.code for snippet in found if snippet.title == "vLLM"]
+def vllm(**config):
+    """The card's command for vLLM, in a list that is empty without one."""
+    found = snippets("ann/x", {"base": {"id": "a/b", "revision": COMMIT}}, {**CONFIG, **config}, None, None)
+    return [snippet.code for snippet in found if snippet.title == "vLLM"]
 
+
+def test_vllm_is_given_the_rank_and_left_out_where_it_cannot():
     assert "--max-lora-rank 64" in vllm()[0] and f"--revision {COMMIT}" in vllm()[0]
     assert "--max-lora-rank 32" in vllm(r=24)[0]
-    assert vllm(use_dora=True) == vllm(modules_to_save=["lm_head"]) == vllm(rank_pattern={"q_proj": 8}) == []
+
+
+def test_card_and_check_give_vllm_the_same_flag_for_every_rank():
+    def flags(command):
+        return [] if command is None else re.findall(r"--max-lora-rank \d+", command)
+
+    for rank in range(1, 1025):
+        facts = Facts("ann/x", {**CONFIG, "r": rank}, "a/b", None, {"q_proj": rank}, (), ("F32",), None)
+        checked, on_card = verdict_for("vllm", facts).command, [*vllm(r=rank), None][0]
+        assert (checked is None) == (on_card is None) == (rank > 512), rank
+        assert flags(checked) == flags(on_card) and bool(flags(checked)) == (16 < rank <= 512), rank
 
 
 def test_the_card_advises_no_merge_that_is_refused():

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ...adapter.folder import beyond_plain
 from ...adapter.prompts import Prompts
 from ...noise.neftune import expected_norm
+from ..consumers import vllm_rank_flag
 from .records import TEMPLATE_FILE, data_paths, is_hub_id, is_public, public_path, uses_template_file
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}  # as `datasets` names them
@@ -102,7 +103,6 @@ def _place(recipe: dict[str, Any]) -> dict[str, Any]:
 
 QUESTION = "Give three tips for staying healthy."
 TEXT = "Once upon a time"
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values --max-lora-rank takes
 
 TRANSFORMERS = """\
 import torch
@@ -201,12 +201,12 @@ VLLM_NOTE = (
 
 def _vllm(repo_id: str, base: str, revision: str | None, config: dict[str, Any]) -> list[Snippet]:
     """vLLM takes matrices A and B alone, of one rank and one alpha."""
-    rank = next((rank for rank in VLLM_RANKS if rank >= int(config.get("r", 0))), None)
+    rank_flag = vllm_rank_flag(int(config.get("r", 0)))
     others = [key for key in ("modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
-    if others or beyond_plain(config) or rank is None:
+    if others or beyond_plain(config) or rank_flag is None:
         return []
     words = ["vllm", "serve", base, *(["--revision", revision] if revision else []), "--quantization", "bitsandbytes"]
-    words += ["--enable-lora", "--max-lora-rank", str(rank)]
+    words += ["--enable-lora", *rank_flag.split()]
     words += ["--lora-modules", f"{repo_id.split('/')[-1]}={repo_id}"]
     return [Snippet("vLLM", VLLM_NOTE, "bash", shlex.join(words))]
 
