@@ -16,8 +16,8 @@ from ..adapter.load import Trained
 from ..base.precision import PrecisionPolicy
 from ..display.tables import short_names
 from ..errors import UserInputError
+from ..steps.losses import mean_token_loss
 from ..steps.sequences import IGNORE_INDEX
-from ..trainer.checkpointed_trainer import mean_token_loss
 
 SLICE = 1024  # sequences held in memory at a time, sorted by length among themselves
 

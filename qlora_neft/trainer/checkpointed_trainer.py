@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sized
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from transformers import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
@@ -23,54 +20,8 @@ from ..errors import RunFailed, UserInputError
 from ..files import disk_problem
 from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import find_checkpoints, new_checkpoint, prune, read_checkpoint, save_adapter
+from ..steps.losses import TokenMean, mean_token_loss
 from ..steps.sequences import IGNORE_INDEX
-
-
-@dataclass
-class TokenMean:
-    """A mean over tokens, built from batch means; on device, one synchronization at the end."""
-
-    total: Tensor | float = 0.0
-    count: Tensor | float = 0.0
-
-    def add(self, batch_mean: Tensor, labels: Tensor) -> None:
-        """Count a batch's mean loss by its trained tokens; ``labels`` is (B, T)."""
-        tokens = labels[..., 1:].ne(IGNORE_INDEX).sum()
-        self.total = self.total + batch_mean.detach().double() * tokens
-        self.count = self.count + tokens
-
-    def mean(self, accelerator: Any = None) -> float:
-        """The mean over all batches, and over all ranks where an accelerator is given; NaN without tokens."""
-        pair = torch.stack([torch.as_tensor(self.total).double(), torch.as_tensor(self.count).double()])
-        if accelerator is not None and accelerator.num_processes > 1:
-            pair = accelerator.reduce(pair, reduction="sum")
-        return (pair[0] / pair[1]).item()
-
-
-def mean_token_loss(
-    model: nn.Module, features: Sequence[dict], collator: Callable, batch_size: int, device: torch.device
-) -> float:
-    """Mean negative log-likelihood of the trained tokens of some rows, in nats.
-
-    Uses TRL's fused head (``fused_lm_head=True``), so that full logits are never built. The model is left in the
-    mode it was in.
-    """
-    was_training, mean = model.training, TokenMean()
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, len(features), batch_size):
-                inputs = _to_device(collator(list(features[start : start + batch_size])), device)
-                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-                mean.add(-outputs.log_probs.sum() / outputs.label_mask.sum().clamp(min=1), inputs["labels"])
-    finally:
-        model.train(was_training)
-    return mean.mean()
-
-
-def _to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-
 
 _COLUMNS = ("input_ids", "labels", "seq_lengths")
 
@@ -92,7 +43,7 @@ class CleanEvaluationTrainer(SFTTrainer):
             output = super().evaluation_loop(*args, **kwargs)
             prefix = kwargs.get("metric_key_prefix", "eval")
             if f"{prefix}_loss" in output.metrics:
-                output.metrics[f"{prefix}_loss"] = self._eval_loss.mean(self.accelerator)
+                output.metrics[f"{prefix}_loss"] = self._eval_loss.value(self.accelerator)
         finally:
             self._eval_loss = None
         return output
@@ -104,7 +55,8 @@ class CleanEvaluationTrainer(SFTTrainer):
         labels = inputs.get("labels")
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._eval_loss is not None and labels is not None:
-            self._eval_loss.add(result[0] if return_outputs else result, labels)
+            num_tokens = labels[..., 1:].ne(IGNORE_INDEX).sum()
+            self._eval_loss.add(result[0] if return_outputs else result, num_tokens)
         return result
 
     def held_out_loss(self) -> float | None:

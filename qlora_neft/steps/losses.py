@@ -1,0 +1,135 @@
+"""Losses of tokenized rows: the negative log-likelihood of their trained tokens, without noise or dropout.
+
+The model runs with TRL's fused head (``fused_lm_head=True``, see ``trl.trainer.utils.add_fused_lm_head``), so that the
+logits, (B, T, V), are never built. `QLoRANeftTrainer` puts that head on its model; add it to any other model first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .sequences import IGNORE_INDEX
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Losses of rows, in the order of the rows.
+
+    Attributes:
+        sums: Negative log-likelihood of each row's trained tokens, (N,), nats, float64 on the CPU.
+        counts: Trained tokens of each row, (N,), int64 on the CPU.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def mean(self) -> float:
+        """Nats per trained token over all rows; NaN if no token is trained."""
+        return (self.sums.sum() / self.counts.sum()).item()
+
+
+def row_losses(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.device) -> RowLosses:
+    """Compute the loss of each row. The batch size changes the result by rounding only.
+
+    Args:
+        model: With TRL's fused head. Left in the mode it was in.
+        rows: ``input_ids`` and ``labels``.
+        batch_size: Rows per forward pass; rows of similar length share one.
+        device: Device of the model.
+    """
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    counts = torch.zeros(len(rows), dtype=torch.int64)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            losses, trained = _token_losses(model, pad_right([rows[i] for i in batch]), device)
+            sums[batch] = losses.double().sum(dim=1).cpu()
+            counts[batch] = trained.sum(dim=1).cpu()
+    return RowLosses(sums, counts)
+
+
+def mean_token_loss(
+    model: nn.Module, rows: Rows, collator: Callable[[list], dict[str, Any]], batch_size: int, device: torch.device
+) -> float:
+    """Mean negative log-likelihood of the trained tokens of some rows, in nats; NaN if no token is trained.
+
+    Unlike `row_losses` it takes the caller's collator, which may flatten rows into one, so it works by the batch.
+
+    Args:
+        model: With TRL's fused head. Left in the mode it was in.
+        rows: What ``collator`` takes.
+        collator: Makes a batch with ``labels``.
+        batch_size: Rows per forward pass, in the order given.
+        device: Device of the model.
+    """
+    mean = TokenMean()
+    with _evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            losses, trained = _token_losses(model, collator(list(rows[start : start + batch_size])), device)
+            mean.add(losses.sum() / trained.sum().clamp(min=1), trained.sum())
+    return mean.value()
+
+
+@dataclass
+class TokenMean:
+    """A mean over tokens, built from batch means. It stays on the device until `value` is asked for."""
+
+    total: Tensor | float = 0.0
+    count: Tensor | float = 0.0
+
+    def add(self, batch_mean: Tensor, num_tokens: Tensor) -> None:
+        """Count a batch's mean loss once per trained token; both are scalars."""
+        self.total = self.total + batch_mean.detach().double() * num_tokens
+        self.count = self.count + num_tokens
+
+    def value(self, accelerator: Any = None) -> float:
+        """The mean over all batches, and over all ranks where an accelerator is given; NaN without tokens."""
+        pair = torch.stack([torch.as_tensor(self.total).double(), torch.as_tensor(self.count).double()])
+        if accelerator is not None and accelerator.num_processes > 1:
+            pair = accelerator.reduce(pair, reduction="sum")
+        return (pair[0] / pair[1]).item()
+
+
+def pad_right(rows: Rows, pad_token_id: int = 0) -> dict[str, Tensor]:
+    """``input_ids``, ``labels`` and ``attention_mask`` of some rows, (B, T) each, T the longest row.
+
+    The pad token is masked, so which one it is does not matter to a causal model.
+    """
+    width = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (width - len(values))]
+
+    return {
+        "input_ids": torch.tensor([padded(row["input_ids"], pad_token_id) for row in rows]),
+        "labels": torch.tensor([padded(row["labels"], IGNORE_INDEX) for row in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
+    }
+
+
+def _token_losses(model: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Loss of each predicted token, zero where it is not trained, and whether it is; (B, T - 1) each."""
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    outputs = model(**moved, use_cache=False, fused_lm_head=True)
+    return -outputs.log_probs, outputs.label_mask
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None, None, None]:
+    """Switch dropout and gradients off inside the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
