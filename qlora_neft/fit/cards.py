@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+import psutil
+
 from ..errors import UserInputError
 
 GIB = 2**30
@@ -90,7 +92,7 @@ def this_machine() -> Card:
 
 def host() -> Card:
     """This machine's own memory and CPU."""
-    return Card("this machine's memory (no GPU found)", _host_memory(), has_bf16=False, is_gpu=False)
+    return Card("this machine's memory (no GPU found)", psutil.virtual_memory().total, has_bf16=False, is_gpu=False)
 
 
 def _ask_driver() -> tuple[str, int, float] | None:
@@ -108,11 +110,3 @@ def _ask_driver() -> tuple[str, int, float] | None:
 def _same(ours: str, drivers: str) -> bool:
     """``rtx4090`` is what the driver calls NVIDIA GeForce RTX 4090."""
     return ours.partition("-")[0] in drivers.lower().replace(" ", "").replace("-", "")
-
-
-def _host_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return int(file.readline().split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        return 8 * GIB

@@ -88,8 +88,9 @@ def test_the_rows_of_the_proof(here):
 
 MEASURED = """
 from pathlib import Path
-from qlora_neft.export.merge import merge_adapter, plan_merge
-from qlora_neft.adapter import find_adapter
+from qlora_neft.export.merge.merge import merge_adapter
+from qlora_neft.export.merge.plan import plan_merge
+from qlora_neft.adapter.folder import find_adapter
 from qlora_neft.adapter.load import tokenizer_of_adapter
 def own_kib():
     lines = Path("/proc/self/status").read_text().splitlines()
