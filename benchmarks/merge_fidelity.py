@@ -76,7 +76,7 @@ def watched_merge(base: Path, out: Path) -> dict[str, Any]:
 
     from qlora_neft.adapter.folder import AdapterFolder
     from qlora_neft.adapter.weights import Update
-    from qlora_neft.base.model_files import Checkpoint, ShardWriter
+    from qlora_neft.base.checkpoint import Checkpoint, ShardWriter
     from qlora_neft.export.merge.plan import DEQUANTIZED, Merge, quantized_names
 
     out.mkdir()

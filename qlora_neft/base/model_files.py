@@ -1,323 +1,95 @@
-"""A model's weights on disk, read one tensor at a time: the base, and what a merge has written."""
+"""The safetensors files of a model: where each tensor lies, its shape and dtype. Names and headers alone, no torch."""
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate import init_empty_weights
-from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Params4bit
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from ..errors import UserInputError, first_line
-from ..files import write_json
-from .config import check_base_config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-STATE = ".quant_state.bitsandbytes__nf4"  # follows the name of a weight stored in NF4
 
 
-def skeleton(config: Any) -> PreTrainedModel:
-    """The model of a configuration without its weights: parameters on the meta device, buffers computed."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-class Checkpoint:
-    """The safetensors files of a causal language model.
-
-    Every tensor is read when it is asked for, and its file closed again, so that nothing stays in memory.
-
-    Args:
-        folder: Where ``model.safetensors`` or its shards are.
-        config: The model's configuration.
-        source: What messages call it.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor, by the header of its file.
 
     Attributes:
-        folder: As given.
-        model: The model without weights; its parameter names are those used here.
-        key_of: The name in the files, by parameter; of a tied parameter that is not stored, that of the one it shares.
-        shapes: By parameter.
-        stored_nf4: Parameters stored in NF4.
-        dtype: What unquantized weights are loaded in: the configuration's dtype, else the first stored one.
+        shape: Its sizes.
+        dtype: As safetensors names it, such as ``F32`` or ``BF16``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Read the header of a safetensors file: names, shapes and dtypes of its tensors.
 
     Raises:
-        UserInputError: If there are no such files, or they do not hold the model's parameters one by one.
+        OSError: If there is no such file.
+        SafetensorError: If it is damaged.
     """
-
-    def __init__(self, folder: Path, config: Any, source: str) -> None:
-        self.folder, self.source = folder, source
-        self._file_of = _keys(folder, source)
-        self.model = skeleton(config)
-        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
-        self.key_of = self._names()
-        self.stored_nf4 = {name for name, key in self.key_of.items() if key + STATE in self._file_of}
-        self.dtype = getattr(config, "dtype", None) or self._first_dtype()
-
-    def parameters(self) -> dict[str, str]:
-        """Stored parameters and their names in the files; tied ones once. In the model's order."""
-        stored = {key: name for name, key in reversed(self.key_of.items())}
-        return {name: key for name, key in self.key_of.items() if stored[key] == name}
-
-    def weight(self, name: str) -> Tensor:
-        """A parameter as it is loaded: in ``dtype``, one stored in NF4 dequantized to float32."""
-        key = self.key_of[name]
-        with self._opened(key) as file:
-            stored = file.get_tensor(key)
-        if name in self.stored_nf4:
-            weight = self.packed(name)
-            return from_nf4(weight)
-        return stored.to(self.dtype)
-
-    def packed(self, name: str) -> Params4bit:
-        """A parameter stored in NF4 as its bytes and their state."""
-        key = self.key_of[name]
-        parts = {}
-        for part in [k for k in self._file_of if k.startswith(f"{key}.")]:
-            with self._opened(part) as file:
-                parts[part.removeprefix(f"{key}.")] = file.get_tensor(part)
-        with self._opened(key) as file:
-            return Params4bit.from_prequantized(file.get_tensor(key), parts, device="cpu")
-
-    def _opened(self, key: str) -> Any:
-        path = self._file_of[key]
-        try:
-            return safe_open(path, "pt")
-        except (OSError, SafetensorError) as error:
-            raise UserInputError(f"{self.source}: {path.name} cannot be read ({error}). Fetch it anew.") from error
-
-    def _first_dtype(self) -> torch.dtype:
-        key = next(key for name, key in self.parameters().items() if name not in self.stored_nf4)
-        with self._opened(key) as file:
-            return file.get_tensor(key).dtype
-
-    def _names(self) -> dict[str, str]:
-        """Which stored tensor each parameter is, by the rules that transformers loads with."""
-        transforms = get_model_conversion_mapping(self.model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        state, found = self.model.state_dict(), {}
-        for key in self._file_of:
-            name, converted = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
-            if converted is not None and key not in state:
-                raise UserInputError(
-                    f"{self.source}: {type(self.model).__name__} keeps its weights in another form than its files "
-                    f"({key} is part of {name}), as mixtures of experts do. Such a model cannot be merged here."
-                )
-            name = key if key in state and name not in state else name
-            if name in state:
-                found[name] = key
-        self._add_tied(found)
-        missing = sorted(set(state) - set(found))
-        if missing:
-            raise UserInputError(
-                f"{self.source}: its files lack {len(missing)} of the model's tensors, among them {missing[0]}. A base "
-                "must be complete."
-            )
-        buffers = sorted(set(found) - set(self.shapes))
-        if buffers:
-            raise UserInputError(f"{self.source}: stores buffers ({buffers[0]}). Such a model cannot be merged here.")
-        return {name: found[name] for name in self.shapes}
-
-    def _add_tied(self, found: dict[str, str]) -> None:
-        """Tied parameters of which one is stored; the configuration says which are tied."""
-        for name, other in self.model.all_tied_weights_keys.items():
-            for one, two in ((name, other), (other, name)):
-                if one not in found and two in found:
-                    found[one] = found[two]
+    with safe_open(path, "np") as file:  # "np" only names what tensors would be read as; none is
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is not a dictionary)
+        return {name: StoredTensor(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
-def to_nf4(weight: Tensor, double_quant: bool) -> Params4bit:
-    """Quantize a weight as `load_nf4_base` does, from the dtype it comes in."""
-    nf4 = Params4bit(weight, requires_grad=False, compress_statistics=double_quant, quant_type="nf4")
-    return nf4.to("cpu")
-
-
-def from_nf4(weight: Params4bit) -> Tensor:
-    """The float32 values that a quantized weight stands for, (out, in)."""
-    weight.quant_state.dtype = torch.float32
-    return dequantize_4bit(weight.data, weight.quant_state)
-
-
-def _keys(folder: Path, source: str) -> dict[str, Path]:
-    """The file of every stored tensor."""
-    index = folder / INDEX
-    try:
-        if index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {key: folder / name for key, name in names.items()}
-        elif (folder / SINGLE).is_file():
-            with safe_open(folder / SINGLE, "pt") as file:
-                files = dict.fromkeys(file.keys(), folder / SINGLE)
-        else:
-            raise UserInputError(
-                f"{source}: holds no {SINGLE} and no {INDEX}. Give a base that is stored as safetensors; one stored as "
-                ".bin is converted by loading it in transformers and save_pretrained."
-            )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, UserInputError):
-            raise
-        raise UserInputError(f"{source}: its weights cannot be read ({error}). Fetch them anew.") from error
-    missing = sorted({path.name for path in files.values() if not path.is_file()})
-    if missing:
-        raise UserInputError(f"{source}: {INDEX} names {missing[0]}, which is not there. Fetch the base anew.")
-    return files
-
-
-class ShardWriter:
-    """Collects tensors and writes them whenever a shard is full.
+def tensor_files(source: str, find: Callable[[str], Path | None]) -> dict[str, str]:
+    """Map every stored tensor to the name of the file that holds it, by the index or the single file's header.
 
     Args:
-        folder: Where the shards go.
-        max_bytes: Of a shard; a larger tensor gets a shard of its own.
-        wrote: Called with the number of bytes written so far.
-    """
-
-    def __init__(self, folder: Path, max_bytes: int, wrote: Callable[[int], None]) -> None:
-        self.folder, self.max_bytes, self.wrote = folder, max_bytes, wrote
-        self._pending: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
-        self.total_bytes = 0
-
-    def add(self, key: str, weight: Tensor | Params4bit) -> None:
-        """Take a weight; one in NF4 with its constants, which stay in the same shard."""
-        parts = {key: weight.detach().contiguous()}
-        if isinstance(weight, Params4bit):
-            state = weight.quant_state.as_dict(packed=True)
-            parts = {key: weight.data} | {f"{key}.{name}": part for name, part in state.items()}
-        if self._pending and _size(self._pending) + _size(parts) > self.max_bytes:
-            self._flush()
-        self._pending |= parts
-
-    def close(self) -> None:
-        """Write what is left, and the index if there is more than one shard."""
-        self._flush()
-        count = len(self._shards)
-        names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        for i, name in enumerate(names):
-            self._draft(i).rename(self.folder / name)
-        if count > 1:
-            where = {key: name for name, keys in zip(names, self._shards, strict=True) for key in keys}
-            metadata = {"total_size": self.total_bytes}
-            write_json(self.folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
-
-    def _flush(self) -> None:
-        save_file(self._pending, self._draft(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self.total_bytes += _size(self._pending)
-        self._pending = {}
-        self.wrote(self.total_bytes)
-
-    def _draft(self, i: int) -> Path:
-        return self.folder / f"shard-{i}.part"
-
-
-def _size(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
-def read_embedding(name_or_path: str, *, revision: str | None = None) -> Tensor:
-    """Read the input embedding of a causal language model.
-
-    Of a checkpoint in shards only the shard that holds it is read, and fetched from the Hub.
-
-    Args:
-        name_or_path: Hub id or directory.
-        revision: Hub branch, tag or commit.
-
-    Returns:
-        The table (V, D), in the dtype it is stored in, on the CPU.
+        source: What messages call the model.
+        find: Gives the path of a file by its name; None if there is no such file.
 
     Raises:
-        UserInputError: If there is no such model, no safetensors file, or no such tensor in it.
+        UserInputError: If the model is not stored as safetensors, or index or header is damaged.
     """
-    name, shape = _name_and_shape(name_or_path, revision)
-    files = _tensor_files(name_or_path, revision)
-    key = _stored_name(name, files, name_or_path)
-    path = _file(name_or_path, files[key], revision)
+    name = INDEX
     try:
-        with safe_open(path, framework="pt") as tensors:
-            table = tensors.get_tensor(key)
-    except (OSError, SafetensorError) as error:
-        raise UserInputError(f"{name_or_path}: {path.name} cannot be read ({error}).") from error
-    if not table.is_floating_point() or table.dim() != 2 or table.shape[1] != shape[1]:
-        raise UserInputError(
-            f"{name_or_path}: {key} must be a table of {shape[1]} floating-point columns, it is "
-            f"{tuple(table.shape)} of {table.dtype}. Start from the original 16-bit checkpoint."
-        )
-    return table
-
-
-def _name_and_shape(name_or_path: str, revision: str | None) -> tuple[str, torch.Size]:
-    """As transformers calls the embedding of this architecture; the model is built without memory for weights."""
-    config = check_base_config(name_or_path, **({"revision": revision} if revision else {}))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    weight = model.get_input_embeddings().weight
-    return next(name for name, param in model.named_parameters() if param is weight), weight.shape
-
-
-def _tensor_files(source: str, revision: str | None) -> Mapping[str, str]:
-    """Tensor names and the file each is in."""
-    index = _file(source, INDEX, revision, optional=True)
-    try:
-        if index is not None:
+        if (index := find(INDEX)) is not None:
             return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        with safe_open(_file(source, SINGLE, revision), framework="pt") as tensors:
-            return dict.fromkeys(tensors.keys(), SINGLE)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, UserInputError):
-            raise
-        raise UserInputError(f"{source}: {(index or Path(SINGLE)).name} cannot be read ({error}).") from error
+        name = SINGLE
+        if (single := find(SINGLE)) is not None:
+            return dict.fromkeys(stored_tensors(single), SINGLE)
+    except UserInputError:  # a ValueError as well; ``find`` has said what is wrong
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserInputError(f"{source}: {name} cannot be read ({error}). Fetch it again.") from error
+    raise UserInputError(
+        f"{source}: holds no {SINGLE} and no {INDEX}. Give a base that is stored as safetensors; one stored as .bin is "
+        "converted by loading it in transformers and save_pretrained."
+    )
 
 
-def _stored_name(name: str, files: Mapping[str, str], source: str) -> str:
-    """What the checkpoint calls it: old ones lack the outermost module's name, multimodal ones order it otherwise."""
-    if name in files:
-        return name
-    ending = ".".join(name.split(".")[-2:])
-    found = [key for key in files if key == ending or key.endswith(f".{ending}")]
-    if len(found) != 1:
-        raise UserInputError(
-            f"{source}: the checkpoint must hold one input embedding, {name}; it holds {', '.join(found) or 'none'}."
-        )
-    return found[0]
+def file_in(folder: Path) -> Callable[[str], Path | None]:
+    """Return a ``find`` for `tensor_files` that looks in a folder."""
+    return lambda name: folder / name if (folder / name).is_file() else None
 
 
-def _file(source: str, name: str, revision: str | None, *, optional: bool = False) -> Path | None:
-    """A file of the checkpoint; None where an optional one is not there."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if (folder / name).is_file():
-            return folder / name
-        if optional:
-            return None
-        raise UserInputError(f"{source}: holds no {name}. Save the weights as safetensors (save_pretrained does).")
-    try:
-        return Path(hf_hub_download(source, name, revision=revision))
-    except EntryNotFoundError as error:  # not in the repository; offline, not in the cache
-        if optional:
-            return None
-        raise UserInputError(
-            f"{source}: the Hub has no {name} of it that could be fetched. ({first_line(error)})"
-        ) from error
-    except OSError as error:
-        raise UserInputError(f"{source}: {name} cannot be fetched from the Hub. ({first_line(error)})") from error
+def file_on_hub(source: str, revision: str | None) -> Callable[[str], Path | None]:
+    """Return a ``find`` for `tensor_files` that fetches files of a Hub repository.
+
+    It returns None only for a missing index, which most models in one file lack, and raises UserInputError for any
+    other file that is missing or out of reach.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def find(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(source, name, revision=revision))
+        except EntryNotFoundError as error:  # not in the repository; offline, not in the cache
+            if name == INDEX:
+                return None
+            raise UserInputError(
+                f"{source}: the Hub has no {name} that could be fetched. ({first_line(error)})"
+            ) from error
+        except OSError as error:
+            raise UserInputError(f"{source}: {name} cannot be fetched from the Hub. ({first_line(error)})") from error
+
+    return find

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from ..base.model_files import StoredTensor, stored_tensors
 from ..errors import UserInputError, first_line
 from .geometry import shipped_config
-
-MAX_HEADER = 100 * 2**20  # bytes; what safetensors itself allows
 
 
 def read_config(name_or_path: str, revision: str = "main") -> tuple[dict[str, Any], str]:
@@ -75,15 +75,12 @@ def _hub_parameters(name: str, revision: str) -> int | None:
     return sum(counts.values())
 
 
-def _header(path: Path) -> Mapping[str, Any] | None:
-    """A safetensors file begins with the length of its JSON header, 8 bytes little endian."""
+def _header(path: Path) -> Mapping[str, StoredTensor] | None:
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            return json.loads(file.read(length)) if length <= MAX_HEADER else None
-    except (OSError, ValueError, struct.error):
+        return stored_tensors(path)
+    except (OSError, SafetensorError):
         return None
 
 
-def _weights(header: Mapping[str, Any]) -> int:
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+def _weights(header: Mapping[str, StoredTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in header.values())

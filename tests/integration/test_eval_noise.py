@@ -11,7 +11,8 @@ from tiny import ARCHITECTURES, VOCABULARY, WIDTH, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from qlora_neft import load_recipe
-from qlora_neft.base.model_files import INDEX, SINGLE, read_embedding
+from qlora_neft.base.checkpoint import read_embedding
+from qlora_neft.base.model_files import INDEX, SINGLE
 from qlora_neft.errors import UserInputError
 from qlora_neft.evaluation.embeddings.flips import token_flips
 from qlora_neft.evaluation.embeddings.table import EmbeddingTable

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tiny import ARCHITECTURES, mixed_rows
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
-from qlora_neft.base.model_files import Checkpoint, ShardWriter, from_nf4, skeleton, to_nf4
-from qlora_neft.base.nf4 import load_nf4_base, nf4_config
+from qlora_neft.base.checkpoint import Checkpoint, ShardWriter, skeleton
+from qlora_neft.base.nf4 import from_nf4, load_nf4_base, nf4_config, to_nf4
 from qlora_neft.errors import UserInputError
 from qlora_neft.export.merge.merge import check_space
 from qlora_neft.export.merge.plan import quantized_names

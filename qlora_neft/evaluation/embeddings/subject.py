@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...adapter.folder import find_adapter
+from ...base.checkpoint import read_embedding
 from ...base.config import check_base_config, check_vocabulary, load_tokenizer
-from ...base.model_files import read_embedding
 from ...base.precision import resolve_precision
 from ...display.console import quiet_libraries
 from ...errors import UserInputError

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...base.config import load_tokenizer, read_config
+from ...base.model_files import stored_tensors
 from ...errors import UserInputError
 from .file import GgufTensor, check_dtype, gguf_library, write_gguf
 from .vocabulary import vocabulary_of
@@ -253,8 +254,7 @@ def _stored(model_dir: Path) -> Iterator[tuple[Path, str, tuple[int, ...]]]:
         raise UserInputError(f"{model_dir}: holds no model*.safetensors. Give the folder that merge wrote.")
     for file in files:
         try:
-            with safe_open(file, "pt") as stored:
-                for key in stored.keys():  # noqa: SIM118  (it is no dictionary)
-                    yield file, key, tuple(stored.get_slice(key).get_shape())
+            for key, tensor in stored_tensors(file).items():
+                yield file, key, tensor.shape
         except SafetensorError as error:
             raise UserInputError(f"{file}: cannot be read ({error}).") from error

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...adapter.folder import WEIGHTS
-from ...base.model_files import ShardWriter
+from ...base.checkpoint import ShardWriter
 from ...base.nf4 import nf4_config
 from ...base.precision import resolve_precision
 from ...errors import RunFailed, UserInputError

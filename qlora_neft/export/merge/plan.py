@@ -16,9 +16,9 @@ from transformers.quantizers import AutoHfQuantizer
 from ...adapter.folder import AdapterFolder
 from ...adapter.load import naming_the_base
 from ...adapter.weights import Update, finite
+from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import check_base_config
-from ...base.model_files import Checkpoint, from_nf4, skeleton, to_nf4
-from ...base.nf4 import nf4_config
+from ...base.nf4 import from_nf4, nf4_config, to_nf4
 from ...errors import UserInputError, first_line
 
 DEQUANTIZED, ORIGINAL, NF4 = "dequantized", "original", "nf4"

@@ -15,8 +15,8 @@ from torch.nn.functional import log_softmax
 from transformers import AutoConfig, PreTrainedModel
 
 from ...adapter.load import nf4_base_of, with_adapter
+from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import NOT_RUN
-from ...base.model_files import Checkpoint, skeleton
 from ...base.precision import PrecisionPolicy
 from ...steps.sequences import IGNORE_INDEX
 from .plan import DEQUANTIZED, NF4, ORIGINAL, Plan
