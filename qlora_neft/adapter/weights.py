@@ -1,21 +1,89 @@
-"""What an adapter adds to the weights of its base, read one layer at a time."""
+"""What an adapter adds to the weights of its base, read one layer at a time. Names, shapes and scales need no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from ..base.model_files import stored_tensors
 from ..errors import UserInputError
 from .folder import MEND, WEIGHTS, AdapterFolder, beyond_plain
 
 if TYPE_CHECKING:
-    from torch import Tensor  # `qlora-neft check` reads names and shapes alone, without torch
+    from torch import Tensor
 
-PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # PEFT puts it before every name of the base
+A, B = ".lora_A.weight", ".lora_B.weight"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"  # the pair of an embedding, transposed
+
+
+class AdapterWeights:
+    """The tensors of an adapter's file. The header is read at once, a tensor only when it is asked for.
+
+    Args:
+        folder: The adapter.
+
+    Attributes:
+        shapes: Of all tensors, by their names in the file.
+        ranks: Rank of each module with a pair of matrices A (r, in) and B (out, r), by its name in the base.
+        embedding_ranks: Rank of each embedding with such a pair.
+        others: Sorted names of tensors that belong to no pair, such as whole modules (``modules_to_save``).
+        dtypes: Sorted, as safetensors names them.
+
+    Raises:
+        UserInputError: If the file cannot be read.
+    """
+
+    def __init__(self, folder: AdapterFolder) -> None:
+        self.folder = folder
+        try:
+            stored = stored_tensors(folder.path / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise self._unreadable(error) from error
+        self.shapes = {name: tensor.shape for name, tensor in stored.items()}
+        self.ranks = self._first_sizes(A)
+        self.embedding_ranks = self._first_sizes(EMBEDDING_A)
+        self.others = tuple(sorted(n for n in stored if not n.endswith((A, B, EMBEDDING_A, EMBEDDING_B))))
+        self.dtypes = tuple(sorted({tensor.dtype for tensor in stored.values()}))
+
+    def scale(self, module: str) -> float:
+        """Return what PEFT multiplies B @ A with: lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA.
+
+        The rank is that of the module's own A, which ``rank_pattern`` may have set; ``alpha_pattern`` sets the alpha.
+        """
+        from peft.utils.other import get_pattern_key  # takes seconds
+
+        config, rank = self.folder.config, self.ranks[module]
+        patterns = config.get("alpha_pattern") or {}
+        alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def pair(self, module: str) -> tuple[Tensor, Tensor]:
+        """Read A (r, in) and B (out, r) of a module."""
+        return self.read(f"{PREFIX}{module}{A}"), self.read(f"{PREFIX}{module}{B}")
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor by its name in the file.
+
+        Raises:
+            UserInputError: If it is not there, or the file is gone.
+        """
+        try:
+            with safe_open(self.folder.path / WEIGHTS, "pt") as file:
+                return file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise self._unreadable(error) from error
+
+    def _first_sizes(self, ending: str) -> dict[str, int]:
+        """Size of the first dimension, by module, of the tensors whose names end so."""
+        names = [name for name in self.shapes if name.endswith(ending)]
+        return {name.removesuffix(ending).removeprefix(PREFIX): self.shapes[name][0] for name in names}
+
+    def _unreadable(self, error: Exception) -> UserInputError:
+        return UserInputError(f"{self.folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}")
 
 
 class Update:
@@ -23,13 +91,12 @@ class Update:
 
     Args:
         folder: The adapter.
-        shapes: Of the base's parameters, by name.
-        quantized: Names of those in NF4.
-        tied: Names of those that share a weight with another.
+        shapes: Shapes of the base's parameters, by name.
+        quantized: Names of the parameters in NF4.
+        tied: Names of the parameters that share a weight with another.
 
     Attributes:
-        scale: By parameter that has an update.
-        replaced: Parameters that are stored whole, and their names in the adapter's file.
+        pairs: By parameter that gets ``scale * B @ A``, the module whose pair that is.
 
     Raises:
         UserInputError: If the adapter does not fit the base, or is of a kind that cannot be merged.
@@ -38,57 +105,60 @@ class Update:
     def __init__(
         self, folder: AdapterFolder, shapes: Mapping[str, tuple[int, ...]], quantized: set[str], tied: set[str]
     ) -> None:
-        self.folder = folder
         _check_kind(folder)
-        self.scale: dict[str, float] = {}
-        self.replaced: dict[str, str] = {}
-        stored = self._stored()
-        for key, shape in stored.items():
-            if ".lora_B." in key:
-                continue  # looked at with its A
-            module, is_factor, _ = key.removeprefix(PREFIX).partition(".lora_A.")
-            name = f"{module}.weight" if is_factor else module
-            fits = name in shapes and (shape[1] == shapes[name][1] if is_factor else shape == shapes[name])
-            b_shape = stored.get(key.replace(".lora_A.", ".lora_B."))
-            if not fits or (is_factor and b_shape != (shapes[name][0], shape[0])):
-                raise UserInputError(
-                    f"{folder.source}: the adapter does not fit the base {folder.base!r} ({key} has no place in it). "
-                    "Give the base it was trained on with --base."
-                )
-            if name in tied or (not is_factor and name in quantized):
-                what = "is shared by embedding and head" if name in tied else "is quantized in training"
-                raise UserInputError(f"{folder.source}: {name} was trained and {what}. It cannot be merged here.")
-            if is_factor:
-                self.scale[name] = _scale(folder.config, module, shape[0])
-            else:
-                self.replaced[name] = key
+        self._weights = AdapterWeights(folder)
+        self._source, self._base = folder.source, folder.base
+        self.pairs: dict[str, str] = {}
+        self._replaced: dict[str, str] = {}  # by parameter, the tensor in the adapter's file that replaces it
+        for module, rank in self._weights.ranks.items():
+            self._add_pair(module, rank, shapes, tied)
+        for key in self._weights.shapes:
+            if not key.endswith((A, B)):
+                self._add_whole(key, shapes, quantized, tied)
 
     def changes(self, name: str) -> bool:
-        """Whether a weight is another than the base's."""
-        return name in self.scale or name in self.replaced
+        """Whether a weight differs from the base's."""
+        return name in self.pairs or name in self._replaced
 
     def delta(self, name: str) -> Tensor | None:
-        """What is added to a weight, (out, in) in float32; None if nothing."""
-        if name not in self.scale:
+        """Return what is added to a weight, (out, in) in float32; None if nothing is."""
+        if name not in self.pairs:
             return None
-        module = PREFIX + name.removesuffix(".weight")
-        a, b = self._read(f"{module}.lora_A.weight"), self._read(f"{module}.lora_B.weight")
-        return (b.float() @ a.float()).mul_(self.scale[name])
+        a, b = self._weights.pair(self.pairs[name])
+        return (b.float() @ a.float()).mul_(self._weights.scale(self.pairs[name]))
 
     def whole(self, name: str) -> Tensor | None:
-        """A weight that was trained whole, None if it was not."""
-        return self._read(self.replaced[name]) if name in self.replaced else None
+        """Return a weight that was trained whole, None if it was not."""
+        return self._weights.read(self._replaced[name]) if name in self._replaced else None
 
-    def _stored(self) -> dict[str, tuple[int, ...]]:
-        try:
-            with safe_open(self.folder.path / WEIGHTS, "pt") as file:
-                return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserInputError(f"{self.folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}") from error
+    def _add_pair(self, module: str, rank: int, shapes: Mapping[str, tuple[int, ...]], tied: set[str]) -> None:
+        name, key = f"{module}.weight", f"{PREFIX}{module}{A}"
+        own = self._weights.shapes
+        shape = shapes.get(name, ())  # (out, in)
+        if own[key] != (rank, *shape[1:]) or own.get(f"{PREFIX}{module}{B}") != (*shape[:1], rank):
+            raise self._misfit(key)
+        if name in tied:
+            raise self._refused(name, "is shared by embedding and head")
+        self.pairs[name] = module
 
-    def _read(self, key: str) -> Tensor:
-        with safe_open(self.folder.path / WEIGHTS, "pt") as file:
-            return file.get_tensor(key)
+    def _add_whole(self, key: str, shapes: Mapping[str, tuple[int, ...]], quantized: set[str], tied: set[str]) -> None:
+        name = key.removeprefix(PREFIX)
+        if shapes.get(name) != self._weights.shapes[key]:
+            raise self._misfit(key)
+        if name in tied:
+            raise self._refused(name, "is shared by embedding and head")
+        if name in quantized:
+            raise self._refused(name, "is quantized in training")
+        self._replaced[name] = key
+
+    def _misfit(self, key: str) -> UserInputError:
+        return UserInputError(
+            f"{self._source}: the adapter does not fit the base {self._base!r} ({key} has no place in it). Give the "
+            "base it was trained on with --base."
+        )
+
+    def _refused(self, name: str, why: str) -> UserInputError:
+        return UserInputError(f"{self._source}: {name} was trained and {why}. It cannot be merged here.")
 
 
 def _check_kind(folder: AdapterFolder) -> None:
@@ -98,55 +168,3 @@ def _check_kind(folder: AdapterFolder) -> None:
             f"{folder.source}: only plain LoRA can be merged here (with rsLoRA, rank and alpha patterns, "
             f"modules_to_save), the adapter has {', '.join(used)}. Merge it with PEFT's merge_and_unload."
         )
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """As PEFT scales: lora_alpha / r, or over its root with rsLoRA, with the pattern's alpha where one matches."""
-    from peft.utils.other import get_pattern_key
-
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def finite(weight: Tensor) -> bool:
-    """Whether every number is."""
-    return bool(weight.isfinite().all())
-
-
-A, B, PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
-
-
-def scaling_of(config: dict[str, Any], module: str, rank: int) -> float:
-    """What PEFT multiplies B A x with, for one module.
-
-    Args:
-        config: ``adapter_config.json``.
-        module: Its name in the base.
-        rank: Of its A, which ``rank_pattern`` may have set.
-    """
-    from peft.utils.other import get_pattern_key
-
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
-
-
-def _weights(path: Path) -> tuple[dict[str, int], tuple[str, ...], tuple[str, ...]]:
-    ranks, others, dtypes = {}, [], set()
-    try:
-        with safe_open(path, "np") as stored:
-            for key in stored.keys():  # noqa: SIM118  (it is no dictionary)
-                piece = stored.get_slice(key)
-                dtypes.add(piece.get_dtype())
-                if key.endswith((A, _EMBEDDING[0])):
-                    module = key.removesuffix(A).removesuffix(_EMBEDDING[0]).removeprefix("base_model.model.")
-                    ranks[module] = piece.get_shape()[0]
-                elif not key.endswith((B, _EMBEDDING[1])):
-                    others.append(key)
-    except (OSError, SafetensorError) as error:
-        raise UserInputError(f"{path}: cannot be read ({error}). {MEND}") from error
-    return ranks, tuple(sorted(others)), tuple(sorted(dtypes))

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..adapter.folder import WEIGHTS, AdapterFolder, beyond_plain
-from ..adapter.weights import _weights
+from ..adapter.folder import AdapterFolder, beyond_plain
+from ..adapter.weights import AdapterWeights
 from ..errors import UserInputError
 from ..fit import read_config
 
@@ -126,7 +126,7 @@ def facts_of(folder: AdapterFolder) -> Facts:
     Raises:
         UserInputError: If the weights cannot be read, or no base is recorded.
     """
-    ranks, others, dtypes = _weights(folder.path / WEIGHTS)
+    weights = AdapterWeights(folder)
     try:
         base_config, _ = read_config(folder.base, folder.base_revision or "main")
     except UserInputError:  # a base that cannot be reached is part of the answer
@@ -136,9 +136,9 @@ def facts_of(folder: AdapterFolder) -> Facts:
         config=folder.config,
         base=folder.base,
         base_config=base_config,
-        ranks=ranks,
-        others=others,
-        dtypes=dtypes,
+        ranks=weights.ranks | weights.embedding_ranks,
+        others=weights.others,
+        dtypes=weights.dtypes,
         largest_token=_largest_token(folder.path / "tokenizer.json"),
     )
 

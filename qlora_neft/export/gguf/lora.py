@@ -6,12 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from ...adapter.folder import MEND, WEIGHTS, AdapterFolder, beyond_plain
-from ...adapter.weights import PREFIX, A, B, scaling_of
+from ...adapter.folder import AdapterFolder, beyond_plain
+from ...adapter.weights import A, AdapterWeights, B
 from ...errors import UserInputError
 from .file import GgufTensor, check_dtype, gguf_library, write_gguf
 from .model import Architecture, architecture_of, notes_on, read_model_config
@@ -41,19 +37,19 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
     gguf = gguf_library()
     written = check_dtype(dtype)
     architecture = architecture_of(read_model_config(folder.base, folder.base_revision), folder.source)
-    pairs = _pairs(folder, architecture)
+    weights = _weights(folder, architecture)
     alpha = float(folder.config["lora_alpha"])
     if folder.config.get("use_rslora"):
         alpha *= math.sqrt(folder.config["r"])  # alpha / sqrt(r) is (alpha * sqrt(r)) / r
     name_of = architecture.namer()
     tensors = []
-    for module, (a, b) in sorted(pairs.items()):
+    for module, rank in sorted(weights.ranks.items()):
         key = f"{module}.weight"
         name = name_of(key)
         if name is None:
             raise UserInputError(f"{folder.source}: llama.cpp's {architecture.name} has no place for {module}. {MERGE}")
-        rank = a.shape[0]
-        factor = scaling_of(folder.config, module, rank) / (alpha / rank)
+        a, b = weights.pair(module)
+        factor = weights.scale(module) / (alpha / rank)
         b = architecture.rows_for_llama_cpp(key, b.float() * factor)
         for end, tensor in (("lora_a", a), ("lora_b", b)):
             tensors.append(GgufTensor(f"{name}.{end}", tuple(tensor.shape), written, lambda tensor=tensor: tensor))
@@ -68,30 +64,22 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
     return notes_on(architecture)
 
 
-def _pairs(folder: AdapterFolder, architecture: Architecture) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """A (r, in) and B (out, r) of every module."""
+def _weights(folder: AdapterFolder, architecture: Architecture) -> AdapterWeights:
+    """Return the adapter's weights if they are pairs of matrices alone, and llama.cpp has a place for all of them."""
     remedy = MERGE_WITH_PEFT if beyond_plain(folder.config) else MERGE
     used = [key for key in _NO_PLACE if folder.config.get(key)]
     if used:
         raise UserInputError(f"{folder.source}: llama.cpp has no place for {', '.join(used)} of the adapter. {remedy}")
-    weights = _read(folder)
-    others = [key for key in weights if not key.endswith((A, B))]
+    weights = AdapterWeights(folder)
+    others = [key for key in weights.shapes if not key.endswith((A, B))]
     if others:
         raise UserInputError(
             f"{folder.source}: a LoRA GGUF holds matrices A and B alone, the adapter has {len(others)} other weights, "
             f"such as {others[0]}. {remedy}"
         )
-    modules = {key.removesuffix(A).removeprefix(PREFIX): key for key in weights if key.endswith(A)}
-    if architecture.is_tied and "lm_head" in modules:
+    if architecture.is_tied and "lm_head" in weights.ranks:
         raise UserInputError(
             f"{folder.source}: has a LoRA on lm_head, which is the embedding in this base. llama.cpp cannot change one "
             "without the other, nor can they be merged apart. Train without lm_head in lora.target_modules."
         )
-    return {module: (weights[key], weights[key.removesuffix(A) + B]) for module, key in modules.items()}
-
-
-def _read(folder: AdapterFolder) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(folder.path / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserInputError(f"{folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}") from error
+    return weights

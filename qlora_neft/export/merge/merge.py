@@ -222,7 +222,7 @@ def _report(plan: Plan, found: Evidence | None, total: int) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": plan.merge.double_quant,
         "adapter": plan.folder.source,
         "adapter_sha256": sha256_of_file(plan.folder.path / WEIGHTS),
-        "merged_layers": len(plan.merge.update.scale),
+        "merged_layers": len(plan.merge.update.pairs),
         "bytes": total,
         "versions": versions(),
     }

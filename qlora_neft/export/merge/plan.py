@@ -15,7 +15,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ...adapter.folder import AdapterFolder
 from ...adapter.load import naming_the_base
-from ...adapter.weights import Update, finite
+from ...adapter.weights import Update
 from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import check_base_config
 from ...base.nf4 import from_nf4, nf4_config, to_nf4
@@ -71,7 +71,7 @@ class Merge:
         if strategy == NF4 and name in self.quantized:
             return to_nf4(weight, self.double_quant)
         rounded = weight.to(dtype)
-        if not finite(rounded) and finite(weight):
+        if not rounded.isfinite().all() and weight.isfinite().all():
             raise UserInputError(
                 f"--dtype: {name} holds {weight.abs().max():.3g}, {str(dtype).removeprefix('torch.')} ends at "
                 f"{torch.finfo(dtype).max:g}. Use --dtype bfloat16."
