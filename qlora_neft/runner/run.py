@@ -56,7 +56,7 @@ from ..run_folder.resume import (
 )
 from ..run_folder.stop import StopRequest, WhenToSave, answered
 from ..trainer import QLoRANeftTrainer
-from ..trainer.step_trainer import cuda_probe
+from ..trainer.memory import cuda_probe
 from .build import data_of, model_path, plan_of, policy_of, report_of, trainer_of
 from .measure import ANSWERS_SHOWN, Measurement, measure
 from .plan import RunPlan, is_main_process

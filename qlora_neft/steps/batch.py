@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import UserInputError
 from .rows import GHOST
 from .sequences import IGNORE_INDEX, SequenceSpan, UnknownSequenceBoundaries, count_tokens, find_sequences
 
@@ -124,6 +125,49 @@ class StepCollator:
         elif spans is not None:  # a collator that merges rows: ordinals that no row of another micro-batch has
             spans = [span.shifted((first_ordinals[0] + 1) << 16) for span in spans]
         return MicroBatch(inputs, spans)
+
+
+def check_labels(step: StepBatch, tokenizer: Any) -> None:
+    """Check that a step trains something, and that its end tokens are not masked as padding.
+
+    A collator that masks every pad token (transformers' ``DataCollatorForLanguageModeling``) also masks the end token
+    if the two are one and the same; a model trained that way never stops.
+
+    Args:
+        step: The first step, collated.
+        tokenizer: With ``pad_token_id`` and ``eos_token_id``.
+
+    Raises:
+        UserInputError: If no token has a label, or pad is the end token and no end token has a label.
+    """
+    if step.num_trained_tokens() == 0:
+        raise UserInputError(
+            "train_dataset: the first optimizer step has no label, so nothing would be learned. Look at the labels: "
+            "all are -100, or every response lies behind max_length."
+        )
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None or getattr(tokenizer, "pad_token_id", None) != end:
+        return
+    if any(_num_ends(micro.inputs, end) for micro in step) and not any(
+        _num_trained_ends(micro.inputs, end) for micro in step
+    ):
+        raise UserInputError(
+            "data_collator: pad token and end token are one, and the collator masks both: the model would never learn "
+            "to stop. Give the tokenizer another pad token, or leave data_collator to the trainer."
+        )
+
+
+def _num_ends(inputs: Mapping[str, Any], end: int) -> int:
+    """End tokens that are no padding; the first of a row does not count, since it may be a begin token as well."""
+    found = inputs["input_ids"].eq(end)  # (B, T)
+    if inputs.get("attention_mask") is not None and inputs["attention_mask"].shape == found.shape:
+        found = found & inputs["attention_mask"].bool()
+    return int(found[..., 1:].sum())
+
+
+def _num_trained_ends(inputs: Mapping[str, Any], end: int) -> int:
+    labels = inputs["labels"]
+    return int((labels.eq(end) & labels.ne(IGNORE_INDEX))[..., 1:].sum())
 
 
 def split_rows(

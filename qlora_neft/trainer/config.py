@@ -70,7 +70,10 @@ class QLoRANeftConfig(SFTConfig):
     checkpointed_blocks: int | None = field(default=None, metadata={"help": "decoder blocks; None = all"})
     effective_batch_size: int | None = field(default=None, metadata={"help": "sequences per step, of all ranks"})
     max_bad_steps: int = field(default=10, metadata={"help": "steps in a row that are not finite"})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "None decides by device"})
+    # Wider than upstream's bool until __post_init__ has decided.
+    gradient_checkpointing: bool | None = field(  # ty: ignore[incompatible-attribute-override]
+        default=None, metadata={"help": "None decides by device"}
+    )
 
     def __post_init__(self) -> None:
         """Check the noise, then fill in what the machine decides."""

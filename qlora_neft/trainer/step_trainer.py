@@ -1,57 +1,259 @@
-"""A trainer whose dataloader hands out whole optimizer steps, and which survives what can go wrong in one.
+"""One optimizer step, from its rows to its gradient: micro-batches, noise, dropout, loss, and what can go wrong.
 
-Out of memory: the step is split into smaller micro-batches and taken again. A request to stop that cannot wait: the
-step is given up. A loss or gradient that is not finite: `FiniteStepsTrainer`.
+The dataloader hands out whole optimizer steps (`StepBatch`); `StepTrainer.training_step` takes one, micro-batch by
+micro-batch. The micro-batches are made in `qlora_neft.steps.batch`, the noise in `qlora_neft.noise.neftune`; forward
+pass and loss are TRL's.
+
+A step that runs out of memory is split into smaller micro-batches and taken again. One that a stop request cannot wait
+for is given up. One whose loss or gradient is not finite is skipped.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import datasets
 import torch
+from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import TrainerCallback
 
-from ..errors import RunFailed, UserInputError
-from ..fit.cards import GIB
-from ..fit.choose import USABLE
-from ..noise.streams import preserved_rng
-from ..run_folder.stop import StopRequest
-from ..steps.batch import MicroBatch, StepBatch, StepCollator
+from ..errors import RunFailed
+from ..noise.freelb import Perturbation
+from ..noise.neftune import NEFTuneNoise, NoiseStatistics, alpha_at, expected_norm, lookup_scale, noisy_embeddings
+from ..noise.streams import keyed_rng, stream_key
+from ..steps.batch import MicroBatch, StepBatch, StepCollator, check_labels
 from ..steps.rows import StepLoader, StepRows, StepSampler, step_loader, step_order
-from ..steps.sequences import IGNORE_INDEX
-from .checkpointed_trainer import CheckpointedTrainer
+from ..steps.sequences import find_sequences
+from .checkpointed_trainer import CheckpointedTrainer, StepGivenUp
+from .memory import Split, too_large
 
-ROWS_NAMED = 16  # rows of a bad step that are named
+ROWS_NAMED = 16  # rows of a bad step that an error message names
 
 
-class FiniteStepsTrainer(CheckpointedTrainer):
-    """No gradient that is not finite reaches the optimizer.
+class StepTrainer(CheckpointedTrainer):
+    """A trainer for which one dataloader batch is one optimizer step, with NEFTune noise in every step.
+
+    Args:
+        split: Largest micro-batches to begin with.
+        kwargs: Passed on to `SFTTrainer`.
 
     Attributes:
-        bad_steps: Steps skipped, in all.
-        say: Told every decision, one line each.
+        say: Called with every decision taken during training, one line each.
     """
 
-    bad_steps = 0
     say: Callable[[str], None] = staticmethod(logging.getLogger(__name__).warning)
-    _bad_in_a_row = 0
+    # Upstream's unions of datasets and collators have no operation in common.
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: Callable[[list], Any]
     _loss_is_finite = True
+    _steps: StepSampler | None = None
 
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        """Upstream's norm; a step whose loss or gradient is not finite loses its gradient here, and is skipped.
+    def __init__(self, *, split: Split, **kwargs: Any) -> None:
+        self.split = split
+        super().__init__(**kwargs)
+        # Upstream's own hook stays off: it scales by the padded width (huggingface/transformers#34659).
+        self.neftune_noise_alpha = None
+        self.loss_is_scaled_for_ga = True  # every micro-batch is divided by the tokens of the whole step
+        self._noise_statistics = NoiseStatistics()
+        self._perturbation: Perturbation | None = None  # FreeLB's, of the micro-batch under way
+        self._adversarial_norms: list[Tensor] = []
 
-        Under fp16 a gradient that overflows is the scaler's business, as long as the loss is finite: it skips the
-        step by itself and lowers its scale.
+    # ---- The step ----
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run forward and backward through the micro-batches of one optimizer step; return the step's loss."""
+        step = inputs if isinstance(inputs, StepBatch) else StepBatch.of(inputs)
+        if self.tokens_seen == 0:
+            check_labels(step, self.processing_class)
+        if self.split.is_smaller:  # the dataloader still splits steps as the run began
+            step = step.split_again(self.split.rows, self.split.tokens)
+        loss = self._accumulate(model, step, num_items_in_batch)
+        while loss is None:  # out of memory
+            step = step.split_again(self.split.rows, self.split.tokens)
+            loss = self._accumulate(model, step, num_items_in_batch)
+        self.tokens_seen += step.num_tokens()
+        self.trained_tokens_seen += step.num_trained_tokens()
+        self._loss_is_finite = math.isfinite(loss.item())
+        return loss
+
+    def _accumulate(self, model: nn.Module, step: StepBatch, num_items: Any) -> Tensor | None:
+        """Accumulate the gradient of a step and return its loss; None if it did not fit.
+
+        If it did not fit, nothing of it is left and `split` is smaller.
+        """
+        if self.aux_loss_enabled:
+            self.current_gradient_accumulation_steps = len(step)  # upstream averages a router loss over these
+        first_ordinal, loss = self._first_ordinal(step), torch.zeros((), device=self.args.device)
+        passes = self._num_passes()
+        num_items = num_items if passes == 1 else num_items * passes  # the gradient is the mean of the passes
+        for index, micro in enumerate(step):
+            # One rank cannot give up alone: the others would wait for its gradients forever.
+            if self.stop and self.stop.overdue() and self.args.world_size == 1:
+                raise StepGivenUp
+            is_last = index == len(step) - 1
+            try:
+                for number in range(passes):
+                    synced = self._gradient_sync(model, now=is_last and number == passes - 1)
+                    with synced, self.randomness(micro, first_ordinal, index, number):
+                        loss = loss + super().training_step(model, dict(micro.inputs), num_items)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._shrink(micro, model, error, is_last=is_last, splits=step.collator is not None)
+                return None
+        return loss
+
+    @contextmanager
+    def randomness(self, micro: MicroBatch, first_ordinal: int, index: int, number: int) -> Generator[None, None, None]:
+        """Everything random in one pass: its noise, and its dropout, which is the same in every pass.
+
+        Args:
+            micro: The micro-batch.
+            first_ordinal: Ordinal of this rank's first sequence in the step.
+            index: Of the micro-batch in this rank's part of the step.
+            number: Of the pass over it.
+        """
+        dropout = stream_key("dropout", self.args.seed, self.state.global_step, self.args.process_index, index)
+        noise = self._noise_of_pass(micro, first_ordinal, number)
+        with noisy_embeddings(self._embedding(), noise), keyed_rng(dropout, self.args.device):
+            yield
+
+    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Compute TRL's loss; its training metrics (entropy, accuracy, tokens) are this rank's own.
+
+        TRL gathers them in every micro-batch, and ranks split a step into different numbers of micro-batches: they
+        would wait for each other forever.
+        """
+        with _ungathered(self.accelerator) if model.training and self.args.world_size > 1 else nullcontext():
+            return super().compute_loss(model, *args, **kwargs)
+
+    def _gradient_sync(self, model: nn.Module, *, now: bool) -> AbstractContextManager:
+        """Average the gradients of all ranks only after the last backward pass of a step."""
+        return nullcontext() if now else self.accelerator.no_sync(model)
+
+    def _first_ordinal(self, step: StepBatch) -> int:
+        """Sequences of this step on lower ranks: ordinals count through the step as one process would."""
+        if self.args.world_size == 1:
+            return 0
+        count = torch.tensor([step.num_sequences()], device=self.args.device)
+        return int(self.accelerator.gather(count)[: self.args.process_index].sum())
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count the trained tokens of the whole step, of all micro-batches and ranks: every loss is divided by them."""
+        if not all(isinstance(batch, StepBatch) for batch in batch_samples):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        count = torch.tensor(sum(step.num_trained_tokens() for step in batch_samples), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count
+
+    # ---- Its noise ----
+
+    def _alpha(self, step: int) -> float:
+        args = self.args
+        alpha, final_alpha = args.neftune_noise_alpha or 0.0, args.neftune_final_alpha
+        return alpha_at(step, self.state.max_steps, alpha, final_alpha, args.neftune_schedule)
+
+    def _noise(self, micro: MicroBatch, first_ordinal: int) -> NEFTuneNoise | None:
+        """NEFTune's noise for a micro-batch, None where there is none."""
+        alpha = self._alpha(self.state.global_step)
+        if alpha == 0 or micro.spans == []:  # no span: a row that only keeps this rank in step with the others
+            return None
+        # Unknown boundaries raise here: they are harmless until there is noise to scale.
+        spans = find_sequences(micro.inputs) if micro.spans is None else micro.spans
+        return NEFTuneNoise(
+            spans=[span.shifted(first_ordinal) for span in spans],
+            alpha=alpha,
+            seed=self.args.seed,
+            step=self.state.global_step,
+            distribution=self.args.neftune_distribution,
+            scale=self._lookup_scale,
+            statistics=self._noise_statistics if self._next_step_is_logged() else None,
+        )
+
+    def _num_passes(self) -> int:
+        """Passes over each micro-batch: FreeLB's in a step that has noise, else one."""
+        return self.args.neftune_adversarial_steps if self._alpha(self.state.global_step) else 1
+
+    def _noise_of_pass(self, micro: MicroBatch, first_ordinal: int, number: int) -> NEFTuneNoise | Perturbation | None:
+        """NEFTune's noise; under FreeLB the first pass draws it, and each later one moves it up the loss."""
+        passes = self._num_passes()
+        if passes == 1:
+            return self._noise(micro, first_ordinal)
+        if number == 0:
+            noise, step_size = self._noise(micro, first_ordinal), self.args.neftune_adversarial_step_size
+            assert step_size is not None, "QLoRANeftConfig requires it with more than one pass"
+            self._perturbation = None if noise is None else Perturbation(noise, step_size)
+        elif self._perturbation is not None:
+            self._perturbation.ascend()
+            if number == passes - 1 and self._next_step_is_logged():
+                self._adversarial_norms += self._perturbation.norms()
+        return self._perturbation
+
+    def _embedding(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model).get_input_embeddings()
+
+    @cached_property
+    def _lookup_scale(self) -> float:
+        return lookup_scale(self._embedding())
+
+    def _next_step_is_logged(self) -> bool:
+        """Whether norms are worth measuring: they are logged for the steps whose loss is."""
+        every = max(int(self.state.logging_steps or 1), 1)
+        return (self.state.global_step + 1) % every == 0 or self.state.global_step == 0
+
+    def _noise_log(self) -> dict[str, float]:
+        """What the log says of the noise measured since the last call."""
+        means, self._noise_statistics = self._noise_statistics.means(), NoiseStatistics()
+        norms, self._adversarial_norms = self._adversarial_norms, []
+        if means is None:
+            return {}
+        alpha = self._alpha(self.state.global_step - 1)  # of the step just taken
+        return {
+            "neftune_alpha": alpha,
+            "neftune_expected_norm": expected_norm(alpha, self.args.neftune_distribution),
+            "neftune_norm": means[0],
+            "neftune_noise_to_embedding": means[1],
+            **({"neftune_adversarial_norm": torch.stack(norms).mean().item()} if norms else {}),
+        }
+
+    # ---- Out of memory ----
+
+    def _shrink(self, micro: MicroBatch, model: nn.Module, error: RuntimeError, *, is_last: bool, splits: bool) -> None:
+        """Halve the micro-batches and drop the gradients of the step, so that it can be taken again.
+
+        Raises:
+            RunFailed: If one sequence does not fit, or ranks that wait for each other cannot take the step again.
+        """
+        rows, tokens = micro.inputs["input_ids"].shape  # (B, T)
+        rows = rows if micro.spans is None else max(len(micro.spans), 1)  # flattened rows are one row of the tensor
+        if rows <= 1 or not splits or (is_last and self.args.world_size > 1):
+            raise RunFailed(too_large(tokens, rows, str(error))) from None
+        self.split = self.split.half_of(rows, micro.inputs["input_ids"].numel())
+        self.say(
+            f"step {self.state.global_step + 1}: out of memory with {rows} sequences; going on with {self.split}. The "
+            "step is taken again; effective batch, noise and loss are the same"
+        )
+        model.zero_grad(set_to_none=True)
+        error.__traceback__ = None  # its frames hold the activations
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # ---- Not finite ----
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Compute the gradient norm; a step whose loss or gradient is not finite loses its gradient and is skipped.
+
+        Under fp16 a gradient that overflows is left to the scaler as long as the loss is finite: it skips the step by
+        itself and lowers its scale.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         if self._loss_is_finite and (self.args.fp16 or math.isfinite(float(norm))):
@@ -75,139 +277,10 @@ class FiniteStepsTrainer(CheckpointedTrainer):
             "train.learning_rate, or set machine.precision=fp32."
         )
 
-    def rows_of_step(self, step: int) -> list[Any]:
-        """The rows of the source that a step takes, where that is known; nothing is known here."""
-        return []
-
-
-@dataclass(frozen=True)
-class Split:
-    """Largest micro-batches.
-
-    Attributes:
-        rows: Sequences.
-        tokens: Tokens, padding counted; None for no such limit.
-        is_smaller: Whether it is not what the run began with.
-    """
-
-    rows: int
-    tokens: int | None = None
-    is_smaller: bool = False
-
-    def __iter__(self) -> Iterator[int | None]:
-        return iter((self.rows, self.tokens))
-
-    def __str__(self) -> str:
-        tokens = "" if self.tokens is None else f" and {self.tokens} tokens"
-        return f"micro-batches of at most {self.rows} {'sequence' if self.rows == 1 else 'sequences'}{tokens}"
-
-    def at_most(self, rows: int, tokens: int | None) -> Split:
-        """The smaller of two, each way."""
-        limits = [limit for limit in (self.tokens, tokens) if limit is not None]
-        return Split(min(self.rows, rows), min(limits) if limits else None, is_smaller=True)
-
-
-def smaller(split: Split, rows: int, tokens: int) -> Split:
-    """Half of what did not fit.
-
-    Args:
-        split: The limits so far.
-        rows: Sequences of the micro-batch that did not fit, more than one.
-        tokens: Its tokens, padding counted.
-    """
-    return split.at_most(rows // 2, None if split.tokens is None else max(tokens // 2, 1))
-
-
-def too_large(tokens: int, rows: int, error: str) -> str:
-    """What to say when nothing smaller is left to try."""
-    what = f"one sequence of {tokens} tokens" if rows <= 1 else f"a micro-batch of {rows} sequences"
-    detail = error.strip().splitlines()[0] if error.strip() else "out of memory"
-    return (
-        f"out of memory: {what} does not fit on this device ({detail}). In this order: "
-        "machine.activation_checkpointing=true, a lower data.max_length, optim paged_adamw_8bit, a lower lora.r, a "
-        "smaller base. What was learned so far is in the newest checkpoint; machine settings may change on a resume."
-    )
-
-
-def check_labels(step: StepBatch, tokenizer: Any) -> None:
-    """See that a step trains something, and that its end tokens are not masked as padding.
-
-    A collator that masks every pad token (transformers' ``DataCollatorForLanguageModeling``) masks the end token as
-    well where the two are one; a model so trained never stops.
-
-    Args:
-        step: The first step, collated.
-        tokenizer: With ``pad_token_id`` and ``eos_token_id``.
-
-    Raises:
-        UserInputError: If there is no label at all, or pad is the end token and no end token has a label.
-    """
-    if step.num_trained_tokens() == 0:
-        raise UserInputError(
-            "train_dataset: the first optimizer step has no label, so nothing would be learned. Look at the labels: "
-            "all are -100, or every response lies behind max_length."
-        )
-    end = getattr(tokenizer, "eos_token_id", None)
-    if end is None or getattr(tokenizer, "pad_token_id", None) != end:
-        return
-    if any(_ends(micro.inputs, end) for micro in step) and not any(_trained_ends(m.inputs, end) for m in step):
-        raise UserInputError(
-            "data_collator: pad token and end token are one, and the collator masks both: the model would never learn "
-            "to stop. Give the tokenizer another pad token, or leave data_collator to the trainer."
-        )
-
-
-def _ends(inputs: dict[str, Any], end: int) -> int:
-    """End tokens that are no padding, the first token of a row left aside: it may be a begin token as well."""
-    found = inputs["input_ids"].eq(end)
-    if inputs.get("attention_mask") is not None and inputs["attention_mask"].shape == found.shape:
-        found = found & inputs["attention_mask"].bool()
-    return int(found[..., 1:].sum())
-
-
-def _trained_ends(inputs: dict[str, Any], end: int) -> int:
-    labels = inputs["labels"]
-    return int((labels.eq(end) & labels.ne(IGNORE_INDEX))[..., 1:].sum())
-
-
-class StepGivenUp(Exception):
-    """The step under way was left, its gradients with it; everything before it stands."""
-
-
-@contextmanager
-def ungathered(accelerator: Any) -> Iterator[None]:
-    """Let this one object's ``gather_for_metrics`` return what it is given, for the time of a block.
-
-    Can go when TRL's `SFTTrainer.compute_loss` gathers what it counts once a step.
-    """
-    accelerator.gather_for_metrics = lambda values, *_, **__: values  # in front of the class's own
-    try:
-        yield
-    finally:
-        del accelerator.gather_for_metrics
-
-
-class StepTrainer(FiniteStepsTrainer):
-    """One dataloader batch is one optimizer step; `training_step` splits it into micro-batches.
-
-    Attributes:
-        split: Largest micro-batches so far found to fit.
-        tokens_seen, trained_tokens_seen: Real tokens, and those with a label, on this rank.
-        train_seconds: Spent in training so far, sessions before this one included.
-        stop: Asked between micro-batches whether to give a step up.
-    """
-
-    split: Split
-    tokens_seen = trained_tokens_seen = 0
-    train_seconds = 0.0
-    stop: StopRequest | None = None
-    _began = 0.0
-    _steps: StepSampler | None = None
-
-    # ---- The steps ----
+    # ---- Its rows ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """A dataloader whose batches are whole optimizer steps, as `StepBatch`."""
+        """Return a dataloader whose batches are whole optimizer steps, as `StepBatch`."""
         plain = self.data_collator
         self.data_collator = StepCollator(plain, self.split.rows, self.split.tokens, self.padding_free)
         try:
@@ -221,10 +294,12 @@ class StepTrainer(FiniteStepsTrainer):
             return None
         dataset, collator, args = self.train_dataset, self.data_collator, self.args
         if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="Training")
+            dataset = cast(Any, self._remove_unused_columns(dataset, description="Training"))
         else:
             collator = self._get_collator_with_removed_columns(collator, description="Training")
-        order = step_order(self._get_train_sampler(dataset), dataset, args)
+        sampler = self._get_train_sampler(dataset)
+        assert sampler is not None, "upstream samples every dataset that has a length"
+        order = step_order(sampler, dataset, args)
         ranks = args.world_size
         rows = args.effective_batch_size or self._train_batch_size * ranks
         self._steps = StepSampler(
@@ -237,143 +312,12 @@ class StepTrainer(FiniteStepsTrainer):
         return self.state.global_step // max(len(self._steps or ()), 1)
 
     def rows_of_step(self, step: int) -> list[Any]:
-        """The rows of the source that a step takes, by number where the dataset has them (``row``), else by index."""
+        """Rows that a step takes: the dataset's ``row`` numbers where it has them, else indices; empty if unknown."""
         if self._steps is None:
             return []
         indices = self._steps.rows_of(*divmod(step, max(len(self._steps), 1)))
         has_numbers = "row" in getattr(self.train_dataset, "column_names", ())
         return [self.train_dataset[i]["row"] if has_numbers else i for i in indices]
-
-    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward through the micro-batches of one optimizer step; returns the step's loss."""
-        step = inputs if isinstance(inputs, StepBatch) else StepBatch.of(inputs)
-        if self.tokens_seen == 0:
-            check_labels(step, self.processing_class)
-        step = step.split_again(*self.split) if self.split.is_smaller else step
-        loss = self._taken(model, step, num_items_in_batch)
-        while loss is None:  # out of memory
-            step = step.split_again(*self.split)
-            loss = self._taken(model, step, num_items_in_batch)
-        self.tokens_seen += step.num_tokens()
-        self.trained_tokens_seen += step.num_trained_tokens()
-        self._loss_is_finite = math.isfinite(loss.item())
-        return loss
-
-    def _taken(self, model: torch.nn.Module, step: StepBatch, num_items: Any) -> Tensor | None:
-        """The loss of a step, or None if it did not fit: then nothing of it is left, and `split` is smaller."""
-        if self.aux_loss_enabled:
-            self.current_gradient_accumulation_steps = len(step)  # upstream averages a router loss over these
-        offset, loss = self._first_ordinal(step), torch.zeros((), device=self.args.device)
-        passes = self.passes()
-        num_items = num_items if passes == 1 else num_items * passes
-        for index, micro in enumerate(step):
-            if self.stop and self.stop.overdue() and self.args.world_size == 1:
-                raise StepGivenUp
-            last = index == len(step) - 1
-            try:
-                for number in range(passes):
-                    synced = self._gradient_sync(model, last=last and number == passes - 1)
-                    with synced, self.randomness(micro, offset, index, number):
-                        loss = loss + super().training_step(model, dict(micro.inputs), num_items)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
-                if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self._shrink(micro, model, error, last=last, splits=step.collator is not None)
-                return None
-        return loss
-
-    def compute_loss(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """As upstream; what TRL counts beside the loss while training (entropy, accuracy, tokens) is this rank's own.
-
-        TRL gathers it in every micro-batch, and ranks split a step into different numbers of them: they would wait
-        for each other forever.
-        """
-        with ungathered(self.accelerator) if model.training and self.args.world_size > 1 else nullcontext():
-            return super().compute_loss(model, *args, **kwargs)
-
-    def _shrink(
-        self, micro: MicroBatch, model: torch.nn.Module, error: RuntimeError, *, last: bool, splits: bool
-    ) -> None:
-        """Go on with micro-batches of half the size.
-
-        Raises:
-            RunFailed: If one sequence does not fit, or ranks that wait for each other cannot take the step again.
-        """
-        rows, tokens = micro.inputs["input_ids"].shape
-        rows = rows if micro.spans is None else max(len(micro.spans), 1)  # flattened rows are one
-        if rows <= 1 or not splits or (last and self.args.world_size > 1):
-            raise RunFailed(too_large(tokens, rows, str(error))) from None
-        self.split = smaller(self.split, rows, micro.inputs["input_ids"].numel())
-        self.say(
-            f"step {self.state.global_step + 1}: out of memory with {rows} sequences; going on with {self.split}. The "
-            "step is taken again; effective batch, noise and loss are the same"
-        )
-        model.zero_grad(set_to_none=True)
-        error.__traceback__ = None  # it holds the activations
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def _gradient_sync(self, model: torch.nn.Module, *, last: bool) -> AbstractContextManager:
-        return nullcontext() if last else self.accelerator.no_sync(model)
-
-    def passes(self) -> int:
-        """Forward and backward passes over each micro-batch of the step under way; their mean is its gradient."""
-        return 1
-
-    @contextmanager
-    def randomness(self, micro: MicroBatch, offset: int, index: int, number: int) -> Iterator[None]:
-        """All that is random in a pass over a micro-batch; nothing of our own here."""
-        yield
-
-    def _first_ordinal(self, step: StepBatch) -> int:
-        """Sequences of this step on lower ranks: ordinals count through the step as one process would."""
-        if self.args.world_size == 1:
-            return 0
-        count = torch.tensor([step.num_sequences()], device=self.args.device)
-        return int(self.accelerator.gather(count)[: self.args.process_index].sum())
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """Trained tokens of the whole step, over all micro-batches and ranks: what every loss is divided by."""
-        if not all(isinstance(batch, StepBatch) for batch in batch_samples):
-            return super()._get_num_items_in_batch(batch_samples, device)
-        count = torch.tensor(sum(step.num_trained_tokens() for step in batch_samples), device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count).sum()
-        return count
-
-    # ---- Interruption and resume ----
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as upstream does; global random streams are the same before and after."""
-        self._began = time.monotonic()
-        with preserved_rng():
-            try:
-                return super().train(*args, **kwargs)
-            except StepGivenUp:
-                self.model.zero_grad(set_to_none=True)
-                self._save_checkpoint(self.model, None)
-                return None
-            finally:
-                self.train_seconds += time.monotonic() - self._began
-
-    def progress(self) -> dict[str, Any]:
-        """Tokens seen, bad steps, and the split that fits."""
-        return {
-            "train_seconds": self.train_seconds + time.monotonic() - self._began,
-            "tokens_seen": self.tokens_seen,
-            "trained_tokens_seen": self.trained_tokens_seen,
-            "bad_steps": self.bad_steps,
-            "bad_in_a_row": self._bad_in_a_row,
-            "split": list(self.split) if self.split.is_smaller else None,
-        }
-
-    def restore_progress(self, progress: dict[str, Any]) -> None:
-        """Go on counting; a split found by running out of memory is kept unless this run's is smaller still."""
-        self.train_seconds = progress["train_seconds"]
-        self.tokens_seen, self.trained_tokens_seen = progress["tokens_seen"], progress["trained_tokens_seen"]
-        self.bad_steps, self._bad_in_a_row = progress["bad_steps"], progress["bad_in_a_row"]
-        if progress["split"]:
-            self.split = self.split.at_most(*progress["split"])
 
     # ---- Upstream bookkeeping that reads a batch ----
 
@@ -388,42 +332,18 @@ class StepTrainer(FiniteStepsTrainer):
             super()._track_num_input_tokens(batch)
 
 
-class MemoryProbe(TrainerCallback):
-    """Reads the peak after the first step of a session; where it is too near the limit, micro-batches are halved once.
+@contextmanager
+def _ungathered(accelerator: Accelerator) -> Generator[None, None, None]:
+    """Let this one object's ``gather_for_metrics`` return what it is given, inside the block.
 
-    The effective batch, the noise and the loss stay as they are.
-
-    Args:
-        trainer: Whose ``split`` it may change; its ``say`` is told.
-        total: Bytes of the card.
-        estimate: Bytes the planner expected, None if it was not asked.
-        read_peak: Gives the peak so far, in bytes.
+    Can go when TRL's `SFTTrainer.compute_loss` gathers its metrics once a step.
     """
 
-    def __init__(self, trainer: Any, total: int, estimate: int | None, read_peak: Callable[[], int]) -> None:
-        self.trainer, self.total, self.estimate, self.read_peak = trainer, total, estimate, read_peak
-        self.measured: int | None = None
+    def returned(input_data: Any, use_gather_object: bool = False) -> Any:
+        return input_data
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Read back, once."""
-        if self.measured is not None:
-            return
-        self.measured = self.read_peak()
-        expected = "" if self.estimate is None else f", {self.estimate / GIB:.2f} GiB expected"
-        self.trainer.say(f"memory: {self.measured / GIB:.2f} GiB after the first step{expected}")
-        split = self.trainer.split
-        if self.measured > USABLE * self.total and split.rows > 1:
-            self.trainer.split = smaller(split, split.rows, split.tokens or 0)
-            self.trainer.say(
-                f"memory: too near the limit of {self.total / GIB:.2f} GiB; going on with {self.trainer.split}"
-            )
-
-
-def cuda_probe(trainer: Any, estimate: int | None) -> MemoryProbe | None:
-    """A probe of the trainer's GPU, None on a CPU."""
-    device = trainer.args.device
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    total = torch.cuda.get_device_properties(device).total_memory
-    return MemoryProbe(trainer, total, estimate, lambda: torch.cuda.max_memory_reserved(device))
+    accelerator.gather_for_metrics = returned  # shadows the class's own
+    try:
+        yield
+    finally:
+        del accelerator.gather_for_metrics

@@ -1,134 +1,53 @@
-"""QLoRANeftTrainer: TRL's `SFTTrainer` on a 4-bit NF4 base, with NEFTune as published.
+"""`QLoRANeftTrainer`: TRL's `SFTTrainer` on a 4-bit NF4 base, with NEFTune as published.
 
-One dataloader batch is one optimizer step; `training_step` splits it into micro-batches. Everything that can
-be left to upstream is: data preparation, the fused head, the loop, the optimizer.
+How the model is built and what is evaluated, logged and saved is here; the optimizer step is in `.step_trainer`,
+checkpoints and resuming in `.checkpointed_trainer`. Everything that can be left to upstream is: data preparation, the
+fused head, the loop, the optimizer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback, set_seed
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..base.config import load_tokenizer
 from ..base.lora import add_adapters, count_parameters, default_lora_config
 from ..base.nf4 import keep_nf4_layout, load_nf4_base
-from ..noise.freelb import Perturbation
-from ..noise.neftune import NEFTuneNoise, NoiseStatistics, alpha_at, expected_norm, lookup_scale, noisy_embeddings
-from ..noise.streams import keyed_rng, stream_key
+from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import save_adapter
-from ..steps.batch import MicroBatch
-from ..steps.sequences import find_sequences
+from ..steps.losses import TokenMean, mean_token_loss
+from ..steps.sequences import IGNORE_INDEX
 from .config import QLoRANeftConfig
-from .step_trainer import Split, StepTrainer
-
-
-def own_arguments(args: Any) -> QLoRANeftConfig:
-    """A copy of the caller's arguments, or the defaults; refuses a plain `SFTConfig`, which has decided on bf16."""
-    if args is None:
-        return QLoRANeftConfig()
-    if not isinstance(args, QLoRANeftConfig):
-        raise TypeError(
-            f"args: must be a QLoRANeftConfig, got {type(args).__name__}. It takes every argument of SFTConfig, and "
-            "decides bf16 or fp16 by what the device can do."
-        )
-    if args.auto_find_batch_size:
-        raise ValueError(
-            "auto_find_batch_size: would change the optimizer step. Set per_device_train_batch_size lower."
-        )
-    return copy.copy(args)  # the caller's object stays as it is
-
-
-def step_arguments(args: QLoRANeftConfig) -> QLoRANeftConfig:
-    """A copy in which one dataloader batch is one optimizer step; the trainer splits it itself."""
-    step = copy.copy(args)
-    step.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    step.gradient_accumulation_steps = 1
-    if step.n_gpu > 1:
-        step._n_gpu = 1  # as transformers does: the base is on one device, and other visible GPUs are left alone
-    return step
-
-
-def check_packing(args: QLoRANeftConfig) -> None:
-    """Refuse noise on packed rows that carry no boundaries."""
-    if args.packing and args.packing_strategy == "wrapped" and args.noise_is_on:
-        raise ValueError(
-            "packing_strategy: 'wrapped' keeps no sequence boundaries, so that NEFTune's L is unknown. Use 'bfd', or "
-            "neftune_noise_alpha=None."
-        )
-
-
-def load_base(name_or_path: str, args: QLoRANeftConfig, quantization_config: Any) -> PreTrainedModel:
-    """The frozen base, on this rank's device, with the caller's ``model_init_kwargs``."""
-    kwargs = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
-    args.model_init_kwargs = None  # spent here: upstream would warn that a ready model ignores them
-    return load_nf4_base(
-        name_or_path,
-        device=args.device,  # of this rank
-        compute_dtype=args.compute_dtype,
-        quantization_config=quantization_config,
-        **kwargs,
-    )
-
-
-def tokenizer_of(name_or_path: str, args: QLoRANeftConfig) -> Any:
-    """The model's own tokenizer, with the caller's end token if one was given."""
-    revision = (args.model_init_kwargs or {}).get("revision", "main")
-    own = {} if args.eos_token is None else {"eos_token": args.eos_token}
-    return load_tokenizer(name_or_path, revision=revision, trust_remote_code=args.trust_remote_code, **own)
-
-
-def quantized_trainable(model: Any) -> dict[str, Tensor]:
-    """Copies of a quantized model's trainable weights, which TRL is about to round; empty for other models."""
-    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
-        return {}
-    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
-
-
-def with_adapters(model: Any, peft_config: LoraConfig | None, seed: int) -> Any:
-    """Add LoRA, its initialization drawn from the seed alone."""
-    if isinstance(model, PeftModel):
-        if peft_config is not None:
-            raise ValueError("peft_config: the model already has adapters. Pass one or the other.")
-        return model
-    if peft_config is None and not getattr(model, "is_loaded_in_4bit", False):
-        return model  # a ready, unquantized model trains in full, as in SFTTrainer
-    set_seed(seed)
-    return add_adapters(model, peft_config or default_lora_config(count_parameters(model)))
-
-
-class CheckpointSomeBlocks(TrainerCallback):
-    """Keep activation checkpointing on for the first ``num_blocks`` decoder blocks only.
-
-    Args:
-        num_blocks: Blocks that recompute their activations in the backward pass, at least 1.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        """Upstream has just switched it on for every block."""
-        blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for block in blocks[self.num_blocks :]:
-            block.gradient_checkpointing = False
-
+from .memory import Split
+from .step_trainer import StepTrainer
 
 __all__ = ["QLoRANeftConfig", "QLoRANeftTrainer"]
+
+COLLATED = ("input_ids", "labels", "seq_lengths")  # columns that TRL's collator reads
 
 
 class QLoRANeftTrainer(StepTrainer):
     """Fine-tune a frozen NF4 base through LoRA adapters, with NEFTune noise on its input embeddings.
 
-    Given a model id or directory it loads the base in NF4 with double quantization and adds LoRA on all linear
+    Given a model id or directory, it loads the base in NF4 with double quantization and adds LoRA to all linear
     layers. ``quantization_config``, ``peft_config`` or a ready model override that, as in `SFTTrainer`.
 
     Args:
@@ -154,24 +73,24 @@ class QLoRANeftTrainer(StepTrainer):
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         *,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        args = own_arguments(args)
-        check_packing(args)
+        args = _own_arguments(args)
+        _check_packing(args)
         if isinstance(model, (str, Path)):
-            processing_class = processing_class or tokenizer_of(str(model), args)
-            model = load_base(str(model), args, quantization_config)
+            processing_class = processing_class or _tokenizer_of(str(model), args)
+            model = _load_base(str(model), args, quantization_config)
         keep_nf4_layout(model)
-        self.split = Split(args.micro_batch_size or args.per_device_train_batch_size, args.max_tokens_per_micro_batch)
-        model = with_adapters(model, peft_config, args.seed)
-        initial = quantized_trainable(model)
+        model = _with_adapters(model, peft_config, args.seed)
+        initial = _quantized_trainable(model)
         super().__init__(
+            split=Split(args.micro_batch_size or args.per_device_train_batch_size, args.max_tokens_per_micro_batch),
             model=model,
-            args=step_arguments(args),
+            args=_step_arguments(args),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -179,116 +98,216 @@ class QLoRANeftTrainer(StepTrainer):
             **kwargs,
         )
         self._restore_trainable(initial)
-        self.neftune_noise_alpha = None  # upstream's own hook stays off: it scales by the padded width
-        self.loss_is_scaled_for_ga = True  # every micro-batch is divided by the tokens of the whole step
-        self._lookup_scale = lookup_scale(self._embedding())
-        self._noise_statistics = NoiseStatistics()
-        self._perturbation: Perturbation | None = None
-        self._adversarial_norms: list[Tensor] = []
-        self._next_clean_loss = 0
+        self._eval_loss: TokenMean | None = None  # of the evaluation under way
+        self._clean_loss_due = CleanLossDue(args.clean_loss_steps)
+        self.add_callback(self._clean_loss_due)
         if args.checkpointed_blocks:
             self.add_callback(CheckpointSomeBlocks(args.checkpointed_blocks))
 
     def _restore_trainable(self, initial: dict[str, Tensor]) -> None:
         """Undo TRL's cast of a quantized model's adapters to bf16: fp32 values from before it, not rounded ones.
 
-        The cast breaks fp16's gradient scaler and crawls on CPUs (huggingface/trl#4901, #7268). It can go when
+        The cast breaks fp16's gradient scaler and crawls on CPUs (huggingface/trl#4901, #7268). Can go when
         `SFTTrainer` leaves the adapters' dtype alone.
         """
         for name, param in self.model.named_parameters():
             if name in initial:
                 param.data = initial[name].to(param.device, torch.float32)
 
-    def _embedding(self) -> torch.nn.Module:
-        return self.accelerator.unwrap_model(self.model).get_input_embeddings()
+    # ---- Evaluation: it depends on the model and the rows alone, and changes nothing else ----
 
-    # ---- Noise and dropout ----
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as upstream does, without noise; random streams stay where they were."""
+        with preserved_rng():
+            return super().evaluate(*args, **kwargs)
 
-    def passes(self) -> int:
-        """FreeLB's, in steps that have noise; one without."""
-        return self.args.neftune_adversarial_steps if self._alpha(self.state.global_step) else 1
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Run upstream's loop; its loss is averaged over tokens, so that the evaluation batch size cannot change it.
 
-    @contextmanager
-    def randomness(self, micro: MicroBatch, offset: int, index: int, number: int) -> Iterator[None]:
-        """All that is random in a pass, keyed by seed and step: its noise, and its dropout, the same in every pass."""
-        dropout = stream_key("dropout", self.args.seed, self.state.global_step, self.args.process_index, index)
-        noise = self._noise(micro, offset) if self.passes() == 1 else self._climbed(micro, offset, number)
-        with noisy_embeddings(self._embedding(), noise), keyed_rng(dropout, self.args.device):
-            yield
+        Upstream averages batch means, weighted by rows.
+        """
+        self._eval_loss = TokenMean()
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+            if output.metrics is not None and name in output.metrics:
+                output.metrics[name] = self._eval_loss.value(self.accelerator)
+        finally:
+            self._eval_loss = None
+        return output
 
-    def _climbed(self, micro: MicroBatch, offset: int, number: int) -> Perturbation | None:
-        if number == 0:
-            noise = self._noise(micro, offset)
-            self._perturbation = noise and Perturbation(noise, self.args.neftune_adversarial_step_size)
-        elif self._perturbation is not None:
-            self._perturbation.ascend()
-            if number == self.passes() - 1 and self._next_step_is_logged():
-                self._adversarial_norms += self._perturbation.norms()
-        return self._perturbation
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate one batch as upstream does, and count its loss by its trained tokens."""
+        labels = inputs.get("labels")  # (B, T)
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        loss = found[0]
+        if self._eval_loss is not None and labels is not None and loss is not None:
+            self._eval_loss.add(loss, labels[..., 1:].ne(IGNORE_INDEX).sum().to(loss.device))
+        return found
 
-    def _noise(self, micro: MicroBatch, offset: int) -> NEFTuneNoise | None:
-        alpha = self._alpha(self.state.global_step)
-        if alpha == 0 or micro.spans == []:  # a row that only keeps this rank in step
+    def held_out_loss(self) -> float | None:
+        """Return the mean loss per trained token on the evaluation set, without noise and without a log entry."""
+        return self._mean_loss(self.eval_dataset)
+
+    def clean_train_loss(self) -> float | None:
+        """Return the mean loss per trained token on the first rows of the training set: no noise, no dropout.
+
+        Training losses are measured under noise; the paper's effect (its Figure 4) shows only here. None for rows
+        that are not tokenized before they are collated.
+        """
+        num_rows = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else self.args.clean_loss_rows
+        return self._mean_loss(self.train_dataset.take(min(self.args.clean_loss_rows, num_rows)))
+
+    def _mean_loss(self, rows: Iterable[dict[str, Any]]) -> float | None:
+        features = [{key: row[key] for key in COLLATED if key in row} for row in rows]
+        if not features or "input_ids" not in features[0]:
             return None
-        spans = find_sequences(micro.inputs) if micro.spans is None else micro.spans
-        return NEFTuneNoise(
-            spans=[span.shifted(offset) for span in spans],
-            alpha=alpha,
-            seed=self.args.seed,
-            step=self.state.global_step,
-            distribution=self.args.neftune_distribution,
-            scale=self._lookup_scale,
-            statistics=self._noise_statistics if self._next_step_is_logged() else None,
-        )
+        size, device = self.args.per_device_eval_batch_size, self.args.device
+        with preserved_rng(), self.accelerator.autocast():
+            return mean_token_loss(self.model, features, self.data_collator, size, device)
 
-    def _alpha(self, step: int) -> float:
-        args, num_steps = self.args, self.state.max_steps
-        alpha, final_alpha = args.neftune_noise_alpha or 0.0, args.neftune_final_alpha
-        return alpha_at(step, num_steps, alpha, final_alpha, args.neftune_schedule)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `StepTrainer` does."""
-        self._next_clean_loss = 0  # a second call counts its steps from the beginning
-        return super().train(*args, **kwargs)
-
-    # ---- Logging ----
+    # ---- Logging and saving ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the noise's norms and, every ``clean_loss_steps``, the clean train loss."""
         if "loss" in logs:
             logs.update(self._noise_log())
-            logs.update(self._clean_loss_log())
+            if self._clean_loss_due(self.state.global_step) and (loss := self.clean_train_loss()) is not None:
+                logs["clean_loss"] = loss
         super().log(logs, start_time)
-
-    def _noise_log(self) -> dict[str, float]:
-        means, self._noise_statistics = self._noise_statistics.means(), NoiseStatistics()
-        norms, self._adversarial_norms = self._adversarial_norms, []
-        if means is None:
-            return {}
-        alpha = self._alpha(self.state.global_step - 1)  # of the step just taken
-        return {
-            "neftune_alpha": alpha,
-            "neftune_expected_norm": expected_norm(alpha, self.args.neftune_distribution),
-            "neftune_norm": means[0],
-            "neftune_noise_to_embedding": means[1],
-            **({"neftune_adversarial_norm": torch.stack(norms).mean().item()} if norms else {}),
-        }
-
-    def _clean_loss_log(self) -> dict[str, float]:
-        every = self.args.clean_loss_steps
-        if not every or self.state.global_step < self._next_clean_loss:
-            return {}
-        self._next_clean_loss = (self.state.global_step // every + 1) * every
-        loss = self.clean_train_loss()
-        return {} if loss is None else {"clean_loss": loss}
-
-    def _next_step_is_logged(self) -> bool:
-        every = max(int(self.state.logging_steps or 1), 1)
-        return (self.state.global_step + 1) % every == 0 or self.state.global_step == 0
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write the adapter and the tokenizer, and no ``training_args.bin``: its pickle holds the Hub token."""
         if not isinstance(self.model, PeftModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            save_adapter(self.model, self.processing_class, output_dir or self.args.output_dir)
+            save_adapter(self.model, self.processing_class, output_dir or self._output_dir)
+
+
+class CleanLossDue(TrainerCallback):
+    """Whether a log is the first of its session, or the first since a multiple of so many steps.
+
+    Args:
+        every: Optimizer steps; 0 for never.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._next = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin a session."""
+        self._next = 0
+
+    def __call__(self, step: int) -> bool:
+        """Whether the clean loss is due in the log of ``step``; asked once per log."""
+        if not self.every or step < self._next:
+            return False
+        self._next = (step // self.every + 1) * self.every
+        return True
+
+
+class CheckpointSomeBlocks(TrainerCallback):
+    """Keep activation checkpointing on for the first ``num_blocks`` decoder blocks only.
+
+    Args:
+        num_blocks: Blocks that recompute their activations in the backward pass, at least 1.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Switch it off again for the other blocks: upstream has just switched it on for every one."""
+        blocks = [module for module in kwargs["model"].modules() if isinstance(module, GradientCheckpointingLayer)]
+        for block in blocks[self.num_blocks :]:
+            block.gradient_checkpointing = False
+
+
+# ---- What the trainer is built from ----
+
+
+def _own_arguments(args: Any) -> QLoRANeftConfig:
+    """A copy of the caller's arguments, or the defaults; refuses a plain `SFTConfig`, which has decided on bf16."""
+    if args is None:
+        return QLoRANeftConfig()
+    if not isinstance(args, QLoRANeftConfig):
+        raise TypeError(
+            f"args: must be a QLoRANeftConfig, got {type(args).__name__}. It takes every argument of SFTConfig, and "
+            "decides bf16 or fp16 by what the device can do."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size: would change the optimizer step. Set per_device_train_batch_size lower."
+        )
+    return copy.copy(args)  # the caller's object stays as it is
+
+
+def _step_arguments(args: QLoRANeftConfig) -> QLoRANeftConfig:
+    """A copy in which one dataloader batch is one optimizer step; the trainer splits it itself."""
+    step = copy.copy(args)
+    step.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    step.gradient_accumulation_steps = 1
+    if step.n_gpu > 1:
+        step._n_gpu = 1  # as transformers does: the base is on one device, and other visible GPUs are left alone
+    return step
+
+
+def _check_packing(args: QLoRANeftConfig) -> None:
+    """Refuse noise on packed rows that carry no boundaries."""
+    if args.packing and args.packing_strategy == "wrapped" and args.noise_is_on:
+        raise ValueError(
+            "packing_strategy: 'wrapped' keeps no sequence boundaries, so that NEFTune's L is unknown. Use 'bfd', or "
+            "neftune_noise_alpha=None."
+        )
+
+
+def _tokenizer_of(name_or_path: str, args: QLoRANeftConfig) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer, with the caller's end token if one was given."""
+    revision = _model_init_kwargs(args).get("revision", "main")
+    own = {} if args.eos_token is None else {"eos_token": args.eos_token}
+    return load_tokenizer(name_or_path, revision=revision, trust_remote_code=args.trust_remote_code, **own)
+
+
+def _load_base(
+    name_or_path: str, args: QLoRANeftConfig, quantization_config: BitsAndBytesConfig | None
+) -> PreTrainedModel:
+    """The frozen base, on this rank's device, with the caller's ``model_init_kwargs``."""
+    kwargs = {"trust_remote_code": args.trust_remote_code, **_model_init_kwargs(args)}
+    args.model_init_kwargs = None  # spent here: upstream would warn that a ready model ignores them
+    return load_nf4_base(
+        name_or_path,
+        device=args.device,
+        compute_dtype=args.compute_dtype,
+        quantization_config=quantization_config,
+        **kwargs,
+    )
+
+
+def _model_init_kwargs(args: QLoRANeftConfig) -> dict[str, Any]:
+    # Typed as text too, for upstream's command line; SFTConfig.__post_init__ has parsed it.
+    assert not isinstance(args.model_init_kwargs, str)
+    return args.model_init_kwargs or {}
+
+
+def _with_adapters(model: Any, peft_config: LoraConfig | None, seed: int) -> Any:
+    """Add LoRA, its initialization drawn from the seed alone."""
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError("peft_config: the model already has adapters. Pass one or the other.")
+        return model
+    if peft_config is None and not getattr(model, "is_loaded_in_4bit", False):
+        return model  # a ready, unquantized model trains in full, as in SFTTrainer
+    set_seed(seed)
+    return add_adapters(model, peft_config or default_lora_config(count_parameters(model)))
+
+
+def _quantized_trainable(model: Any) -> dict[str, Tensor]:
+    """Copies of a quantized model's trainable weights, which TRL is about to round; empty for other models."""
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return {}
+    return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}

@@ -10,7 +10,7 @@ from datasets import Dataset
 from tiny import adapter_weights, losses, max_difference, mixed_rows, tiny_trainer
 
 from qlora_neft.errors import RunFailed
-from qlora_neft.trainer.step_trainer import Split, smaller
+from qlora_neft.trainer.memory import Split
 
 ROWS = mixed_rows(24, seed=8).add_column("row", [100 + n for n in range(24)])
 RUN = {"max_steps": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
@@ -106,8 +106,8 @@ def test_the_smaller_split_is_kept_for_a_resume(llama, tmp_path):
 
 
 def test_half_of_what_did_not_fit():
-    assert smaller(Split(16), 9, 900) == Split(4, None, is_smaller=True)
-    assert smaller(Split(16, 4096), 9, 900) == Split(4, 450, is_smaller=True)
+    assert Split(16).half_of(9, 900) == Split(4, None, is_smaller=True)
+    assert Split(16, 4096).half_of(9, 900) == Split(4, 450, is_smaller=True)
     assert Split(4, 450).at_most(8, 100) == Split(4, 100, is_smaller=True)
     assert str(Split(1, 450)) == "micro-batches of at most 1 sequence and 450 tokens"
 

@@ -26,7 +26,7 @@ from qlora_neft.fit.choose import USABLE, candidates
 from qlora_neft.fit.geometry import geometry_of, shipped_config
 from qlora_neft.fit.report import picture
 from qlora_neft.runner.build import planned_for, wanted
-from qlora_neft.trainer.step_trainer import MemoryProbe, Split
+from qlora_neft.trainer.memory import MemoryProbe, Split
 
 LLAMA_7B = geometry_of(shipped_config("meta-llama/Llama-2-7b-hf"))
 LLAMA_30B = geometry_of(shipped_config("huggyllama/llama-30b"))

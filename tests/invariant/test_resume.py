@@ -131,9 +131,9 @@ def test_a_step_that_takes_too_long_is_given_up_and_taken_again(llama, tmp_path,
 
     original = trainer.randomness
 
-    def randomness(micro, offset, index, number):
+    def randomness(micro, first_ordinal, index, number):
         say_when(index)
-        return original(micro, offset, index, number)
+        return original(micro, first_ordinal, index, number)
 
     trainer.randomness = randomness
     trainer.train()
