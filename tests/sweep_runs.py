@@ -12,7 +12,8 @@ from pathlib import Path
 from command_line import until
 
 from qlora_neft import load_recipe
-from qlora_neft.compare.plan import plan_sweep, recipe_of
+from qlora_neft.compare.folder import recipe_of
+from qlora_neft.compare.plan import plan_sweep
 from qlora_neft.compare.queue import Outcome
 from qlora_neft.compare.sweep import sweep
 from qlora_neft.errors import RunFailed, RunInterrupted

@@ -52,13 +52,12 @@ def sweep(
 
     Runs of one seed differ in nothing but what is swept. The same command goes on where it was cut off.
     """
-    from ..compare.measures import check_held_out, check_names
-    from ..compare.plan import plan_sweep
+    from ..compare.plan import check_held_out, check_measures, plan_sweep
 
     measures = [word for word in (part.strip() for part in measure.split(",")) if word]
-    check_names(measures)
+    check_measures(measures)
     plan = plan_sweep(name, words, seeds=seeds, combine="list" if as_list else "grid")
-    check_held_out(measures, [run.recipe for run in plan.runs])
+    check_held_out(measures, plan)
     _check_parallel(plan, parallel)
     output_dir = output_dir or Path("-".join(["sweep", Path(name).stem, *(key.split(".")[-1] for key in plan.keys)]))
     from ..compare.show import SweepDisplay, show_plan, show_results

@@ -213,12 +213,12 @@ def overfit(
 
     ROUGE-L and BLEU-4; high scores are answers learned by heart.
     """
-    from ..display.tables import plain_table
-    from ..evaluation.overfit import check_installed
+    from ..evaluation.overlap import check_installed
 
     check_installed()
     with quiet():
-        from ..evaluation.runs import Machine, overfit_of_runs
+        from ..evaluation.overfit import overfit_of_runs, overfit_table
+        from ..evaluation.runs import Machine
         from ..generation.decode import Decoding
 
         found = overfit_of_runs(
@@ -229,12 +229,10 @@ def overfit(
             overrides=changes or (),
             say=say,
         )
-    from ..evaluation.overfit import table, with_answers
-
     if as_json:
-        print_json({name: with_answers(result) if answers else result.to_dict() for name, result in found.items()})
+        print_json({name: result.to_dict(answers=answers) for name, result in found.items()})
     else:
-        typer.echo(plain_table(*table(found)))
+        typer.echo(overfit_table(found).plain())
 
 
 def loss(
@@ -255,19 +253,18 @@ def loss(
 
     Of the base alone and of each adapter, in nats per trained token.
     """
-    from ..display.tables import plain_table
-    from ..evaluation.losses import loss_table, named_sets
+    from ..evaluation.runs import Machine, named_sets
 
     sets = named_sets(data or [])
     with quiet():
-        from ..evaluation.runs import Machine, losses_of_runs
+        from ..evaluation.losses import loss_table, losses_of_runs
 
         machine = Machine(device, precision, base, batch_size)
         found = losses_of_runs(sources, sets, rows=rows, machine=machine, overrides=changes or (), say=say)
     if as_json:
         print_json({"sets": found})
     else:
-        typer.echo(plain_table(*loss_table(found, sources)))
+        typer.echo(loss_table(found, sources).plain())
 
 
 PAPER_ROWS = 5200  # the paper's sample of Alpaca

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserInputError
 from ..files import read_record_if_there
-from . import records as shapes
 
 SWEEP_FILE, MEASURES_FILE, ANSWERS_FILE = "sweep.json", "measures.json", "answers.json"
 
@@ -77,15 +76,15 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     Raises:
         UserInputError: If it holds none, or a file of it is damaged.
     """
-    about = _record(folder / "run.json", shapes.About) or {}
-    summary = _record(folder / "summary.json", shapes.Summary)
+    about = _record(folder / "run.json", About) or {}
+    summary = _record(folder / "summary.json", Summary)
     recipe = about.get("recipe") or read_record_if_there(folder / "recipe.yaml") or (summary or {}).get("recipe")
     if not isinstance(recipe, dict) or "train" not in recipe:
         raise UserInputError(
             f"{folder}: holds no run (run.json, recipe.yaml or summary.json). Give the --output-dir of train or sweep."
         )
-    shapes.checked(recipe, shapes.Recipe, folder, "The recipe in its records is none. Leave this run out.")
-    answers = _record(folder / ANSWERS_FILE, shapes.Answers) or {}
+    checked(recipe, Recipe, folder, "The recipe in its records is none. Leave this run out.")
+    answers = _record(folder / ANSWERS_FILE, Answers) or {}
     return RunRecord(
         name=name or folder.resolve().name,
         folder=folder,
@@ -93,7 +92,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         about=about,
         summary=summary,
         metrics=_lines(folder / "metrics.jsonl"),
-        measures=_record(folder / MEASURES_FILE, shapes.Measures) or {},
+        measures=_record(folder / MEASURES_FILE, Measures) or {},
         answers=list(answers.get("answers", [])),
     )
 
@@ -116,12 +115,12 @@ def find_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 def read_sweep(folder: Path) -> dict[str, Any] | None:
     """``sweep.json``, None without one."""
-    return _record(folder / SWEEP_FILE, shapes.Sweep)
+    return _record(folder / SWEEP_FILE, Sweep)
 
 
 def _record(path: Path, shape: type) -> dict[str, Any] | None:
     remedy = "Remove it to measure again." if path.name in (MEASURES_FILE, ANSWERS_FILE) else "Leave this folder out."
-    return shapes.checked(read_record_if_there(path, remedy), shape, path, remedy)
+    return checked(read_record_if_there(path, remedy), shape, path, remedy)
 
 
 def _runs_of(folder: Path) -> list[Path]:

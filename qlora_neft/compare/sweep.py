@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,21 +12,21 @@ from ..errors import RunFailed, RunInterrupted
 from ..run_folder.lock import run_lock
 from ..runner.run import run
 from .arms import name_of
-from .measures import missing
-from .plan import PlannedRun, SweepPlan, open_sweep
+from .folder import is_begun, is_done, is_trained, open_sweep
+from .plan import PlannedRun, SweepPlan
 from .queue import Outcome, Runner, run_queue
 from .records import read_run
 from .show import MARKDOWN_FILE, write_results
 
 
 class Display(Protocol):
-    """Who is told how a sweep goes."""
+    """Shows how a sweep goes."""
 
-    def say(self, line: str) -> None:
-        """A line that stays."""
+    def say(self, line: str, /) -> None:
+        """Show a line that stays."""
 
-    def progress(self, name: str, line: str) -> None:
-        """What a run printed last; from another thread."""
+    def progress(self, name: str, line: str, /) -> None:
+        """Show what a run printed last; called from another thread."""
 
 
 def sweep(
@@ -39,19 +39,19 @@ def sweep(
     parallel: int = 1,
     command: str = "the same command",
 ) -> dict[str, Any]:
-    """Train every run of a plan that is not finished, and write down what came of all of them.
+    """Train every run of a plan that is not finished, and write down the results of all of them.
 
     Writes into ``output_dir``: ``sweep.json`` (the plan), ``recipes/``, ``logs/``, a folder for each run, and
-    ``results.json``, ``sweep.md`` and ``sweep.png`` from what is finished, also where the sweep itself is not.
+    ``results.json``, ``sweep.md`` and ``sweep.png`` from the runs that are finished, even if others are not.
 
     Args:
         plan: From `plan_sweep`.
         output_dir: A new or empty folder, or this sweep's.
         runner: Trains a run and measures it.
-        display: Told how it goes.
+        display: Shows how it goes.
         measures: Names of what ``runner`` measures after training.
         parallel: Runs at a time.
-        command: To go on with.
+        command: The command with which to continue.
 
     Returns:
         The content of ``results.json``.
@@ -73,22 +73,17 @@ def sweep(
     finished = sum(is_done(output_dir / name, measures) for name in names)
     state = f"{finished} of {len(names)} runs are finished; results so far: {output_dir / MARKDOWN_FILE}"
     if signal is not None and finished < len(names):
-        raise RunInterrupted(signal, f"{state}. To go on from the checkpoints:\n  {command}")
+        raise RunInterrupted(signal, f"{state}. To continue from the checkpoints:\n  {command}")
     failed = [outcome for outcome in outcomes if outcome.code]
     if failed:
         lines = [f"  {outcome.name}: {outcome.reason}" for outcome in failed]
-        raise RunFailed("\n".join([f"{state}. Failed:", *lines, "When mended, to go on:", f"  {command}"]))
+        raise RunFailed("\n".join([f"{state}. Failed:", *lines, "Once fixed, to continue:", f"  {command}"]))
     return results
 
 
-def is_done(folder: Path, measures: Sequence[str] = ()) -> bool:
-    """Whether a run is trained, and measured in all that is asked for."""
-    return (folder / "summary.json").exists() and not missing(folder, measures)
-
-
 @contextmanager
-def _held(output_dir: Path) -> Iterator[None]:
-    """The folder for this sweep alone; one made for a sweep that was refused goes again."""
+def _held(output_dir: Path) -> Generator[None, None, None]:
+    """Hold the folder for this sweep alone; remove it again if it was made for a sweep that was refused."""
     is_new = not output_dir.exists()
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -124,9 +119,9 @@ def _train(
 
 
 def _verb(folder: Path) -> str:
-    if (folder / "summary.json").exists():
+    if is_trained(folder):
         return "measures"
-    return "goes on" if (folder / "run.json").exists() else "begins"
+    return "goes on" if is_begun(folder) else "begins"
 
 
 def _result(output_dir: Path, outcome: Outcome) -> str:
@@ -138,27 +133,31 @@ def _result(output_dir: Path, outcome: Outcome) -> str:
     return ", ".join([f"done in {outcome.seconds:.0f} s", *losses])
 
 
+# ---- Dry run ----
+
+
 def check_runs(plan: SweepPlan, output_dir: Path) -> dict[str, Any]:
-    """Check the runs and count their tokens; nothing is written. Runs that differ in noise or seed are looked at once.
+    """Check the runs and count their tokens; nothing is written. Runs that differ in noise or seed are checked once.
 
     Returns:
-        ``runs`` (``name``, ``steps``, ``tokens``, ``state``) and ``tokens``, of those that are not finished.
+        ``runs`` (``name``, ``steps``, ``tokens``, ``state``) and ``tokens``, the sum over the runs not finished.
 
     Raises:
         UserInputError: If one of them would be refused.
     """
     open_sweep(plan, output_dir, write=False)
-    known: dict[str, dict[str, Any]] = {}
+    checked: dict[str, dict[str, Any]] = {}
     rows = []
     for planned in plan.runs:
-        key = _looked_at(planned)
-        if key not in known:
-            known[key] = run(planned.recipe, output_dir / planned.name, dry_run=True, quiet=True)
-        rows.append({"name": planned.name, "state": _state(output_dir / planned.name), **_size(planned, known[key])})
+        key = _key(planned)
+        if key not in checked:
+            checked[key] = run(planned.recipe, output_dir / planned.name, dry_run=True, quiet=True)
+        rows.append({"name": planned.name, "state": _state(output_dir / planned.name), **_size(planned, checked[key])})
     return {"runs": rows, "tokens": sum(row["tokens"] for row in rows if row["state"] != "finished")}
 
 
-def _looked_at(planned: PlannedRun) -> str:
+def _key(planned: PlannedRun) -> str:
+    """Everything in a run's recipe that its steps and tokens depend on."""
     recipe = planned.recipe.to_dict()
     recipe["train"] = {**recipe["train"], "seed": None}
     recipe["machine"] = {**recipe["machine"], "mirror_dir": None}
@@ -166,7 +165,7 @@ def _looked_at(planned: PlannedRun) -> str:
 
 
 def _size(planned: PlannedRun, facts: dict[str, Any]) -> dict[str, int]:
-    """Optimizer steps, and an estimate of the tokens in them: the mean of the data."""
+    """Optimizer steps, and an estimate of the tokens in them from the mean length of the rows."""
     steps, rows = facts["plan"]["num_steps"], facts["data"]["train"]
     per_row = rows["tokens"] / max(rows["rows"], 1)
     most = rows["tokens"] * planned.recipe.train.num_train_epochs
@@ -174,6 +173,6 @@ def _size(planned: PlannedRun, facts: dict[str, Any]) -> dict[str, int]:
 
 
 def _state(folder: Path) -> str:
-    if (folder / "summary.json").exists():
+    if is_trained(folder):
         return "finished"
-    return "begun" if (folder / "run.json").exists() else ""
+    return "begun" if is_begun(folder) else ""

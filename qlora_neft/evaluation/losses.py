@@ -1,25 +1,29 @@
-"""Losses of a base and its adapter on sets of sequences, without noise or dropout (NEFTune's Figure 4)."""
+"""Losses of runs and their bases on whole sets of sequences, without noise or dropout (NEFTune's Figure 4)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from datasets import Dataset
 from trl.trainer.utils import add_fused_lm_head
 
-from ..adapter.load import Trained
+from ..adapter.load import Trained, load_trained
 from ..base.precision import PrecisionPolicy
-from ..display.tables import short_names
+from ..display.tables import Table, short_names
 from ..errors import UserInputError
-from ..steps.losses import mean_token_loss
-from ..steps.sequences import IGNORE_INDEX
+from ..run_folder.record import keep_measures
+from ..runner.run_data import RECIPE, _other_data, recipe_data
+from ..steps.losses import RowLosses, row_losses
+from .runs import HELD_OUT, TRAIN, Machine, Progress, Say, folders_of, no_progress, progress_of
 
-SLICE = 1024  # sequences held in memory at a time, sorted by length among themselves
+SLICE = 1024  # sequences held in memory at a time; those of similar length share a batch
+
+_MEASURE_NAMES = {TRAIN: "whole_train_loss", HELD_OUT: "held_out_loss"}
 
 
 @dataclass(frozen=True)
@@ -37,49 +41,124 @@ class SetLoss:
     rows: int
 
 
+@dataclass(frozen=True)
+class _Set:
+    name: str
+    rows: Dataset
+    sha256: str
+
+
+def losses_of_runs(
+    sources: Sequence[str],
+    data: Mapping[str, str],
+    *,
+    rows: int = 0,
+    machine: Machine | None = None,
+    overrides: Sequence[str] = (),
+    say: Say = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Measure several runs and their bases, on their own training and held-out rows and on other data.
+
+    Each run keeps its losses on whole sets in ``measures.json``.
+
+    Args:
+        sources: Folders of runs, or adapters of other origin, which have no data of their own.
+        data: Further sets by name: local files or Hub ids, prepared as each run prepares its own.
+        rows: Use only the first N sequences of each set; 0 for all.
+        machine: Where it is computed.
+        overrides: Changes to the recipes, for data that has moved.
+        say: Told how far it is, and what is wrong with further data.
+
+    Returns:
+        For each set ``set``, ``rows``, ``tokens``, ``base_model``, ``base`` and ``adapters``: losses in nats per
+        trained token, those of the adapters by source. Runs with the same rows and base share an entry.
+
+    Raises:
+        UserInputError: If a run or its data cannot be loaded, or a set has no row to learn from.
+    """
+    machine = machine or Machine()
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for folder in folders_of(sources, machine):
+        trained = load_trained(folder, device=machine.device, precision=machine.precision)
+        prepare_for_losses(trained)
+        numbers = {}
+        for one in list(_sets(trained, data, overrides, say)):  # all data is read before anything is measured
+            part = one.rows.select(range(min(rows, len(one.rows)))) if rows else one.rows
+            key = (one.name, one.sha256, folder.base, folder.base_revision)
+            progress = progress_of(say, f"{folder.source}, {one.name}: sequences")
+            if key not in found:
+                with trained.base_alone():
+                    alone = set_loss(trained, part, batch_size=machine.batch_size, progress=progress)
+                about = {"set": one.name, "rows": alone.rows, "tokens": alone.tokens, "base_model": folder.base}
+                found[key] = {**about, "base": alone.loss, "adapters": {}}
+            loss = set_loss(trained, part, batch_size=machine.batch_size, progress=progress).loss
+            found[key]["adapters"][folder.source] = loss
+            numbers[_measure_name(one.name)] = loss
+        if not rows:
+            keep_measures(folder.source, "loss", numbers)
+    return list(found.values())
+
+
+def _sets(trained: Trained, data: Mapping[str, str], overrides: Sequence[str], say: Say) -> Iterator[_Set]:
+    """Yield a run's own sets, then the others."""
+    folder = trained.folder
+    if folder.recipe is not None:
+        own = recipe_data(folder, trained.tokenizer, overrides)
+        yield _Set(TRAIN, own.train, own.report["train"]["sha256"])
+        if own.eval is not None:
+            yield _Set(HELD_OUT, own.eval, own.report["eval"]["sha256"])
+    elif not data:
+        raise UserInputError(f"{folder.source}: holds no {RECIPE}, so it has no data of its own. Give --data FILE.")
+    for name, path in data.items():
+        other = _other_data(trained, path)
+        for problem in other.report["problems"]:
+            say(f"{name}: {problem}")
+        if not len(other.train):
+            raise UserInputError(f"--data: {path!r} has no row that can be learned from.")
+        yield _Set(name, other.train, other.report["train"]["sha256"])
+
+
+def _measure_name(set_name: str) -> str:
+    return _MEASURE_NAMES.get(set_name) or f"{Path(set_name).name.replace(' ', '_')}_loss"
+
+
+# ---- One model on one set ----
+
+
 def prepare_for_losses(trained: Trained) -> None:
-    """Give the model TRL's fused head, as the trainer has it, so that full logits are never built; once per model."""
+    """Give the model TRL's fused head, as in training, so that full logits are never built. Once per model."""
     add_fused_lm_head(trained.model.get_base_model())
 
 
-def set_loss(
-    trained: Trained,
-    rows: Any,
-    *,
-    batch_size: int,
-    base_alone: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> SetLoss:
-    """Mean negative log-likelihood of a set's trained tokens, whatever the batches.
+def set_loss(trained: Trained, rows: Dataset, *, batch_size: int, progress: Progress = no_progress) -> SetLoss:
+    """Return the mean negative log-likelihood of a set's trained tokens, whatever the batches.
 
     Args:
         trained: After `prepare_for_losses`.
-        rows: A dataset of ``input_ids`` and ``labels`` with at least one row.
+        rows: ``input_ids`` and ``labels``, at least one row.
         batch_size: Sequences at a time.
-        base_alone: Without the adapter.
         progress: Told how many sequences are done, of how many.
     """
-    collator = DataCollatorForLanguageModeling(pad_token_id=trained.tokenizer.pad_token_id)
     total, tokens = 0.0, 0
-    with trained.base_alone() if base_alone else nullcontext(), _autocast(trained.policy):
-        for start in range(0, len(rows), SLICE):
-            part = rows.select(range(start, min(start + SLICE, len(rows))))
-            features = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in part]
-            features.sort(key=lambda row: len(row["input_ids"]))
-            count = _trained_tokens(features)
-            if count:
-                loss = mean_token_loss(trained.model, features, collator, batch_size, trained.policy.device)
-                total, tokens = total + loss * count, tokens + count
-            progress(start + len(features), len(rows))
+    for losses in losses_by_row(trained, rows, batch_size=batch_size, progress=progress):
+        total, tokens = total + losses.sums.sum().item(), tokens + int(losses.counts.sum())
     return SetLoss(total / tokens if tokens else float("nan"), tokens, len(rows))
 
 
-def _trained_tokens(features: Sequence[dict[str, Any]]) -> int:
-    """Labels that count; nothing predicts the first token."""
-    return sum(label != IGNORE_INDEX for row in features for label in row["labels"][1:])
+def losses_by_row(
+    trained: Trained, rows: Dataset, *, batch_size: int, progress: Progress = no_progress
+) -> Iterator[RowLosses]:
+    """Yield the losses of a set's rows, `SLICE` of them at a time; arguments as in `set_loss`."""
+    for start in range(0, len(rows), SLICE):
+        part = rows.select(range(start, min(start + SLICE, len(rows))))
+        features = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in part]
+        with _autocast(trained.policy):
+            losses = row_losses(trained.model, features, batch_size=batch_size, device=trained.policy.device)
+        progress(start + len(features), len(rows))
+        yield losses
 
 
-def _autocast(policy: PrecisionPolicy) -> Any:
+def _autocast(policy: PrecisionPolicy) -> AbstractContextManager[Any]:
     """As in training."""
     if policy.amp == "no":
         return nullcontext()
@@ -87,31 +166,14 @@ def _autocast(policy: PrecisionPolicy) -> Any:
     return torch.autocast(policy.device.type, dtype=dtype)
 
 
-RESERVED = ("train", "held out")
+# ---- Shown ----
 
 
-def named_sets(written: Sequence[str]) -> dict[str, str]:
-    """``NAME=FILE`` or ``FILE`` as path by name; a file without a name is called after itself.
-
-    Raises:
-        UserInputError: If two sets have one name, or one is empty.
-    """
-    found: dict[str, str] = {}
-    for text in written:
-        name, path = text.split("=", 1) if "=" in text and not Path(text).exists() else (Path(text).stem, text)
-        if not name or not path:
-            raise UserInputError(f"--data: must be FILE or NAME=FILE, got {text!r}.")
-        if name in found or name in RESERVED:
-            raise UserInputError(f"--data: there is a set {name!r} already. Give it another name: NAME={path}.")
-        found[name] = path
-    return found
-
-
-def loss_table(found: Sequence[dict[str, Any]], sources: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows: a set a row, base and adapters in columns."""
+def loss_table(found: Sequence[dict[str, Any]], sources: Sequence[str]) -> Table:
+    """Return one row per set, with base and adapters in columns."""
     rows = []
     for entry in found:
         losses = [entry["base"], *(entry["adapters"].get(source) for source in sources)]
         counts = [f"{entry['rows']:,}", f"{entry['tokens']:,}"]
         rows.append([entry["set"], *counts, *("-" if loss is None else f"{loss:.4f}" for loss in losses)])
-    return ["nats per trained token", "rows", "tokens", "base", *short_names(sources)], rows
+    return Table(["nats per trained token", "rows", "tokens", "base", *short_names(sources)], rows)

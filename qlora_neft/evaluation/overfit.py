@@ -2,66 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..adapter.load import Trained
-from ..display.tables import short_names
+from ..adapter.load import Trained, load_trained
+from ..display.tables import Table, short_names
 from ..errors import UserInputError
-from ..generation.answers import Answer, Question, exact_match
+from ..generation.answers import Answer, Question, exact_match, questions
 from ..generation.decode import Decoding
 from ..generation.generate import answer_texts
-
-MISSING = "rouge-score and sacrebleu are missing. Install the extra: pip install 'qlora-neft[eval]'"
-
-
-def check_installed() -> None:
-    """Refuse at once what would fail after the answers are generated.
-
-    Raises:
-        UserInputError: If the extra is not installed.
-    """
-    _libraries()
-
-
-def rouge_l(texts: Sequence[str], references: Sequence[str]) -> list[float]:
-    """ROUGE-L of each text against its reference, F-measure in percent, without stemming.
-
-    From the longest common subsequence of words, lower case, letters and digits only (``rouge-score``). Lin 2004,
-    ROUGE: A Package for Automatic Evaluation of Summaries, section 3.
-
-    Raises:
-        UserInputError: If the extra is not installed.
-    """
-    scorer = _libraries()[0].RougeScorer(["rougeL"], use_stemmer=False)
-    pairs = zip(texts, references, strict=True)
-    return [100 * scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
-
-
-def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU over all texts together, n-grams up to 4, between 0 and 100.
-
-    As ``sacrebleu`` has it by default: tokenizer 13a, case kept, exponential smoothing. Papineni et al. 2002, BLEU.
-
-    Args:
-        texts: At least one.
-        references: One for each.
-
-    Raises:
-        UserInputError: If the extra is not installed.
-    """
-    return _libraries()[1].corpus_bleu(list(texts), [list(references)]).score
-
-
-def _libraries() -> tuple[Any, Any]:
-    try:
-        import sacrebleu
-        from rouge_score import rouge_scorer
-    except ModuleNotFoundError as error:
-        raise UserInputError(f"eval overfit: {MISSING} ({error})") from error
-    return rouge_scorer, sacrebleu
-
+from ..run_folder.record import keep_measures
+from ..runner.run_data import recipe_data
+from .overlap import bleu, rouge_l
+from .runs import Machine, Progress, Say, folders_of, no_progress, progress_of
 
 LABELS = (
     ("rows", "training prompts", "{:,}"),
@@ -75,7 +29,7 @@ LABELS = (
 
 @dataclass(frozen=True)
 class Overfit:
-    """Answers to training prompts beside what was trained.
+    """Answers to training prompts, compared with what was trained.
 
     Attributes:
         answers: Prompt, reference and answer of each row.
@@ -87,9 +41,13 @@ class Overfit:
     rouge_l: float
     bleu: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; lengths in characters, means."""
-        return {
+    def to_dict(self, *, answers: bool = False) -> dict[str, Any]:
+        """Return plain values for JSON; lengths are means in characters.
+
+        Args:
+            answers: Include every answer.
+        """
+        found = {
             "rows": len(self.answers),
             "rouge_l": self.rouge_l,
             "bleu": self.bleu,
@@ -97,6 +55,57 @@ class Overfit:
             "characters": sum(len(answer.text) for answer in self.answers) / len(self.answers),
             "reference_characters": sum(len(answer.reference) for answer in self.answers) / len(self.answers),
         }
+        return {**found, "answers": [asdict(answer) for answer in self.answers]} if answers else found
+
+
+def overfit_of_runs(
+    sources: Sequence[str],
+    *,
+    rows: int,
+    decoding: Decoding,
+    machine: Machine | None = None,
+    overrides: Sequence[str] = (),
+    say: Say = lambda line: None,
+) -> dict[str, Overfit]:
+    """Measure several runs on their first training prompts; each keeps its scores in ``measures.json``.
+
+    Args:
+        sources: Folders of runs.
+        rows: Training rows of each.
+        decoding: How tokens are chosen; the paper's are greedy.
+        machine: Where it is computed.
+        overrides: Changes to the recipes, for data that has moved.
+        say: Told how far it is.
+
+    Returns:
+        Results by source.
+
+    Raises:
+        UserInputError: If a run cannot be loaded, or none of its training rows has a prompt.
+    """
+    machine, found = machine or Machine(), {}
+    for folder in folders_of(sources, machine):
+        trained = load_trained(folder, device=machine.device, precision=machine.precision)
+        asked = training_questions(trained, rows, overrides)
+        progress = progress_of(say, f"{folder.source}: answers")
+        result = measure_overfit(trained, asked, decoding, batch_size=machine.batch_size, progress=progress)
+        scores = {"train_prompts_rouge_l": result.rouge_l, "train_prompts_bleu": result.bleu}
+        keep_measures(folder.source, "overfit", scores)
+        found[folder.source] = result
+    return found
+
+
+def training_questions(trained: Trained, rows: int, overrides: Sequence[str] = ()) -> list[Question]:
+    """Return the first training rows of a run as questions.
+
+    Raises:
+        UserInputError: If none of them has a prompt.
+    """
+    data = recipe_data(trained.folder, trained.tokenizer, overrides)
+    asked = questions(data.train, trained.tokenizer, rows, data.stop_token_ids)
+    if not asked:
+        raise UserInputError(f"{trained.folder.source}: no training row has a prompt, so there is nothing to answer.")
+    return asked
 
 
 def measure_overfit(
@@ -105,14 +114,14 @@ def measure_overfit(
     decoding: Decoding,
     *,
     batch_size: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> Overfit:
     """Answer training prompts and compare with what was trained.
 
     Args:
         trained: The model.
-        asked: Training rows, from `answers.questions`; at least one.
-        decoding: How tokens are chosen; the paper's are greedy.
+        asked: Training rows, from `training_questions`; at least one.
+        decoding: How tokens are chosen.
         batch_size: Prompts at a time.
         progress: Told how many are answered, of how many.
     """
@@ -127,13 +136,8 @@ def measure_overfit(
     return Overfit(answers, sum(scores) / len(scores), bleu(texts, references))
 
 
-def table(found: dict[str, Overfit]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows: a measure a row, a run a column."""
+def overfit_table(found: dict[str, Overfit]) -> Table:
+    """Return one row per measure, one column per run."""
     columns = [result.to_dict() for result in found.values()]
-    names = short_names(list(found))
-    return ["", *names], [[label, *(form.format(column[key]) for column in columns)] for key, label, form in LABELS]
-
-
-def with_answers(result: Overfit) -> dict[str, Any]:
-    """For JSON, every answer included."""
-    return {**result.to_dict(), "answers": [asdict(answer) for answer in result.answers]}
+    rows = [[label, *(form.format(column[key]) for column in columns)] for key, label, form in LABELS]
+    return Table(["", *short_names(list(found))], rows)

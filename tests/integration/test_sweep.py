@@ -11,8 +11,10 @@ from command_line import adapter, contents, invoke, logged, make_workplace, proc
 from sweep_runs import WORDS, Watched, swept_in
 
 from qlora_neft import load_recipe
+from qlora_neft.compare import one_run
 from qlora_neft.compare.arms import arms_by
-from qlora_neft.compare.measures import measure_run
+from qlora_neft.compare.measures import MEASURES, measure_run
+from qlora_neft.compare.plan import MEASURES as CHECKED
 from qlora_neft.compare.records import read_run
 from qlora_neft.compare.results import read_rows, results_of
 from qlora_neft.errors import RunFailed, RunInterrupted, UserInputError
@@ -131,7 +133,7 @@ def test_a_signal_ends_the_queue_and_says_how_to_go_on(workplace, tmp_path):
 
 def test_ctrl_c_reaches_the_process_of_a_run_once(workplace, swept):
     words = ("neftune.noise_alpha=0,15", "train.max_steps=4000", "machine.logging_steps=1")
-    arguments = ("sweep", "mine.yaml", *words, "--seeds", "1", "--output-dir", "cut")
+    arguments = ("sweep", "mine.yaml", *words, "--seeds", "1", "--output-dir", "cut", "--measure", "rows")
     with contextlib.chdir(workplace), process(*arguments) as started:
         metrics = Path("cut", NAMES[0], "metrics.jsonl")
         until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, started)
@@ -140,6 +142,56 @@ def test_ctrl_c_reaches_the_process_of_a_run_once(workplace, swept):
         assert started.returncode == 130 and "--output-dir cut" in stderr, stderr
         assert list(Path("cut", NAMES[0]).glob("checkpoint-*")) and not Path("cut", NAMES[1]).exists()
         assert "the checkpoint is written" in Path("cut", "logs", f"{NAMES[0]}.log").read_text()
+        assert not Path("cut", NAMES[0], "row_losses.json").exists()
+
+
+# ---- The process of a run ----
+
+
+def test_one_process_trains_a_run_and_measures_it(workplace, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(workplace)
+    recipe, folder = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(load_recipe("mine.yaml", ["train.max_steps=2"]).to_yaml())
+    assert one_run.main([str(folder), str(recipe), "rows"]) == 0
+    assert summary(folder)["steps"] == 2 and read_run(folder).measures == {"rows": {}}
+
+    def trains(*arguments, **options):
+        raise AssertionError("is trained already")
+
+    monkeypatch.setattr("qlora_neft.runner.run.run", trains)
+    before = contents(folder)
+    assert one_run.main([str(folder), str(recipe), "rows", "answers"]) == 0
+    assert read_run(folder).measures == {"rows": {}, "answers": {}}
+    changed = {name for name, digest in contents(folder).items() if before[name] != digest}
+    assert changed == {"measures.json", "answers.json"}
+    Path(workplace, "held.jsonl").rename(tmp_path / "held.jsonl")
+    try:
+        assert one_run.main([str(folder), str(recipe), "loss"]) == 2
+    finally:
+        Path(tmp_path, "held.jsonl").rename(workplace / "held.jsonl")
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: data.eval_path: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserInputError("a"), 2, "error: a"),
+        (RunFailed("b"), 1, "failed: b"),
+        (RunInterrupted(signal.SIGTERM, "c"), 143, "interrupted: c"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_process_ends_as_the_command_line_does(monkeypatch, capsys, error, code, line):
+    def ends(*arguments):
+        raise error
+
+    monkeypatch.setattr(one_run, "train_and_measure", ends)
+    assert one_run.main(["folder", "recipe.yaml"]) == code
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_every_measure_has_a_name_that_is_checked_before_training():
+    assert tuple(MEASURES) == CHECKED
 
 
 # ---- Measures ----

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from qlora_neft.errors import UserInputError
-from qlora_neft.evaluation.overfit import bleu, check_installed, rouge_l
+from qlora_neft.evaluation.overlap import bleu, check_installed, rouge_l
 
 pytest.importorskip("rouge_score", reason="the extra eval is not installed")
 pytest.importorskip("sacrebleu", reason="the extra eval is not installed")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from qlora_neft.compare.arms import Arm, arms_by, arms_of, baseline_of
-from qlora_neft.compare.plan import open_sweep, plan_sweep, split_values, split_words
+from qlora_neft.compare.folder import open_sweep
+from qlora_neft.compare.plan import plan_sweep, split_values, split_words
 from qlora_neft.compare.records import RunRecord
 from qlora_neft.compare.results import best, results_of
 from qlora_neft.compare.statistics import (
@@ -188,7 +189,7 @@ def test_commas_inside_brackets_and_quotes_belong_to_the_value():
         (["lora.r=8"], "no key has several values"),
         (["lora.r=4,,8"], "a value is empty"),
         (["lora.r=4,8", "lora.r=16,32"], "swept twice"),
-        (["lora.r=4,8", "lora.r=16"], "given one value as well"),
+        (["lora.r=4,8", "lora.r=16"], "set to a single value as well"),
         (["train.seed=0,1"], "--seeds 2"),
         (["neftune=null,{}"], "whole section"),
         (["lora.r=4,04"], "are the same run"),
@@ -213,7 +214,7 @@ def test_a_grid_takes_every_combination_and_a_list_the_pairs():
     assert grid.runs[1].name == "noise_alpha_0-r_8-seed_7" and grid.runs[1].recipe.lora.r == 8
     pairs = plan_sweep("demo", words, combine="list")
     assert [(run.recipe.neftune.noise_alpha, run.recipe.lora.r) for run in pairs.runs] == [(0, 4), (5, 8)]
-    with pytest.raises(UserInputError, match="as many values"):
+    with pytest.raises(UserInputError, match="the same number of values"):
         plan_sweep("demo", ["neftune.noise_alpha=0,5", "lora.r=4,8,16"], combine="list")
 
 
@@ -236,7 +237,7 @@ def test_a_sweep_may_grow_and_not_change(tmp_path):
     assert len(open_sweep(plan_sweep("demo", ["neftune.noise_alpha=0,5"], seeds=2), folder)) == 4
     grown = plan_sweep("demo", ["neftune.noise_alpha=0,5,10", "machine.threads=1"], seeds=3)
     assert len(open_sweep(grown, folder)) == 5
-    with pytest.raises(UserInputError, match=r"noise_alpha_10-seed_0: not in this sweep now"):
+    with pytest.raises(UserInputError, match=r"noise_alpha_10-seed_0: no longer in this sweep"):
         open_sweep(plan_sweep("demo", ["neftune.noise_alpha=0,5"], seeds=3), folder)
     with pytest.raises(UserInputError, match=r"lora.r: 16 before, 8 now"):
         open_sweep(plan_sweep("demo", ["neftune.noise_alpha=0,5,10", "lora.r=8"], seeds=3), folder)

@@ -1,0 +1,118 @@
+"""A sweep's folder: its plan in ``sweep.json``, the recipe each run is trained from, and how far each run is. No torch.
+
+```
+sweep.json            the plan
+recipes/NAME.yaml     what run NAME is trained from
+logs/NAME.log         everything its process prints
+NAME/                 its folder, as `train` writes it
+```
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserInputError
+from ..files import write_json
+from .plan import SweepPlan
+from .records import SWEEP_FILE, read_run, read_sweep
+
+
+def open_sweep(plan: SweepPlan, output_dir: Path, *, write: bool = True) -> list[str]:
+    """Begin a sweep in a folder, or continue the one that it holds.
+
+    A sweep may grow: runs that are there already stay as they are, further values or seeds are added.
+
+    Args:
+        plan: All the sweep's runs.
+        output_dir: A new or empty folder, or this sweep's.
+        write: Whether to write the plan, and the recipe of every run in ``recipes/``; otherwise it is only compared.
+
+    Returns:
+        Names of the runs that are not in the folder's earlier plan; in a new folder, all of them.
+
+    Raises:
+        UserInputError: If the folder holds anything else, or a sweep with other runs (the difference is shown).
+    """
+    earlier = read_sweep(output_dir) if output_dir.is_dir() else None
+    if earlier is None and output_dir.exists():
+        _check_empty(output_dir)
+    before = {run["name"]: run for run in (earlier or {}).get("runs", [])}
+    now = plan.to_dict()
+    _check_same(before, {run["name"]: run for run in now["runs"]}, output_dir)
+    if write:
+        (output_dir / "recipes").mkdir(parents=True, exist_ok=True)
+        for run in plan.runs:
+            recipe_of(output_dir, run.name).write_text(run.recipe.to_yaml(), encoding="utf-8")
+        write_json(output_dir / SWEEP_FILE, now)
+    return [run.name for run in plan.runs if run.name not in before]
+
+
+def recipe_of(output_dir: Path, name: str) -> Path:
+    """Return the recipe that a run is trained from; later changes to the user's own file do not reach it."""
+    return output_dir / "recipes" / f"{name}.yaml"
+
+
+def log_of(output_dir: Path, name: str) -> Path:
+    """Return the file to which everything that a run prints is appended."""
+    return output_dir / "logs" / f"{name}.log"
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a run has begun, finished or not."""
+    return (folder / "run.json").exists()
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a run's training is finished: ``summary.json`` is written last."""
+    return (folder / "summary.json").exists()
+
+
+def is_done(folder: Path, measures: Sequence[str] = ()) -> bool:
+    """Whether a run is trained and has all the measures asked for."""
+    return is_trained(folder) and not missing(folder, measures)
+
+
+def missing(folder: Path, measures: Sequence[str]) -> list[str]:
+    """Return the measures that a run does not have yet."""
+    found = read_run(folder).measures if measures else {}
+    return [name for name in measures if name not in found]
+
+
+def _check_empty(output_dir: Path) -> None:
+    if not output_dir.is_dir():
+        raise UserInputError(f"--output-dir: {str(output_dir)!r} is a file. Give a new folder.")
+    if any(not path.name.startswith(".") for path in output_dir.iterdir()):
+        raise UserInputError(
+            f"--output-dir: {str(output_dir)!r} is not empty and holds no sweep. Give a new folder, so that nothing "
+            "in this one is lost."
+        )
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], output_dir: Path) -> None:
+    lines = [f"  {name}: no longer in this sweep" for name in before if name not in now]
+    for name in (name for name in before if name in now):
+        old, new = _learned(before[name]["recipe"]), _learned(now[name]["recipe"])
+        for key in sorted({*old, *new}):
+            line = f"  {key}: {json.dumps(old.get(key))} before, {json.dumps(new.get(key))} now"
+            if old.get(key) != new.get(key) and line not in lines:
+                lines.append(line)
+    if lines:
+        raise UserInputError(
+            f"--output-dir: {str(output_dir)!r} holds another sweep:\n" + "\n".join(lines) + "\n"
+            "Values and seeds may be added and the machine section may change, nothing else. Give the same sweep, or "
+            "a new --output-dir."
+        )
+
+
+def _learned(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Flatten everything but the machine section: what decides which model comes out."""
+    return {
+        f"{section}.{key}": value
+        for section, keys in recipe.items()
+        if section != "machine"
+        for key, value in (keys or {}).items()
+    }

@@ -1,0 +1,76 @@
+"""One run of a sweep, from its recipe to its measures, in a process of its own.
+
+``python -m qlora_neft.compare.one_run FOLDER RECIPE [MEASURE...]`` trains the run unless it is trained, then takes the
+measures that it lacks. One process does both: starting one costs more than a small run, most of it imports.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import RunFailed, RunInterrupted, UserInputError
+from .folder import is_trained
+
+
+def train_and_measure(folder: Path, recipe: Path, names: Sequence[str]) -> None:
+    """Train a run if it is not trained, and take the measures that it lacks.
+
+    Args:
+        folder: The run's.
+        recipe: The file it is trained from.
+        names: Measures, from `plan.MEASURES`.
+
+    Raises:
+        UserInputError: If the recipe cannot be carried out, a name is unknown, or the run cannot be measured.
+        RunFailed: If training fails, or a measure gives a number that is not finite.
+        RunInterrupted: If a signal asked training to stop; nothing is measured then.
+    """
+    # Imported here, so that an interruption while they load is answered by `main` as well.
+    from ..recipe import load_recipe
+    from ..runner.run import run
+
+    if not is_trained(folder):
+        run(load_recipe(recipe), folder)
+        _release_memory()
+    if names:
+        from .measures import measure_run
+
+        measure_run(folder, names)
+
+
+def _release_memory() -> None:
+    """Drop the trained model: measuring loads it anew from its files and should not need memory for two."""
+    import torch
+
+    gc.collect()  # trainer, model and callbacks refer to each other in circles
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the process; return the exit code that the command line has for the same outcome."""
+    # bitsandbytes says, as it is imported on some CPUs, that an optional kernel package is missing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    folder, recipe, *names = arguments
+    try:
+        train_and_measure(Path(folder), Path(recipe), names)
+    except UserInputError as error:
+        line, code = f"error: {error}", 2
+    except RunFailed as error:
+        line, code = f"failed: {error}", 1
+    except RunInterrupted as error:
+        line, code = f"interrupted: {error}", 128 + error.signal
+    except KeyboardInterrupt:
+        line, code = "interrupted", 130
+    else:
+        return 0
+    print(line, file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
