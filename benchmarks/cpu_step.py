@@ -144,7 +144,6 @@ def run_arm(arm: str, base: Path, steps: int) -> dict[str, Any]:
 def ours(base: Path, steps: int) -> tuple[Any, list[float]]:
     """`QLoRANeftTrainer` as it comes."""
     from qlora_neft import QLoRANeftConfig, QLoRANeftTrainer
-    from qlora_neft.base.lora import lora_config
 
     seconds: list[float] = []
 
@@ -161,7 +160,7 @@ def ours(base: Path, steps: int) -> tuple[Any, list[float]]:
             return timed
 
     args = QLoRANeftConfig(**common(steps), neftune_noise_alpha=5.0, clean_loss_steps=0)
-    rows, lora = make_rows(), lora_config(r=16)
+    rows, lora = make_rows(), make_lora()
     return Timed(str(base), args, train_dataset=rows, processing_class=make_tokenizer(), peft_config=lora), seconds
 
 
@@ -170,8 +169,6 @@ def plain(base: Path, steps: int) -> tuple[Any, list[float]]:
     import torch
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
-
-    from qlora_neft.base.lora import lora_config
 
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -186,9 +183,17 @@ def plain(base: Path, steps: int) -> tuple[Any, list[float]]:
         train_dataset=make_rows(),
         processing_class=make_tokenizer(),
         quantization_config=nf4,
-        peft_config=lora_config(r=16),
+        peft_config=make_lora(),
     )
     return trainer, [0.0]
+
+
+def make_lora() -> Any:
+    """LoRA r 16 on all linear layers, in both arms."""
+    from qlora_neft.base.lora import lora_config
+    from qlora_neft.recipe.schema import Lora
+
+    return lora_config(Lora(r=16, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear"))
 
 
 def common(steps: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..base.nf4 import load_nf4_base, nf4_config
 from ..base.precision import PrecisionPolicy, resolve_precision
 from ..errors import UserInputError, first_line
 from ..files import read_record
+from ..recipe.schema import Quantization
 from .folder import MEND, WEIGHTS, AdapterFolder, find_adapter
 from .prompts import Prompts, recorded_template, template_of
 
@@ -138,12 +139,13 @@ def _prompts(
 def nf4_base_of(folder: AdapterFolder, policy: PrecisionPolicy) -> PreTrainedModel:
     """The base as it was in training: NF4, double quantization as the recipe has it (on without one)."""
     double_quant = (folder.recipe or {}).get("quantization", {}).get("bnb_4bit_use_double_quant", True)
+    section = Quantization(bnb_4bit_use_double_quant=double_quant)
     with naming_the_base(folder):
         return load_nf4_base(
             folder.base,
             device=policy.device,
             compute_dtype=policy.compute_dtype,
-            quantization_config=nf4_config(policy.compute_dtype, double_quant=double_quant),
+            quantization_config=nf4_config(section, policy.compute_dtype),
             revision=folder.base_revision,
         )
 

@@ -14,23 +14,25 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ..errors import UserInputError, first_line
+from ..recipe.schema import Quantization
 from .config import NOT_RUN, check_base_config
 
 
 def nf4_config(
-    compute_dtype: torch.dtype, *, double_quant: bool = True, quant_storage: torch.dtype = torch.uint8
+    section: Quantization, compute_dtype: torch.dtype, *, quant_storage: torch.dtype = torch.uint8
 ) -> BitsAndBytesConfig:
-    """NF4 as in QLoRA (section 3).
+    """Return bitsandbytes' configuration of NF4 as in QLoRA (section 3).
 
     Args:
-        compute_dtype: What weights are unpacked to for each product.
-        double_quant: Quantize the quantization constants; saves 0.37 bit per parameter.
-        quant_storage: What the packed bytes are declared as. The bytes are the same; FSDP shards only a float dtype.
+        section: Whether the quantization constants are quantized too. Its own compute dtype may be ``auto``, so it is
+            passed resolved.
+        compute_dtype: Dtype that weights are dequantized to for each product.
+        quant_storage: Dtype that the packed bytes are declared as. The bytes are the same; FSDP shards only floats.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_quant_type=section.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
         bnb_4bit_quant_storage=quant_storage,
     )
@@ -51,23 +53,26 @@ def load_nf4_base(
 
     Args:
         name_or_path: Hub id or directory; the checkpoint may already be stored in NF4.
-        device: Where the weights go.
-        compute_dtype: What weights are dequantized to, and what unquantized weights are stored in.
-        quantization_config: Default: `nf4_config`.
+        device: Device of the weights.
+        compute_dtype: Dtype that NF4 weights are dequantized to and unquantized weights are stored in.
+        quantization_config: Default NF4 with double quantization, as `nf4_config` makes it.
         kwargs: Passed on to ``from_pretrained`` (``revision``, ``attn_implementation`` ...;
             ``trust_remote_code``, default False: code in a model's repository is not run).
 
     Raises:
-        UserInputError: As `check_base_config`, or if the weights are missing.
+        UserInputError: As `check_base_config` does, or if weights are missing or unreadable.
     """
     config_kwargs = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     config = check_base_config(name_or_path, **config_kwargs)
     if getattr(config, "quantization_config", None) is None:
-        kwargs["quantization_config"] = quantization_config or nf4_config(compute_dtype)
+        kwargs["quantization_config"] = quantization_config or nf4_config(Quantization(), compute_dtype)
     kwargs.setdefault("device_map", {"": device})
     kwargs = {**NOT_RUN, "dtype": "auto", **kwargs}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        # Upstream's annotation does not know what output_loading_info returns.
+        model, info = AutoModelForCausalLM.from_pretrained(  # ty: ignore[not-iterable]
+            name_or_path, output_loading_info=True, **kwargs
+        )
     except (OSError, SafetensorError) as error:
         raise UserInputError(
             f"model.name_or_path: no weights could be read from {name_or_path!r}. ({first_line(error)})"
@@ -84,10 +89,10 @@ def load_nf4_base(
 
 
 def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype, matmul_dtype: torch.dtype | None = None) -> None:
-    """Let a loaded NF4 base compute in ``dtype``: dequantization target, embeddings, norms, biases and head.
+    """Make a loaded NF4 base compute in ``dtype``: dequantization target, embeddings, norms, biases and head.
 
     ``matmul_dtype`` sets another dequantization target (a caller's own ``bnb_4bit_compute_dtype``). Weights that their
-    architecture wants in float32 stay there. Buffers (rotary frequencies) are left alone.
+    architecture wants in float32 stay in it. Buffers (rotary frequencies) are left alone.
     """
     keep_nf4_layout(model)
     keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -95,7 +100,7 @@ def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype, matmul_dtype: 
         if isinstance(module, Linear4bit):
             module.compute_dtype = matmul_dtype or dtype
             module.compute_type_is_set = True  # else bitsandbytes takes the dtype of the first input it sees
-            module.weight.quant_state.dtype = matmul_dtype or dtype
+            module.weight.quant_state.dtype = matmul_dtype or dtype  # ty: ignore[missing-attribute]  # a Params4bit
     for name, param in model.named_parameters():
         if isinstance(param, Params4bit) or not param.is_floating_point():
             continue
@@ -109,10 +114,10 @@ def keep_nf4_layout(model: nn.Module) -> None:
     """Stop bitsandbytes from rewriting the base on CPUs with AVX512-BF16.
 
     There, the first forward in eval mode repacks every `Linear4bit` weight in place for an inference kernel, rounds its
-    double-quantized constants to bf16 for good, and fails where a layer's width is no multiple of 32; later training
+    double-quantized constants to bf16 for good, and fails if a layer's width is not a multiple of 32; later training
     steps then run on the rewritten weights (``Linear4bit.forward`` and ``_convert_weight_packed_for_cpu``, bitsandbytes
-    0.50; bitsandbytes-foundation/bitsandbytes#2078 is one consequence). A single evaluation would change the run. Can
-    go when the repacking leaves the stored weight alone.
+    0.50; https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078 is one consequence). A single evaluation
+    would change the run. Can go when the repacking leaves the stored weight alone.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -120,7 +125,7 @@ def keep_nf4_layout(model: nn.Module) -> None:
 
 
 def frozen_fingerprints(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every frozen parameter's bytes, quantization constants included, by name.
+    """Hash every frozen parameter's bytes, quantization constants included: SHA-256 as hex by name.
 
     Equal dictionaries before and after training prove that the base did not move by a single bit.
     """
@@ -130,7 +135,7 @@ def frozen_fingerprints(model: nn.Module) -> dict[str, str]:
 
 
 def base_fingerprint(fingerprints: dict[str, str]) -> str:
-    """One SHA-256 for all of `frozen_fingerprints`."""
+    """Hash the result of `frozen_fingerprints` as a whole: one SHA-256 as hex."""
     lines = "\n".join(f"{name} {digest}" for name, digest in sorted(fingerprints.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 

@@ -1,9 +1,9 @@
-"""FreeLB: noise that climbs the loss, as an alternative to noise that is drawn alone.
+"""FreeLB: noise that climbs the loss, an alternative to noise that is merely drawn.
 
 Zhu et al. 2020 (FreeLB, Algorithm 1, arXiv:1909.11764), which the NEFTune paper compares with (Table 12). A step makes
-K forward and backward passes; their mean is its gradient. The first adds NEFTune's noise, each later one the noise of
-the pass before it, moved up the loss by a step of fixed length and put back into the ball of radius alpha, sequence
-by sequence. With K = 1 it is NEFTune.
+K forward and backward passes; the mean of their gradients is its gradient. The first pass adds NEFTune's noise. Each
+later one adds the noise of the pass before it, moved up the loss by a step of fixed length and projected back into the
+ball of radius alpha, sequence by sequence. With K = 1 it is NEFTune.
 """
 
 from __future__ import annotations
@@ -35,19 +35,22 @@ class Perturbation:
     @torch.no_grad()
     def ascend(self) -> None:
         """Move every sequence's noise along its gradient; one without a finite gradient stays where it is."""
+        assert self.delta is not None and self.delta.grad is not None, "a pass forward and backward comes first"
         delta, grad, scale = self.delta.detach().clone(), self.delta.grad, self.noise.scale
         for span in self.noise.spans:
             place = span.row, span.tokens
-            moved = delta[place] + self.step_size * scale * _direction(grad[place])
+            moved = delta[place] + self.step_size * scale * _direction(grad[place])  # (L, D)
             delta[place] = moved * (self.noise.alpha * scale / _norm(moved).clamp_min(1e-12)).clamp_max(1.0)
         self.delta = delta.requires_grad_()
 
     def norms(self) -> list[Tensor]:
-        """L2 norm of each sequence's noise at the lookup, device scalars."""
-        return [_norm(self.delta.detach()[span.row, span.tokens]) / self.noise.scale for span in self.noise.spans]
+        """Return the L2 norm of each sequence's noise at the lookup, as device scalars."""
+        assert self.delta is not None, "a forward pass comes first"
+        delta = self.delta.detach()
+        return [_norm(delta[span.row, span.tokens]) / self.noise.scale for span in self.noise.spans]
 
     def _drawn(self, output: Tensor) -> Tensor:
-        delta = torch.zeros(output.shape, dtype=torch.float32, device=output.device)
+        delta = torch.zeros(output.shape, dtype=torch.float32, device=output.device)  # (B, T, D)
         for span, noise in self.noise.drawn(output):
             delta[span.row, span.tokens] = noise
         return delta
@@ -58,7 +61,7 @@ def _norm(values: Tensor) -> Tensor:
 
 
 def _direction(grad: Tensor) -> Tensor:
-    """The gradient at length 1; zero where it is zero or not finite."""
+    """The gradient at length 1; zero if it is zero or not finite."""
     norm = _norm(grad)
     usable = torch.isfinite(norm) & (norm > 0)
     return torch.where(usable, grad / norm, torch.zeros_like(grad))

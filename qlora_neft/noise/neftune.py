@@ -5,13 +5,13 @@
 L_j is the sequence's own number of real tokens and d the embedding width (Jain et al. 2023, NEFTune,
 Algorithm 1 and its footnote on batches of unequal lengths, arXiv:2310.05914). Padding receives nothing.
 eps_j is a function of (seed, optimizer step, ordinal), so that no batch-mate, split, rank, device or restart can change
-it. Only torch lives here: no transformers, no recipe.
+it. Needs only torch: no transformers, no recipe.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,17 +28,17 @@ UNIT_RMS = {"uniform": 1 / math.sqrt(3), "gaussian": 1.0}
 
 
 def noise_scale(alpha: float, length: int, width: int) -> float:
-    """The factor on eps for one sequence: ``alpha / sqrt(length * width)``, length in real tokens."""
+    """Return the factor on eps for one sequence: ``alpha / sqrt(length * width)``, length in real tokens."""
     return alpha / math.sqrt(length * width)
 
 
 def expected_norm(alpha: float, distribution: str) -> float:
-    """Expected L2 norm of one sequence's noise, whatever L and d: alpha / sqrt(3) if uniform, alpha if gaussian."""
+    """Return the expected L2 norm of a sequence's noise: alpha / sqrt(3) if uniform, alpha if gaussian."""
     return alpha * UNIT_RMS[distribution]
 
 
 def alpha_at(step: int, num_steps: int, alpha: float, final_alpha: float | None, schedule: str) -> float:
-    """Noise strength at optimizer step ``step`` (0-based) of ``num_steps``.
+    """Return the noise strength at optimizer step ``step`` (0-based) of ``num_steps``.
 
     ``linear`` and ``cosine`` go from ``alpha`` at the first step to ``final_alpha`` at the last; a schedule over
     training is the future work that the paper names, not a part of its results.
@@ -52,13 +52,14 @@ def alpha_at(step: int, num_steps: int, alpha: float, final_alpha: float | None,
 
 
 def lookup_scale(embedding: nn.Module) -> float:
-    """What the embedding multiplies its lookup by, 1.0 for most models.
+    """Return the factor that the embedding multiplies its lookup by, 1.0 for most models.
 
     The Gemma family scales by sqrt(d) inside its embedding module. Noise belongs at the lookup, before that, so
     that alpha means the same for every model; noise on the output must therefore carry the factor.
     """
-    scale = getattr(embedding, "embed_scale", 1.0)
-    return float(scale.to(embedding.weight.dtype)) if isinstance(scale, Tensor) else float(scale)
+    scale, weight = getattr(embedding, "embed_scale", 1.0), embedding.weight
+    # transformers keeps the factor as a float32 buffer and rounds it to the weight's dtype in its forward.
+    return float(scale.to(weight.dtype)) if isinstance(scale, Tensor) and isinstance(weight, Tensor) else float(scale)
 
 
 @dataclass
@@ -74,7 +75,7 @@ class NoiseStatistics:
         self.embedding_norms.append(torch.linalg.vector_norm(embeds, dtype=torch.float32) / scale)
 
     def means(self) -> tuple[float, float] | None:
-        """Mean noise norm, and mean ratio of noise norm to embedding norm; None if nothing was measured."""
+        """Return the mean noise norm and the mean ratio of noise to embedding norm; None if nothing was measured."""
         if not self.noise_norms:
             return None
         noise, embeds = torch.stack(self.noise_norms), torch.stack(self.embedding_norms)
@@ -119,7 +120,7 @@ class NEFTuneNoise:
         return noisy
 
     def drawn(self, output: Tensor) -> Iterator[tuple[SequenceSpan, Tensor]]:
-        """Each sequence of (B, T, D) embeddings and its noise, (L, D) in float32; good until the next is asked for."""
+        """Yield each sequence of (B, T, D) embeddings and its noise, (L, D) in float32, valid until the next one."""
         width = output.shape[-1]
         for span, eps in zip(self.spans, self._draws(width, output.device), strict=True):
             bound = noise_scale(self.alpha, span.length, width) * self.scale
@@ -139,8 +140,8 @@ class NEFTuneNoise:
 
 
 @contextmanager
-def noisy_embeddings(embedding: nn.Module, noise: Callable[..., Tensor] | None) -> Iterator[None]:
-    """Noise on the output of ``embedding`` inside the block and never outside it, whatever ends the block.
+def noisy_embeddings(embedding: nn.Module, noise: Callable[..., Tensor] | None) -> Generator[None, None, None]:
+    """Add noise to the output of ``embedding`` inside the block and never outside it, whatever ends the block.
 
     Args:
         embedding: The model's input embedding, (B, T) ids to (B, T, D).

@@ -1,16 +1,18 @@
-"""Random numbers that are a function of a key alone: the same on every CPU and every GPU, bit for bit.
+"""Random numbers that are a function of a key alone, the same on every CPU and every GPU, bit for bit.
 
-Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") maps a 128-bit key and a counter to
-256 random bits. On a CPU NumPy's implementation draws them; elsewhere the same integers are computed with tensor
-operations. torch's own generators give other numbers on a CPU than on a GPU, and may give others on another GPU; then
-where a run happens would change what it learns.
+Noise is drawn by Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which maps a
+128-bit key and a counter to 256 random bits. On a CPU NumPy's implementation draws them; elsewhere the same integers
+are computed with tensor operations. torch's own generators give other numbers on a CPU than on a GPU, and may give
+others on another GPU; then where a run happens would change what it learns.
+
+Dropout is torch's and cannot be drawn that way: its global generators are seeded by a key for the length of a block.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,16 +31,19 @@ _WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 _UNIT = 2.0**-24  # 24 random bits make a float32 in [0, 1)
 
 
+# ---- Draws by key ----
+
+
 def uniform_draws(counts: Sequence[int], keys: Sequence[Key], device: torch.device) -> Iterator[Tensor]:
     """Draw from Uniform[0, 1), 24 random bits a number, once per key.
 
     Args:
-        counts: How many numbers for each key.
+        counts: How many numbers to draw for each key.
         keys: Two integers in [0, 2**64) each.
-        device: Where they are wanted.
+        device: Device of the result.
 
     Yields:
-        float32 tensors (count,), the caller's to change and valid until the next is asked for.
+        float32 tensors (count,), the caller's to change and valid until the next one is asked for.
     """
     if device.type == "cpu":
         buffer = torch.empty(max(counts, default=0), dtype=torch.float32)
@@ -52,7 +57,7 @@ def uniform_draws(counts: Sequence[int], keys: Sequence[Key], device: torch.devi
 
 
 def normal_draws(counts: Sequence[int], keys: Sequence[Key], device: torch.device) -> Iterator[Tensor]:
-    """As `uniform_draws`, from N(0, 1) by the Box-Muller transform; devices agree up to rounding."""
+    """Draw from N(0, 1) by the Box-Muller transform; otherwise as `uniform_draws`. Devices agree up to rounding."""
     pairs = [-(-count // 2) for count in counts]
     draws = uniform_draws([2 * n for n in pairs], keys, device)
     for count, n, uniform in zip(counts, pairs, draws, strict=True):
@@ -62,14 +67,14 @@ def normal_draws(counts: Sequence[int], keys: Sequence[Key], device: torch.devic
 
 
 def uniform_by_tensors(counts: Sequence[int], keys: Sequence[Key], device: torch.device) -> list[Tensor]:
-    """What `uniform_draws` yields, all at once, computed with integer tensor operations on any device."""
+    """Compute what `uniform_draws` yields, all at once, with integer tensor operations on any device."""
     blocks = [-(-count // FLOATS_PER_BLOCK) for count in counts]
     # NumPy counts up before its first block, so counters begin at 1.
-    counter = torch.cat([torch.arange(1, n + 1, device=device) for n in blocks])
+    counter = torch.cat([torch.arange(1, n + 1, device=device) for n in blocks])  # (N,), N blocks in all
     repeats = torch.tensor(blocks, device=device)
     k0, k1 = (torch.tensor([_signed(key[i]) for key in keys], device=device).repeat_interleave(repeats) for i in (0, 1))
     raw = torch.stack(_philox(counter, k0, k1), dim=1)  # (N, 4) 64-bit words in the order they are handed out
-    halves = torch.stack((raw & _LOW, (raw >> 32) & _LOW), dim=2).view(-1)  # the low half comes first
+    halves = torch.stack((raw & _LOW, (raw >> 32) & _LOW), dim=2).view(-1)  # (8 N,); the low half comes first
     uniform = (halves >> 8).to(torch.float32) * _UNIT
     rows = uniform.split([n * FLOATS_PER_BLOCK for n in blocks])
     return [row[:count] for row, count in zip(rows, counts, strict=True)]
@@ -113,6 +118,9 @@ def _signed(word: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
+# ---- torch's, NumPy's and Python's global streams ----
+
+
 def stream_key(name: str, *parts: int) -> int:
     """Hash a stream's name and its coordinates into a generator seed in [0, 2**63).
 
@@ -123,8 +131,11 @@ def stream_key(name: str, *parts: int) -> int:
 
 
 @contextmanager
-def keyed_rng(key: int, device: torch.device) -> Iterator[None]:
-    """Run a block (dropout, that is) on torch's global generators seeded with ``key``; put them back after."""
+def keyed_rng(key: int, device: torch.device) -> Generator[None, None, None]:
+    """Run a block, such as a forward pass with dropout, on torch's global generators seeded with ``key``.
+
+    Afterwards the generators are where they were before.
+    """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(key)
         if device.type == "cuda":
@@ -133,7 +144,7 @@ def keyed_rng(key: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_rng() -> Iterator[None]:
+def preserved_rng() -> Generator[None, None, None]:
     """Leave Python's, NumPy's and torch's global random streams as they were before the block."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []

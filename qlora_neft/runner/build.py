@@ -221,15 +221,12 @@ def trainer_of(
     output_dir: Path,
 ) -> QLoRANeftTrainer:
     """The trainer, its NF4 base loaded and its adapters added."""
-    quantization, lora = recipe.quantization, recipe.lora
     model = load_nf4_base(
         model_path(recipe),
         device=policy.device,
         compute_dtype=policy.compute_dtype,
         quantization_config=nf4_config(
-            policy.compute_dtype,
-            double_quant=quantization.bnb_4bit_use_double_quant,
-            quant_storage=_quant_storage(recipe, policy),
+            recipe.quantization, policy.compute_dtype, quant_storage=_quant_storage(recipe, policy)
         ),
         revision=recipe.model.revision,
     )
@@ -239,7 +236,7 @@ def trainer_of(
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        peft_config=lora_config(lora.r, lora.lora_alpha, lora.lora_dropout, lora.target_modules),
+        peft_config=lora_config(recipe.lora),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

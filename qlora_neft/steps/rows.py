@@ -1,4 +1,4 @@
-"""Which rows an optimizer step takes, and which of them are this rank's.
+"""Which rows an optimizer step takes, and which of them belong to this rank.
 
 A step's rows follow from seed, epoch and step alone. Ranks share them out; no row is repeated to even out the ranks
 (accelerate's ``even_batches`` would), so that any number of ranks learns the same, also after a resume on another.
@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate.data_loader import SeedableRandomSampler
-from torch.utils.data import DataLoader, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+from transformers import TrainingArguments
 
 GHOST = "_ghost"  # key of a row that is here only because a rank without a row must take part in the step
+
+
+class Order(Protocol):
+    """The order of the rows of an epoch. It may have ``set_epoch(epoch)`` as well, as accelerate's samplers do."""
+
+    def __iter__(self) -> Iterator[int]: ...
+
+    def __len__(self) -> int: ...
 
 
 class StepSampler(Sampler[list[int]]):
@@ -21,16 +30,17 @@ class StepSampler(Sampler[list[int]]):
 
     Args:
         order: Row indices of an epoch, the same on every rank.
-        rows_per_step: Of all ranks together.
-        rank, num_ranks: Which part is this one's.
+        rows_per_step: Rows of a step, of all ranks together.
+        rank: This rank, from 0.
+        num_ranks: Number of ranks.
         drop_last: Whether an incomplete last step is left out.
-        epoch_now: Asked for the epoch whenever the steps are gone through; None leaves it to `set_epoch`. Upstream
-            tells samplers the epoch, but not in every version one that was wrapped to skip steps on a resume.
+        epoch_now: Asked for the epoch whenever an iteration begins; None leaves it to `set_epoch`. Upstream passes the
+            epoch to samplers, but transformers 5.15 not to one that was wrapped to skip steps on a resume.
     """
 
     def __init__(
         self,
-        order: Sampler[int],
+        order: Order,
         rows_per_step: int,
         rank: int = 0,
         num_ranks: int = 1,
@@ -51,12 +61,13 @@ class StepSampler(Sampler[list[int]]):
         return full + (rest > 0 and not self.drop_last)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go by the order of that epoch."""
-        if hasattr(self.order, "set_epoch"):
-            self.order.set_epoch(epoch)
+        """Use the order of that epoch."""
+        set_epoch = getattr(self.order, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
 
     def rows_of(self, epoch: int, step: int) -> list[int]:
-        """Row indices of one step of an epoch, of all ranks."""
+        """Return the row indices of one step of an epoch, of all ranks."""
         self.set_epoch(epoch)
         return next(islice(self._steps(), step, None), [])
 
@@ -68,15 +79,15 @@ class StepSampler(Sampler[list[int]]):
 
     def _part(self, rows: list[int]) -> list[int]:
         begin, end = (len(rows) * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
-        # ~i marks row i as a ghost: there are fewer rows than ranks.
+        # Fewer rows than ranks leave some ranks without one: ~i marks row i as a ghost.
         return rows[begin:end] or [~rows[0]]
 
 
-class StepRows:
-    """The rows of a dataset; index ~i gives row i as a ghost, which trains nothing.
+class StepRows(Dataset[Mapping[str, Any]]):
+    """The rows of a dataset; index ~i yields row i as a ghost, which trains nothing.
 
     Args:
-        dataset: With a length, its rows mappings.
+        dataset: Has a length; its rows are mappings.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -89,7 +100,7 @@ class StepRows:
         return {**self.dataset[~index], GHOST: True} if index < 0 else self.dataset[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
-        """Several at once, as `datasets` is fastest at."""
+        """Return several rows at once, which is how `datasets` is fastest."""
         if not hasattr(self.dataset, "__getitems__") or any(index < 0 for index in indices):
             return [self[index] for index in indices]
         return self.dataset.__getitems__(list(indices))
@@ -99,16 +110,17 @@ class StepLoader(DataLoader):
     """A dataloader over `StepSampler` that can be told the epoch, as accelerate's can."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Go by the order of that epoch."""
+        """Use the order of that epoch."""
+        assert isinstance(self.batch_sampler, StepSampler)
         self.batch_sampler.set_epoch(epoch)
 
 
-def step_order(sampler: Sampler[int], dataset: Any, args: Any) -> Sampler[int]:
-    """An order of rows that follows from seed and epoch alone: accelerate's, in place of torch's random one.
+def step_order(sampler: Any, dataset: Any, args: TrainingArguments) -> Order:
+    """Replace torch's random order of rows by accelerate's, which follows from seed and epoch alone.
 
     Args:
         sampler: Upstream's choice; any but a plain random one is kept.
-        dataset: What it orders.
+        dataset: The rows it orders.
         args: With ``seed`` and ``data_seed``.
     """
     if type(sampler) is not RandomSampler:
@@ -117,10 +129,10 @@ def step_order(sampler: Sampler[int], dataset: Any, args: Any) -> Sampler[int]:
     return SeedableRandomSampler(dataset, data_seed=seed)
 
 
-def step_loader(rows: StepRows, steps: StepSampler, collator: Any, args: Any) -> StepLoader:
-    """The dataloader of optimizer steps, with upstream's worker settings.
+def step_loader(rows: StepRows, steps: StepSampler, collator: Any, args: TrainingArguments) -> StepLoader:
+    """Return the dataloader of optimizer steps, with upstream's worker settings.
 
-    Not prepared by accelerate, which would share the steps out once more; a `StepBatch` goes to the device one
+    It is not prepared by accelerate, which would share the steps out once more; a `StepBatch` goes to the device one
     micro-batch at a time.
     """
     return StepLoader(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # label of a token that is not trained on; torch's own default
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,20 @@ class SequenceSpan:
     ordinal: int
 
     def shifted(self, offset: int) -> SequenceSpan:
-        """The same span, ``offset`` sequences later in the step."""
+        """Return the same span, ``offset`` sequences later in the step."""
         return replace(self, ordinal=self.ordinal + offset)
 
 
 class UnknownSequenceBoundaries(ValueError):
-    """A batch does not say where its sequences begin and end, so that L is unknown."""
+    """A batch does not say where its sequences begin and end, so L is unknown."""
 
 
 def find_sequences(inputs: Mapping[str, Any], *, num_tokens: int | None = None) -> list[SequenceSpan]:
     """Find the sequences of a batch, in (row, column) order, ordinals counted from 0.
 
-    Real tokens are those with a non-zero ``attention_mask``, or all of them where there is none. Within the
-    real tokens of a row a sequence starts at the first, at each entry of ``cu_seq_lens_q``, and wherever
-    ``position_ids`` returns to 0. Read from the collator's tensors on the CPU, this costs no device
-    synchronization.
+    Real tokens are those with a non-zero ``attention_mask``, or all tokens if there is none. Within the real tokens
+    of a row a sequence starts at the first, at each entry of ``cu_seq_lens_q``, and wherever ``position_ids`` returns
+    to 0. Read from the collator's tensors on the CPU, this costs no device synchronization.
 
     Args:
         inputs: A collated batch: ``input_ids`` (B, T) and ``attention_mask`` (B, T), ``position_ids`` (B, T) or
@@ -53,7 +52,7 @@ def find_sequences(inputs: Mapping[str, Any], *, num_tokens: int | None = None) 
             collator leaves looking like one-token sequences.
 
     Raises:
-        UnknownSequenceBoundaries: If none of the three is there, or the mask is not (B, T).
+        UnknownSequenceBoundaries: If none of the three is present, or the mask is not (B, T).
     """
     ids = inputs["input_ids"]
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
@@ -73,7 +72,13 @@ def find_sequences(inputs: Mapping[str, Any], *, num_tokens: int | None = None) 
     return _from_rows(ids, mask, positions, num_tokens)
 
 
+def count_tokens(spans: Sequence[SequenceSpan]) -> int:
+    """Count the real tokens of all spans together."""
+    return sum(span.length for span in spans)
+
+
 def _from_cumulative(bounds: list[int], num_tokens: int | None) -> list[SequenceSpan]:
+    """From ``cu_seq_lens_q``: every row was flattened into row 0."""
     end = bounds[-1] if num_tokens is None else num_tokens
     pairs = [(a, b) for a, b in pairwise(bounds) if a < end]
     return [SequenceSpan(0, slice(a, b), b - a, ordinal) for ordinal, (a, b) in enumerate(pairs)]
@@ -84,7 +89,7 @@ def _from_rows(
 ) -> list[SequenceSpan]:
     spans: list[SequenceSpan] = []
     for row in range(ids.shape[0]):
-        real = torch.arange(ids.shape[1]) if mask is None else mask[row].cpu().nonzero().flatten()
+        real = torch.arange(ids.shape[1]) if mask is None else mask[row].cpu().nonzero().flatten()  # columns
         if mask is None and num_tokens is not None:
             real = real[:num_tokens]
         for tokens in _split_at_restarts(real, None if positions is None else positions[row].cpu()):
@@ -103,10 +108,6 @@ def _split_at_restarts(real: Tensor, positions: Tensor | None) -> list[Tensor]:
 
 
 def _as_slice(tokens: Tensor) -> slice | Tensor:
+    """The columns as a slice if they have no holes: a view instead of a gather, and noise is added in place."""
     first, last = int(tokens[0]), int(tokens[-1])
     return slice(first, last + 1) if last - first + 1 == len(tokens) else tokens
-
-
-def count_tokens(spans: Sequence[SequenceSpan]) -> int:
-    """Real tokens in all spans together."""
-    return sum(span.length for span in spans)

@@ -21,6 +21,7 @@ from peft import AutoPeftModelForCausalLM
 from qlora_neft.adapter.folder import find_adapter
 from qlora_neft.adapter.load import load_trained
 from qlora_neft.base.nf4 import keep_nf4_layout, nf4_config
+from qlora_neft.recipe.schema import Quantization
 
 ON_CPU = {"device": "cpu", "precision": "fp32"}
 REQUEST = [{"role": "user", "content": "Repeat 7"}]
@@ -35,7 +36,7 @@ def main(run_dir: str, repo_id: str, output: Path) -> None:
     by_id = load_trained(repo_id, **ON_CPU)
     found["by_id"] = torch.equal(logits(by_id.model, ids), wanted) and by_id.prompts.ids(REQUEST) == ids.tolist()[0]
     found["base"] = [find_adapter(repo_id).base, find_adapter(repo_id).base_revision]
-    quantization = nf4_config(torch.float32)
+    quantization = nf4_config(Quantization(), torch.float32)
     peft = AutoPeftModelForCausalLM.from_pretrained(
         repo_id, quantization_config=quantization, dtype=torch.float32, device_map="cpu"
     ).eval()

@@ -173,7 +173,7 @@ def test_the_rows_of_a_step_are_those_it_took(llama, tmp_path):
     take = trainer.training_step
 
     def training_step(model, inputs, num_items=None):
-        taken.append(sorted(tuple(row["input_ids"]) for row in inputs.features))
+        taken.append(sorted(tuple(row["input_ids"]) for row in inputs.rows))
         return take(model, inputs, num_items)
 
     trainer.training_step = training_step

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from peft import LoraConfig
 from tiny import ARCHITECTURES, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_neft.base.lora import add_adapters, count_trainable, lora_config
+from qlora_neft.base.lora import add_adapters, count_trainable
 from qlora_neft.base.nf4 import load_nf4_base, nf4_config
 from qlora_neft.errors import UserInputError
 from qlora_neft.fit.geometry import FAMILIES, geometry_of, shipped_config
+from qlora_neft.recipe.schema import Quantization
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -86,7 +88,7 @@ def shapes(linears):
 def test_every_count_is_that_of_the_loaded_model(tmp_path, architecture, overrides, double_quant):
     folder = save_tiny_model(tmp_path / "model", architecture, **overrides)
     geometry = geometry_of(config_of(folder))
-    quantization = nf4_config(torch.float32, double_quant=double_quant)
+    quantization = nf4_config(Quantization(bnb_4bit_use_double_quant=double_quant), torch.float32)
     model = load_nf4_base(str(folder), device=CPU, compute_dtype=torch.float32, quantization_config=quantization)
 
     real = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
@@ -103,7 +105,7 @@ def test_every_count_is_that_of_the_loaded_model(tmp_path, architecture, overrid
     assert geometry.vocab_size == model.get_input_embeddings().weight.shape[0]
     assert geometry.tied == (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
 
-    adapted = add_adapters(model, lora_config(r=3))
+    adapted = add_adapters(model, LoraConfig(r=3, target_modules="all-linear"))
     assert geometry.lora_parameters(3) == count_trainable(adapted)
 
 
@@ -153,7 +155,8 @@ def test_a_key_left_out_has_the_default_of_its_model_type(model_type):
 def test_named_targets_match_as_they_do_in_peft(tmp_path, architecture, targets):
     overrides = {"word_embed_proj_dim": 32} if architecture == "opt" else {}
     folder = save_tiny_model(tmp_path / "model", architecture, **overrides)
-    adapted = add_adapters(AutoModelForCausalLM.from_pretrained(folder), lora_config(r=5, target_modules=targets))
+    config = LoraConfig(r=5, target_modules=targets, task_type="CAUSAL_LM")
+    adapted = add_adapters(AutoModelForCausalLM.from_pretrained(folder), config)
     assert geometry_of(config_of(folder)).lora_parameters(5, targets) == count_trainable(adapted)
 
 

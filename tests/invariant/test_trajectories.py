@@ -19,6 +19,7 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
 from qlora_neft.base.nf4 import base_fingerprint, frozen_fingerprints, keep_nf4_layout, load_nf4_base, nf4_config
+from qlora_neft.recipe.schema import Quantization
 
 ROWS = mixed_rows(32, seed=11)
 STEP_OF_16 = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
@@ -156,7 +157,7 @@ def test_the_dtype_that_nf4_bytes_are_stored_as_changes_no_bit(llama, tmp_path, 
     """FSDP needs a float dtype; the bytes, the losses and the adapter are those of uint8."""
     found = []
     for dtype in ("uint8", storage):
-        config = nf4_config(torch.float32, quant_storage=getattr(torch, dtype))
+        config = nf4_config(Quantization(), torch.float32, quant_storage=getattr(torch, dtype))
         trainer = tiny_trainer(llama, tmp_path / dtype, quantization_config=config)
         trainer.train()
         found.append((base_fingerprint(frozen_fingerprints(trainer.model)), losses(trainer), adapter_weights(trainer)))

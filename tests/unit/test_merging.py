@@ -16,6 +16,7 @@ from qlora_neft.errors import UserInputError
 from qlora_neft.export.merge.merge import check_space
 from qlora_neft.export.merge.plan import quantized_names
 from qlora_neft.export.merge.proof import Streamed, distance, reference_of
+from qlora_neft.recipe.schema import Quantization
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def test_weights_are_quantized_from_the_dtype_they_are_loaded_in(double_quant, l
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
-    options = {"quantization_config": nf4_config(torch.float32, double_quant=double_quant)}
+    options = {"quantization_config": nf4_config(Quantization(bnb_4bit_use_double_quant=double_quant), torch.float32)}
     loaded = load_nf4_base(str(tmp_path), device=CPU, compute_dtype=torch.float32, **options)
     base, name = checkpoint(tmp_path), "model.layers.0.mlp.up_proj.weight"
     assert base.weight(name).dtype == torch.bfloat16

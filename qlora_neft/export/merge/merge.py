@@ -18,6 +18,7 @@ from ...base.precision import resolve_precision
 from ...errors import RunFailed, UserInputError
 from ...files import failing_with_the_disk, finite, sha256_of_file, write_json
 from ...paths import shown_path
+from ...recipe.schema import Quantization
 from ...run_folder.lock import LOCK
 from ...run_folder.record import versions
 from ...run_folder.resume import claimed
@@ -198,7 +199,8 @@ def _write(plan: Plan, draft: Path, tokenizer: Any, max_shard_bytes: int, say: S
     for name, key in plan.merge.base.parameters().items():
         writer.add(key, plan.merge.stored(name, plan.strategy, plan.dtype))
     writer.close()
-    quantization = nf4_config(plan.dtype, double_quant=plan.merge.double_quant) if plan.strategy == NF4 else None
+    section = Quantization(bnb_4bit_use_double_quant=plan.merge.double_quant)
+    quantization = nf4_config(section, plan.dtype) if plan.strategy == NF4 else None
     write_companions(draft, plan.merge.base.folder, tokenizer, plan.dtype, quantization)
     return writer.total_bytes
 

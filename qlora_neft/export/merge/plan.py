@@ -20,6 +20,7 @@ from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import check_base_config
 from ...base.nf4 import from_nf4, nf4_config, to_nf4
 from ...errors import UserInputError, first_line
+from ...recipe.schema import Quantization
 
 DEQUANTIZED, ORIGINAL, NF4 = "dequantized", "original", "nf4"
 STRATEGIES = (DEQUANTIZED, ORIGINAL, NF4)
@@ -93,7 +94,7 @@ def quantized_names(base: Checkpoint) -> frozenset[str]:
 
 def _replaced(model: PreTrainedModel) -> PreTrainedModel:
     copy = skeleton(model.config)
-    quantizer = AutoHfQuantizer.from_config(nf4_config(torch.float32))
+    quantizer = AutoHfQuantizer.from_config(nf4_config(Quantization(), torch.float32))
     quantizer.preprocess_model(model=copy, device_map={"": "cpu"})
     return copy
 
