@@ -14,7 +14,8 @@ from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from qlora_neft.data.sources import Row
-from qlora_neft.data.worker import RowWorker, Settings
+from qlora_neft.data.worker import RowWorker
+from qlora_neft.recipe.schema import Data
 
 LONG = 10**6  # tokens; nothing is cut
 CHATML = (
@@ -159,8 +160,13 @@ def cases(draw, asked, answered, ways=WAYS, max_exchanges=4):
     return replace(case, row=row)
 
 
+def section(max_length, **stated):
+    """A data section of any length, also of fewer tokens than a recipe may state; hashable, for `worker_of`."""
+    return Data.model_construct(path="rows.jsonl", max_length=max_length, mixture=(), **stated)
+
+
 def outcome_of(case, kind, chosen=None):
-    worker = worker_of(kind, case.format, case.template, chosen or Settings(LONG))
+    worker = worker_of(kind, case.format, case.template, chosen or section(LONG))
     [outcome] = worker([Row(1, "line 1", case.row)])
     return outcome
 

@@ -6,21 +6,25 @@ import json
 
 from tiny import byte_tokenizer
 
-from qlora_neft.data.gate import Limits
 from qlora_neft.data.prepare import prepare_data
-from qlora_neft.data.sources import Source
-from qlora_neft.data.worker import Settings
+from qlora_neft.data.sources import training_sources
+from qlora_neft.recipe.schema import Data
 
-SETTINGS = Settings(256)
 TOKENIZER = byte_tokenizer()
-ANYTHING = Limits(1.0, 1.0, 1.0)
+ANYTHING = dict.fromkeys(("max_dropped_fraction", "max_truncated_fraction", "max_duplicate_fraction"), 1.0)
+
+
+def source_of(path, *, key="data.path", **stated):
+    """The source that a data section with these keys names, also one that no recipe may state."""
+    [source] = training_sources(Data.model_construct(path=path, **stated), key)
+    return source
 
 
 def write(path, rows):
     """The source of a file of rows; a row that is text is written as it is."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return Source(str(path))
+    return source_of(str(path))
 
 
 def plain(count, mark=""):
@@ -37,10 +41,16 @@ def talks(count):
     ]
 
 
-def prepare(*sources, tokenizer=TOKENIZER, settings=SETTINGS, **options):
-    """Prepared data, whatever is wrong with it unless limits are given."""
-    options = {"limits": ANYTHING, "num_proc": 1, **options}
-    return prepare_data(tokenizer, sources=sources, settings=settings, **options)
+def section_of(*sources, **stated):
+    """A data section of some sources and further keys; it lets anything through the gate unless a key says less."""
+    first, *mixture = [{name: value for name, value in vars(source).items() if name != "key"} for source in sources]
+    return Data(**{"max_length": 256, **ANYTHING, **first, "mixture": mixture, **stated})
+
+
+def prepare(*sources, tokenizer=TOKENIZER, key="data.path", refuse=True, num_proc=1, progress=None, **stated):
+    """Prepared data of some sources; ``stated`` are further keys of the data section."""
+    section = section_of(*sources, **stated)
+    return prepare_data(tokenizer, section, key=key, refuse=refuse, num_proc=num_proc, progress=progress)
 
 
 def texts(dataset):

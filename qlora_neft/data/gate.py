@@ -1,7 +1,7 @@
-"""What no data set may pass with: nothing to learn, no end to learn, too much cut, left out or repeated.
+"""The gate that data must pass: something to learn, an end to learn, and not too much cut, left out or repeated.
 
-Problems stop a run before a weight is loaded; warnings are about what is only suspicious. Each names the key, the rule,
-the rows and the remedy.
+Problems stop a run before any weights are loaded; warnings point at what is only suspicious. Each names the key, the
+rule, the rows and the remedy.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import UserInputError
+from ..recipe.schema import Data
 from .worker import BAD, EMPTY, NO_ROOM, UNFIT, Outcome
 
 PLACES_NAMED = 5  # rows named of each kind
+WARN_TRUNCATED = 0.01  # share of rows from which cut responses are worth a line
+FEW_TRAINED = 0.02  # share of trained tokens below which nearly all computing is spent on prompts
 
 
 @dataclass
 class Finding:
-    """How many rows something is true of, and the first of them."""
+    """How many rows are of one kind, and the places of the first few."""
 
     count: int = 0
     places: list[str] = field(default_factory=list)
@@ -37,17 +40,18 @@ class Finding:
 
 @dataclass
 class Tally:
-    """What was found in the rows of one part of the data (training or held out).
+    """Counts of one part of the data, training or held out.
 
     Attributes:
-        rows: Rows read, those that are left out included.
-        sequences: Sequences trained on.
-        tokens, trained_tokens: In them.
-        ended: Sequences whose last response ends with its end token, trained.
+        rows: Rows read, including those that are left out.
+        sequences: Sequences to train on.
+        tokens, trained_tokens: Tokens in these sequences.
+        ended: Sequences whose last response ends with a trained end token.
+        truncated_sequences: Sequences that lost trained tokens.
         turns_left_out: Turns before the first request or after the last response.
-        largest_token_id: In any sequence, -1 without any.
-        findings: Kind to rows: ``bad``, ``empty``, ``unfit``, ``no room``, ``truncated``, ``duplicate``,
-            ``special``, ``replacement``, ``cut apart``.
+        largest_token_id: Largest id in any sequence, -1 without any.
+        findings: Rows by kind: ``bad``, ``empty``, ``unfit``, ``no room``, ``truncated``, ``duplicate``, ``special``,
+            ``replacement``, ``cut apart``, ``across``.
     """
 
     rows: int = 0
@@ -61,16 +65,16 @@ class Tally:
     findings: dict[str, Finding] = field(default_factory=dict)
 
     def finding(self, kind: str) -> Finding:
-        """The rows of a kind, none so far included."""
+        """Return the rows of a kind, none yet if it is new."""
         return self.findings.setdefault(kind, Finding())
 
     def add(self, outcome: Outcome, repeats: str | None = None, times: int = 1) -> None:
         """Count one row.
 
         Args:
-            outcome: What became of it.
-            repeats: An earlier row that says the same.
-            times: How often it is trained on in one epoch.
+            outcome: The result of preparing it.
+            repeats: The earlier row with the same content, in words.
+            times: How often the row is used in one epoch.
         """
         self.rows += 1
         if outcome.problem:
@@ -91,50 +95,32 @@ class Tally:
             self.largest_token_id = max(self.largest_token_id, int(sequence.ids.max()))
 
     def num_dropped(self) -> int:
-        """Rows left out, of those that can be read."""
+        """Count the readable rows that are left out."""
         return sum(self.finding(kind).count for kind in (EMPTY, UNFIT, NO_ROOM))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Tally:
-        """The tally that `to_dict` wrote."""
+        """Read back what `to_dict` wrote."""
         findings = {kind: Finding(**finding) for kind, finding in values["findings"].items()}
-        return cls(**{**values, "findings": findings})
+        counts = {name: value for name, value in values.items() if name != "findings"}
+        return cls(**counts, findings=findings)
 
 
 def _said(place: str, reason: str) -> str:
-    """``line 7 is not JSON``, ``line 7: output is missing``."""
+    """Join a place and a reason: ``line 7 is not JSON``, ``line 7: output is missing``."""
     return f"{place} {reason}" if reason.startswith(("is ", "has ")) else ": ".join(filter(None, (place, reason)))
 
 
-WARN_TRUNCATED = 0.01  # share from which a cut response is worth a line
-FEW_TRAINED = 0.02  # share of trained tokens below which most of the computing is for prompts
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Shares of rows, 0 to 1, that a data set may have of what is wrong with it.
-
-    Attributes:
-        max_dropped_fraction: Rows that are empty, do not fit the template or have no room for a response; left out.
-        max_truncated_fraction: Rows that lose part of a response to ``max_length``.
-        max_duplicate_fraction: Rows that say the same as an earlier one.
-    """
-
-    max_dropped_fraction: float = 0.01
-    max_truncated_fraction: float = 0.5
-    max_duplicate_fraction: float = 0.5
-
-
 class DataRefused(UserInputError):
-    """The gate's problems, all at once.
+    """All problems of the gate at once.
 
     Attributes:
-        problems: One line each.
-        report: The data report, with the same problems in it.
+        problems: The problems, one line each.
+        report: The data report, which lists the same problems.
     """
 
     def __init__(self, problems: Sequence[str], report: dict[str, Any]) -> None:
@@ -143,24 +129,23 @@ class DataRefused(UserInputError):
         super().__init__(head + "\n  ".join(problems))
 
 
-def find_problems(tally: Tally, limits: Limits, max_length: int, key: str = "data.path") -> list[str]:
-    """What forbids training on (or measuring by) these rows.
+def find_problems(tally: Tally, section: Data, key: str = "data.path") -> list[str]:
+    """Return what forbids training on these rows, or evaluating on them, one line each.
 
     Args:
-        tally: Of one part of the data.
-        limits: What is allowed.
-        max_length: Tokens per sequence.
-        key: What the caller wrote.
+        tally: Counts of one part of the data.
+        section: The recipe's data section, with the shares it allows.
+        key: The name of the rows' source in messages.
     """
     checks = (_not_rows, _nothing_to_learn, _left_out, _no_end, _repeated, _cut)
-    problems = [problem for check in checks if (problem := check(tally, limits, max_length, key))]
+    problems = [problem for check in checks if (problem := check(tally, section, key))]
     if not problems and not tally.sequences:
         problems = [f"{key}: no row is left to train on. Give other data."]
     return problems
 
 
-def find_warnings(tally: Tally, limits: Limits, key: str = "data.path") -> list[str]:
-    """What is suspicious, and may be as it should."""
+def find_warnings(tally: Tally, section: Data, key: str = "data.path") -> list[str]:
+    """Return what is suspicious but may be intended, one line each; arguments as in `find_problems`."""
     found = tally.findings
     lines = [
         _line(found, "special", f"{key}: {{n}} with the spelling of a special token, read as that token: {{p}}."),
@@ -178,40 +163,40 @@ def find_warnings(tally: Tally, limits: Limits, key: str = "data.path") -> list[
         _line(found, "duplicate", f"{key}: {{n}} repeated: {{p}}."),
     ]
     dropped = tally.num_dropped()
-    if dropped and _share(dropped, tally) <= limits.max_dropped_fraction:
+    if dropped and _share(dropped, tally) <= section.max_dropped_fraction:
         named = "; ".join(str(tally.finding(kind)) for kind in (EMPTY, UNFIT, NO_ROOM) if tally.finding(kind).count)
         lines.append(f"{key}: {_of(dropped, tally)} left out, as data.max_dropped_fraction allows: {named}.")
     if tally.turns_left_out:
         turns = "1 turn" if tally.turns_left_out == 1 else f"{tally.turns_left_out:,} turns"
         lines.append(f"{key}: {turns} left out (before the first request, or after the last response).")
     cut = found.get("truncated", Finding()).count
-    if cut and WARN_TRUNCATED <= _share(cut, tally) <= limits.max_truncated_fraction:
+    if cut and WARN_TRUNCATED <= _share(cut, tally) <= section.max_truncated_fraction:
         lines.append(f"data.max_length: {_of(cut, tally)} ({_percent(cut, tally)}) cut inside a response.")
     if tally.tokens and tally.trained_tokens < FEW_TRAINED * tally.tokens:
         lines.append(f"{key}: {tally.trained_tokens / tally.tokens:.1%} of the tokens are trained; the rest is prompt.")
     return [line for line in lines if line]
 
 
-def _not_rows(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+def _not_rows(tally: Tally, section: Data, key: str) -> str | None:
     bad = tally.finding(BAD)
     if not bad.count:
         return None
-    return f"{key}: {_of(bad.count, tally)} cannot be read: {bad}. Mend or remove them."
+    return f"{key}: {_of(bad.count, tally)} cannot be read: {bad}. Fix or remove them."
 
 
-def _nothing_to_learn(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+def _nothing_to_learn(tally: Tally, section: Data, key: str) -> str | None:
     no_room = tally.finding(NO_ROOM).count
     if tally.sequences or not no_room or no_room < tally.rows - tally.finding(BAD).count:
         return None
-    return f"data.max_length: {max_length} tokens leave no room for a response in any row of {key}. Raise it."
+    return f"data.max_length: {section.max_length} tokens leave no room for a response in any row of {key}. Raise it."
 
 
-def _left_out(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+def _left_out(tally: Tally, section: Data, key: str) -> str | None:
     dropped = tally.num_dropped()
-    if not dropped or _share(dropped, tally) <= limits.max_dropped_fraction:
+    if not dropped or _share(dropped, tally) <= section.max_dropped_fraction:
         return None
-    if _nothing_to_learn(tally, limits, max_length, key):
-        return None  # said already
+    if _nothing_to_learn(tally, section, key):
+        return None  # reported already
     kinds = {
         EMPTY: "empty, without text or response",
         UNFIT: "without a place in the prompt template",
@@ -225,12 +210,12 @@ def _left_out(tally: Tally, limits: Limits, max_length: int, key: str) -> str | 
         remedies.append(f"leave out so many with data.max_dropped_fraction={_rounded_up(_share(dropped, tally))}")
     remedy = ", or ".join(remedies)
     return (
-        f"{key}: {'. '.join(parts)}; more than data.max_dropped_fraction={limits.max_dropped_fraction:g} of all. "
+        f"{key}: {'. '.join(parts)}; more than data.max_dropped_fraction={section.max_dropped_fraction:g} of all. "
         f"{remedy[0].upper()}{remedy[1:]}."
     )
 
 
-def _no_end(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+def _no_end(tally: Tally, section: Data, key: str) -> str | None:
     if not tally.sequences or tally.ended:
         return None
     if tally.truncated_sequences >= tally.sequences:
@@ -244,25 +229,26 @@ def _no_end(tally: Tally, limits: Limits, max_length: int, key: str) -> str | No
     )
 
 
-def _repeated(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+def _repeated(tally: Tally, section: Data, key: str) -> str | None:
     repeated = tally.finding("duplicate")
-    if not repeated.count or _share(repeated.count, tally) <= limits.max_duplicate_fraction:
+    if not repeated.count or _share(repeated.count, tally) <= section.max_duplicate_fraction:
         return None
     return (
         f"{key}: {_of(repeated.count, tally)} ({_percent(repeated.count, tally)}) repeated, more than "
-        f"data.max_duplicate_fraction={limits.max_duplicate_fraction:g}: {repeated}. Remove them, or "
+        f"data.max_duplicate_fraction={section.max_duplicate_fraction:g}: {repeated}. Remove them, or "
         "raise it; to use data several times on purpose there are train.num_train_epochs and data.weight."
     )
 
 
-def _cut(tally: Tally, limits: Limits, max_length: int, key: str) -> str | None:
+def _cut(tally: Tally, section: Data, key: str) -> str | None:
     cut = tally.finding("truncated")
-    if not cut.count or _share(cut.count, tally) <= limits.max_truncated_fraction:
+    if not cut.count or _share(cut.count, tally) <= section.max_truncated_fraction:
         return None
+    share = f"{_of(cut.count, tally)} ({_percent(cut.count, tally)})"
     return (
-        f"data.max_length: {_of(cut.count, tally)} ({_percent(cut.count, tally)}) of {key} cut inside a response at "
-        f"{max_length} tokens, more than data.max_truncated_fraction={limits.max_truncated_fraction:g}: {cut}. Raise "
-        f"data.max_length, or allow it with data.max_truncated_fraction={_rounded_up(_share(cut.count, tally))}."
+        f"data.max_length: {share} of {key} cut inside a response at {section.max_length} tokens, more than "
+        f"data.max_truncated_fraction={section.max_truncated_fraction:g}: {cut}. Raise data.max_length, or allow it "
+        f"with data.max_truncated_fraction={_rounded_up(_share(cut.count, tally))}."
     )
 
 
@@ -288,6 +274,6 @@ def _rows(count: int) -> str:
 
 
 def _rounded_up(share: float) -> str:
-    """A share that is enough, in two digits: 0.0123 gives 0.013."""
+    """Round a share up to two digits, so that allowing it is enough: 0.013 for 0.0123."""
     digits = 1 - math.floor(math.log10(share))
     return f"{min(1.0, math.ceil(share * 10**digits - 1e-9) / 10**digits):g}"

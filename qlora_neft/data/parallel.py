@@ -90,4 +90,5 @@ def _cores() -> int:
 
 def _context() -> multiprocessing.context.BaseContext:
     # A forked process has the tokenizer and the libraries already; elsewhere it must import them first.
-    return multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    can_fork = "fork" in multiprocessing.get_all_start_methods()
+    return multiprocessing.get_context("fork") if can_fork else multiprocessing.get_context()

@@ -6,146 +6,238 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 from datasets import Dataset
 
 from ..errors import RunFailed
 from ..paths import JINJA_SUFFIXES, shown_path
-from . import store as cache
+from ..recipe.schema import Data
+from . import store
 from .formats import check_columns, detect_format
-from .gate import DataRefused, Limits, Tally
+from .gate import DataRefused, Tally
 from .parallel import map_rows
-from .reading import Row, read_rows, source_fingerprint
+from .reading import read_rows, source_fingerprint
 from .report import data_report
-from .sources import Source
-from .store import SequenceWriter, read_sequences
+from .sources import Row, Source, held_out_sources, training_sources
+from .store import SequenceWriter, SourceFacts, State, read_sequences
 from .templates import read_jinja, resolve_template
-from .worker import Outcome, RowWorker, Settings
+from .worker import Outcome, RowWorker
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def unit_interval(digest: bytes) -> float:
-    """The first 8 bytes of a hash as a number in [0, 1).
+TRAIN, EVAL = "train.arrow", "eval.arrow"
+HEAD = 1000  # rows by which a format is recognized
+# The keys that decide how a row becomes sequences. With the sources they make the cache key: the other keys of the
+# section only say what the gate lets through, and changing them prepares nothing again.
+SEQUENCE_KEYS = ("max_length", "train_on_prompt", "keep_end_token", "split_conversations")
 
-    A row is held out if its number is below the fraction to hold out: the same row falls on the same side on every
-    machine, in every order and beside any other rows, and exact duplicates never straddle.
-    """
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-HEAD = 1000  # rows that tell a format
 Progress = Callable[[int], None]
+NumProc = int | Literal["auto"]
+Ready = tuple[State, Dataset, Dataset | None]
 
 
-@dataclass
-class Part:
-    """Training rows, or held-out ones, as they are written.
+@dataclass(frozen=True)
+class PreparedData:
+    """The sequences a run trains on and is evaluated on.
 
     Attributes:
-        writer: Of its sequences.
-        tally: Of its rows.
-        first_rows: Hash of what a row says, to the (source, number) of the first that says it.
-        used: Hashes of the rows that are trained on (or measured by) at all.
-        digest: SHA-256 of all hashes, in order.
+        train: Training sequences, memory mapped: ``input_ids``, ``labels``, and the ``source`` and ``row`` they
+            come from.
+        eval: Held-out sequences, None without any.
+        report: The data report, see `prepare_data`.
+        largest_token_id: Largest id in any sequence, -1 without any.
+        stop_token_ids: Tokens that end a response.
+        chat_template: Text of the user's Jinja template, None without one.
+        from_cache: Whether the sequences had been prepared before.
     """
 
-    writer: SequenceWriter
-    tally: Tally = field(default_factory=Tally)
-    first_rows: dict[bytes, tuple[int, int]] = field(default_factory=dict)
-    used: Counter[bytes] = field(default_factory=Counter)
-    digest: Any = field(default_factory=hashlib.sha256)
-
-    def add(self, outcomes: Sequence[tuple[Outcome, int]], source: int, prefix: str) -> None:
-        """Take the outcomes of some rows of one source, each with how often it is trained on in an epoch."""
-        sequences, rows = [], []
-        for outcome, times in outcomes:
-            self.tally.add(outcome.placed(prefix), self._earlier(outcome, source), times)
-            if outcome.hash is not None and times:
-                self.used[outcome.hash] += 1
-            sequences += list(outcome.sequences) * times
-            rows += [outcome.number] * (len(outcome.sequences) * times)
-        self.writer.write(sequences, source, rows)
-
-    def num_rows_in(self, other: Part) -> int:
-        """How many rows say what a row of another part says."""
-        return sum(count for said, count in self.used.items() if said in other.used)
-
-    def _earlier(self, outcome: Outcome, source: int) -> str | None:
-        """The row that said the same before, in words."""
-        if outcome.hash is None:
-            return None
-        self.digest.update(outcome.hash)
-        first = self.first_rows.setdefault(outcome.hash, (source, outcome.number))
-        if first == (source, outcome.number):
-            return None
-        return f"row {first[1]}" + (f" of source {first[0] + 1}" if first[0] != source else "")
+    train: Dataset
+    eval: Dataset | None
+    report: dict[str, Any]
+    largest_token_id: int
+    stop_token_ids: tuple[int, ...]
+    chat_template: str | None
+    from_cache: bool
 
 
-def build(
-    tokenizer: Any,
-    sources: Sequence[Source],
-    train: Part,
-    held_out: Part | None,
-    settings: Settings,
+def prepare_data(
+    tokenizer: PreTrainedTokenizerBase,
+    section: Data,
     *,
-    eval_fraction: float = 0.0,
-    num_proc: int | str = "auto",
+    key: str = "data.path",
+    refuse: bool = True,
+    num_proc: NumProc = "auto",
     streaming: bool = False,
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Read sources and write their sequences.
+) -> PreparedData:
+    """Read, format, render, tokenize, cut and check rows, or find them prepared in the cache.
+
+    In a notebook: ``prepare_data(tokenizer, Data(path="rows.jsonl", max_length=512))``.
 
     Args:
-        tokenizer: With an end token.
-        sources: In order.
-        train: Takes the rows.
-        held_out: Takes the share ``eval_fraction`` of them, picked by hash.
-        settings: How rows become sequences.
-        eval_fraction: 0 for none.
-        num_proc: Processes.
-        streaming: Whether Hub data is read without being downloaded first.
-        progress: Called with the number of rows done since the last call.
+        tokenizer: The model's tokenizer, with an end token.
+        section: A recipe's data section.
+        key: The name the caller wrote for ``section.path``, for messages.
+        refuse: Whether problems raise an error; otherwise they are only listed in the report.
+        num_proc: Number of processes; the result is the same with any number.
+        streaming: Whether to read Hub data without downloading it first.
+        progress: Called with the number of rows finished since its last call.
 
     Returns:
-        For each source what was found: ``path``, ``rows``, ``format``, ``prompt_template``, ``weight``, ``end``.
+        Sequences and report. The report holds ``rows``, ``tokens``, ``trained_tokens`` and ``truncated`` of the
+        training part, ``problems``, ``warnings``, ``settings``, ``sources``, and both parts, ``train`` and ``eval``.
 
     Raises:
-        UserInputError: If a source cannot be read at all, or fits no format. Bad rows are counted, not raised.
-        RunFailed: If the disk is full.
+        DataRefused: With all problems of the gate, if ``refuse``.
+        UserInputError: If the data cannot be read at all.
     """
-    found = []
-    for index, source in enumerate(sources):
-        format, rows = _with_format(source, streaming)
-        worker = RowWorker(tokenizer, format, source.prompt_template, settings)
-        prefix = f"{Path(source.path).name}, " if len(sources) > 1 else ""
-        count = 0
-        for outcomes in map_rows(worker, rows, num_proc):
-            kept, out = _divided(outcomes, eval_fraction if held_out else 0.0, source.weight)
-            _write(train, kept, index, prefix)
-            if held_out is not None:
-                _write(held_out, out, index, prefix)
-            count += len(outcomes)
-            if progress:
-                progress(len(outcomes))
-        found.append(_described(source, format, count, worker.template.end))
-    return found
+    sources, eval_sources = training_sources(section, key), held_out_sources(section, key)
+    cache_key = _cache_key(tokenizer, section, sources, eval_sources)
+    ready = _load(cache_key)
+    from_cache = ready is not None
+    if ready is None:
+        preparation = _Preparation(tokenizer, section, num_proc, streaming, progress)
+        ready = preparation.run(cache_key, sources, eval_sources)
+    state, train, held_out = ready
+    report = data_report(state, train, held_out, section)
+    if refuse and report["problems"]:
+        raise DataRefused(report["problems"], report)
+    tallies = [Tally.from_dict(part) for part in (state["train"], state["eval"]) if part]
+    return PreparedData(
+        train,
+        held_out,
+        report,
+        largest_token_id=max(tally.largest_token_id for tally in tallies),
+        stop_token_ids=tuple(state["stop_token_ids"]),
+        chat_template=next((read_jinja(s.prompt_template) for s in sources if _is_file(s.prompt_template)), None),
+        from_cache=from_cache,
+    )
 
 
-def _write(part: Part, outcomes: Sequence[tuple[Outcome, int]], index: int, prefix: str) -> None:
+# ---- What was prepared before ----
+
+
+def _cache_key(
+    tokenizer: PreTrainedTokenizerBase, section: Data, sources: Sequence[Source], eval_sources: Sequence[Source]
+) -> str:
+    return store.fingerprint(
+        {
+            "tokenizer": store.tokenizer_fingerprint(tokenizer),
+            "sources": [_source_key(source) for source in sources],
+            "eval_sources": [_source_key(source) for source in eval_sources],
+            "eval_fraction": section.eval_fraction,
+            "settings": {key: getattr(section, key) for key in SEQUENCE_KEYS},
+        }
+    )
+
+
+def _source_key(source: Source) -> list[Any]:
+    template = read_jinja(source.prompt_template) if _is_file(source.prompt_template) else source.prompt_template
+    # The paths decide no sequence; they are here because the report, which is stored with the sequences, names them.
+    return [source.path, source_fingerprint(source), source.format, source.prompt_template, template, source.weight]
+
+
+def _is_file(template: str) -> bool:
+    return template.endswith(JINJA_SUFFIXES)
+
+
+def _load(cache_key: str) -> Ready | None:
+    found = store.load_state(cache_key)
+    if found is None:
+        return None
     try:
-        part.add(outcomes, index, prefix)
-    except OSError as error:
-        raise RunFailed(
-            f"the prepared data cannot be written to {str(part.writer.path.parent)!r} ({error.strerror or error}). "
-            "Free space there, or set HF_DATASETS_CACHE to a folder that has some, and run the same command again."
-        ) from error
+        return _opened(*found)
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+        store.forget(cache_key)  # damaged: prepare it again
+        return None
 
 
-def _with_format(source: Source, streaming: bool) -> tuple[str, Iterator[Row]]:
+def _opened(folder: Path, state: State) -> Ready:
+    train = read_sequences(folder / TRAIN)
+    held_out = read_sequences(folder / EVAL) if state["eval"] else None
+    for tally, dataset in ((state["train"], train), (state["eval"], held_out)):
+        if tally is not None and dataset is not None and len(dataset) != tally["sequences"]:
+            raise pa.ArrowInvalid(f"{folder} is not complete")
+    return state, train, held_out
+
+
+# ---- Preparing ----
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """How rows are read and prepared, the same for training and held-out ones; attributes as in `prepare_data`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    section: Data
+    num_proc: NumProc
+    streaming: bool
+    progress: Progress | None
+
+    def run(self, cache_key: str, sources: Sequence[Source], eval_sources: Sequence[Source]) -> Ready:
+        """Prepare sources from the beginning and keep the result under a key of the cache."""
+        with store.new_folder(cache_key) as folder:
+            train = Part(SequenceWriter(folder / TRAIN))
+            held_out = Part(SequenceWriter(folder / EVAL)) if self.section.has_eval_rows else None
+            found = self._read(sources, train, held_out if self.section.eval_fraction is not None else None)
+            found_eval = self._read(eval_sources, held_out) if held_out is not None else []
+            for part in (train, held_out):
+                if part is not None:
+                    part.writer.close()
+            eos = self.tokenizer.eos_token
+            ends = {facts["end"] for facts in found + found_eval if facts["end"] is not None} | {eos}
+            state: State = {
+                "train": train.tally.to_dict(),
+                "train_sha256": train.digest.hexdigest(),
+                "eval": held_out.tally.to_dict() if held_out else None,
+                "eval_sha256": held_out.digest.hexdigest() if held_out else None,
+                "sources": found,
+                "eval_sources": found_eval,
+                "overlap": held_out.num_rows_in(train) if held_out else 0,
+                "stop_token_ids": sorted(map(self._id_of, ends)),
+                "eos_token": eos,
+            }
+            return _opened(store.keep(folder, cache_key, state), state)
+
+    def _id_of(self, token: str) -> int:
+        found = self.tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(found, int)  # a list for a list of tokens
+        return found
+
+    def _read(self, sources: Sequence[Source], part: Part, held_out: Part | None = None) -> list[SourceFacts]:
+        """Prepare the rows of sources into a part of the data, or a share of them into ``held_out``.
+
+        Raises:
+            UserInputError: If a source cannot be read at all, or fits no format. Bad rows are counted, not raised.
+            RunFailed: If the disk is full.
+        """
+        found: list[SourceFacts] = []
+        for index, source in enumerate(sources):
+            format, rows = _with_format(source, streaming=self.streaming)
+            worker = RowWorker(self.tokenizer, format, source.prompt_template, self.section)
+            prefix = f"{Path(source.path).name}, " if len(sources) > 1 else ""
+            count = 0
+            for outcomes in map_rows(worker, rows, self.num_proc):
+                share = self.section.eval_fraction if held_out is not None else None
+                kept, out = _divided(outcomes, share or 0.0, source.weight)
+                _write(part, kept, index, prefix)
+                if held_out is not None:
+                    _write(held_out, out, index, prefix)
+                count += len(outcomes)
+                if self.progress:
+                    self.progress(len(outcomes))
+            found.append(_facts(source, format, count, worker.template.end))
+        return found
+
+
+def _with_format(source: Source, *, streaming: bool) -> tuple[str, Iterator[Row]]:
+    """Return the format of a source's rows, stated or recognized by the first of them, and all rows."""
     rows = read_rows(source, streaming=streaming)
     head = list(islice(rows, HEAD))
     readable = [row.values for row in head if row.values is not None]
@@ -154,14 +246,14 @@ def _with_format(source: Source, streaming: bool) -> tuple[str, Iterator[Row]]:
         format = detect_format(readable, source.key, source.path)
     elif readable:
         check_columns(readable, format, f"{source.key}: {source.path!r}")
-    # Without a row that can be read, any format will do: each row says what is wrong with it.
+    # If no row can be read, any format will do: each row reports what is wrong with it.
     return ("text" if format == "auto" else format), chain(head, rows)
 
 
 def _divided(
     outcomes: Sequence[Outcome], eval_fraction: float, weight: float
 ) -> tuple[list[tuple[Outcome, int]], list[tuple[Outcome, int]]]:
-    """Training and held-out rows, each with how often it is used; rows that say nothing count as training."""
+    """Divide into training and held-out rows, each with its uses per epoch; unreadable rows count as training rows."""
     train, held_out = [], []
     for outcome in outcomes:
         if outcome.hash is not None and unit_interval(outcome.hash[:8]) < eval_fraction:
@@ -175,11 +267,20 @@ def _times(outcome: Outcome, weight: float) -> int:
     whole = math.floor(weight)
     if outcome.hash is None or whole == weight:
         return whole
-    # Other bytes than the held-out split goes by: the two choices have nothing to do with each other.
+    # Other bytes than those that decide the held-out share, so that the two choices are independent.
     return whole + (unit_interval(outcome.hash[8:]) < weight - whole)
 
 
-def _described(source: Source, format: str, rows: int, end: str | None) -> dict[str, Any]:
+def unit_interval(digest: bytes) -> float:
+    """Map the first 8 bytes of a hash to a number in [0, 1).
+
+    A row is held out if its number is below the fraction to hold out. So the same row falls on the same side on every
+    machine, in any order and among any other rows, and exact duplicates are never on both sides.
+    """
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _facts(source: Source, format: str, rows: int, end: str | None) -> SourceFacts:
     return {
         "path": shown_path(source.path),
         "rows": rows,
@@ -190,172 +291,55 @@ def _described(source: Source, format: str, rows: int, end: str | None) -> dict[
     }
 
 
-TRAIN, EVAL = "train.arrow", "eval.arrow"
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """What a run trains on and is measured on.
+@dataclass
+class Part:
+    """Training rows, or held-out ones, while they are written.
 
     Attributes:
-        train: Training sequences: ``input_ids``, ``labels``, ``source`` and ``row`` they come from; memory mapped.
-        eval: Held-out sequences, None without any.
-        report: The data report, see `prepare_data`.
-        largest_token_id: In any sequence, -1 without any.
-        stop_token_ids: Tokens that end a response.
-        chat_template: Text of the user's Jinja template, None without one.
-        from_cache: Whether they were prepared before.
+        writer: Writes the sequences.
+        tally: Counts the rows.
+        first_rows: Hash of a row's content, to the (source, number) of the first row with that content.
+        used: Content hashes of the rows that are used at all.
+        digest: SHA-256 over all content hashes, in order.
     """
 
-    train: Dataset
-    eval: Dataset | None
-    report: dict[str, Any]
-    largest_token_id: int
-    stop_token_ids: tuple[int, ...]
-    chat_template: str | None
-    from_cache: bool
+    writer: SequenceWriter
+    tally: Tally = field(default_factory=Tally)
+    first_rows: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    used: Counter[bytes] = field(default_factory=Counter)
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, outcomes: Sequence[tuple[Outcome, int]], source: int, prefix: str) -> None:
+        """Add rows of one source, each with its uses per epoch; ``prefix`` goes before their places in messages."""
+        sequences, rows = [], []
+        for outcome, times in outcomes:
+            self.tally.add(outcome.placed(prefix), self._earlier(outcome, source), times)
+            if outcome.hash is not None and times:
+                self.used[outcome.hash] += 1
+            sequences += list(outcome.sequences) * times
+            rows += [outcome.number] * (len(outcome.sequences) * times)
+        self.writer.write(sequences, source, rows)
+
+    def num_rows_in(self, other: Part) -> int:
+        """Count the rows whose content another part has as well."""
+        return sum(count for said, count in self.used.items() if said in other.used)
+
+    def _earlier(self, outcome: Outcome, source: int) -> str | None:
+        """Return the earlier row with the same content, in words; None for the first of its content."""
+        if outcome.hash is None:
+            return None
+        self.digest.update(outcome.hash)
+        first = self.first_rows.setdefault(outcome.hash, (source, outcome.number))
+        if first == (source, outcome.number):
+            return None
+        return f"row {first[1]}" + (f" of source {first[0] + 1}" if first[0] != source else "")
 
 
-def prepare_data(
-    tokenizer: Any,
-    *,
-    sources: Sequence[Source],
-    eval_sources: Sequence[Source] = (),
-    eval_fraction: float | None = None,
-    settings: Settings,
-    limits: Limits | None = None,
-    refuse: bool = True,
-    num_proc: int | str = "auto",
-    streaming: bool = False,
-    progress: Progress | None = None,
-) -> PreparedData:
-    """Read, format, render, tokenize, cut and check; what was prepared before is found again.
-
-    Args:
-        tokenizer: The model's tokenizer, with an end token.
-        sources: Training rows, mixed in order.
-        eval_sources: Held-out rows.
-        eval_fraction: Share of ``sources`` to hold out by hash instead.
-        settings: How rows become sequences.
-        limits: How much may be wrong with the data; changing them prepares nothing anew.
-        refuse: Whether problems raise; else they are in the report alone.
-        num_proc: Processes that prepare; the result is the same with any number.
-        streaming: Whether Hub data is read without being downloaded first.
-        progress: Called with the number of rows done since its last call.
-
-    Returns:
-        Sequences and report. The report holds ``rows``, ``tokens``, ``trained_tokens`` and ``truncated`` of the
-        training part, ``problems``, ``warnings``, ``settings``, ``sources``, and both parts, ``train`` and ``eval``.
-
-    Raises:
-        DataRefused: With all problems of the gate, if ``refuse``.
-        UserInputError: If data cannot be read at all.
-    """
-    limits = limits or Limits()
-    key = _key(tokenizer, sources, eval_sources, eval_fraction, settings)
-    ready = _load(key)
-    from_cache = ready is not None
-    if ready is None:
-        options = {"num_proc": num_proc, "streaming": streaming, "progress": progress}
-        ready = _prepare(key, tokenizer, sources, eval_sources, eval_fraction, settings, options)
-    state, train, held_out = ready
-    report = data_report(state, train, held_out, settings, limits, eval_fraction)
-    if refuse and report["problems"]:
-        raise DataRefused(report["problems"], report)
-    tallies = [Tally.from_dict(state[part]) for part in ("train", "eval") if state[part]]
-    return PreparedData(
-        train,
-        held_out,
-        report,
-        largest_token_id=max(tally.largest_token_id for tally in tallies),
-        stop_token_ids=tuple(state["stop_token_ids"]),
-        chat_template=next((read_jinja(s.prompt_template) for s in sources if _is_file(s)), None),
-        from_cache=from_cache,
-    )
-
-
-Ready = tuple[dict[str, Any], Dataset, Dataset | None]
-
-
-def _prepare(
-    key: str,
-    tokenizer: Any,
-    sources: Sequence[Source],
-    eval_sources: Sequence[Source],
-    eval_fraction: float | None,
-    settings: Settings,
-    options: dict[str, Any],
-) -> Ready:
-    with cache.new_folder(key) as folder:
-        train = Part(SequenceWriter(folder / TRAIN))
-        has_eval = bool(eval_sources) or eval_fraction is not None
-        held_out = Part(SequenceWriter(folder / EVAL)) if has_eval else None
-        described = build(tokenizer, sources, train, held_out, settings, eval_fraction=eval_fraction or 0.0, **options)
-        if held_out is not None and eval_sources:
-            described_eval = build(tokenizer, eval_sources, held_out, None, settings, **options)
-        else:
-            described_eval = []
-        for part in (train, held_out):
-            if part is not None:
-                part.writer.close()
-        ends = {d["end"] for d in described + described_eval if d["end"] is not None} | {tokenizer.eos_token}
-        state = {
-            "train": train.tally.to_dict(),
-            "train_sha256": train.digest.hexdigest(),
-            "eval": held_out and held_out.tally.to_dict(),
-            "eval_sha256": held_out and held_out.digest.hexdigest(),
-            "sources": described,
-            "eval_sources": described_eval,
-            "overlap": held_out.num_rows_in(train) if held_out else 0,
-            "stop_token_ids": sorted(tokenizer.convert_tokens_to_ids(end) for end in ends),
-            "eos_token": tokenizer.eos_token,
-        }
-        return _opened(cache.keep(folder, key, state), state)
-
-
-def _load(key: str) -> Ready | None:
-    found = cache.load_state(key)
-    if found is None:
-        return None
+def _write(part: Part, outcomes: Sequence[tuple[Outcome, int]], index: int, prefix: str) -> None:
     try:
-        return _opened(*found)
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
-        cache.forget(key)  # damaged: prepare it anew
-        return None
-
-
-def _opened(folder: Path, state: dict[str, Any]) -> Ready:
-    train = read_sequences(folder / TRAIN)
-    held_out = read_sequences(folder / EVAL) if state["eval"] else None
-    for part, dataset in (("train", train), ("eval", held_out)):
-        if dataset is not None and len(dataset) != state[part]["sequences"]:
-            raise pa.ArrowInvalid(f"{folder} is not complete")
-    return state, train, held_out
-
-
-def _key(
-    tokenizer: Any,
-    sources: Sequence[Source],
-    eval_sources: Sequence[Source],
-    eval_fraction: float | None,
-    settings: Settings,
-) -> str:
-    return cache.fingerprint(
-        {
-            "tokenizer": cache.tokenizer_fingerprint(tokenizer),
-            "sources": [_source_key(source) for source in sources],
-            "eval_sources": [_source_key(source) for source in eval_sources],
-            "eval_fraction": eval_fraction,
-            "settings": asdict(settings),
-        }
-    )
-
-
-def _source_key(source: Source) -> list[Any]:
-    template = read_jinja(source.prompt_template) if _is_file(source) else source.prompt_template
-    # The paths are in it for the report, which names them.
-    return [source.path, source_fingerprint(source), source.format, source.prompt_template, template, source.weight]
-
-
-def _is_file(source: Source) -> bool:
-    return source.prompt_template.endswith(JINJA_SUFFIXES)
+        part.add(outcomes, index, prefix)
+    except OSError as error:
+        raise RunFailed(
+            f"the prepared data cannot be written to {str(part.writer.path.parent)!r} ({error.strerror or error}). "
+            "Free space there, or set HF_DATASETS_CACHE to a folder that has some, and run the same command again."
+        ) from error

@@ -17,8 +17,6 @@ from .read_hub import hub_rows, hub_version
 from .read_local import count_rows, file_rows
 from .sources import Row, Source, local_files, split_key
 
-__all__ = ["Row", "read_rows", "source_fingerprint"]
-
 EVERY_ROW = "train"
 HASH_BLOCK = 2**20  # bytes
 

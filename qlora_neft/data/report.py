@@ -1,116 +1,63 @@
-"""The data report: what a run trains on, in numbers. Written as ``data_report.json`` and shown by ``preview``."""
+"""The data report: a run's data in numbers, written as ``data_report.json`` and shown by ``preview``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from ..recipe.schema import Data
 from ..steps.batch import split_rows
-from .gate import Limits, Tally, find_problems, find_warnings
-from .worker import EMPTY, NO_ROOM, UNFIT, Settings
+from .gate import Tally, find_problems, find_warnings
+from .store import SourceFacts, State
+from .worker import EMPTY, NO_ROOM, UNFIT
 
+REPORT_VERSION = 1
+# Keys of the data section that the report repeats under ``settings``.
+SETTINGS = (
+    "max_length",
+    "train_on_prompt",
+    "keep_end_token",
+    "split_conversations",
+    "max_dropped_fraction",
+    "max_truncated_fraction",
+    "max_duplicate_fraction",
+)
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 MAX_BINS = 24
 BIN_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-WASTE_STEPS = 200  # steps over which padding is counted
+WASTE_STEPS = 200  # optimizer steps over which padding is counted
 
 
-def sequence_lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of each sequence, int64 (N,), without reading the tokens."""
-    return np.asarray(pc.list_value_length(dataset.data.column("input_ids")), dtype=np.int64)
-
-
-def histogram(lengths: np.ndarray) -> dict[str, list[int]]:
-    """Counts of lengths in bins of one width, a power of two: ``edges`` (one more than bins), ``counts``."""
-    if not len(lengths):
-        return {"edges": [], "counts": []}
-    longest = int(lengths.max())
-    width = next((w for w in BIN_WIDTHS if longest // w < MAX_BINS), BIN_WIDTHS[-1])
-    counts = np.bincount(lengths // width)
-    return {"edges": [width * i for i in range(len(counts) + 1)], "counts": counts.tolist()}
-
-
-def padding_waste(
-    lengths: np.ndarray, batch_size: int, max_rows: int, max_tokens: int | None, *, padding_free: bool, seed: int = 0
-) -> dict[str, float]:
-    """Share of computed positions that are padding, over some shuffled optimizer steps.
+def data_report(state: State, train: Dataset, held_out: Dataset | None, section: Data) -> dict[str, Any]:
+    """Return the report of prepared data, see `prepare_data`.
 
     Args:
-        lengths: Tokens of each sequence.
-        batch_size: Sequences per optimizer step.
-        max_rows, max_tokens: Of a micro-batch, as the trainer splits the step.
-        padding_free: Whether the trainer pads at all.
-        seed: Of the order.
-
-    Returns:
-        ``random_batches``, each step padded to its longest sequence; ``as_run``, split as the trainer splits it.
-    """
-    order = np.random.default_rng(seed).permutation(len(lengths))[: WASTE_STEPS * batch_size]
-    steps = [lengths[order[start : start + batch_size]].tolist() for start in range(0, len(order), batch_size)]
-    real = sum(map(sum, steps))
-    naive = sum(len(step) * max(step) for step in steps)
-    split = sum(_computed(step, max_rows, max_tokens) for step in steps)
-    waste = {"random_batches": naive, "as_run": real if padding_free else split}
-    return {name: round(1 - real / positions, 4) if positions else 0.0 for name, positions in waste.items()}
-
-
-def _computed(step: Sequence[int], max_rows: int, max_tokens: int | None) -> int:
-    parts = split_rows(step, max_rows, max_tokens)
-    return sum(len(part) * max(step[i] for i in part) for part in parts)
-
-
-def percentiles(lengths: np.ndarray) -> dict[str, float | int | None]:
-    """``min``, ``p5``, ..., ``max`` and ``mean`` of lengths, in tokens; None each without any."""
-    names = [f"p{percent}" for percent in PERCENTILES]
-    if not len(lengths):
-        return dict.fromkeys(("min", *names, "max", "mean"))
-    # "higher": a percentile is a length that occurs.
-    values = [int(value) for value in np.percentile(lengths, PERCENTILES, method="higher")]
-    found = dict(zip(names, values, strict=True))
-    return {"min": int(lengths.min()), **found, "max": int(lengths.max()), "mean": round(float(lengths.mean()), 1)}
-
-
-REPORT_VERSION = 1
-
-
-def data_report(
-    state: dict[str, Any],
-    train: Dataset,
-    held_out: Dataset | None,
-    settings: Settings,
-    limits: Limits,
-    eval_fraction: float | None,
-) -> dict[str, Any]:
-    """The report of prepared data.
-
-    Args:
-        state: What the preparation found: ``train``, ``eval`` (tallies), their fingerprints, ``sources``, ``overlap``.
+        state: What the preparation found.
         train, held_out: The sequences.
-        settings, limits: What they were prepared with, and what is allowed.
-        eval_fraction: Share that was held out, None if the held-out rows have a source of their own.
+        section: The recipe's data section, with the shares of rows it allows to be cut, left out or repeated.
     """
     tally = Tally.from_dict(state["train"])
     described = _part(train, tally, state["train_sha256"])
     key = _named("data.path", state["sources"])
-    problems = find_problems(tally, limits, settings.max_length, key)
-    warnings = find_warnings(tally, limits, key) + _warnings_on_ends(state)
+    problems = find_problems(tally, section, key)
+    warnings = find_warnings(tally, section, key) + _warnings_on_ends(state)
     eval_described = None
     if held_out is not None:
+        assert state["eval"] is not None and state["eval_sha256"] is not None  # stored with the held-out sequences
         eval_tally = Tally.from_dict(state["eval"])
         eval_described = _part(held_out, eval_tally, state["eval_sha256"])
-        if eval_fraction is None:
+        if section.eval_fraction is None:
             eval_key = _named("data.eval_path", state["eval_sources"])
-            problems += find_problems(eval_tally, limits, settings.max_length, eval_key)
-            warnings += find_warnings(eval_tally, limits, eval_key)
+            problems += find_problems(eval_tally, section, eval_key)
+            warnings += find_warnings(eval_tally, section, eval_key)
         elif not problems and not (tally.sequences and eval_tally.sequences):
             problems.append(
-                f"data.eval_fraction: {eval_fraction:g} of {tally.rows + eval_tally.rows} rows leaves no rows on one "
-                "side. Give more rows or another fraction."
+                f"data.eval_fraction: {section.eval_fraction:g} of {tally.rows + eval_tally.rows} rows leaves no "
+                "rows on one side. Give more rows or another fraction."
             )
         if state["overlap"]:
             warnings.append(
@@ -123,14 +70,14 @@ def data_report(
         **counts,
         "problems": problems,
         "warnings": warnings,
-        "settings": asdict(settings) | asdict(limits),
+        "settings": {key: getattr(section, key) for key in SETTINGS},
         "sources": state["sources"],
         "train": described,
         "eval": eval_described,
     }
 
 
-def _warnings_on_ends(state: dict[str, Any]) -> list[str]:
+def _warnings_on_ends(state: State) -> list[str]:
     other = sorted({d["end"] for d in state["sources"] if d["end"] not in (None, state["eos_token"])})
     return [
         f"data.prompt_template: responses end with {end}, and the tokenizer's end token is {state['eos_token']}: a "
@@ -139,18 +86,12 @@ def _warnings_on_ends(state: dict[str, Any]) -> list[str]:
     ]
 
 
-def _named(key: str, described: Sequence[dict[str, Any]]) -> str:
-    return f"{key}: {described[0]['path']!r}" if len(described) == 1 else key
+def _named(key: str, sources: Sequence[SourceFacts]) -> str:
+    return f"{key}: {sources[0]['path']!r}" if len(sources) == 1 else key
 
 
 def _part(dataset: Dataset, tally: Tally, sha256: str) -> dict[str, Any]:
-    """Numbers of one part of the data.
-
-    Args:
-        dataset: Its sequences.
-        tally: Its counts.
-        sha256: Of what its rows say.
-    """
+    """Return the numbers of one part of the data; ``sha256`` is that of its rows' contents."""
     lengths = sequence_lengths(dataset)
     truncated = tally.finding("truncated").count
     return {
@@ -171,3 +112,62 @@ def _part(dataset: Dataset, tally: Tally, sha256: str) -> dict[str, Any]:
         "histogram": histogram(lengths),
         "sha256": sha256,
     }
+
+
+# ---- Lengths ----
+
+
+def sequence_lengths(dataset: Dataset) -> np.ndarray:
+    """Return the number of tokens of each sequence, int64 (N,), without reading the tokens."""
+    lengths = pc.call_function("list_value_length", [dataset.data.column("input_ids")])
+    return np.asarray(lengths, dtype=np.int64)
+
+
+def histogram(lengths: np.ndarray) -> dict[str, list[int]]:
+    """Count lengths in bins of one width, a power of two: ``edges`` (one more than bins) and ``counts``."""
+    if not len(lengths):
+        return {"edges": [], "counts": []}
+    longest = int(lengths.max())
+    width = next((w for w in BIN_WIDTHS if longest // w < MAX_BINS), BIN_WIDTHS[-1])
+    counts = np.bincount(lengths // width)
+    return {"edges": [width * i for i in range(len(counts) + 1)], "counts": counts.tolist()}
+
+
+def padding_waste(
+    lengths: np.ndarray, batch_size: int, max_rows: int, max_tokens: int | None, *, padding_free: bool, seed: int = 0
+) -> dict[str, float]:
+    """Return the share of computed positions that are padding, over some shuffled optimizer steps.
+
+    Args:
+        lengths: Number of tokens of each sequence.
+        batch_size: Sequences per optimizer step.
+        max_rows, max_tokens: Limits of a micro-batch, as the trainer splits the step.
+        padding_free: Whether sequences are joined instead of padded.
+        seed: Seed of the order.
+
+    Returns:
+        ``random_batches``, each step padded to its longest sequence; ``as_run``, split as the trainer splits it.
+    """
+    order = np.random.default_rng(seed).permutation(len(lengths))[: WASTE_STEPS * batch_size]
+    steps = [lengths[order[start : start + batch_size]].tolist() for start in range(0, len(order), batch_size)]
+    real = sum(map(sum, steps))
+    naive = sum(len(step) * max(step) for step in steps)
+    split = sum(_computed(step, max_rows, max_tokens) for step in steps)
+    waste = {"random_batches": naive, "as_run": real if padding_free else split}
+    return {name: round(1 - real / positions, 4) if positions else 0.0 for name, positions in waste.items()}
+
+
+def _computed(step: Sequence[int], max_rows: int, max_tokens: int | None) -> int:
+    parts = split_rows(step, max_rows, max_tokens)
+    return sum(len(part) * max(step[i] for i in part) for part in parts)
+
+
+def percentiles(lengths: np.ndarray) -> dict[str, float | int | None]:
+    """Return ``min``, ``p5``, ..., ``max`` and ``mean`` of lengths in tokens; each None without any."""
+    names = [f"p{percent}" for percent in PERCENTILES]
+    if not len(lengths):
+        return dict.fromkeys(("min", *names, "max", "mean"))
+    # "higher" gives a length that occurs, not one between two.
+    values = [int(value) for value in np.percentile(lengths, PERCENTILES, method="higher")]
+    found = dict(zip(names, values, strict=True))
+    return {"min": int(lengths.min()), **found, "max": int(lengths.max()), "mean": round(float(lengths.mean()), 1)}

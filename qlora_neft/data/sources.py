@@ -1,61 +1,109 @@
-"""Where rows come from: what a recipe names, what a reader gives for it, and the local files it means."""
+"""The sources a recipe's data section names, and the unit that readers hand on: one row."""
 
 from __future__ import annotations
 
 import glob
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserInputError
-from ..paths import DATA_SUFFIXES, _matches
+from ..paths import DATA_SUFFIXES, _matches, resolve_bundled
+from ..recipe.schema import Data, MixedSource
 
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset of a recipe.
+    """One dataset to read: what the recipe says of it, with ``bundled:`` resolved.
 
     Attributes:
         path: A local file, a glob pattern of local files (``data/*.jsonl``), or a Hub id.
-        split: Which rows, in `datasets` slicing syntax (``train[:128]``, ``train[:10%]``); local files together are
+        split: Which rows, in `datasets` slicing syntax (``train[:128]``, ``train[:10%]``). Local files together are
             one split, ``train``.
-        revision: Hub revision of a Hub id.
-        data_files: Which files of a Hub dataset, a glob pattern; None for what the dataset declares.
+        revision: Revision of a Hub dataset.
+        data_files: Which files of a Hub dataset, a glob pattern; None for those the dataset declares.
         name: Which configuration of a Hub dataset; None for its default.
-        weight: Uses of each of its rows in one epoch.
-        format: What its rows mean, ``auto`` to go by their columns.
-        prompt_template: What is put around a row, ``auto`` to go by the format.
-        key: What the caller wrote, for messages.
+        weight: How often each row is used in one epoch.
+        format: How rows are read; ``auto`` goes by their columns.
+        prompt_template: The text around a row; ``auto`` goes by the format.
+        key: The name the caller wrote for ``path``, for messages.
     """
 
     path: str
-    split: str = "train"
-    revision: str | None = None
-    data_files: str | None = None
-    name: str | None = None
-    weight: float = 1.0
-    format: str = "auto"
-    prompt_template: str = "auto"
-    key: str = "data.path"
+    split: str
+    revision: str | None
+    data_files: str | None
+    name: str | None
+    weight: float
+    format: str
+    prompt_template: str
+    key: str
+
+
+def training_sources(section: Data, key: str = "data.path") -> list[Source]:
+    """Return the sources of training rows in order: the section's own, then its mixture.
+
+    Args:
+        section: A recipe's data section.
+        key: The name the caller wrote for ``section.path``, for messages.
+    """
+    return [_source(stated, key) for stated in (section, *section.mixture)]
+
+
+def held_out_sources(section: Data, key: str = "data.path") -> list[Source]:
+    """Return the source of held-out rows; none if they are a share of the training rows, or if there are none.
+
+    Args:
+        section: A recipe's data section.
+        key: The name the caller wrote for ``section.path``, for messages.
+    """
+    own = replace(_source(section, key), weight=1.0)
+    if section.eval_path is not None:
+        path, split = resolve_bundled(section.eval_path), section.eval_split or "train"
+        # Revision and files are those of ``section.path``, another dataset.
+        return [replace(own, path=path, split=split, revision=None, data_files=None, name=None, key="data.eval_path")]
+    if section.eval_split is not None:
+        return [replace(own, split=section.eval_split)]
+    return []
+
+
+def _source(stated: Data | MixedSource, key: str) -> Source:
+    return Source(
+        path=resolve_bundled(stated.path),
+        split=stated.split,
+        revision=stated.revision,
+        data_files=stated.data_files,
+        name=stated.name,
+        weight=stated.weight,
+        format=stated.format,
+        prompt_template=stated.prompt_template,
+        key=key,
+    )
+
+
+# ---- Rows ----
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a source, or why there is none.
+    """One row of a source, or the reason it cannot be read.
 
     Attributes:
-        number: From 1, running through all files of the source before it is sliced.
+        number: From 1, counted through all files of the source before it is sliced.
         place: Where a reader finds it: ``line 7``, ``entry 7`` of a JSON array, ``row 7``; with several files
             ``b.jsonl, line 7``.
         values: Its fields by name; None if it cannot be read.
-        problem: What is wrong with it then, to follow ``place`` and a comma, without a full stop.
+        problem: What is wrong with an unreadable row: continues a sentence that ``place`` begins, without a full stop.
     """
 
     number: int
     place: str
     values: dict[str, Any] | None
     problem: str | None = None
+
+
+# ---- Local files ----
 
 
 class LocalFile(NamedTuple):
@@ -65,23 +113,23 @@ class LocalFile(NamedTuple):
     key: str
 
     def refused(self, rest: str) -> UserInputError:
-        """An error that names the file, then goes on with ``rest``."""
+        """Return an error that names the file and continues with ``rest``."""
         return UserInputError(f"{self.key}: {str(self.path)!r}{rest}")
 
 
 def split_key(key: str) -> str:
-    """The key of the split that belongs to the key of a path: ``data.eval_path`` to ``data.eval_split``."""
+    """Return the split's key that belongs to a path's: ``data.eval_split`` for ``data.eval_path``."""
     return key.replace("path", "split")
 
 
 def local_files(source: Source) -> list[Path]:
-    """The files a local path names, those of a pattern sorted by name.
+    """Return the files a local path names, those of a pattern sorted by name.
 
     Raises:
-        UserInputError: If there are none, or one is a folder or not of a kind that can be read.
+        UserInputError: If there are none, or one is a folder or of a kind that cannot be read.
     """
     path = os.path.expanduser(source.path)
-    # A file whose name holds a bracket is that file, not a pattern.
+    # A file whose name contains a bracket is that file, not a pattern.
     is_pattern = glob.has_magic(path) and not os.path.exists(path)
     files = [Path(match) for match in _matches(path)] if is_pattern else [Path(path)]
     if not files:
@@ -96,7 +144,7 @@ def local_files(source: Source) -> list[Path]:
 def _check(file: Path, key: str, is_pattern: bool) -> None:
     if not os.path.exists(file):
         raise UserInputError(f"{key}: no file at {str(file)!r}. Paths are relative to the current directory.")
-    # Not a pipe either: a file may be read more than once.
+    # Pipes are refused as well: a file may be read more than once.
     if not file.is_file() or file.suffix.lower() not in DATA_SUFFIXES:
         kinds = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file"
         rule = f"every file of a pattern must be a {kinds}" if is_pattern else f"must be a {kinds} or a Hub id"

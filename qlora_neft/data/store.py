@@ -1,4 +1,7 @@
-"""Sequences on disk, written as they come and read by memory mapping: data may be larger than memory."""
+"""Prepared data on disk: sequences written as they come and read by memory mapping, and the cache that keeps them.
+
+Data may therefore be larger than memory.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import datasets
+import datasets.config
 import numpy as np
 import pyarrow as pa
 import tokenizers
@@ -21,6 +24,11 @@ from datasets import Dataset
 
 from .encode import Encoded
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+STATE = "state.json"
+VERSION = 3  # of the preparation; raise it when the same rows would give other sequences
 COLUMNS = ("input_ids", "labels", "source", "row")
 _SCHEMA = pa.schema(
     [
@@ -32,11 +40,43 @@ _SCHEMA = pa.schema(
 )
 
 
+class SourceFacts(TypedDict):
+    """What was found of one source; ``end`` is the text of the token that ends a response in its template."""
+
+    path: str
+    rows: int
+    format: str
+    prompt_template: str
+    weight: float
+    end: str | None
+
+
+class State(TypedDict):
+    """Everything known of prepared data but its sequences: the content of ``state.json``.
+
+    ``train`` and ``eval`` are tallies (`Tally.to_dict`), ``overlap`` counts the held-out rows that are training rows
+    as well.
+    """
+
+    train: dict[str, Any]
+    train_sha256: str
+    eval: dict[str, Any] | None
+    eval_sha256: str | None
+    sources: list[SourceFacts]
+    eval_sources: list[SourceFacts]
+    overlap: int
+    stop_token_ids: list[int]
+    eos_token: str
+
+
+# ---- Sequences ----
+
+
 class SequenceWriter:
-    """Writes sequences into an Arrow stream, one record batch a call.
+    """Writes sequences into an Arrow stream, one record batch per call.
 
     Args:
-        path: New file.
+        path: The file to create.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +102,7 @@ class SequenceWriter:
 
 
 def read_sequences(path: Path) -> Dataset:
-    """The sequences of a file, memory mapped: columns ``input_ids``, ``labels``, ``source``, ``row``."""
+    """Return the sequences of a file, memory mapped: columns ``input_ids``, ``labels``, ``source``, ``row``."""
     return Dataset.from_file(str(path))
 
 
@@ -71,26 +111,25 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
 
 
-STATE = "state.json"
-# Raise it when the same rows would be prepared otherwise.
-VERSION = 3
+# ---- The cache ----
 
 
 def cache_root() -> Path:
-    """The folder of prepared data, beside what `datasets` keeps (``HF_DATASETS_CACHE``). Safe to delete."""
+    """Return the folder of prepared data, inside the cache of `datasets` (``HF_DATASETS_CACHE``). Safe to delete."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "qlora_neft"
 
 
 def fingerprint(parts: dict[str, Any]) -> str:
-    """SHA-256 of plain values, and of the version of what prepares them."""
+    """Return the SHA-256 of plain values and of the versions of what prepares them, as hex."""
     text = json.dumps({"version": VERSION, "tokenizers": tokenizers.__version__, **parts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of all that decides a tokenizer's output, whatever was padded or cut with it before."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the SHA-256 of all that decides a tokenizer's output, as hex."""
     if tokenizer.is_fast:
         model = json.loads(tokenizer.backend_tokenizer.to_str())
+        # State, not settings: what the tokenizer was last asked to pad or cut.
         model.pop("padding", None)
         model.pop("truncation", None)
     else:
@@ -99,8 +138,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return fingerprint({"model": model, "special": special, "chat_template": tokenizer.chat_template})
 
 
-def load_state(key: str) -> tuple[Path, dict[str, Any]] | None:
-    """The folder and the state of prepared data, None if there is none or it cannot be read."""
+def load_state(key: str) -> tuple[Path, State] | None:
+    """Return the folder and the state of prepared data, None if there is none or it cannot be read."""
     folder = cache_root() / key
     try:
         return folder, json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -109,13 +148,13 @@ def load_state(key: str) -> tuple[Path, dict[str, Any]] | None:
 
 
 @contextlib.contextmanager
-def new_folder(key: str) -> Iterator[Path]:
-    """A folder to prepare data in, removed again after an exception; see `keep`."""
+def new_folder(key: str) -> Generator[Path, None, None]:
+    """Give a folder to prepare data in, to be handed to `keep`; after an exception it is removed."""
     root = cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=root))
-    except OSError:  # a cache that cannot be written to: prepare for this run alone
+    except OSError:  # the cache is not writable: prepare for this run alone
         folder = Path(tempfile.mkdtemp(prefix="qlora_neft-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
@@ -125,11 +164,11 @@ def new_folder(key: str) -> Iterator[Path]:
         raise
 
 
-def keep(folder: Path, key: str, state: dict[str, Any]) -> Path:
-    """Give finished data its place in the cache, all at once.
+def keep(folder: Path, key: str, state: State) -> Path:
+    """Move finished data to its place in the cache, atomically.
 
     Returns:
-        Where it is: in the cache, or where it was made if the cache cannot be written to.
+        Where the data is: in the cache, or still in ``folder`` if the cache is not writable.
     """
     (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
     target = cache_root() / key
@@ -142,10 +181,10 @@ def keep(folder: Path, key: str, state: dict[str, Any]) -> Path:
         if load_state(key) is not None:  # another process was faster
             shutil.rmtree(folder, ignore_errors=True)
             return target
-        forget(key)  # what is there is no data
+        forget(key)  # what is there is unusable
     return folder
 
 
 def forget(key: str) -> None:
-    """Remove data that turned out to be damaged."""
+    """Remove damaged data from the cache."""
     shutil.rmtree(cache_root() / key, ignore_errors=True)

@@ -12,12 +12,13 @@ import torch
 from datasets import Dataset
 from trl.trainer.utils import add_fused_lm_head
 
+from ..adapter.folder import RECIPE
 from ..adapter.load import Trained, load_trained
 from ..base.precision import PrecisionPolicy
 from ..display.tables import Table, short_names
 from ..errors import UserInputError
 from ..run_folder.record import keep_measures
-from ..runner.run_data import RECIPE, _other_data, recipe_data
+from ..runner.run_data import other_data, recipe_data
 from ..steps.losses import RowLosses, row_losses
 from .runs import HELD_OUT, TRAIN, Machine, Progress, Say, folders_of, no_progress, progress_of
 
@@ -110,7 +111,7 @@ def _sets(trained: Trained, data: Mapping[str, str], overrides: Sequence[str], s
     elif not data:
         raise UserInputError(f"{folder.source}: holds no {RECIPE}, so it has no data of its own. Give --data FILE.")
     for name, path in data.items():
-        other = _other_data(trained, path)
+        other = other_data(trained, path)
         for problem in other.report["problems"]:
             say(f"{name}: {problem}")
         if not len(other.train):

@@ -17,11 +17,8 @@ from transformers import PrinterCallback
 from ..base.lora import lora_config
 from ..base.nf4 import load_nf4_base, nf4_config
 from ..base.precision import PrecisionPolicy, resolve_precision
-from ..data.gate import Limits
 from ..data.prepare import PreparedData, prepare_data
 from ..data.report import padding_waste, sequence_lengths
-from ..data.sources import Source
-from ..data.worker import Settings
 from ..errors import UserInputError
 from ..fit import Card, Choice, Wanted, choose
 from ..fit.cards import GIB, host
@@ -137,36 +134,15 @@ def data_of(
     recipe: Recipe, tokenizer: Any, *, refuse: bool = True, progress: Callable[[int], None] | None = None
 ) -> PreparedData:
     """The sequences a recipe trains on; ``refuse`` and ``progress`` as in `prepare_data`."""
-    data, machine = recipe.data, recipe.machine
+    machine = recipe.machine
     return prepare_data(
         tokenizer,
-        sources=[_source(data), *(_source(source) for source in data.mixture)],
-        eval_sources=_eval_sources(data),
-        eval_fraction=data.eval_fraction,
-        settings=Settings(data.max_length, data.train_on_prompt, data.keep_end_token, data.split_conversations),
-        limits=Limits(data.max_dropped_fraction, data.max_truncated_fraction, data.max_duplicate_fraction),
+        recipe.data,
         refuse=refuse,
         num_proc=machine.dataset_num_proc,
         streaming=machine.streaming,
         progress=progress,
     )
-
-
-def _source(entry: Any) -> Source:
-    """A source from the data section, or from an entry of its mixture."""
-    names = ("split", "revision", "data_files", "name", "weight", "format", "prompt_template")
-    return Source(resolve_bundled(entry.path), **{name: getattr(entry, name) for name in names})
-
-
-def _eval_sources(data: Any) -> list[Source]:
-    if data.eval_path is None and data.eval_split is None:
-        return []
-    common = {"format": data.format, "prompt_template": data.prompt_template}
-    if data.eval_path is None:  # another split of the same data
-        hub = {"revision": data.revision, "data_files": data.data_files, "name": data.name}
-        return [Source(resolve_bundled(data.path), data.eval_split, **hub, **common)]
-    path = resolve_bundled(data.eval_path)
-    return [Source(path, data.eval_split or "train", **common, key="data.eval_path")]
 
 
 def plan_of(recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, config: Any = None) -> RunPlan:
@@ -178,19 +154,9 @@ def plan_of(recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, config:
         data: With the number of rows.
         config: Of the base; without it nothing is planned by memory.
     """
-    train, machine = recipe.train, recipe.machine
     planned = Planned() if config is None else planned_for(recipe, config.to_dict(), _card(policy))
-    names = ("per_device_train_batch_size", "max_tokens_per_micro_batch", "per_device_eval_batch_size")
-    names += ("activation_checkpointing", "padding_free", "logging_steps", "eval_steps", "clean_loss_steps")
-    plan = plan_run(
-        num_rows=len(data.train),
-        effective_batch_size=train.effective_batch_size,
-        num_train_epochs=train.num_train_epochs,
-        max_steps=train.max_steps,
-        optim=train.optim,
-        device=policy.device,
-        **{name: planned.machine.get(name, getattr(machine, name)) for name in names},
-    )
+    machine = recipe.machine.model_copy(update=planned.machine)
+    plan = plan_run(recipe.train, machine, num_rows=len(data.train), device=policy.device)
     return replace(plan, notes=(*planned.notes, *plan.notes), memory_estimate=planned.estimate)
 
 

@@ -1,6 +1,6 @@
-"""How a run is carried out on this machine: everything a recipe leaves to ``auto``, one line each.
+"""How a run is carried out on this machine: everything a recipe leaves to ``auto``.
 
-Flat numbers in, flat numbers out. None of these choices changes what is learned.
+None of these choices changes what is learned.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from ..fit.choose import CPU_TOKENS
+from ..recipe.schema import Auto, Machine, Train
 
-LOG_LINES = 50  # about so many log lines a run
-EVALUATIONS = 5  # about so many evaluations a run
+LOG_LINES = 50  # per run, roughly
+EVALUATIONS = 5  # per run, roughly
+EVAL_ROWS = 8  # per evaluation pass
 TOKENS_PER_MICRO_BATCH = 4096  # padded; the NF4 dequantization is then a small part of a matrix product
 SMALL_GPU_BYTES = 20 * 2**30
 PLAIN_OPTIMIZERS = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit"}
@@ -54,66 +56,54 @@ class RunPlan:
     memory_estimate: dict[str, Any] | None = None
 
 
-def plan_run(
-    *,
-    num_rows: int,
-    effective_batch_size: int,
-    num_train_epochs: float,
-    max_steps: int | None,
-    optim: str,
-    device: torch.device,
-    per_device_train_batch_size: int | str = "auto",
-    max_tokens_per_micro_batch: int | str = "auto",
-    per_device_eval_batch_size: int | str = "auto",
-    activation_checkpointing: bool | int | str = "auto",
-    padding_free: bool | str = "auto",
-    logging_steps: int | str = "auto",
-    eval_steps: int | str = "auto",
-    clean_loss_steps: int | str = "auto",
-) -> RunPlan:
-    """Fill in every ``"auto"``.
+def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.device) -> RunPlan:
+    """Fill in everything the machine section leaves to ``auto``.
 
     Args:
-        num_rows: Training rows.
-        effective_batch_size: Sequences per optimizer step.
-        num_train_epochs: Passes over the rows; a part of a pass is rounded up to whole steps.
-        max_steps: Upper limit on optimizer steps, or None.
-        optim: Optimizer the recipe asks for.
-        device: Where the model lives.
-
-    The remaining arguments are the recipe's ``machine`` section, see `RunPlan`.
+        train: The recipe's train section.
+        machine: The recipe's machine section.
+        num_rows: Number of training sequences.
+        device: Where the model is.
     """
-    # Rounded first: 1.1 epochs of 10 steps are 11.000000000000002 in binary.
-    num_steps = max(1, math.ceil(round(num_train_epochs * math.ceil(num_rows / effective_batch_size), 6)))
-    num_steps = num_steps if max_steps is None else min(num_steps, max_steps)
-    checkpointing, blocks, why = _checkpointing(activation_checkpointing, device)
-    rows = effective_batch_size if per_device_train_batch_size == "auto" else int(per_device_train_batch_size)
-    tokens, tokens_note = _tokens(max_tokens_per_micro_batch, per_device_train_batch_size, device)
-    chosen_optim, optim_note = _optimizer(optim, device)
-    every = _auto(eval_steps, math.ceil(num_steps / EVALUATIONS))
+    batch_size = train.effective_batch_size
+    num_steps = _num_steps(train, num_rows)
+    checkpointing, blocks, checkpointing_note = _checkpointing(machine.activation_checkpointing, device)
+    rows = machine.per_device_train_batch_size
+    tokens, tokens_note = _tokens(machine.max_tokens_per_micro_batch, rows, device)
+    optim, optim_note = _optimizer(train.optim, device)
+    eval_steps = _auto(machine.eval_steps, math.ceil(num_steps / EVALUATIONS))
     return RunPlan(
         num_steps=num_steps,
-        per_device_train_batch_size=min(rows, effective_batch_size),
+        per_device_train_batch_size=min(_auto(rows, batch_size), batch_size),
         max_tokens_per_micro_batch=tokens,
-        per_device_eval_batch_size=_auto(per_device_eval_batch_size, 8),
+        per_device_eval_batch_size=_auto(machine.per_device_eval_batch_size, EVAL_ROWS),
         activation_checkpointing=checkpointing,
         checkpointed_blocks=blocks,
-        padding_free=padding_free is True,
-        optim=chosen_optim,
-        logging_steps=_auto(logging_steps, max(1, num_steps // LOG_LINES)),
-        eval_steps=every,
-        clean_loss_steps=_auto(clean_loss_steps, every),
-        notes=tuple(note for note in (tokens_note, why, optim_note) if note),
+        padding_free=machine.padding_free is True,
+        optim=optim,
+        logging_steps=_auto(machine.logging_steps, max(1, num_steps // LOG_LINES)),
+        eval_steps=eval_steps,
+        clean_loss_steps=_auto(machine.clean_loss_steps, eval_steps),
+        notes=tuple(note for note in (tokens_note, checkpointing_note, optim_note) if note),
     )
 
 
-def _auto(value: int | str, otherwise: int) -> int:
-    return otherwise if value == "auto" else int(value)
+def _num_steps(train: Train, num_rows: int) -> int:
+    """Return the optimizer steps of the whole run; a part of a pass is rounded up to whole steps."""
+    per_epoch = math.ceil(num_rows / train.effective_batch_size)
+    # Rounded first: 1.1 epochs of 10 steps are 11.000000000000002 in binary.
+    num_steps = max(1, math.ceil(round(train.num_train_epochs * per_epoch, 6)))
+    return num_steps if train.max_steps is None else min(num_steps, train.max_steps)
 
 
-def _tokens(wanted: int | str, rows: int | str, device: torch.device) -> tuple[int | None, str]:
-    if wanted != "auto":
-        return int(wanted), ""
+def _auto(value: int | Auto, otherwise: int) -> int:
+    return otherwise if value == "auto" else value
+
+
+def _tokens(limit: int | Auto, rows: int | Auto, device: torch.device) -> tuple[int | None, str]:
+    """Return the tokens of a micro-batch, and a note if they were chosen here."""
+    if limit != "auto":
+        return limit, ""
     if rows != "auto":
         return None, ""
     budget = TOKENS_PER_MICRO_BATCH if device.type == "cuda" else CPU_TOKENS
@@ -122,21 +112,25 @@ def _tokens(wanted: int | str, rows: int | str, device: torch.device) -> tuple[i
     return budget, f"micro-batches: up to {budget} tokens each, padding counted"
 
 
-def _checkpointing(wanted: bool | int | str, device: torch.device) -> tuple[bool, int | None, str]:
-    if wanted == "auto":
+def _checkpointing(asked: bool | int | Auto, device: torch.device) -> tuple[bool, int | None, str]:
+    """Return whether blocks recompute their activations, how many do (None: all), and a note if chosen here."""
+    if asked == "auto":
         on = device.type == "cuda"
         where = "on: recomputing saves GPU memory" if on else "off: this device has memory to spare"
         return on, None, f"activation checkpointing: {where}"
-    if isinstance(wanted, bool):
-        return wanted, None, ""
-    return wanted > 0, wanted, ""
+    if isinstance(asked, bool):
+        return asked, None, ""
+    return asked > 0, asked, ""
 
 
-def _optimizer(wanted: str, device: torch.device) -> tuple[str, str]:
-    if device.type == "cuda" or wanted not in PLAIN_OPTIMIZERS:
-        return wanted, ""
-    plain = PLAIN_OPTIMIZERS[wanted]
-    return plain, f"optimizer: {plain}, the same update as {wanted}; there is no GPU memory to page out of"
+def _optimizer(asked: str, device: torch.device) -> tuple[str, str]:
+    if device.type == "cuda" or asked not in PLAIN_OPTIMIZERS:
+        return asked, ""
+    plain = PLAIN_OPTIMIZERS[asked]
+    return plain, f"optimizer: {plain}, the same update as {asked}; there is no GPU memory to page out of"
+
+
+# ---- Processes ----
 
 
 def num_processes() -> int:

@@ -1,101 +1,39 @@
-"""Rows to prove a merge on: the run's own held-out ones, a file's, or else the first it was trained on."""
+"""The rows of a finished run, as training had them: for measuring it, and for proving a merge."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from ..adapter.folder import AdapterFolder
+from ..adapter.folder import RECIPE, AdapterFolder
 from ..adapter.load import Trained
-from ..data.prepare import PreparedData, prepare_data
-from ..data.sources import Source
-from ..data.worker import Settings
+from ..data.prepare import SEQUENCE_KEYS, PreparedData, prepare_data
 from ..errors import UserInputError, first_line
 from ..export.merge.proof import ProofRows
 from ..paths import JINJA_SUFFIXES
 from ..recipe import Recipe, load_recipe
+from ..recipe.schema import Data
 from .build import data_of
 
-MAX_LENGTH = 1024  # tokens of a row, where no recipe says
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+MAX_LENGTH = 1024  # tokens per sequence, for adapters without a recipe
 
 
-def proof_rows(folder: AdapterFolder, tokenizer: Any, template: str, path: str | None, count: int) -> ProofRows:
-    """Prepare the first rows as training had them.
-
-    Args:
-        folder: The adapter, with the recipe of its run.
-        tokenizer: Its own.
-        template: The prompt template it was trained with.
-        path: A file to take them from instead; a local path or a Hub id.
-        count: How many at most.
-
-    Raises:
-        UserInputError: If there are none, with what to do.
-    """
-    if path is not None:
-        data = (folder.recipe or {}).get("data", {})
-        own = "chat" if template.endswith(JINJA_SUFFIXES) else "auto" if template == "none" else template
-        source = Source(path, prompt_template=own, key="--proof-data")
-        settings = Settings(data.get("max_length", MAX_LENGTH), data.get("train_on_prompt", False))
-        return ProofRows(_first(_from_file(tokenizer, source, settings), count), path)
-    remedy = "Give rows like those it was trained on with --proof-data FILE, or merge unproven with --no-proof."
-    if folder.recipe is None:
-        raise UserInputError(f"{folder.source}: no recipe.yaml says what it was trained on. {remedy}")
-    try:
-        recipe = Recipe.model_validate(folder.recipe)
-        return _from_recipe(recipe, tokenizer, count)
-    except (ValidationError, UserInputError) as error:
-        raise UserInputError(
-            f"{folder.source}: the data of the run cannot be read ({first_line(error)}) {remedy}"
-        ) from error
-
-
-def _from_recipe(recipe: Recipe, tokenizer: Any, count: int) -> ProofRows:
-    data = recipe.data
-    if data.eval_fraction is not None:
-        return ProofRows(_first(data_of(recipe, tokenizer, refuse=False).eval, count), f"held-out rows of {data.path}")
-    if not data.has_eval_rows:
-        found = data_of(recipe, tokenizer, refuse=False).train
-        return ProofRows(_first(found, count), f"training rows of {data.path}, none are held out")
-    # The held-out source alone: the training rows may be many.
-    changes: dict[str, Any] = {"eval_path": None, "eval_split": None, "mixture": [], "weight": 1.0}
-    if data.eval_path is not None:
-        changes |= {"path": data.eval_path, "revision": None, "data_files": None, "name": None}
-    changes["split"] = data.eval_split or "train"
-    held_out = recipe.model_copy(update={"data": data.model_copy(update=changes)})
-    found = data_of(held_out, tokenizer, refuse=False).train
-    return ProofRows(_first(found, count), f"held-out rows of {held_out.data.path}")
-
-
-def _from_file(tokenizer: Any, source: Source, settings: Settings) -> Any:
-    return prepare_data(tokenizer, sources=[source], settings=settings, refuse=False).train
-
-
-def _first(dataset: Any, count: int) -> list[dict[str, Any]]:
-    """The first rows in which anything was trained."""
-    rows = []
-    for row in dataset:
-        if len(rows) == count:
-            break
-        if any(label >= 0 for label in row["labels"][1:]):
-            rows.append({"input_ids": list(row["input_ids"]), "labels": list(row["labels"])})
-    if not rows:
-        raise UserInputError("--proof-data: no row has a token to be proven on. Give rows with responses.")
-    return rows
-
-
-RECIPE = "recipe.yaml"
-
-
-def recipe_data(folder: AdapterFolder, tokenizer: Any, overrides: Sequence[str] = ()) -> PreparedData:
-    """The sequences a run was trained and measured on, by the recipe in its folder.
+def recipe_data(
+    folder: AdapterFolder, tokenizer: PreTrainedTokenizerBase, overrides: Sequence[str] = ()
+) -> PreparedData:
+    """Return the sequences a run was trained and evaluated on, by the recipe in its folder.
 
     Args:
-        folder: A run's, or that of one of its checkpoints.
-        tokenizer: The run's.
-        overrides: ``section.key=value``, where the data has moved.
+        folder: A run's folder, or that of one of its checkpoints.
+        tokenizer: The run's tokenizer.
+        overrides: ``section.key=value``, for data that has moved.
 
     Raises:
         UserInputError: If there is no recipe, or its data cannot be read.
@@ -109,10 +47,76 @@ def recipe_data(folder: AdapterFolder, tokenizer: Any, overrides: Sequence[str] 
     return data_of(load_recipe(file, overrides), tokenizer, refuse=False)
 
 
-def _other_data(trained: Trained, path: str) -> PreparedData:
-    """Another data file, in the template and the length of a run."""
-    stated = (trained.folder.recipe or {}).get("data", {})
-    names = ("train_on_prompt", "keep_end_token", "split_conversations")
-    settings = Settings(stated.get("max_length", 512), **{name: stated[name] for name in names if name in stated})
-    source = Source(path, prompt_template=trained.prompts.name, key="--data")
-    return prepare_data(trained.tokenizer, sources=[source], settings=settings, refuse=False)
+def other_data(trained: Trained, path: str) -> PreparedData:
+    """Return the sequences of another data file or Hub dataset, in a run's own template and length."""
+    section = _like_the_runs(trained.folder, path, trained.prompts.name)
+    return prepare_data(trained.tokenizer, section, key="--data", refuse=False)
+
+
+def proof_rows(
+    folder: AdapterFolder, tokenizer: PreTrainedTokenizerBase, template: str, path: str | None, count: int
+) -> ProofRows:
+    """Return rows to prove a merge on: the run's held-out rows, else its training rows, or another file's.
+
+    Args:
+        folder: The adapter, with the recipe of its run.
+        tokenizer: The adapter's tokenizer.
+        template: The prompt template it was trained with.
+        path: Another file or Hub dataset to take the rows from.
+        count: Maximum number of rows.
+
+    Raises:
+        UserInputError: If there are no rows, with what to do.
+    """
+    if path is not None:
+        own = "chat" if template.endswith(JINJA_SUFFIXES) else "auto" if template == "none" else template
+        section = _like_the_runs(folder, path, own)
+        found = prepare_data(tokenizer, section, key="--proof-data", refuse=False).train
+        return ProofRows(_first(found, count), path)
+    remedy = "Give rows like those it was trained on with --proof-data FILE, or merge unproven with --no-proof."
+    if folder.recipe is None:
+        raise UserInputError(f"{folder.source}: no recipe.yaml says what it was trained on. {remedy}")
+    try:
+        recipe = Recipe.model_validate(folder.recipe)
+        found, origin = _own_rows(recipe, tokenizer)
+        return ProofRows(_first(found, count), origin)
+    except (ValidationError, UserInputError) as error:
+        raise UserInputError(
+            f"{folder.source}: the data of the run cannot be read ({first_line(error)}) {remedy}"
+        ) from error
+
+
+def _like_the_runs(folder: AdapterFolder, path: str, template: str) -> Data:
+    """Return a data section for another path whose rows become sequences as the run's did."""
+    stated = (folder.recipe or {}).get("data", {})
+    kept = {key: stated[key] for key in SEQUENCE_KEYS if key in stated}
+    # Not validated: no recipe may state the template "none", which is what plain text is trained with.
+    return Data.model_construct(path=path, prompt_template=template, **{"max_length": MAX_LENGTH, **kept})
+
+
+def _own_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str]:
+    """Return the run's held-out rows, or its training rows without any, and where they are from."""
+    data = recipe.data
+    if data.eval_fraction is not None:
+        found = data_of(recipe, tokenizer, refuse=False).eval
+        assert found is not None  # a share of the rows is held out, be it none of them
+        return found, f"held-out rows of {data.path}"
+    if not data.has_eval_rows:
+        return data_of(recipe, tokenizer, refuse=False).train, f"training rows of {data.path}, none are held out"
+    # Prepare the held-out source alone: the training rows may be many.
+    changes: dict[str, Any] = {"eval_path": None, "eval_split": None, "mixture": [], "weight": 1.0}
+    if data.eval_path is not None:
+        changes |= {"path": data.eval_path, "revision": None, "data_files": None, "name": None}
+    changes["split"] = data.eval_split or "train"
+    held_out = data.model_copy(update=changes)
+    found = data_of(recipe.model_copy(update={"data": held_out}), tokenizer, refuse=False).train
+    return found, f"held-out rows of {held_out.path}"
+
+
+def _first(dataset: Dataset, count: int) -> list[dict[str, Any]]:
+    """Return the first rows that have a trained token."""
+    rows: Iterable[Any] = (row for row in dataset if any(label >= 0 for label in row["labels"][1:]))
+    found = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in islice(rows, count)]
+    if not found:
+        raise UserInputError("--proof-data: no row has a token to be proven on. Give rows with responses.")
+    return found

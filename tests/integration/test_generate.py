@@ -15,12 +15,12 @@ from transformers import Gemma3TextConfig, GenerationConfig, GPTNeoXConfig, Llam
 
 from qlora_neft.adapter.load import load_trained
 from qlora_neft.adapter.prompts import Prompts
-from qlora_neft.data.prepare import Settings, prepare_data
-from qlora_neft.data.sources import Source
+from qlora_neft.data.prepare import prepare_data
 from qlora_neft.generation.answers import questions
 from qlora_neft.generation.decode import Decoding, continuations, may_outrun_its_context
 from qlora_neft.generation.generate import generate
 from qlora_neft.generation.requests import requests_of_file, requests_of_texts
+from qlora_neft.recipe.schema import Data
 
 TEXTS = [f"Repeat {n}" + " please" * (n % 4) for n in range(6)]
 SHORT = ("--max-new-tokens", "12")
@@ -216,8 +216,8 @@ def test_a_row_of_data_is_asked_as_it_was_trained(trained, folder, name):
     for number, row in enumerate(CASES[name]):
         path = folder / f"{number}.jsonl"
         path.write_text(json.dumps(row) + "\n")
-        source = Source(str(path), prompt_template="auto" if name == "none" else name)
-        data = prepare_data(tokenizer, sources=[source], settings=Settings(max_length=250), num_proc=1)
+        section = Data(path=str(path), prompt_template="auto" if name == "none" else name, max_length=250)
+        data = prepare_data(tokenizer, section, num_proc=1)
         [question] = questions(data.train, tokenizer, 1, prompts.stop_token_ids)
         [request] = requests_of_file(str(path))
         assert prompts.ids_of_example(request.example) == question.prompt_ids

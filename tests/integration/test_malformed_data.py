@@ -31,9 +31,8 @@ from test_bad_input import contents, invoke
 
 from qlora_neft.base.config import load_tokenizer
 from qlora_neft.data.prepare import prepare_data
-from qlora_neft.data.sources import Source
-from qlora_neft.data.worker import Settings
 from qlora_neft.errors import UserInputError
+from qlora_neft.recipe.schema import Data
 
 PLACE = re.compile(r"\b(?:line|entry|row) \d+")
 
@@ -187,9 +186,8 @@ def tokenizer(llama):
 
 def survives(tokenizer, path, **kwargs):
     """Prepared, or refused with an error that is the user's to mend; anything else fails the test."""
-    source = Source(path, **kwargs)
     with contextlib.suppress(UserInputError):
-        prepare_data(tokenizer, sources=[source], settings=Settings(250))
+        prepare_data(tokenizer, Data(path=path, max_length=250, **kwargs))
 
 
 @pytest.mark.parametrize("suffix", WRITTEN)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pytest
 from data_cases import LLAMA2
-from data_files import plain, prepare, talks, texts, write
+from data_files import plain, prepare, source_of, talks, texts, write
 from tiny import byte_tokenizer
 
-from qlora_neft.data.gate import Limits
 from qlora_neft.data.parallel import CHUNK, MIN_ROWS_PER_PROCESS
-from qlora_neft.data.sources import Source
 from qlora_neft.data.store import cache_root
-from qlora_neft.data.worker import RowWorker, Settings
+from qlora_neft.data.worker import RowWorker
 from qlora_neft.errors import RunFailed, UserInputError
+from qlora_neft.recipe.schema import Data
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,7 @@ def by_one_process(large, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("one"))
         seen = []
-        data = prepare(*large, eval_fraction=0.1, settings=Settings(320), progress=seen.append)
+        data = prepare(*large, eval_fraction=0.1, max_length=320, progress=seen.append)
         [folder] = kept_folders()
     assert seen == [CHUNK] * 8 + [200] + [CHUNK] * 2
     return data, folder
@@ -64,7 +63,7 @@ def test_any_number_of_processes_writes_the_same_bytes(large, by_one_process, nu
     one, folder = by_one_process
     assert sum(d["rows"] for d in one.report["sources"]) > MIN_ROWS_PER_PROCESS
     seen = []
-    many = prepare(*large, eval_fraction=0.1, settings=Settings(320), num_proc=num_proc, progress=seen.append)
+    many = prepare(*large, eval_fraction=0.1, max_length=320, num_proc=num_proc, progress=seen.append)
     assert sum(seen) == 5200 and not many.from_cache
     assert many.report == one.report
     assert (many.largest_token_id, many.stop_token_ids) == (one.largest_token_id, one.stop_token_ids)
@@ -108,17 +107,21 @@ OTHER = {
     "twice": lambda source: ([source, source], {}),
     "tokenizer": lambda source: ([source], {"tokenizer": other_tokenizer()}),
     "eval_fraction": lambda source: ([source], {"eval_fraction": 0.25}),
-    "eval_sources": lambda source: ([source], {"eval_sources": [source]}),
-    "max_length": lambda source: ([source], {"settings": Settings(255)}),
-    "train_on_prompt": lambda source: ([source], {"settings": Settings(256, train_on_prompt=True)}),
-    "keep_end_token": lambda source: ([source], {"settings": Settings(256, keep_end_token=False)}),
-    "split_conversations": lambda source: ([source], {"settings": Settings(256, split_conversations=False)}),
+    "eval_path": lambda source: ([source], {"eval_path": str(Path(source.path).with_name("held_out.jsonl"))}),
+    "eval_split": lambda source: ([source], {"eval_split": "train[:5]"}),
+    "max_length": lambda source: ([source], {"max_length": 255}),
+    "train_on_prompt": lambda source: ([source], {"train_on_prompt": True}),
+    "keep_end_token": lambda source: ([source], {"keep_end_token": False}),
+    "split_conversations": lambda source: ([source], {"split_conversations": False}),
 }
 
 
 def test_whatever_the_sequences_follow_from_is_in_the_key(tmp_path):
-    assert {field.name for field in fields(Settings)} <= OTHER.keys()
+    elsewhere = {"path", "mixture", "revision", "data_files", "name", "prompt_template"}  # other bytes; other tests
+    allowed = {name for name in Data.model_fields if name.endswith("_fraction") and name != "eval_fraction"}
+    assert Data.model_fields.keys() - elsewhere - allowed <= OTHER.keys()
     source = write(tmp_path / "a.jsonl", plain(20))
+    write(tmp_path / "held_out.jsonl", plain(9))
     prepare(source)
     for name, changed in OTHER.items():
         sources, options = changed(source)
@@ -135,11 +138,11 @@ def test_a_template_files_text_is_in_the_key(tmp_path):
     source = replace(write(tmp_path / "a.jsonl", talks(3)), prompt_template=str(path))
     for text, found in ((LLAMA2, False), (LLAMA2, True), (LLAMA2.replace("[INST]", "[ASK]"), False)):
         path.write_text(text)
-        data = prepare(source, settings=Settings(1000))
+        data = prepare(source, max_length=1000)
         assert data.from_cache == found and data.chat_template == text
     assert "[ASK]" in texts(data.train)[0]
     other = path.rename(tmp_path / "renamed.jinja")
-    data = prepare(replace(source, prompt_template=str(other)), settings=Settings(1000))
+    data = prepare(replace(source, prompt_template=str(other)), max_length=1000)
     assert data.report["sources"][0]["prompt_template"] == str(other)
 
 
@@ -149,9 +152,15 @@ def test_whatever_changes_no_sequence_is_not_in_the_key(tmp_path):
     os.utime(source.path, (1, 1))
     padded = byte_tokenizer()
     padded(["a", "abc"], padding=True, truncation=True, max_length=2)
-    options = [{"limits": Limits(0.5, 0.1, 0.2)}, {"num_proc": 2}, {"refuse": False}, {"tokenizer": padded}, {}]
+    options = [
+        {"max_dropped_fraction": 0.5, "max_truncated_fraction": 0.1, "max_duplicate_fraction": 0.2},
+        {"num_proc": 2},
+        {"refuse": False},
+        {"tokenizer": padded},
+        {},
+    ]
     for option in options:
-        data = prepare(replace(source, key="data.mixture[0].path"), **option)
+        data = prepare(source, key="--data", **option)
         assert data.from_cache, option
         assert columns(data) == columns(first)
 
@@ -224,14 +233,14 @@ def test_data_that_breaks_off_leaves_nothing_behind(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,completion\n" + "a,b\n" * 700 + 'a,"b\n')
     with pytest.raises(UserInputError, match="is not CSV"):
-        prepare(Source(str(path)))
+        prepare(source_of(str(path)))
     assert kept_folders() == []
 
 
 def test_refused_data_is_kept_all_the_same(tmp_path):
     source = write(tmp_path / "a.jsonl", plain(5) * 9)
     with pytest.raises(UserInputError, match="max_duplicate_fraction"):
-        prepare(source, limits=Limits())
+        prepare(source, max_duplicate_fraction=0.5)
     assert prepare(source).from_cache
 
 

@@ -10,26 +10,27 @@ from data_cases import CHATML, tokenizer_of
 from data_files import ANYTHING, TOKENIZER, plain, prepare, write
 from tiny import byte_tokenizer
 
-from qlora_neft.data.gate import DataRefused, Limits
-from qlora_neft.data.worker import Settings
+from qlora_neft.data.gate import DataRefused
+from qlora_neft.recipe.schema import Data
 
-LIMITS = Limits()
+LIMITS = {name: Data.model_fields[name].default for name in ANYTHING}
 EMPTY = {"prompt": "p", "completion": " "}
 NO_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
 
-def said(rows, tmp_path, *, settings=None, limits=LIMITS, **options):
+def said(rows, tmp_path, **options):
     """Problems and warnings of rows, with the path left out of them."""
+    options = {"max_length": 60, **LIMITS, **options}
     source = rows if hasattr(rows, "path") else write(tmp_path / "a.jsonl", rows)
-    data = prepare(source, settings=settings or Settings(60), limits=limits, refuse=False, **options)
+    data = prepare(source, refuse=False, **options)
     lines = [
         [line.replace(repr(source.path), "PATH") for line in data.report[kind]] for kind in ("problems", "warnings")
     ]
     if data.report["problems"]:
         with pytest.raises(DataRefused) as caught:
-            prepare(source, settings=settings or Settings(60), limits=limits, **options)
+            prepare(source, **options)
         assert caught.value.problems == data.report["problems"] and caught.value.report == data.report
     return lines
 
@@ -47,18 +48,18 @@ def roomless(n=0):
 
 def test_rows_that_cannot_be_read_are_named_whatever_is_allowed(tmp_path):
     rows = ["{", *plain(3), {"prompt": "p", "completion": 7}, "[1]"]
-    problems, warnings = said(rows, tmp_path, limits=ANYTHING)
+    problems, warnings = said(rows, tmp_path, **ANYTHING)
     assert problems == [
         "data.path: PATH: 3 of 6 rows cannot be read: line 1 is not JSON (Expecting property name enclosed in double "
         "quotes); line 5: completion is int '7'; line 6 is list '[1]'. Every example must be a JSON object with named "
-        "fields. Mend or remove them."
+        "fields. Fix or remove them."
     ]
     assert warnings == []
 
 
 def test_only_the_first_rows_of_a_kind_are_named(tmp_path):
     [problem], _ = said([*plain(2), *["{"] * 9], tmp_path)
-    assert problem.count("is not JSON") == 5 and "; and 4 more. Mend" in problem
+    assert problem.count("is not JSON") == 5 and "; and 4 more. Fix" in problem
 
 
 def test_a_length_without_room_for_any_response(tmp_path):
@@ -83,7 +84,7 @@ def test_empty_rows_and_rows_without_room_or_place(tmp_path):
     conversation = {"messages": [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]}
     exchange = {"messages": conversation["messages"][:2]}
     source = replace(write(tmp_path / "m.jsonl", [conversation, exchange]), prompt_template="alpaca")
-    [problem], _ = said(source, tmp_path, settings=Settings(300))
+    [problem], _ = said(source, tmp_path, max_length=300)
     assert (
         "1 of 2 rows without a place in the prompt template: line 1 is a conversation (user, assistant, user,"
         in problem
@@ -96,7 +97,7 @@ def test_empty_rows_and_rows_without_room_or_place(tmp_path):
 def test_nothing_is_said_to_be_left_out_of_nothing(tmp_path):
     [problem], _ = said([EMPTY] * 2, tmp_path)
     assert problem.endswith("of all. Remove them.")
-    assert said([EMPTY] * 2, tmp_path, limits=ANYTHING)[0] == [
+    assert said([EMPTY] * 2, tmp_path, **ANYTHING)[0] == [
         "data.path: PATH: no row is left to train on. Give other data."
     ]
     source = replace(write(tmp_path / "w.jsonl", plain(1)), weight=1e-9)
@@ -111,12 +112,12 @@ FRACTIONS = [(1, 2), (1, 3), (2, 3), (3, 7), (1, 16), (11, 90), (2, 101), (101, 
 def test_the_fraction_that_is_named_is_enough_and_not_much_more(tmp_path, name, bad, count):
     made = roomless if name == "max_dropped_fraction" else long_row
     source = write(tmp_path / "a.jsonl", [made(n) for n in range(bad)] + plain(count - bad))
-    limits = replace(ANYTHING, **{name: 0.01})
-    [problem], _ = said(source, tmp_path, limits=limits)
+    limits = ANYTHING | {name: 0.01}
+    [problem], _ = said(source, tmp_path, **limits)
     assert f"{bad} of {count} rows" in problem
     [value] = re.findall(rf"with data\.{name}=(\S+)\.$", problem)
     assert bad / count <= float(value) <= min(1, 1.1 * bad / count)
-    assert said(source, tmp_path, limits=replace(limits, **{name: float(value)}))[0] == []
+    assert said(source, tmp_path, **limits | {name: float(value)})[0] == []
 
 
 def test_cut_responses(tmp_path):
@@ -127,7 +128,7 @@ def test_cut_responses(tmp_path):
         "data.max_truncated_fraction=0.5: line 1; line 2; line 3. Raise data.max_length, or allow it with "
         "data.max_truncated_fraction=0.75."
     ]
-    assert said(rows, tmp_path, settings=Settings(100))[0] == []
+    assert said(rows, tmp_path, max_length=100)[0] == []
 
 
 def test_repeated_rows(tmp_path):
@@ -137,27 +138,26 @@ def test_repeated_rows(tmp_path):
         "1; line 3 repeats row 1; line 4 repeats row 1. Remove them, or raise it; to use data several times on purpose "
         "there are train.num_train_epochs and data.weight."
     ]
-    assert said([*plain(1)] * 4, tmp_path, limits=replace(LIMITS, max_duplicate_fraction=0.75))[0] == []
+    assert said([*plain(1)] * 4, tmp_path, max_duplicate_fraction=0.75)[0] == []
     assert said(replace(write(tmp_path / "w.jsonl", plain(1)), weight=4), tmp_path) == [[], []]
 
 
 def test_responses_that_are_all_cut_without_their_end(tmp_path):
     rows = [long_row(n) for n in range(3)]
-    limits = replace(LIMITS, max_truncated_fraction=1.0)
-    problems, _ = said(rows, tmp_path, settings=Settings(60, keep_end_token=False), limits=limits)
+    whole = {"max_truncated_fraction": 1.0}
+    problems, _ = said(rows, tmp_path, keep_end_token=False, **whole)
     assert problems == [
         "data.keep_end_token: every response of data.path: PATH is cut, so the model would never learn to stop. Set it "
         "to true, or raise data.max_length."
     ]
-    assert said(rows, tmp_path, limits=limits)[0] == []
-    assert said(rows, tmp_path, settings=Settings(100, keep_end_token=False), limits=limits)[0] == []
+    assert said(rows, tmp_path, **whole)[0] == []
+    assert said(rows, tmp_path, max_length=100, keep_end_token=False, **whole)[0] == []
 
 
 def test_pieces_without_room_do_not_hide_that_all_the_others_are_cut(tmp_path):
     turns = [("human", "q" * 400), ("gpt", "r"), ("human", "q"), ("gpt", "r" * 200)]
     row = {"conversations": [{"from": who, "value": text} for who, text in turns]}
-    limits = replace(LIMITS, max_truncated_fraction=1.0)
-    [problem], _ = said([row], tmp_path, settings=Settings(250, keep_end_token=False), limits=limits)
+    [problem], _ = said([row], tmp_path, max_length=250, keep_end_token=False, max_truncated_fraction=1.0)
     assert problem.startswith("data.keep_end_token: every response of")
 
 
@@ -188,9 +188,8 @@ def test_all_problems_come_at_once_those_of_held_out_rows_too(tmp_path):
     rows = ["{", EMPTY, *[long_row()] * 8]
     eval_source = write(tmp_path / "e.jsonl", [*plain(1), roomless()])
     source = write(tmp_path / "a.jsonl", rows)
-    chosen = Settings(60, keep_end_token=False)
     with pytest.raises(DataRefused) as caught:
-        prepare(source, eval_sources=[eval_source], settings=chosen, limits=LIMITS)
+        prepare(source, eval_path=eval_source.path, max_length=60, keep_end_token=False, **LIMITS)
     starts = [
         f"data.path: {source.path!r}: 1 of 10 rows cannot be read",
         f"data.path: {source.path!r}: 1 of 10 rows empty",
@@ -209,7 +208,7 @@ def test_all_problems_come_at_once_those_of_held_out_rows_too(tmp_path):
 def test_several_sources_are_named_by_their_files(tmp_path):
     one, other = write(tmp_path / "a.jsonl", [*plain(3), EMPTY]), write(tmp_path / "b.jsonl", [*plain(1), EMPTY])
     with pytest.raises(DataRefused) as caught:
-        prepare(one, other, limits=LIMITS)
+        prepare(one, other, **LIMITS)
     [problem] = caught.value.problems
     assert problem.startswith(
         "data.path: 2 of 6 rows empty, without text or response: a.jsonl, line 4: completion is blank"
@@ -257,7 +256,7 @@ def test_a_token_across_the_beginning_of_a_response_is_told(tmp_path):
 
 
 def test_what_is_left_out_as_allowed_is_told(tmp_path):
-    _, warnings = said([*plain(6), EMPTY, roomless()], tmp_path, limits=replace(LIMITS, max_dropped_fraction=0.25))
+    _, warnings = said([*plain(6), EMPTY, roomless()], tmp_path, max_dropped_fraction=0.25)
     assert warnings == [
         "data.path: PATH: 2 of 8 rows left out, as data.max_dropped_fraction allows: line 7: completion is blank; line "
         "8: 82 tokens, none of the response within 60."
@@ -267,7 +266,7 @@ def test_what_is_left_out_as_allowed_is_told(tmp_path):
 def test_turns_that_are_left_out_are_counted(tmp_path):
     turns = [("gpt", "hi"), ("human", "a"), ("gpt", "b"), ("human", "bye")]
     rows = [{"conversations": [{"from": who, "value": f"{n} {text}"} for who, text in turns]} for n in range(3)]
-    assert said(rows, tmp_path, settings=Settings(300)) == [
+    assert said(rows, tmp_path, max_length=300) == [
         [],
         ["data.path: PATH: 6 turns left out (before the first request, or after the last response)."],
     ]
@@ -282,8 +281,8 @@ def test_cut_responses_are_told_from_one_in_a_hundred(tmp_path):
 def test_few_trained_tokens_are_told(tmp_path):
     rows = [{"prompt": "p" * 199, "completion": "r"}]
     warning = "data.path: PATH: 1.0% of the tokens are trained; the rest is prompt."
-    assert said(rows, tmp_path, settings=Settings(300)) == [[], [warning]]
-    assert said(rows, tmp_path, settings=Settings(300, train_on_prompt=True)) == [[], []]
+    assert said(rows, tmp_path, max_length=300) == [[], [warning]]
+    assert said(rows, tmp_path, max_length=300, train_on_prompt=True) == [[], []]
 
 
 def test_an_end_that_is_not_the_tokenizers_is_told(tmp_path):

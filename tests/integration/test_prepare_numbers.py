@@ -18,7 +18,6 @@ from tiny import byte_tokenizer
 
 from qlora_neft.data.gate import PLACES_NAMED
 from qlora_neft.data.report import MAX_BINS, histogram, padding_waste, percentiles, sequence_lengths
-from qlora_neft.data.worker import Settings
 
 
 def shuffled(rows):
@@ -61,7 +60,7 @@ def test_repeated_rows_are_all_on_one_side_of_any_source(tmp_path):
 
 
 def test_the_pieces_of_a_conversation_are_on_one_side(tmp_path):
-    data = prepare(write(tmp_path / "a.jsonl", talks(200)), eval_fraction=0.3, settings=Settings(300))
+    data = prepare(write(tmp_path / "a.jsonl", talks(200)), eval_fraction=0.3, max_length=300)
     train, held_out = Counter(data.train["row"]), Counter(data.eval["row"])
     assert not train.keys() & held_out.keys()
     assert sorted(train.keys() | held_out.keys()) == list(range(1, 201))
@@ -72,17 +71,17 @@ def test_rows_that_are_held_out_elsewhere_and_trained_on_are_told(tmp_path):
     rows = plain(40)
     train = write(tmp_path / "a.jsonl", rows)
     eval_source = replace(write(tmp_path / "e.jsonl", [*rows[5:12], *plain(9, "other ")]), key="data.eval_path")
-    data = prepare(train, eval_sources=[eval_source])
+    data = prepare(train, eval_path=eval_source.path)
     assert (len(data.train), len(data.eval)) == (40, 16)
     assert data.report["warnings"] == [
         "data.eval_path: 7 held-out rows are training rows as well; the held-out loss is too good by them."
     ]
-    assert prepare(train, eval_sources=[write(tmp_path / "n.jsonl", plain(9, "new "))]).report["warnings"] == []
+    assert prepare(train, eval_path=write(tmp_path / "n.jsonl", plain(9, "new ")).path).report["warnings"] == []
 
 
 def test_overlap_is_counted_in_held_out_rows_and_with_what_is_trained_on(tmp_path):
     train = replace(write(tmp_path / "a.jsonl", plain(50)), weight=0.2)
-    data = prepare(train, eval_sources=[write(tmp_path / "e.jsonl", plain(50) * 2)])
+    data = prepare(train, eval_path=write(tmp_path / "e.jsonl", plain(50) * 2).path)
     both = 2 * len(data.train)
     assert 0 < both < 50
     assert [line for line in data.report["warnings"] if line.startswith(f"data.eval_path: {both} held-out rows are")]
@@ -189,7 +188,7 @@ def varied(tmp_path_factory):
         {"prompt": "p" * 400, "completion": "r"},
     ]
     sources = replace(write(folder / "a.jsonl", rows), weight=1.5), write(folder / "b.jsonl", talks(40))
-    return prepare(*sources, eval_fraction=0.25, settings=Settings(300))
+    return prepare(*sources, eval_fraction=0.25, max_length=300)
 
 
 @pytest.mark.parametrize("part", ["train", "eval"])

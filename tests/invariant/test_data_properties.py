@@ -18,6 +18,7 @@ from data_cases import (
     cases,
     examples,
     outcome_of,
+    section,
     spelled,
     stretches,
     texts,
@@ -34,7 +35,7 @@ from qlora_neft.data.encode import Encoder
 from qlora_neft.data.formats import Dialogue
 from qlora_neft.data.sources import Row
 from qlora_neft.data.templates import alpaca_prompt, make_template
-from qlora_neft.data.worker import NO_ROOM, Settings, split_dialogue
+from qlora_neft.data.worker import NO_ROOM, split_dialogue
 from qlora_neft.steps.batch import StepCollator
 from qlora_neft.steps.sequences import IGNORE_INDEX
 
@@ -72,7 +73,7 @@ def test_generation_begins_with_the_tokens_that_training_saw(kind):
     @examples(200)
     @given(cases(HOSTILE, HOSTILE) | cases(ASKED, ANSWERED) | cases(ASKED, ANSWERED, [("prompt-completion", "none")]))
     def check(case):
-        worker = worker_of(kind, case.format, case.template, Settings(LONG))
+        worker = worker_of(kind, case.format, case.template, section(LONG))
         [sequence] = outcome_of(case, kind).sequences
         prompt = worker.template.prompt(case.messages()[: 1 + (case.system is not None)])
         if case.template == "alpaca":  # the one template that knows what an input is
@@ -90,7 +91,7 @@ def test_labels_are_the_inputs_where_trained(kind, on_prompt):
     @examples(60)
     @given(cases(HOSTILE, HOSTILE))
     def check(case):
-        [sequence] = outcome_of(case, kind, Settings(LONG, train_on_prompt=on_prompt)).sequences
+        [sequence] = outcome_of(case, kind, section(LONG, train_on_prompt=on_prompt)).sequences
         [plain] = outcome_of(case, kind).sequences
         assert sequence.ids.tolist() == plain.ids.tolist()
         expected = np.ones_like(plain.trained) if on_prompt else plain.trained
@@ -112,7 +113,7 @@ def test_a_cut_sequence_is_the_beginning_of_the_whole_but_for_its_end_token(kind
         [whole] = outcome_of(case, kind).sequences
         edges = np.flatnonzero(np.diff(whole.trained, append=False)) + 1  # where responses begin and end
         max_length = int(edges[edge % len(edges)]) + beyond
-        chosen = Settings(max_length, keep_end_token=keep_end_token, split_conversations=False)
+        chosen = section(max_length, keep_end_token=keep_end_token, split_conversations=False)
         outcome = outcome_of(case, kind, chosen)
         end_id = worker_of(kind, case.format, case.template, chosen).end_id
         lost = whole.trained[max_length:].any()
@@ -192,7 +193,7 @@ def test_the_pieces_of_a_conversation_train_each_response_once(kind):
     @examples(100)
     @given(cases(ASKED, ANSWERED, ways, max_exchanges=6), st.integers(100, 900))
     def check(case, max_length):
-        outcome = outcome_of(case, kind, Settings(max_length))
+        outcome = outcome_of(case, kind, section(max_length))
         assert all(len(sequence.ids) <= max_length for sequence in outcome.sequences)
         assert outcome.num_ended == len(outcome.sequences)
         if outcome.sequences and not outcome.num_truncated:
@@ -236,7 +237,7 @@ def test_where_pad_is_the_end_token_every_row_still_learns_its_end(kind, padding
 def test_the_trainer_collates_so(llama, tmp_path):
     tokenizer = tokenizer_of("bpe", None)
     rows = [{"instruction": f"Say {n}", "output": "a" * n} for n in range(1, 9)]
-    outcomes = worker_of("bpe", "alpaca", "alpaca", Settings(LONG))([Row(n, "", row) for n, row in enumerate(rows)])
+    outcomes = worker_of("bpe", "alpaca", "alpaca", section(LONG))([Row(n, "", row) for n, row in enumerate(rows)])
     sequences = [sequence for outcome in outcomes for sequence in outcome.sequences]
     data = Dataset.from_list([{"input_ids": s.ids.tolist(), "labels": s.labels().tolist()} for s in sequences])
     trainer = tiny_trainer(llama, tmp_path, data, processing_class=tokenizer)

@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from data_files import source_of
 from datasets import Dataset, IterableDataset, SplitDict, SplitInfo, load_dataset
 from huggingface_hub.errors import HTTPError
 
 from qlora_neft.data import read_hub
-from qlora_neft.data.reading import Row, read_rows, source_fingerprint
-from qlora_neft.data.sources import Source, local_files
+from qlora_neft.data.reading import read_rows, source_fingerprint
+from qlora_neft.data.sources import Row, local_files
 from qlora_neft.errors import UserInputError
 from qlora_neft.paths import is_local
 
@@ -54,7 +55,7 @@ def write(tmp_path):
 
 
 def rows_of(path, **kwargs):
-    return list(read_rows(Source(path, **kwargs)))
+    return list(read_rows(source_of(path, **kwargs)))
 
 
 def values_of(path, **kwargs):
@@ -152,7 +153,7 @@ def test_every_csv_field_is_text_as_it_stands(write):
 
 def test_a_csv_field_longer_than_pythons_limit_is_read_and_the_limit_restored(write):
     limit = csv.field_size_limit()
-    rows = read_rows(Source(write(f"a\n{'x' * (limit + 1)}\n", "rows.csv")))
+    rows = read_rows(source_of(write(f"a\n{'x' * (limit + 1)}\n", "rows.csv")))
     assert len(next(rows).values["a"]) == limit + 1
     assert csv.field_size_limit() == limit
 
@@ -284,7 +285,7 @@ def test_a_parquet_file_damaged_in_the_middle_is_refused_when_it_is_reached(writ
     middle = len(content) // 2
     content[middle : middle + 20_000] = b"\xff" * 20_000
     write(bytes(content), name)
-    rows = read_rows(Source(name))
+    rows = read_rows(source_of(name))
     assert next(rows).values == {"a": texts[0]}
     with pytest.raises(UserInputError, match=r"^data.path: 'rows.parquet' cannot be read as Parquet"):
         list(rows)
@@ -305,7 +306,7 @@ def test_a_file_that_may_not_be_read_is_refused(write, monkeypatch):
     monkeypatch.setattr("pathlib.Path.open", denied)
     assert refusal(name) == "data.path: 'rows.jsonl' cannot be read. (Permission denied)"
     with pytest.raises(UserInputError, match="cannot be read"):
-        source_fingerprint(Source(name))
+        source_fingerprint(source_of(name))
 
 
 def test_messages_name_the_key_of_the_caller(write):
@@ -358,7 +359,7 @@ def test_a_home_folder_is_found(write, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(as_lines(ROWS), "data/rows.jsonl")
     assert values_of("~/data/rows.jsonl") == values_of("~/data/*.jsonl") == ROWS
-    assert local_files(Source("~/data/*")) == [tmp_path / "data" / "rows.jsonl"]
+    assert local_files(source_of("~/data/*")) == [tmp_path / "data" / "rows.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -433,14 +434,14 @@ def test_an_empty_file_is_empty_whatever_the_split(write, name):
 @pytest.mark.parametrize("written", [as_lines, as_csv])
 def test_reading_the_first_rows_does_not_reach_the_end_of_the_file(write, written):
     name = write(written(ROWS * 1000).encode() + b"\xff\n", "rows.csv" if written is as_csv else "rows.jsonl")
-    rows = read_rows(Source(name))
+    rows = read_rows(source_of(name))
     assert [row.values for row in islice(rows, 10)] == ROWS
     with pytest.raises(UserInputError, match="is not UTF-8 text"):
         list(rows)
 
 
 def test_nothing_is_read_before_a_row_is_asked_for():
-    rows = read_rows(Source("no.jsonl"))
+    rows = read_rows(source_of("no.jsonl"))
     with pytest.raises(UserInputError, match="no file at"):
         next(rows)
 
@@ -448,7 +449,7 @@ def test_nothing_is_read_before_a_row_is_asked_for():
 def test_a_later_file_is_not_opened_before_its_rows_are_asked_for(write):
     write(as_lines(ROWS), "a.jsonl")
     write(b"\xff", "b.jsonl")
-    assert len(list(islice(read_rows(Source("*.jsonl")), 10))) == 10
+    assert len(list(islice(read_rows(source_of("*.jsonl")), 10))) == 10
     assert "'b.jsonl' is not UTF-8 text" in refusal("*.jsonl")
 
 
@@ -495,13 +496,13 @@ def hub(monkeypatch):
 )
 def test_hub_rows_keep_their_numbers_in_a_slice(hub, split, expected, streaming):
     hub(train=ROWS)
-    rows = list(read_rows(Source("owner/name", split=split), streaming=streaming))
+    rows = list(read_rows(source_of("owner/name", split=split), streaming=streaming))
     assert rows == [Row(n + 1, f"row {n + 1}", ROWS[n]) for n in expected]
 
 
 def test_what_names_a_hub_dataset_is_passed_on(hub):
     calls = hub(train=ROWS)
-    source = Source("owner/name", revision="v1", data_files="a/*.json", name="all")
+    source = source_of("owner/name", revision="v1", data_files="a/*.json", name="all")
     list(read_rows(source, streaming=True))
     given = {"path": "owner/name", "split": "train", "revision": "v1", "data_files": "a/*.json", "name": "all"}
     assert calls == [{**given, "streaming": True}]
@@ -510,7 +511,7 @@ def test_what_names_a_hub_dataset_is_passed_on(hub):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_of_several_splits_are_numbered_through(hub, streaming):
     hub(train=ROWS[:4], test=ROWS[4:])
-    rows = list(read_rows(Source("owner/name", split="train[2:]+test"), streaming=streaming))
+    rows = list(read_rows(source_of("owner/name", split="train[2:]+test"), streaming=streaming))
     assert [row.values for row in rows] == ROWS[2:]
     assert [row.number for row in rows] == list(range(1, 9))
 
@@ -527,7 +528,7 @@ def test_a_dataset_that_does_not_say_how_long_it_is_is_numbered_all_the_same(mon
 def test_streaming_needs_row_numbers(hub, split):
     hub(train=ROWS)
     with pytest.raises(UserInputError) as caught:
-        list(read_rows(Source("owner/name", split=split, key="data.eval_path"), streaming=True))
+        list(read_rows(source_of("owner/name", split=split, key="data.eval_path"), streaming=True))
     message = str(caught.value)
     assert message.startswith("data.eval_split: machine.streaming needs row numbers from the start")
     assert f"got {split!r}" in message and "turn machine.streaming off" in message
@@ -539,7 +540,7 @@ def test_a_hub_split_without_rows_is_refused(hub, split, streaming):
     hub(train=ROWS)
     expected = f"data.split: {split!r} takes none from 'owner/name'. Give a slice with examples."
     with pytest.raises(UserInputError) as caught:
-        list(read_rows(Source("owner/name", split=split), streaming=streaming))
+        list(read_rows(source_of("owner/name", split=split), streaming=streaming))
     assert str(caught.value) == expected
 
 
@@ -547,7 +548,7 @@ def test_a_hub_split_without_rows_is_refused(hub, split, streaming):
 def test_a_hub_split_that_does_not_exist_is_refused(hub, streaming):
     hub(train=ROWS)
     with pytest.raises(UserInputError, match=r"^data.split: 'test' does not fit 'owner/name'. \("):
-        list(read_rows(Source("owner/name", split="test"), streaming=streaming))
+        list(read_rows(source_of("owner/name", split="test"), streaming=streaming))
 
 
 @pytest.mark.parametrize(
@@ -575,7 +576,7 @@ def test_a_hub_that_fails_is_refused_before_and_between_rows(monkeypatch, error)
         f"data.path: the dataset 'owner/name' cannot be read from the Hub. Check its name and the network. ({said})"
     )
     monkeypatch.setattr(read_hub, "load_dataset", lambda *_, **__: IterableDataset.from_generator(break_off))
-    rows = read_rows(Source("owner/name"), streaming=True)
+    rows = read_rows(source_of("owner/name"), streaming=True)
     assert [next(rows).values for _ in range(2)] == ROWS[:2]
     with pytest.raises(UserInputError) as caught:
         next(rows)
@@ -613,22 +614,22 @@ def test_a_hub_dataset_that_cannot_be_reached_is_refused():
 
 def test_the_fingerprint_sees_a_byte_a_split_and_the_order_and_no_name_or_time(write):
     content = as_lines(ROWS)
-    base = source_fingerprint(Source(write(content)))
+    base = source_fingerprint(source_of(write(content)))
     os.utime("rows.jsonl", (1, 1))
-    assert source_fingerprint(Source("rows.jsonl")) == base
-    assert source_fingerprint(Source(write(content, "sub/other.json"), key="data.eval_path", weight=2.0)) == base
+    assert source_fingerprint(source_of("rows.jsonl")) == base
+    assert source_fingerprint(source_of(write(content, "sub/other.json"), key="data.eval_path", weight=2.0)) == base
 
     write(as_lines(ROWS[:5]), "two/a.jsonl")
     write(as_lines(ROWS[5:]), "two/b.jsonl")
     write(as_lines(ROWS[5:]), "owt/a.jsonl")
     write(as_lines(ROWS[:5]), "owt/b.jsonl")
     others = [
-        Source("rows.jsonl", split="train[:5]"),
-        Source(write(content.replace("Say 3", "say 3"), "changed.jsonl")),
-        Source(write(content + "\n", "longer.jsonl")),
-        Source(write(content, "rows.csv")),
-        Source("two/*"),
-        Source("owt/*"),
+        source_of("rows.jsonl", split="train[:5]"),
+        source_of(write(content.replace("Say 3", "say 3"), "changed.jsonl")),
+        source_of(write(content + "\n", "longer.jsonl")),
+        source_of(write(content, "rows.csv")),
+        source_of("two/*"),
+        source_of("owt/*"),
     ]
     prints = [base, *map(source_fingerprint, others)]
     assert len(set(prints)) == len(prints)
@@ -637,20 +638,20 @@ def test_the_fingerprint_sees_a_byte_a_split_and_the_order_and_no_name_or_time(w
 
 def test_the_fingerprint_of_a_file_that_is_not_there_is_refused():
     with pytest.raises(UserInputError, match="no file at"):
-        source_fingerprint(Source("no.jsonl"))
+        source_fingerprint(source_of("no.jsonl"))
 
 
 def test_the_fingerprint_of_a_hub_dataset_goes_by_its_commit(monkeypatch):
     commits = {None: "c0ffee", "main": "c0ffee", "v1": "decade"}
     info = lambda _, path, *, revision: SimpleNamespace(sha=commits[revision])  # noqa: E731
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", info)
-    base = source_fingerprint(Source("owner/name"))
-    assert source_fingerprint(Source("owner/name", revision="main")) == base
+    base = source_fingerprint(source_of("owner/name"))
+    assert source_fingerprint(source_of("owner/name", revision="main")) == base
     others = [
-        Source("owner/name", revision="v1"),
-        Source("owner/other"),
-        Source("owner/name", data_files="a*"),
-        Source("owner/name", split="test"),
+        source_of("owner/name", revision="v1"),
+        source_of("owner/other"),
+        source_of("owner/name", data_files="a*"),
+        source_of("owner/name", split="test"),
     ]
     assert len({base, *map(source_fingerprint, others)}) == 5
 
@@ -660,10 +661,10 @@ def test_the_fingerprint_without_the_hub_goes_by_the_local_copy(monkeypatch):
     prints = []
     for copy in [*copies, copies[0]]:
         monkeypatch.setattr(read_hub, "load_dataset", lambda *_, copy=copy, **__: copy)
-        prints.append(source_fingerprint(Source("owner/name")))
+        prints.append(source_fingerprint(source_of("owner/name")))
     assert prints[0] == prints[2] != prints[1]
 
 
 def test_the_fingerprint_of_a_hub_dataset_that_is_nowhere_is_refused():
     with pytest.raises(UserInputError, match="cannot be read from the Hub"):
-        source_fingerprint(Source("no-such-owner/no-such-dataset"))
+        source_fingerprint(source_of("no-such-owner/no-such-dataset"))

@@ -8,21 +8,28 @@ import pytest
 import torch
 
 from qlora_neft.fit.choose import CPU_TOKENS
+from qlora_neft.recipe.schema import Machine, Train
 from qlora_neft.runner.plan import SMALL_GPU_BYTES, TOKENS_PER_MICRO_BATCH, plan_run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def plan(**settings):
-    defaults = {
-        "num_rows": 100,
-        "effective_batch_size": 16,
-        "num_train_epochs": 1,
-        "max_steps": None,
-        "optim": "adamw_torch",
-        "device": CPU,
-    }
-    return plan_run(**{**defaults, **settings})
+TRAIN = {
+    "effective_batch_size": 16,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "optim": "adamw_torch",
+    "max_grad_norm": 1.0,
+    "seed": 0,
+}
+
+
+def plan(num_rows=100, device=CPU, **keys):
+    """The plan of a run whose train and machine sections state some keys."""
+    train = {name: value for name, value in keys.items() if name in Train.model_fields}
+    machine = {name: value for name, value in keys.items() if name not in train}
+    return plan_run(Train(**TRAIN | train), Machine(**machine), num_rows=num_rows, device=device)
 
 
 @pytest.fixture
