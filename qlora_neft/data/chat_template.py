@@ -170,7 +170,7 @@ class ChatTemplate:
         if self.chat_template is None:
             what, remedy = "the tokenizer's own chat template", "Set it to alpaca, vicuna or a Jinja file."
         else:
-            what, remedy = repr(self.name), "Mend the file, or set chat for the tokenizer's own template."
+            what, remedy = repr(self.name), "Fix the file, or set chat for the tokenizer's own template."
         return f"data.prompt_template: {what} {rule} ({reason}). {remedy}"
 
 

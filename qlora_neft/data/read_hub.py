@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from pyarrow import ArrowException
 
-from ..errors import UserInputError
+from ..errors import UserInputError, first_line
 from .sources import Row, Source, split_key
 
 # HTTPError: what the Hub's client lets through is no OSError. RuntimeError: a dataset that is a script.
@@ -124,7 +124,7 @@ def _load(source: Source, split: str, *, streaming: bool) -> Dataset | IterableD
     except StopIteration:  # what `datasets` raises for a JSON file without rows
         return None
     except HUB_ERRORS as error:
-        detail = _first_line(error.__cause__ or error)
+        detail = first_line(error.__cause__ or error)
         if "corresponds to no data" in detail:
             return None
         raise UserInputError(_refusal(source, detail)) from error
@@ -154,9 +154,5 @@ def _numbered(dataset: Dataset | IterableDataset, numbers: Iterator[int], source
         where = "its first row" if number is None else f"the row after {number}"
         raise UserInputError(
             f"{source.key}: the dataset {source.path!r} cannot be read further from the Hub, at {where}. Check the "
-            f"network, or the dataset's files. ({_first_line(error.__cause__ or error)})"
+            f"network, or the dataset's files. ({first_line(error.__cause__ or error)})"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -114,7 +114,7 @@ def test_several_problems_are_told_in_one_message(workplace):
     [
         (None, "data.path: no file at 'bad.jsonl'", "relative to the current directory"),
         ("", "data.path: 'bad.jsonl' is empty", "one JSON object per example"),
-        ('{"a": \n', "data.path: 'bad.jsonl': 1 of 1 row cannot be read: line 1 is not JSON", "Mend or remove"),
+        ('{"a": \n', "data.path: 'bad.jsonl': 1 of 1 row cannot be read: line 1 is not JSON", "Fix or remove"),
         (
             '{"question": "a", "answer": "b"}\n',
             "data.path: the columns answer, question fit no format",
@@ -123,7 +123,7 @@ def test_several_problems_are_told_in_one_message(workplace):
         (
             '{"instruction": "a", "output": 1}\n',
             "data.path: 'bad.jsonl': 1 of 1 row cannot be read: line 1: output is int '1'",
-            "Mend or remove",
+            "Fix or remove",
         ),
         (b'{"instruction": "\xff", "output": "b"}\n', "data.path: 'bad.jsonl' is not UTF-8", "Save it as UTF-8"),
     ],
