@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -81,7 +81,7 @@ def diff(
     """
     from ..recipe import load_recipe
 
-    left, right = _flat(load_recipe(a).to_dict()), _flat(load_recipe(b, overrides or ()).to_dict())
+    left, right = load_recipe(a).flat(), load_recipe(b, overrides or ()).flat()
     keys = [key for key in {**left, **right} if left.get(key) != right.get(key)]
     if as_json:
         typer.echo(json.dumps({key: [left.get(key), right.get(key)] for key in keys}, indent=2))
@@ -157,11 +157,6 @@ def validate(
 
 def _count(problems: Sequence[str]) -> str:
     return {0: "ok", 1: "1 problem"}.get(len(problems), f"{len(problems)} problems")
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """``section.key`` -> value. An absent section has no keys."""
-    return {f"{section}.{key}": value for section, keys in values.items() if keys for key, value in keys.items()}
 
 
 def _describe_keys(as_json: bool) -> str:

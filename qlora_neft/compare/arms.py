@@ -115,18 +115,18 @@ def pairing(arm: Arm, other: Arm) -> dict[str, bool]:
     its = {run.seed: run for run in other.runs}
     pairs = [(run, its[run.seed]) for run in arm.runs if run.seed in its]
     return {
-        "data": all(_same(a.about, b.about, "data_sha256") for a, b in pairs),
-        "base": all(_same(a.about, b.about, "base_sha256") for a, b in pairs),
-        "start": all(_same(_before(a), _before(b), "clean_train_loss") for a, b in pairs),
+        "data": all(_same(a.about.data_sha256, b.about.data_sha256) for a, b in pairs),
+        "base": all(_same(a.about.base_sha256, b.about.base_sha256) for a, b in pairs),
+        "start": all(_same(_start(a), _start(b)) for a, b in pairs),
     }
 
 
-def _before(run: RunRecord) -> dict[str, Any]:
-    return run.about.get("before") or {}
+def _start(run: RunRecord) -> float | None:
+    return run.about.before.clean_train_loss if run.about.before else None
 
 
-def _same(a: dict[str, Any], b: dict[str, Any], key: str) -> bool:
-    return a.get(key) is not None and a.get(key) == b.get(key)
+def _same(a: str | float | None, b: str | float | None) -> bool:
+    return a is not None and a == b
 
 
 @dataclass(frozen=True)

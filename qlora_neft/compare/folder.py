@@ -17,6 +17,8 @@ from typing import Any
 
 from ..errors import UserInputError
 from ..files import write_json
+from ..recipe.settings import flat
+from ..run_folder.record import RUN_FILE, SUMMARY_FILE
 from .plan import SweepPlan
 from .records import SWEEP_FILE, read_run, read_sweep
 
@@ -40,9 +42,9 @@ def open_sweep(plan: SweepPlan, output_dir: Path, *, write: bool = True) -> list
     earlier = read_sweep(output_dir) if output_dir.is_dir() else None
     if earlier is None and output_dir.exists():
         _check_empty(output_dir)
-    before = {run["name"]: run for run in (earlier or {}).get("runs", [])}
+    before = {run.name: run.recipe for run in earlier.runs} if earlier else {}
     now = plan.to_dict()
-    _check_same(before, {run["name"]: run for run in now["runs"]}, output_dir)
+    _check_same(before, {run["name"]: run["recipe"] for run in now["runs"]}, output_dir)
     if write:
         (output_dir / "recipes").mkdir(parents=True, exist_ok=True)
         for run in plan.runs:
@@ -63,12 +65,12 @@ def log_of(output_dir: Path, name: str) -> Path:
 
 def is_begun(folder: Path) -> bool:
     """Whether a run has begun, finished or not."""
-    return (folder / "run.json").exists()
+    return (folder / RUN_FILE).exists()
 
 
 def is_trained(folder: Path) -> bool:
     """Whether a run's training is finished: ``summary.json`` is written last."""
-    return (folder / "summary.json").exists()
+    return (folder / SUMMARY_FILE).exists()
 
 
 def is_done(folder: Path, measures: Sequence[str] = ()) -> bool:
@@ -92,10 +94,10 @@ def _check_empty(output_dir: Path) -> None:
         )
 
 
-def _check_same(before: dict[str, Any], now: dict[str, Any], output_dir: Path) -> None:
+def _check_same(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], output_dir: Path) -> None:
     lines = [f"  {name}: no longer in this sweep" for name in before if name not in now]
     for name in (name for name in before if name in now):
-        old, new = _learned(before[name]["recipe"]), _learned(now[name]["recipe"])
+        old, new = _outside_the_machine(before[name]), _outside_the_machine(now[name])
         for key in sorted({*old, *new}):
             line = f"  {key}: {json.dumps(old.get(key))} before, {json.dumps(new.get(key))} now"
             if old.get(key) != new.get(key) and line not in lines:
@@ -108,11 +110,6 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], output_dir: Path) -
         )
 
 
-def _learned(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Flatten everything but the machine section: what decides which model comes out."""
-    return {
-        f"{section}.{key}": value
-        for section, keys in recipe.items()
-        if section != "machine"
-        for key, value in (keys or {}).items()
-    }
+def _outside_the_machine(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return what must stay the same in a sweep: all that is learned, and what is measured of it."""
+    return {key: value for key, value in flat(recipe).items() if not key.startswith("machine.")}

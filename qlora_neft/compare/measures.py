@@ -23,10 +23,11 @@ from ..evaluation.texts import CUTOFFS, measure_texts
 from ..files import write_json
 from ..generation.answers import Answer, greedy_answers, questions
 from ..generation.decode import Decoding
+from ..run_folder.record import ANSWERS_FILE, MEASURES_FILE
 from ..runner.run_data import recipe_data
 from .folder import missing
 from .plan import check_measures
-from .records import ANSWERS_FILE, MEASURES_FILE, read_run
+from .records import read_run
 from .results import ROWS_FILE
 
 ROWS_AT_A_TIME = 4

@@ -12,8 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..errors import UserInputError
 from ..files import write_text
+from ..run_folder.record import RunData, RunSummary, SampleAnswer
 from .arms import Arm, arms_by, arms_of, differing, in_order, name_of, show
-from .records import RunRecord, find_runs, read_sweep
+from .records import RunRecord, SweepRecord, find_runs, read_sweep
 from .results import TextTable, differences_table, measures_table, pairing_line, results_of, verdict_lines
 
 WIDTH, HEIGHT = 420, 270
@@ -151,23 +152,24 @@ def samples(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for _, run in firsts:
         for answer in _before(run):
-            entry = found.setdefault(answer["prompt"], {**_question(answer), "answers": []})
-            said = {"who": f"{run.recipe['model']['name_or_path']}, before training", "text": visible(answer["text"])}
+            entry = found.setdefault(answer.prompt, {**_question(answer), "answers": []})
+            said = {"who": f"{run.recipe['model']['name_or_path']}, before training", "text": visible(answer.text)}
             if said not in entry["answers"]:
                 entry["answers"].append(said)
     for label, run in firsts:
         for answer in run.answers:
-            entry = found.setdefault(answer["prompt"], {**_question(answer), "answers": []})
-            entry["answers"].append({"who": f"{label}, after (seed {run.seed})", "text": visible(answer["text"])})
+            entry = found.setdefault(answer.prompt, {**_question(answer), "answers": []})
+            entry["answers"].append({"who": f"{label}, after (seed {run.seed})", "text": visible(answer.text)})
     return list(found.values())[:MAX_PROMPTS]
 
 
-def _before(run: RunRecord) -> list[dict[str, str]]:
-    return (run.about.get("before") or {}).get("answers") or []
+def _before(run: RunRecord) -> list[SampleAnswer]:
+    before = run.about.before
+    return (before.answers if before else None) or []
 
 
-def _question(answer: dict[str, str]) -> dict[str, str]:
-    return {"prompt": visible(answer["prompt"]), "reference": visible(answer["reference"])}
+def _question(answer: SampleAnswer) -> dict[str, str]:
+    return {"prompt": visible(answer.prompt), "reference": visible(answer.reference)}
 
 
 def visible(text: str) -> str:
@@ -205,7 +207,7 @@ def page_content(folders: Sequence[Path]) -> dict[str, Any]:
     """All that both forms of the page show."""
     runs = find_runs(folders)
     sweep = read_sweep(folders[0]) if len(folders) == 1 else None
-    arms = arms_by(runs, list(sweep["swept"])) if sweep else arms_of(runs)
+    arms = arms_by(runs, list(sweep.swept)) if sweep else arms_of(runs)
     results = results_of(arms, first=sweep is not None)
     has_several = len(arms) > 1
     shown = [measures_table(results), differences_table(results)] if has_several else []
@@ -256,9 +258,9 @@ def runs_table(runs: Sequence[RunRecord]) -> TextTable:
     columns = ("run", "seed", "steps", *(name_of(key).title for key in keys), "training (s)", "peak memory (GiB)")
     rows = []
     for run in runs:
-        summary = run.summary or {}
+        summary = run.summary or RunSummary()
         values = (name_of(key).show(run.values.get(key)) for key in keys)
-        steps = str(summary.get("steps", "not finished"))
+        steps = "not finished" if summary.steps is None else str(summary.steps)
         rows.append((run.name, str(run.seed), steps, *values, _seconds(summary), _memory(summary)))
     return TextTable("Runs", columns, tuple(rows))
 
@@ -283,41 +285,42 @@ def common_table(runs: Sequence[RunRecord]) -> TextTable:
     return TextTable("Settings in common", ("key", "value"), rows)
 
 
-def _title(runs: Sequence[RunRecord], sweep: dict[str, Any] | None) -> str:
+def _title(runs: Sequence[RunRecord], sweep: SweepRecord | None) -> str:
     if sweep is not None:
-        return f"Sweep of {', '.join(sweep['swept'])}: {sweep['recipe']}"
+        return f"Sweep of {', '.join(sweep.swept)}: {sweep.recipe}"
     return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
-    summary, settings = run.summary or {}, run.settings
+    summary, settings = run.summary or RunSummary(), run.settings
+    data = summary.data or RunData()
     found = {"base": str(settings["model.name_or_path"]), "data": show(settings["data.path"])}
-    for part, what in (("train", "training data"), ("eval", "held-out data")):
-        rows = (summary.get("data") or {}).get(part)
+    for rows, what in ((data.train, "training data"), (data.eval, "held-out data")):
         if rows:
-            found[what] = f"{rows['rows']:,} rows, {rows['tokens']:,} tokens, SHA-256 {rows['sha256'][:16]}"
-    if "base_sha256" in run.about:
-        found["base weights"] = f"SHA-256 {run.about['base_sha256'][:16]}"
-    hardware = summary.get("hardware") or {}
-    if hardware:
-        found["hardware"] = f"{hardware['name']} ({hardware['device']}), {hardware['threads']} threads"
-        found["platform"] = hardware["platform"]
-    if "precision" in summary:
-        found["precision"] = summary["precision"].removeprefix("precision: ")
-    return found | {f"{package} version": version for package, version in (summary.get("versions") or {}).items()}
+            found[what] = f"{rows.rows:,} rows, {rows.tokens:,} tokens, SHA-256 {rows.sha256[:16]}"
+    if run.about.base_sha256 is not None:
+        found["base weights"] = f"SHA-256 {run.about.base_sha256[:16]}"
+    if hardware := summary.hardware:
+        threads = "" if hardware.threads is None else f", {hardware.threads} threads"
+        found["hardware"] = f"{hardware.name} ({hardware.device}){threads}"
+        if hardware.platform is not None:
+            found["platform"] = hardware.platform
+    if summary.precision is not None:
+        found["precision"] = summary.precision.removeprefix("precision: ")
+    return found | {f"{package} version": version for package, version in (summary.versions or {}).items()}
 
 
 def _warnings(runs: Sequence[RunRecord]) -> list[str]:
-    found = [warning for run in runs for warning in ((run.summary or {}).get("data") or {}).get("warnings", [])]
-    return list(dict.fromkeys(found))
+    data = [run.summary.data for run in runs if run.summary and run.summary.data]
+    return list(dict.fromkeys(warning for part in data for warning in part.warnings))
 
 
-def _seconds(summary: dict[str, Any]) -> str:
-    return f"{summary['train_seconds']:.0f}" if "train_seconds" in summary else "-"
+def _seconds(summary: RunSummary) -> str:
+    return "-" if summary.train_seconds is None else f"{summary.train_seconds:.0f}"
 
 
-def _memory(summary: dict[str, Any]) -> str:
-    peak = summary.get("peak_memory") or {}
+def _memory(summary: RunSummary) -> str:
+    peak = summary.peak_memory or {}
     found = peak.get("cuda_reserved_bytes", peak.get("host_bytes"))
     return "-" if found is None else f"{found / 2**30:.2f}"
 

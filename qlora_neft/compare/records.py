@@ -10,12 +10,65 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, Field
 
 from ..errors import UserInputError
 from ..files import read_record_if_there
+from ..recipe.settings import flat, without_silent_noise
+from ..run_folder.record import (
+    ANSWERS_FILE,
+    MEASURES_FILE,
+    RECIPE_FILE,
+    RUN_FILE,
+    SUMMARY_FILE,
+    Answers,
+    Measures,
+    Record,
+    RunFile,
+    RunSummary,
+    SampleAnswer,
+)
 
-SWEEP_FILE, MEASURES_FILE, ANSWERS_FILE = "sweep.json", "measures.json", "answers.json"
+SWEEP_FILE = "sweep.json"
+LEAVE_OUT, MEASURE_AGAIN = "Leave this folder out.", "Remove it to measure again."
+
+
+class _Model(Record):
+    name_or_path: str
+
+
+class _Data(Record):
+    path: Any
+
+
+class _Train(Record):
+    seed: int
+
+
+class _ResolvedRecipe(Record):
+    """What a comparison needs of a recipe; sections beyond these are mappings or null."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, Any] | None]  # ty: ignore[incompatible-mutable-override]  narrower, as pydantic documents
+
+    model: _Model
+    data: _Data
+    train: _Train
+
+
+class PlannedRunRecord(Record):
+    """A run of a sweep, as it was planned."""
+
+    name: str
+    recipe: dict[str, Any] = Field(default_factory=dict)
+
+
+class SweepRecord(Record):
+    """``sweep.json``."""
+
+    recipe: str
+    swept: dict[str, Any]
+    runs: list[PlannedRunRecord]
 
 
 @dataclass(frozen=True)
@@ -25,22 +78,22 @@ class RunRecord:
     Attributes:
         name: What to call it beside the others.
         folder: Where it is.
-        recipe: Its resolved recipe as plain values.
+        recipe: Its resolved recipe as it was written down, keys of other versions included.
         about: ``run.json``: hashes of data and base, and what was measured before training.
         summary: ``summary.json``, None before the run's end.
         metrics: Lines of ``metrics.jsonl``.
         measures: ``measures.json``: by measure, numbers by name; among `values` as ``measure.name``.
-        answers: ``answers.json``: ``prompt``, ``reference`` and ``text`` of sample answers after training.
+        answers: Sample answers after training.
     """
 
     name: str
     folder: Path
     recipe: dict[str, Any]
-    about: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, Any] | None = None
+    about: RunFile = field(default_factory=RunFile)
+    summary: RunSummary | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
-    answers: list[dict[str, str]] = field(default_factory=list)
+    answers: list[SampleAnswer] = field(default_factory=list)
 
     @property
     def seed(self) -> int:
@@ -50,15 +103,12 @@ class RunRecord:
     @property
     def settings(self) -> dict[str, Any]:
         """``section.key`` to value; no noise section and alpha 0 are the same settings."""
-        flat = {f"{name}.{key}": value for name, keys in self.recipe.items() for key, value in (keys or {}).items()}
-        if not flat.get("neftune.noise_alpha") and not flat.get("neftune.final_alpha"):
-            flat = {key: value for key, value in flat.items() if not key.startswith("neftune.")}
-        return {"neftune.noise_alpha": 0.0, **flat}
+        return {"neftune.noise_alpha": 0.0, **without_silent_noise(flat(self.recipe))}
 
     @property
     def values(self) -> dict[str, float]:
         """Every measure by name, those that are no finite number left out."""
-        found: dict[str, Any] = dict((self.summary or {}).get("after") or {})
+        found: dict[str, Any] = dict((self.summary.after if self.summary else None) or {})
         found.pop("answers", None)  # how many an exact match was counted over
         held_out = [entry["eval_loss"] for entry in self.metrics if entry.get("eval_loss") is not None]
         if self.summary and len({entry["step"] for entry in self.metrics if "eval_loss" in entry}) > 2 and held_out:
@@ -76,15 +126,16 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     Raises:
         UserInputError: If it holds none, or a file of it is damaged.
     """
-    about = _record(folder / "run.json", About) or {}
-    summary = _record(folder / "summary.json", Summary)
-    recipe = about.get("recipe") or read_record_if_there(folder / "recipe.yaml") or (summary or {}).get("recipe")
+    about = RunFile.read(folder / RUN_FILE, LEAVE_OUT) or RunFile()
+    summary = RunSummary.read(folder / SUMMARY_FILE, LEAVE_OUT)
+    recipe = about.recipe or read_record_if_there(folder / RECIPE_FILE) or (summary and summary.recipe)
     if not isinstance(recipe, dict) or "train" not in recipe:
         raise UserInputError(
             f"{folder}: holds no run (run.json, recipe.yaml or summary.json). Give the --output-dir of train or sweep."
         )
-    checked(recipe, Recipe, folder, "The recipe in its records is none. Leave this run out.")
-    answers = _record(folder / ANSWERS_FILE, Answers) or {}
+    _ResolvedRecipe.checked(recipe, folder, "The recipe in its records is none. Leave this run out.")
+    answers = Answers.read(folder / ANSWERS_FILE, MEASURE_AGAIN) or Answers()
+    measures = Measures.read(folder / MEASURES_FILE, MEASURE_AGAIN) or Measures()
     return RunRecord(
         name=name or folder.resolve().name,
         folder=folder,
@@ -92,8 +143,8 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         about=about,
         summary=summary,
         metrics=_lines(folder / "metrics.jsonl"),
-        measures=_record(folder / MEASURES_FILE, Measures) or {},
-        answers=list(answers.get("answers", [])),
+        measures=measures.by_name,
+        answers=answers.answers,
     )
 
 
@@ -113,21 +164,16 @@ def find_runs(folders: Sequence[Path]) -> list[RunRecord]:
     return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
 
-def read_sweep(folder: Path) -> dict[str, Any] | None:
+def read_sweep(folder: Path) -> SweepRecord | None:
     """``sweep.json``, None without one."""
-    return _record(folder / SWEEP_FILE, Sweep)
-
-
-def _record(path: Path, shape: type) -> dict[str, Any] | None:
-    remedy = "Remove it to measure again." if path.name in (MEASURES_FILE, ANSWERS_FILE) else "Leave this folder out."
-    return checked(read_record_if_there(path, remedy), shape, path, remedy)
+    return SweepRecord.read(folder / SWEEP_FILE, LEAVE_OUT)
 
 
 def _runs_of(folder: Path) -> list[Path]:
     sweep = read_sweep(folder)
     if sweep is None:
         return [folder]
-    begun = [folder / run["name"] for run in sweep["runs"] if (folder / run["name"] / "run.json").exists()]
+    begun = [folder / run.name for run in sweep.runs if (folder / run.name / RUN_FILE).exists()]
     if not begun:
         raise UserInputError(f"{folder}: no run of this sweep has begun. Start it with the sweep command first.")
     return begun
@@ -160,122 +206,3 @@ def _parsed(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
             entry = json.loads(line)
             if isinstance(entry, dict) and isinstance(entry.get("step"), int):
                 yield {key: value for key, value in entry.items() if isinstance(value, int | float)}
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())  # a recipe's section is called model
-
-
-class _Answer(_Record):
-    prompt: str
-    reference: str
-    text: str
-
-
-class Answers(_Record):
-    """``answers.json``."""
-
-    answers: list[_Answer] = []
-
-
-class _Before(_Record):
-    answers: list[_Answer] | None = None
-
-
-class About(_Record):
-    """``run.json``."""
-
-    recipe: dict[str, Any] | None = None
-    before: _Before | None = None
-    base_sha256: str = ""
-
-
-class _Model(_Record):
-    name_or_path: str
-
-
-class _Data(_Record):
-    path: Any
-
-
-class _Train(_Record):
-    seed: int
-
-
-class Recipe(_Record):
-    """A resolved recipe; sections beyond these are mappings or null."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-    __pydantic_extra__: dict[str, dict[str, Any] | None]
-
-    model: _Model
-    data: _Data
-    train: _Train
-
-
-class _Rows(_Record):
-    rows: int
-    tokens: int
-    sha256: str
-
-
-class _DataReport(_Record):
-    train: _Rows | None = None
-    eval: _Rows | None = None
-    warnings: list[str] = []
-
-
-class _Hardware(_Record):
-    name: str
-    device: str
-    threads: int
-    platform: str
-
-
-class Summary(_Record):
-    """``summary.json``."""
-
-    recipe: dict[str, Any] | None = None
-    after: dict[str, Any] | None = None
-    data: _DataReport | None = None
-    hardware: _Hardware | None = None
-    versions: dict[str, str] | None = None
-    precision: str = ""
-    train_seconds: float = 0.0
-    peak_memory: dict[str, float | None] | None = None
-
-
-class Measures(_Record):
-    """``measures.json``: numbers by measure."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, dict[str, Any]]
-
-
-class _PlannedRun(_Record):
-    name: str
-
-
-class Sweep(_Record):
-    """``sweep.json``."""
-
-    recipe: str
-    swept: dict[str, Any]
-    runs: list[_PlannedRun]
-
-
-def checked(content: dict[str, Any] | None, shape: type[BaseModel], path: Path, remedy: str) -> dict[str, Any] | None:
-    """A record as it is, None for a missing one.
-
-    Raises:
-        UserInputError: If it has another shape.
-    """
-    if content is None:
-        return None
-    try:
-        shape.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserInputError(f"{path}: is damaged at {place} ({first['msg']}). {remedy}") from error
-    return content

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .load import list_recipes, load_recipe, recipe_path
+from .load import list_recipes, load_recipe, recipe_of_record, recipe_path
 from .schema import Recipe
 
-__all__ = ["Recipe", "list_recipes", "load_recipe", "recipe_path"]
+__all__ = ["Recipe", "list_recipes", "load_recipe", "recipe_of_record", "recipe_path"]

@@ -70,11 +70,16 @@ def section_names() -> list[str]:
     return list(Recipe.model_fields)
 
 
-def fields_of(section: str) -> dict[str, FieldInfo]:
-    """The keys of a section, in order, as pydantic holds them."""
+def section_class(section: str) -> type[Section]:
+    """Return the model of a section, which may be optional in the recipe."""
     annotation = Recipe.model_fields[section].annotation
-    model = next(kind for kind in (*get_args(annotation), annotation) if kind is not type(None))
-    return model.model_fields
+    kinds = (*get_args(annotation), annotation)
+    return next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section))
+
+
+def fields_of(section: str) -> dict[str, FieldInfo]:
+    """Return the keys of a section, in order, as pydantic holds them."""
+    return section_class(section).model_fields
 
 
 def item_fields(section: str, key: str) -> dict[str, FieldInfo]:

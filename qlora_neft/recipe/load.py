@@ -6,16 +6,16 @@ What a recipe may say is in `schema`; where recipes are found is in `files`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from ..errors import RecipeError
-from .keys import fields_of, key_names, section_names, unknown_key
+from .keys import fields_of, key_names, section_class, section_names, unknown_key
 from .problems import describe_problems
-from .schema import Recipe
+from .schema import Data, MixedSource, Recipe, Section
 from .yaml_text import parse_value, read_recipe_text
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -175,3 +175,47 @@ def _with_names(values: dict[Any, Any]) -> dict[str, Any]:
 def _keys(section: str, value: Any) -> Any:
     # "machine:" with nothing under it is an empty section; "neftune:" with nothing under it is none.
     return {} if value is None and section != "neftune" and section in Recipe.model_fields else value
+
+
+# ---- Recorded recipes ----
+
+
+def recipe_of_record(values: object) -> Recipe | None:
+    """Read a recorded recipe as far as it can be used: an older or newer version may have written it.
+
+    Nothing is refused. Keys that this version does not know are left out, and so are values of another type; what is
+    not stated has its default, or None where the schema requires it. Rules that only spare a user a surprise (a key
+    without effect) are not applied: the run was made.
+
+    Args:
+        values: ``recipe`` of ``run.json`` or ``summary.json``, or the content of ``recipe.yaml``.
+
+    Returns:
+        The recipe; None if ``values`` is no mapping.
+    """
+    if not isinstance(values, Mapping):
+        return None
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError:
+        sections: dict[str, Any] = {
+            name: _usable(section_class(name), values.get(name))
+            for name in section_names()
+            if name != "neftune" or isinstance(values.get(name), Mapping)
+        }
+        return Recipe.model_construct(**sections)
+
+
+def _usable(section: type[Section], values: object) -> Section:
+    """Return a section with the values that its types take; the others are as if they were not stated."""
+    stated: Mapping[str, Any] = values if isinstance(values, Mapping) else {}
+    known = {key: stated[key] for key in section.model_fields if key in stated}
+    try:
+        section.model_validate(known)
+    except ValidationError as error:
+        for key in {details["loc"][0] for details in error.errors() if details["type"] != "rule"}:
+            known.pop(key, None)
+    if section is Data and isinstance(stated.get("mixture"), list):
+        known["mixture"] = [_usable(MixedSource, item) for item in stated["mixture"]]
+    required = [key for key, field in section.model_fields.items() if field.is_required()]
+    return section.model_construct(_fields_set=set(known), **{**dict.fromkeys(required), **known})

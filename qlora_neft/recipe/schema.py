@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from ..paths import DATA_SUFFIXES, JINJA_SUFFIXES, PREFIX
+from .settings import flat, learned
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -338,8 +339,17 @@ class Recipe(Section):
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        """The complete recipe as plain values, ready for JSON or YAML."""
-        return self.model_dump(mode="json")
+        """Return the complete recipe as plain values, ready for JSON or YAML."""
+        # Without warnings: a recorded recipe may lack a required key, see `recipe_of_record`.
+        return self.model_dump(mode="json", warnings=False)
+
+    def flat(self) -> dict[str, Any]:
+        """Return every key as ``section.key`` to value; an absent section has none."""
+        return flat(self.to_dict())
+
+    def learned(self) -> dict[str, Any]:
+        """Return what decides the trained weights as ``section.key`` to value: two runs equal in it learn the same."""
+        return learned(self.to_dict())
 
     def to_yaml(self) -> str:
         """The complete recipe as YAML, which loads again as an equal recipe."""

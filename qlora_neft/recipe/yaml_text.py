@@ -77,7 +77,7 @@ def read_recipe_text(path: Path, source: str) -> RecipeText:
         raise RecipeError(f"{source}{_where(error)}: not valid YAML: {_reason(error)}.") from error
     if root is None:
         raise RecipeError(f"{source}: is empty. Start from a shipped recipe: qlora-neft cp NAME {source}")
-    if not isinstance(values, dict):
+    if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{source}:1: a recipe is a mapping of sections (model:, lora:, ...), got a {_kind(values)}.")
     lines, repeated = _lines(root)
     if repeated:

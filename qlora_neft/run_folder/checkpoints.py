@@ -14,15 +14,17 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import UserInputError
 from ..files import sha256_of_file
 
 if TYPE_CHECKING:
-    from peft import PeftModel  # the verbs that only look at a folder need no torch
+    # Not at run time: the verbs that only look at a folder need no torch.
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
@@ -32,6 +34,49 @@ _NAME = re.compile(re.escape(PREFIX) + r"([0-9]+)")
 _HIDDEN = re.compile(rf"\.({_NAME.pattern})\.(partial|replaced|removed)-.+")
 # What file systems say that have no fsync; every other error is a real one.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """What a file of a checkpoint must be."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``manifest.json``: what a checkpoint is, and every file of it.
+
+    Attributes:
+        step: Optimizer steps made.
+        about: What the writer said of the run; of a run's checkpoint, the content of its ``run.json``.
+        files: By path from the checkpoint's folder.
+    """
+
+    step: int
+    about: dict[str, Any]
+    files: dict[str, FileSum]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of the file."""
+        return {"manifest_version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Self:
+        """Take the content of a file.
+
+        Raises:
+            ValueError: If it is not a manifest of this version.
+        """
+        try:
+            version, step, about = content["manifest_version"], content["step"], content["about"]
+            files = {name: FileSum(file["sha256"], file["bytes"]) for name, file in content["files"].items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{MANIFEST} does not describe a checkpoint") from error
+        if version != VERSION or type(step) is not int or not isinstance(about, dict):
+            raise ValueError(f"{MANIFEST} is not one of version {VERSION}, which this program reads")
+        return cls(step, about, files)
 
 
 @dataclass(frozen=True)
@@ -67,9 +112,9 @@ def new_checkpoint(output_dir: Path, step: int, about: dict[str, Any]) -> Iterat
     with in_place_of(output_dir / f"{PREFIX}{step}") as folder:
         yield folder
         paths = {name: folder / name for name in files_in(folder) if name != MANIFEST}
-        files = {name: {"sha256": sha256_of_file(path), "bytes": path.stat().st_size} for name, path in paths.items()}
-        content = {"manifest_version": VERSION, "step": step, "about": about, "files": files}
-        (folder / MANIFEST).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        files = {name: FileSum(sha256_of_file(path), path.stat().st_size) for name, path in paths.items()}
+        text = json.dumps(Manifest(step, about, files).to_dict(), indent=2, allow_nan=False)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -166,40 +211,40 @@ def _newest_first(output_dir: Path) -> list[Path]:
 def _examine(path: Path) -> tuple[Checkpoint | None, list[str]]:
     """A checkpoint, or what is wrong with it."""
     try:
-        checkpoint, files = _read_manifest(path)
+        manifest = read_manifest(path)
     except ValueError as error:
         return None, [str(error)]
     named = _NAME.fullmatch(path.name)
-    wrong = [f"{MANIFEST} is of step {checkpoint.step}"] if named and int(named[1]) != checkpoint.step else []
-    wrong += [problem for name, file in files.items() if (problem := _problem(path / name, name, *file))]
-    return (None, wrong) if wrong else (checkpoint, [])
+    wrong = [f"{MANIFEST} is of step {manifest.step}"] if named and int(named[1]) != manifest.step else []
+    wrong += [problem for name, file in manifest.files.items() if (problem := _problem(path / name, name, file))]
+    return (None, wrong) if wrong else (Checkpoint(path, manifest.step, manifest.about), [])
 
 
-def _read_manifest(path: Path) -> tuple[Checkpoint, dict[str, tuple[int, str]]]:
-    """What a checkpoint is to be, and the size and sum of each of its files."""
+def read_manifest(path: Path) -> Manifest:
+    """Read what a checkpoint is to be.
+
+    Raises:
+        ValueError: If there is no manifest, or none that can be used.
+    """
     try:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, step, about = content["manifest_version"], content["step"], content["about"]
-        files = {name: (file["bytes"], file["sha256"]) for name, file in content["files"].items()}
     except FileNotFoundError as error:
         raise ValueError(f"{MANIFEST} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{MANIFEST} does not describe a checkpoint") from error
-    if version != VERSION or type(step) is not int or not isinstance(about, dict):
-        raise ValueError(f"{MANIFEST} is not one of version {VERSION}, which this program reads")
-    return Checkpoint(path, step, about), files
+    return Manifest.from_dict(content)
 
 
-def _problem(path: Path, name: str, size: int, sha256: str) -> str | None:
-    """What is wrong with one file; its size first, which costs nothing to know."""
+def _problem(path: Path, name: str, wanted: FileSum) -> str | None:
+    """Return what is wrong with one file; the size is looked at first, since it costs nothing."""
     try:
         if not path.is_file():
             return f"{name} is missing"
-        if (found := path.stat().st_size) != size:
-            return f"{name} has {found} bytes instead of {size}"
-        return None if sha256_of_file(path) == sha256 else f"{name} has another content than was written (SHA-256)"
+        if (found := path.stat().st_size) != wanted.bytes:
+            return f"{name} has {found} bytes instead of {wanted.bytes}"
+        return (
+            None if sha256_of_file(path) == wanted.sha256 else f"{name} has another content than was written (SHA-256)"
+        )
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
 
@@ -246,7 +291,7 @@ def _delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def save_adapter(model: PeftModel, tokenizer: Any, output_dir: str | Path) -> None:
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, output_dir: str | Path) -> None:
     """Write an adapter so that the same training writes the same bytes; no pickle is written.
 
     Args:
@@ -257,7 +302,7 @@ def save_adapter(model: PeftModel, tokenizer: Any, output_dir: str | Path) -> No
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     # Without False, PEFT asks the Hub for the base's configuration to see whether its vocabulary grew.
-    model.save_pretrained(output_dir, save_embedding_layers=False)
+    model.save_pretrained(str(output_dir), save_embedding_layers=False)
     (output_dir / "README.md").unlink(missing_ok=True)  # PEFT's template, all "[More Information Needed]"
     _sort_config(output_dir / "adapter_config.json")
     if tokenizer is not None:

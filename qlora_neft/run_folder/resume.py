@@ -12,20 +12,11 @@ from typing import Any
 
 from ..errors import UserInputError
 from ..files import write_json
-from .checkpoints import Checkpoint, find_checkpoints, read_checkpoint
+from ..recipe.settings import learned
+from .checkpoints import MANIFEST, Checkpoint, find_checkpoints, read_checkpoint
 from .lock import run_lock
 from .mirror import restore
-
-RUN_FILE = "run.json"
-# Keys outside the machine section that change no weight: what is measured, and what is refused.
-NOT_LEARNED = {
-    "data.eval_path",
-    "data.eval_split",
-    "data.max_dropped_fraction",
-    "data.max_truncated_fraction",
-    "data.max_duplicate_fraction",
-    "train.max_bad_steps",
-}
+from .record import RECIPE_FILE, RUN_FILE, SUMMARY_FILE, RunFile
 
 
 @dataclass(frozen=True)
@@ -40,7 +31,7 @@ class Beginning:
     """
 
     checkpoint: Checkpoint | None = None
-    earlier: dict[str, Any] | None = None
+    earlier: RunFile | None = None
     finished: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -63,7 +54,7 @@ def find_beginning(output_dir: Path, recipe: Mapping[str, Any], resume: str = "a
         _check_writable(output_dir)
         return Beginning() if resume in ("auto", "never") else _from_elsewhere(Path(resume), recipe)
     earlier = read_run_file(output_dir)
-    if earlier is None and (output_dir / "recipe.yaml").exists():
+    if earlier is None and (output_dir / RECIPE_FILE).exists():
         raise UserInputError(
             f"--output-dir: {str(output_dir)!r} holds {_state(output_dir)}, without {RUN_FILE} to go on from. Give a "
             "new folder, or remove this one."
@@ -76,8 +67,8 @@ def find_beginning(output_dir: Path, recipe: Mapping[str, Any], resume: str = "a
         raise UserInputError(
             f"--resume never: {str(output_dir)!r} holds {_state(output_dir)}. Give a new folder, or remove this one."
         )
-    check_same(earlier["recipe"], recipe, output_dir)
-    if (output_dir / "summary.json").exists():
+    check_same(earlier.recipe or {}, recipe, output_dir)
+    if (output_dir / SUMMARY_FILE).exists():
         return Beginning(earlier=earlier, finished=True)
     _check_writable(output_dir)
     if Path(resume).resolve() not in (output_dir.resolve(), *output_dir.resolve().glob("*")):
@@ -91,7 +82,7 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path, k
     Raises:
         UserInputError: With every key that differs.
     """
-    old, new = _learned(before), _learned(now)
+    old, new = learned(before), learned(now)
     different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if different:
         lines = [f"  {key}: {json.dumps(old.get(key))} before, {json.dumps(new.get(key))} now" for key in different]
@@ -101,14 +92,14 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path, k
         )
 
 
-def read_run_file(output_dir: Path) -> dict[str, Any] | None:
-    """What ``run.json`` says, None without one that can be read."""
+def read_run_file(output_dir: Path) -> RunFile | None:
+    """Return what ``run.json`` says of a run, as far as it can be read; None if it names no recipe."""
     try:
         content = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    is_ours = isinstance(content, dict) and isinstance(content.get("recipe"), dict)
-    return content if is_ours else None
+    found = RunFile.of(content) if isinstance(content, dict) else RunFile()
+    return None if found.recipe is None else found
 
 
 def write_run_file(output_dir: Path, content: dict[str, Any]) -> None:
@@ -116,27 +107,26 @@ def write_run_file(output_dir: Path, content: dict[str, Any]) -> None:
     write_json(output_dir / RUN_FILE, content)
 
 
-def check_identity(earlier: Mapping[str, Any] | None, now: Mapping[str, str]) -> None:
+def check_identity(earlier: RunFile | None, *, data_sha256: str, base_sha256: str) -> None:
     """See that data and base are still those the run began with.
-
-    Args:
-        earlier: Of ``run.json``.
-        now: ``data_sha256`` and ``base_sha256``.
 
     Raises:
         UserInputError: If one is another.
     """
-    about = {"data_sha256": ("data.path", "rows"), "base_sha256": ("model.name_or_path", "weights")}
-    for name, value in now.items():
-        key, what = about[name]
-        if earlier is not None and earlier.get(name) not in (None, value):
+    if earlier is None:
+        return
+    for key, what, before, now in (
+        ("data.path", "rows", earlier.data_sha256, data_sha256),
+        ("model.name_or_path", "weights", earlier.base_sha256, base_sha256),
+    ):
+        if before not in (None, now):
             raise UserInputError(
                 f"{key}: the {what} are not those this run began with. Put them back (a revision pins them), or give a "
                 "new --output-dir."
             )
 
 
-def _continued(output_dir: Path, earlier: dict[str, Any], resume: str) -> Beginning:
+def _continued(output_dir: Path, earlier: RunFile, resume: str) -> Beginning:
     named = Path(resume)
     found = find_checkpoints(output_dir)
     if resume != "auto" and named.resolve() != output_dir.resolve():
@@ -156,7 +146,7 @@ def _continued(output_dir: Path, earlier: dict[str, Any], resume: str) -> Beginn
 def _from_elsewhere(source: Path, recipe: Mapping[str, Any]) -> Beginning:
     if not source.is_dir():
         raise UserInputError(f"--resume: must be auto, never or a folder, and there is no folder {str(source)!r}.")
-    if (source / "manifest.json").exists():
+    if (source / MANIFEST).exists():
         checkpoint, notes = read_checkpoint(source), []
     else:
         found = find_checkpoints(source)
@@ -165,21 +155,9 @@ def _from_elsewhere(source: Path, recipe: Mapping[str, Any]) -> Beginning:
         raise UserInputError(
             f"--resume: {str(source)!r} holds no sound checkpoint. Name a run's folder or a checkpoint."
         )
-    check_same(checkpoint.about.get("recipe", {}), recipe, source, key="--resume")
-    return Beginning(checkpoint, dict(checkpoint.about), notes=notes)
-
-
-def _learned(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """``section.key`` to value, for all that is learned. No noise section and alpha 0 are the same."""
-    flat = {
-        f"{section}.{key}": value
-        for section, keys in recipe.items()
-        if section != "machine" and keys
-        for key, value in keys.items()
-    }
-    if not flat.get("neftune.noise_alpha") and not flat.get("neftune.final_alpha"):
-        flat = {key: value for key, value in flat.items() if not key.startswith("neftune.")}
-    return {key: value for key, value in flat.items() if key not in NOT_LEARNED}
+    earlier = RunFile.of(checkpoint.about)  # a checkpoint says what its run's file does
+    check_same(earlier.recipe or {}, recipe, source, key="--resume")
+    return Beginning(checkpoint, earlier, notes=notes)
 
 
 def _is_occupied(output_dir: Path) -> bool:
@@ -187,7 +165,7 @@ def _is_occupied(output_dir: Path) -> bool:
 
 
 def _state(output_dir: Path) -> str:
-    return "a finished run" if (output_dir / "summary.json").exists() else "a run that did not finish"
+    return "a finished run" if (output_dir / SUMMARY_FILE).exists() else "a run that did not finish"
 
 
 def _check_writable(output_dir: Path) -> None:
@@ -241,7 +219,7 @@ def restore_from_mirror(
         return
     mirrored = read_run_file(Path(mirror_dir).expanduser())
     if mirrored is not None:
-        check_same(mirrored["recipe"], recipe, Path(mirror_dir), key="machine.mirror_dir")
+        check_same(mirrored.recipe or {}, recipe, Path(mirror_dir), key="machine.mirror_dir")
     if output_dir.exists() and (not output_dir.is_dir() or _visible(output_dir)):
         return
     with claimed(output_dir):
@@ -263,10 +241,10 @@ def read_summary(output_dir: Path) -> dict[str, Any]:
         UserInputError: If it is damaged.
     """
     try:
-        return json.loads((output_dir / "summary.json").read_text(encoding="utf-8"))
+        return json.loads((output_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserInputError(
-            f"--output-dir: {str(output_dir / 'summary.json')!r} cannot be read ({error}). Remove it to finish the run."
+            f"--output-dir: {str(output_dir / SUMMARY_FILE)!r} cannot be read ({error}). Remove it to finish the run."
         ) from error
 
 

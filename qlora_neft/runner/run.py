@@ -42,8 +42,8 @@ from ..files import failing_with_the_disk, finite, write_json
 from ..generation.answers import Answer
 from ..recipe import Recipe
 from ..run_folder.checkpoints import remove_leftovers, save_adapter
+from ..run_folder.metrics import MetricsFile, hardware, peak_memory, versions
 from ..run_folder.mirror import Mirror
-from ..run_folder.record import MetricsFile, hardware, peak_memory, versions
 from ..run_folder.resume import (
     Beginning,
     check_identity,
@@ -90,7 +90,7 @@ def train_and_measure(
     """
     frozen = frozen_fingerprints(trainer.model)
     identity = {"data_sha256": _data_sha256(data), "base_sha256": base_fingerprint(frozen)}
-    check_identity(beginning.earlier, identity)
+    check_identity(beginning.earlier, **identity)
     answers, stops = recipe.machine.eval_answers, data.stop_token_ids
     measured_on = {"rows": data.report["eval"] and data.report["eval"]["sha256"], "answers": answers}
     before = _measured_before(beginning, measured_on) or measure(trainer, tokenizer, data.eval, answers, stops)
@@ -241,11 +241,14 @@ def _memory(plan: RunPlan, peak: dict[str, int]) -> dict[str, Any]:
 
 def _measured_before(beginning: Beginning, measured_on: dict[str, Any]) -> Measurement | None:
     """What the run's first session measured, if it was on what is measured now."""
-    earlier = beginning.earlier or {}
-    stored = earlier.get("before")
-    if stored is None or earlier.get("measured_on") != measured_on:
+    earlier = beginning.earlier
+    if earlier is None or earlier.before is None or earlier.measured_on != measured_on:
         return None
-    return Measurement(**{**stored, "answers": [Answer(**answer) for answer in stored["answers"]]})
+    stored = earlier.before
+    if stored.clean_train_loss is None:  # it was NaN
+        return None
+    answers = [Answer(answer.prompt, answer.reference, answer.text) for answer in stored.answers or []]
+    return Measurement(stored.clean_train_loss, stored.held_out_loss, answers)
 
 
 def _plain(measurement: Measurement) -> dict[str, Any]:

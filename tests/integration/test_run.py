@@ -26,7 +26,8 @@ from qlora_neft.data.templates import AlpacaTemplate
 from qlora_neft.display.plots import plot_losses
 from qlora_neft.files import finite, write_json
 from qlora_neft.generation.answers import Answer, Question, exact_match, greedy_answers, questions
-from qlora_neft.run_folder.record import versions
+from qlora_neft.run_folder.metrics import versions
+from qlora_neft.run_folder.record import RunFile, RunSummary
 from qlora_neft.runner.run import run
 
 NUM_ROWS, BATCH, MAX_LENGTH = 10, 4, 250
@@ -174,7 +175,11 @@ def test_metrics_hold_the_measured_noise(finished):
 
 def test_the_summary_on_disk_is_the_one_returned_and_says_what_was_run(finished):
     output_dir, recipe, summary = finished
-    assert json.loads((output_dir / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    written = json.loads((output_dir / "summary.json").read_text())
+    assert written == json.loads(json.dumps(summary))
+    assert RunSummary.model_validate(written).model_dump(mode="json", exclude_unset=True) == written  # no key untyped
+    about = json.loads((output_dir / "run.json").read_text())
+    assert RunFile.model_validate(about).model_dump(mode="json", exclude_unset=True) == about
     assert not list(output_dir.glob("*.part"))
     assert summary["status"] == "done"
     assert summary["seed"] == recipe.train.seed == 3

@@ -205,7 +205,7 @@ def test_losses_of_rows_are_the_held_out_loss(swept, workplace, monkeypatch):
         mean = sum(rows["sums"]) / sum(rows["counts"])
         assert mean == pytest.approx(summary(swept[0] / name)["after"]["held_out_loss"], rel=1e-5)
     record = read_run(swept[0] / NAMES[0])
-    assert record.measures == {"rows": {}, "answers": {}} and record.answers[0]["reference"] == "77"
+    assert record.measures == {"rows": {}, "answers": {}} and record.answers[0].reference == "77"
     arms = arms_by([read_run(swept[0] / name) for name in NAMES], ["neftune.noise_alpha"])
     [_, noisy] = results_of(arms)["measures"]["held_out_loss"]["arms"]
     assert noisy["difference"]["rows_interval"][0] <= noisy["difference"]["mean"]

@@ -22,14 +22,15 @@ from qlora_neft.compare.statistics import (
     t_quantile,
 )
 from qlora_neft.errors import RecipeError, UserInputError
+from qlora_neft.run_folder.record import Before, RunFile, RunSummary
 
 
 def record(alpha, seed, loss, **more):
     recipe = {"train": {"seed": seed, "learning_rate": 1e-3}, "neftune": None, "machine": {}}
     if alpha is not None:
         recipe["neftune"] = {"noise_alpha": alpha, "distribution": "uniform", "final_alpha": None}
-    about = {"data_sha256": "d", "base_sha256": "b", "before": {"clean_train_loss": 5.0 + seed}}
-    summary = {"after": {"clean_train_loss": 1.0, "held_out_loss": loss}}
+    about = RunFile(data_sha256="d", base_sha256="b", before=Before(clean_train_loss=5.0 + seed))
+    summary = RunSummary(after={"clean_train_loss": 1.0, "held_out_loss": loss})
     return RunRecord(f"{alpha}-{seed}", more.pop("folder", Path("nowhere")), recipe, about, summary, **more)
 
 
@@ -157,7 +158,7 @@ def test_intervals_over_rows_count_where_they_are_known(tmp_path):
 
 def test_a_run_without_the_measure_leaves_its_pair_out():
     arms = arms_from({0: [1.0, 2.0], 5: [1.5, float("nan")]})
-    arms[1].runs[1].summary["after"]["held_out_loss"] = None
+    arms[1].runs[1].summary.after["held_out_loss"] = None
     [_, five] = results_of(arms)["measures"]["held_out_loss"]["arms"]
     assert five["difference"]["values"] == [0.5]
 

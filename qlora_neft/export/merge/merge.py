@@ -20,7 +20,7 @@ from ...files import failing_with_the_disk, finite, sha256_of_file, write_json
 from ...paths import shown_path
 from ...recipe.schema import Quantization
 from ...run_folder.lock import LOCK
-from ...run_folder.record import versions
+from ...run_folder.metrics import versions
 from ...run_folder.resume import claimed
 from .plan import DEQUANTIZED, NF4, Plan
 from .proof import KL_LIMIT, Evidence, ProofRows, evidence, sized
