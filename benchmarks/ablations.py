@@ -21,7 +21,8 @@ from typing import Any
 
 from small_models import COMMON, Base, run_sweep, write_rows
 
-from qlora_neft.evaluation.alpaca.answers import alpaca_answers
+from qlora_neft.evaluation.alpaca.answer import answer_instructions
+from qlora_neft.evaluation.runs import Machine
 from qlora_neft.evaluation.texts import measure_texts, read_texts
 from qlora_neft.generation.decode import Decoding
 
@@ -109,8 +110,13 @@ def decodings(runs: Path, rows: Path) -> dict[str, Any]:
             for folder, file in zip(folders, files, strict=True):
                 file.parent.mkdir(exist_ok=True)
                 asked = without_break if meta_prompt else as_trained
-                options = {"output": file, "instructions": asked, "decoding": decoding, "batch_size": 32}
-                alpaca_answers(str(folder), meta_prompt=meta_prompt, **options)
+                options = {
+                    "output": file,
+                    "instructions": asked,
+                    "decoding": decoding,
+                    "machine": Machine(batch_size=32),
+                }
+                answer_instructions(str(folder), meta_prompt=meta_prompt, **options)
             found[name][alpha] = {
                 folder.name: measure_texts(read_texts(file, "--outputs"), CHUNK).main()
                 for folder, file in zip(folders, files, strict=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_neft.display.tables import Table
-from qlora_neft.evaluation.alpaca.files import read_annotations, read_outputs, score
-from qlora_neft.evaluation.alpaca.win_rate import average_length
+from qlora_neft.evaluation.alpaca.files import read_outputs
+from qlora_neft.evaluation.alpaca.score import average_length, score_files
 from qlora_neft.evaluation.texts import TextMeasures, measure_texts
 
 LEADERBOARD = "alpaca_eval_gpt4_leaderboard.csv"
@@ -56,7 +56,7 @@ def published(folder: Path) -> dict[str, dict[str, str]]:
 
 def computed(folder: Path, model: str) -> dict[str, Any]:
     """Our score of a model."""
-    return score(read_annotations(folder / model / "annotations.json"), read_outputs(_outputs(folder, model)))
+    return score_files(folder / model / "annotations.json", _outputs(folder, model)).to_dict()
 
 
 def steps_apart(printed: str, ours: float) -> int:

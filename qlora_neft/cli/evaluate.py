@@ -41,6 +41,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..evaluation.alpaca.score import Score
     from ..generation.decode import Decoding
 
 
@@ -74,8 +75,9 @@ def text(
     named = [*(sources or []), *(str(path) for path in outputs or [])]
     if not named:
         raise UserInputError("eval text: name files of outputs (--outputs FILE), or folders of runs.")
-    options = {"instructions": instructions, "rows": rows, "batch_size": batch_size, "base": base}
-    options |= {"device": device, "precision": precision}
+    from ..evaluation.runs import Machine
+
+    options = {"instructions": instructions, "rows": rows, "machine": Machine(device, precision, base, batch_size)}
     found = {}
     for name in named:
         file = Path(name)
@@ -137,29 +139,35 @@ def alpaca(
         for option, given in (("--output", output), ("--reference", reference), ("--instructions", instructions)):
             if given is not None:
                 raise UserInputError(f"{option}: has no effect on --score, got {str(given)!r}. Leave it away.")
-        _show_score(_scored(score, outputs), as_json)
+        from ..evaluation.alpaca.score import score_files
+
+        _show_score(score_files(score, outputs), as_json)
         return
     if (source is None) == (outputs is None):
         raise UserInputError("eval alpaca: give a DIR that answers, or --outputs FILE with --judge or --score.")
     if source is None and judge is None:
         raise UserInputError("--outputs: give --judge or --score with it. Lengths and repetition: eval text.")
-    machine = {"device": device, "precision": precision, "instructions": instructions}
+    from ..evaluation.runs import Machine
+
+    machine = Machine(device, precision, base, batch_size)
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     with quiet():
         decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
-        from ..evaluation.alpaca.answers import check_judging, judged, keep_score
-
         if judge is not None:
-            check_judging(judge, reference, instructions)
+            from ..evaluation.alpaca.judge import check_judging, judge_outputs
 
+            check_judging(judge, reference, instructions)
         if source is not None:
-            options = {"output": output, "rows": rows, "batch_size": batch_size, "base": base, **machine}
+            options = {"output": output, "instructions": instructions, "rows": rows, "machine": machine}
             outputs = _answered(source, decoding, {"meta_prompt": meta_prompt, **options})
         found = None
         if judge is not None:
-            found = judged(judge, outputs, reference=reference, annotator=annotator, say=say, **machine)
+            asked = {"reference": reference, "annotator": annotator, "instructions": instructions}
+            found = judge_outputs(judge, outputs, machine=machine, say=say, **asked)
             if source is not None:
-                keep_score(source, found)
+                from ..run_folder.record import keep_measures
+
+                keep_measures(source, "alpaca", found.measures())
     if found is not None:
         _show_score(found, as_json)
     else:
@@ -174,26 +182,18 @@ def _is_model(name: str) -> bool:
 
 def _answered(source: str, decoding: Decoding, options: dict[str, Any]) -> Path:
     """The file of a model's answers to AlpacaEval's instructions, made where it is not there."""
-    from ..evaluation.alpaca.answers import alpaca_answers
+    from ..evaluation.alpaca.answer import answer_instructions
 
-    return alpaca_answers(source, decoding=decoding, say=say, **options)
-
-
-def _scored(annotations: Path, outputs: Path | None) -> dict[str, Any]:
-    from ..evaluation.alpaca.files import read_annotations, read_outputs, score
-
-    return score(read_annotations(annotations), None if outputs is None else read_outputs(outputs))
+    return answer_instructions(source, decoding=decoding, say=say, **options)
 
 
-def _show_score(found: dict[str, Any], as_json: bool) -> None:
-    from ..evaluation.alpaca.win_rate import notes, score_lines
-
-    for line in notes(found):
+def _show_score(found: Score, as_json: bool) -> None:
+    for line in found.notes():
         say(line)
     if as_json:
-        print_json(found)
+        print_json(found.to_dict())
     else:
-        typer.echo("\n".join(score_lines(found)))
+        typer.echo("\n".join(found.lines()))
 
 
 def overfit(

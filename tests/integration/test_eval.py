@@ -11,7 +11,7 @@ from eval_place import ASKED, FAST, OTHER, found, make_place
 
 from qlora_neft.adapter.folder import find_adapter
 from qlora_neft.adapter.load import load_trained
-from qlora_neft.evaluation.alpaca.answers import answer, answers_file
+from qlora_neft.evaluation.alpaca.answer import answer, answers_file
 from qlora_neft.evaluation.overlap import rouge_l
 from qlora_neft.generation.decode import Decoding
 

@@ -11,7 +11,7 @@ from eval_place import FAST, found, make_place
 from tiny import save_tiny_model
 
 from qlora_neft.errors import UserInputError
-from qlora_neft.evaluation.alpaca.judge import PLAIN_LEAD, QUESTION, annotate, load_judge
+from qlora_neft.evaluation.alpaca.local_judge import PLAIN_LEAD, QUESTION, annotate, load_judge
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from command_line import invoke, refused
 
 from qlora_neft.errors import UserInputError
-from qlora_neft.evaluation.alpaca.win_rate import average_length, win_rate
+from qlora_neft.evaluation.alpaca.score import average_length, win_rate
 
 
 def rows(preferences, **more):

@@ -1,4 +1,7 @@
-"""A local model as AlpacaEval's judge: which of two answers is better, asked in both orders."""
+"""The verb ``eval alpaca judge``: a judge compares a model's answers with a reference's.
+
+The judge is a local model (`local_judge`) or the program of the alpaca_eval package.
+"""
 
 from __future__ import annotations
 
@@ -6,207 +9,111 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-import torch
-
-from ...adapter.folder import CONFIG
-from ...adapter.load import load_trained
-from ...adapter.prompts import Prompts
-from ...base.config import check_base_config, load_tokenizer
-from ...base.nf4 import load_nf4_base
-from ...base.precision import resolve_precision
 from ...errors import RunFailed, UserInputError
-from .files import RowsFile
-
-QUESTION = (
-    "Two assistants answered the same instruction. Decide which answer serves the person who gave it better: it does "
-    "what was asked, it is correct, it is clear. The order of the answers and their length do not matter.\n\n"
-    "### Instruction:\n{instruction}\n\n### Answer A:\n{a}\n\n### Answer B:\n{b}\n\n"
-    "Which answer is better? Say A or B, nothing else."
-)
-PLAIN_LEAD, PLAIN_LETTERS = "\n\nThe better answer is answer", (" A", " B")  # for a model without a template
-LETTERS = ("A", "B")
-SAVE_EVERY = 10  # verdicts
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A causal language model that is asked for one letter.
-
-    Attributes:
-        name: What the annotations call it.
-        model, tokenizer: The model, in eval mode.
-        prompts: How it is asked.
-    """
-
-    name: str
-    model: Any
-    tokenizer: Any
-    prompts: Prompts
-
-    def preference(self, instruction: str, output_1: str, output_2: str) -> float | None:
-        """Between 1 (``output_1`` is better) and 2; None if the question does not fit the model's context.
-
-        1 plus the probability of ``output_2``'s letter against the other's, the mean of both orders: a preference for
-        a letter or a place cancels, and equal answers give 1.5.
-        """
-        first = self._share_of_b(instruction, output_1, output_2)
-        second = self._share_of_b(instruction, output_2, output_1)
-        return None if first is None or second is None else 1 + (first + 1 - second) / 2
-
-    def _share_of_b(self, instruction: str, a: str, b: str) -> float | None:
-        asked = self.prompts.text([{"role": "user", "content": QUESTION.format(instruction=instruction, a=a, b=b)}])
-        plain = self.prompts.name == "none"
-        asked, letters = (asked + PLAIN_LEAD, PLAIN_LETTERS) if plain else (asked, LETTERS)
-        ids, pair = self._ids(asked, letters)
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and len(ids) > context:
-            return None
-        with torch.no_grad():
-            output = self.model(input_ids=torch.tensor([ids], device=self.model.device), logits_to_keep=1)
-        return output.logits[0, -1, pair].float().softmax(-1)[1].item()
-
-    def _ids(self, text: str, letters: Sequence[str]) -> tuple[list[int], list[int]]:
-        """What comes before the letter, and the token that begins each letter behind it."""
-        one, other = (self.prompts.ids_of_text(text + letter) for letter in letters)
-        first = next(i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
-        return one[:first], [one[first], other[first]]
-
-
-def check_judge(source: str) -> None:
-    """Refuse what cannot judge, before hours of answering.
-
-    Raises:
-        UserInputError: If it is no causal language model and no adapter's folder.
-    """
-    if (Path(source).expanduser() / CONFIG).is_file():
-        return
-    with _named():
-        check_base_config(source)
-
-
-def load_judge(source: str, *, device: str = "auto", precision: str = "auto") -> Judge:
-    """Load a judge: a causal language model, or an adapter's folder, in NF4.
-
-    Args:
-        source: Folder or Hub id.
-        device, precision: As in `trained.load_trained`.
-
-    Raises:
-        UserInputError: If it cannot be loaded.
-    """
-    if (Path(source).expanduser() / CONFIG).is_file():
-        trained = load_trained(source, device=device, precision=precision)
-        return Judge(source, trained.model, trained.tokenizer, trained.prompts)
-    policy = resolve_precision(precision, device)
-    with _named():
-        tokenizer = load_tokenizer(source)
-        model = load_nf4_base(source, device=policy.device, compute_dtype=policy.compute_dtype).eval()
-    return Judge(source, model, tokenizer, Prompts(tokenizer, "chat" if tokenizer.chat_template else "none"))
-
-
-@contextmanager
-def _named() -> Iterator[None]:
-    """What cannot be loaded is called by what the caller wrote."""
-    try:
-        yield
-    except UserInputError as error:
-        raise UserInputError(f"--judge: {str(error).removeprefix('model.name_or_path: ')}") from error
-
-
-def annotate(
-    judge: Judge,
-    outputs: Sequence[dict[str, Any]],
-    references: Sequence[dict[str, Any]],
-    path: Path,
-    *,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[dict[str, Any]]:
-    """Judge outputs against references, in AlpacaEval's format; pairs judged earlier are not judged again.
-
-    Args:
-        judge: From `load_judge`.
-        outputs: Rows of ``instruction``, ``output`` and perhaps ``generator``, ``dataset``.
-        references: The same of the reference model.
-        path: Where the annotations are written, and found again.
-        progress: Told how many are judged, of how many.
-
-    Raises:
-        UserInputError: If an instruction has no reference, or ``path`` holds another judge's annotations.
-    """
-    pairs = paired(outputs, references)
-    file = RowsFile(path, "--annotations", list(pairs), {"annotator": judge.name})
-    stale = [name for name, pair in pairs.items() if not _is_of(file.rows.get(name), pair)]
-    for start in range(0, len(stale), SAVE_EVERY):
-        part = [pairs[name] for name in stale[start : start + SAVE_EVERY]]
-        file.add([{**pair, "preference": judge.preference(*_texts(pair))} for pair in part])
-        progress(len(pairs) - len(stale) + start + len(part), len(pairs))
-    return file.ordered()
-
-
-def paired(outputs: Sequence[dict[str, Any]], references: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Annotations without their preference, by instruction; the reference is number 1.
-
-    Raises:
-        UserInputError: If an instruction has no reference.
-    """
-    by_name = {row["instruction"]: row for row in references}
-    missing = [row["instruction"] for row in outputs if row["instruction"] not in by_name]
-    if missing:
-        raise UserInputError(f"--reference: has no answer to {len(missing)} instructions, among them {missing[0]!r}.")
-    return {row["instruction"]: _pair(by_name[row["instruction"]], row) for row in outputs}
-
-
-def _pair(reference: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "instruction": row["instruction"],
-        "output_1": reference["output"],
-        "generator_1": reference.get("generator", "reference"),
-        "dataset": row.get("dataset", "custom"),
-        "output_2": row["output"],
-        "generator_2": row.get("generator", "model"),
-    }
-
-
-def _texts(pair: dict[str, Any]) -> tuple[str, str, str]:
-    return pair["instruction"], pair["output_1"], pair["output_2"]
-
-
-def _is_of(stored: dict[str, Any] | None, pair: dict[str, Any]) -> bool:
-    return stored is not None and all(stored.get(name) == value for name, value in pair.items())
-
+from ...files import write_json
+from ..runs import Machine, Say, progress_of
+from .files import Output, read_annotations, read_instructions, read_outputs
+from .local_judge import annotate, check_judge, load_judge
+from .score import Score, score
 
 PROGRAM = "alpaca_eval"
-STDERR = 2  # its leaderboard goes there; our standard output may be JSON
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"  # AlpacaEval 2; the paper's judge of its Table 1 is alpaca_eval_gpt4
+STDERR = 2  # the program prints its leaderboard; our standard output may be JSON
+
+
+def check_judging(judge: str, reference: Path | None = None, instructions: Path | None = None) -> None:
+    """Refuse what `judge_outputs` would refuse, before hours of answering.
+
+    Raises:
+        UserInputError: If there is no such judge, or no answers of a reference.
+    """
+    _references(reference, instructions)
+    if judge == PROGRAM:
+        find_program()
+    else:
+        check_judge(judge)
+
+
+def judge_outputs(
+    judge: str,
+    outputs: Path,
+    *,
+    reference: Path | None = None,
+    annotator: str = ANNOTATOR,
+    instructions: Path | None = None,
+    machine: Machine | None = None,
+    say: Say = lambda line: None,
+) -> Score:
+    """Let a judge compare answers with a reference's, and score its verdicts.
+
+    Args:
+        judge: ``alpaca_eval`` for the package, else a local judge model's folder or Hub id.
+        outputs: File of the answers.
+        reference: File of the reference model's answers; by default those that come with the instructions
+            (AlpacaEval's are text_davinci_003's).
+        annotator: The package's annotator.
+        instructions: As in `read_instructions`.
+        machine: Where a local judge is computed.
+        say: Told how far it is.
+
+    Returns:
+        The score, with the file of the annotations.
+
+    Raises:
+        UserInputError: If judge or answers cannot be used, or an instruction has no reference.
+        RunFailed: If the package's program fails.
+    """
+    rows, references = read_outputs(outputs), _references(reference, instructions)
+    if judge == PROGRAM:
+        annotations = judge_with_package(find_program(), outputs, _written(references, rows, outputs.parent), annotator)
+    else:
+        annotations, machine = outputs.with_name(f"{outputs.stem}.annotations.json"), machine or Machine()
+        model = load_judge(judge, device=machine.device, precision=machine.precision)
+        found = annotate(model, rows, references, annotations, progress=progress_of(say, "verdicts"))
+        too_long = sum(row["preference"] is None for row in found)
+        if too_long:
+            say(f"{too_long} pairs do not fit the judge's context and have no verdict")
+    return replace(score(read_annotations(annotations), rows), annotations=annotations)
+
+
+def _references(reference: Path | None, instructions: Path | None) -> list[Output]:
+    if reference is not None:
+        return read_outputs(reference, "--reference")
+    rows = read_instructions(instructions)
+    if not all(isinstance(row.get("output"), str) for row in rows):
+        raise UserInputError("--reference: the instructions come without a reference's answers. Give a file of them.")
+    return cast("list[Output]", rows)
+
+
+# ---- The alpaca_eval package ----
 
 
 def judge_with_package(program: str, outputs: Path, reference: Path, annotator: str) -> Path:
-    """Let the alpaca_eval package judge a file of outputs; it asks its own service and is paid by the user's key.
+    """Let the alpaca_eval package judge a file of outputs; it asks its own service, paid with the user's key.
 
     Args:
         program: From `find_program`.
-        outputs: In AlpacaEval's format.
-        reference: The reference model's outputs, in the same.
-        annotator: Name of one of its annotators, or path of a configuration of one's own.
+        outputs: File in AlpacaEval's format.
+        reference: The reference model's outputs, in the same format.
+        annotator: Name of one of the package's annotators, or path of a configuration.
 
     Returns:
-        Its annotations, beside ``outputs`` in a folder named after the annotator.
+        The file of the annotations, beside ``outputs`` in a folder named after the annotator.
 
     Raises:
-        RunFailed: If it fails.
+        RunFailed: If the program fails.
     """
     command = [program, "evaluate", "--model_outputs", str(outputs), "--reference_outputs", str(reference)]
     command += ["--annotators_config", annotator, "--output_path", str(outputs.parent)]
     # The length-controlled rate needs a known reference and a download; our formula is the plain one.
     command += ["--fn_metric", "get_winrate", "--sort_by", "win_rate", "--is_overwrite_leaderboard", "True"]
     done = subprocess.run(command, stdout=STDERR, check=False)
-    # The package puts a folder named after the annotator there, unless the annotator is a path.
+    # The package makes a folder named after the annotator, unless the annotator is a path.
     annotations = outputs.parent / ("" if "/" in annotator else annotator) / "annotations.json"
     if done.returncode or not annotations.is_file():
         raise RunFailed(f"alpaca_eval ended with exit code {done.returncode}. The command was: {shlex.join(command)}")
@@ -214,7 +121,7 @@ def judge_with_package(program: str, outputs: Path, reference: Path, annotator: 
 
 
 def find_program() -> str:
-    """The alpaca_eval program, of this environment or on the search path.
+    """Find the alpaca_eval program in this environment or on the search path.
 
     Raises:
         UserInputError: If it is not installed.
@@ -227,3 +134,11 @@ def find_program() -> str:
             "(pipx install alpaca_eval), and set OPENAI_API_KEY; or give a local judge model."
         )
     return found
+
+
+def _written(references: Sequence[Output], rows: Sequence[Output], folder: Path) -> Path:
+    """Write the references of what is judged to a file for the package."""
+    asked = {row["instruction"] for row in rows}
+    path = folder / "alpaca_reference.json"
+    write_json(path, [row for row in references if row["instruction"] in asked])
+    return path
