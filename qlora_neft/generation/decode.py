@@ -1,16 +1,16 @@
-"""How answers are chosen, token by token: greedily or drawn, with a repetition penalty, in batches or as they come.
+"""How answers are chosen, token by token: greedily or by sampling, with a repetition penalty, in batches.
 
-What an answer is depends on its prompt, the weights and `Decoding` alone: not on its batch, nor on the base's
+An answer depends on its prompt, the weights and `Decoding` alone: not on the rest of its batch, nor on the base's
 ``generation_config.json``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -20,12 +20,16 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserInputError
 from ..noise.streams import preserved_rng, stream_key, uniform_draws
@@ -36,18 +40,18 @@ class Decoding:
     """How an answer is chosen.
 
     Attributes:
-        max_new_tokens: Tokens of an answer at most.
-        min_new_tokens: An answer does not end before it has this many (the paper's Table 5 takes 250); 0: it may.
-        do_sample: Draw tokens; else take the likeliest.
-        temperature: Divides the logits before drawing.
-        top_p: Draw among the likeliest tokens that together have this probability.
-        top_k: Draw among this many at most; 0: all.
-        repetition_penalty: Of tokens that were there before, prompt included (1: none), see `RepetitionPenalty`.
+        max_new_tokens: Maximum number of new tokens.
+        min_new_tokens: Do not end an answer before it has this many (the paper's Table 5 takes 250); 0: no minimum.
+        do_sample: Sample tokens; without it, take the most likely one.
+        temperature: Divides the logits before sampling.
+        top_p: Sample from the most likely tokens that together have this probability.
+        top_k: Sample from at most this many tokens; 0: from all.
+        repetition_penalty: Penalty on tokens of the prompt and the answer so far (1: none), see `RepetitionPenalty`.
             NEFTune's authors decode greedily with 1.2 (arXiv:2310.05914, appendix, "Additional Ablation Studies").
-        seed: Of the draws.
+        seed: Seed of the sampling.
 
     Raises:
-        UserInputError: If a value makes no sense.
+        UserInputError: If a value is out of its range.
     """
 
     max_new_tokens: int = 512
@@ -60,7 +64,7 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Written such that NaN breaks a rule too.
+        # Each rule is stated as what must hold, so that NaN, of which no comparison is true, breaks it too.
         rules = (
             ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
             (
@@ -71,7 +75,7 @@ class Decoding:
             (
                 "temperature",
                 0 < self.temperature < float("inf"),
-                "must be above 0 (to take the likeliest, do not draw)",
+                "must be above 0 (to take the most likely token, do not sample)",
             ),
             ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "must be 0 (all tokens) or more"),
@@ -82,86 +86,15 @@ class Decoding:
                 raise UserInputError(f"{name}: {rule}, got {getattr(self, name)}.")
 
 
-class RepetitionPenalty(LogitsProcessor):
-    """Makes tokens that were there before less likely: positive logits divided, negative ones multiplied.
-
-    Padding was not there before: transformers' own processor counts it, so that a shorter prompt of a batch loses
-    its pad token, which often is the end token. Tokens that end an answer are never made less likely: they stand
-    behind every earlier turn of a conversation, and are no repetition.
-
-    Args:
-        penalty: Above 1 against repetition (Keskar et al. 2019, CTRL, section 4.1, arXiv:1909.05858).
-        is_padding: Of the prompts, bool (B, T), padded on the left.
-        stop_token_ids: Tokens that end an answer.
-    """
-
-    def __init__(self, penalty: float, is_padding: Tensor, stop_token_ids: Sequence[int]) -> None:
-        self.penalty, self.is_padding = penalty, is_padding
-        self.stop_token_ids = torch.tensor(list(stop_token_ids), device=is_padding.device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (B, V) after ``input_ids`` (B, T + new tokens)."""
-        width, vocabulary = self.is_padding.shape[1], scores.shape[1]
-        spared = torch.isin(input_ids, self.stop_token_ids)
-        spared[:, :width] |= self.is_padding
-        seen = torch.zeros(len(scores), vocabulary + 1, dtype=torch.bool, device=scores.device)
-        seen.scatter_(1, input_ids.masked_fill(spared, vocabulary), True)  # the last column is none
-        penalized = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
-        return torch.where(seen[:, :vocabulary], penalized, scores)
-
-
-class KeyedDraw(LogitsProcessor):
-    """Draws each next token with a random number that is a function of (seed, prompt, place) alone.
-
-    Leaves the drawn token as the only one. Tokens lie along [0, 1) in the order of the vocabulary, so that rounding,
-    which changes with the batch, rarely changes what is drawn.
-
-    Args:
-        seed: Of all draws.
-        prompts: A number for each prompt of the batch, (B,).
-        width: Tokens of the padded prompts.
-    """
-
-    def __init__(self, seed: int, prompts: Sequence[int], width: int) -> None:
-        self.keys, self.width = [stream_key("sampling", seed, number) for number in prompts], width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits (B, V), all but one minus infinity."""
-        place = input_ids.shape[1] - self.width
-        draws = uniform_draws([1] * len(self.keys), [(key, place) for key in self.keys], torch.device("cpu"))
-        draw = torch.tensor([[number.item()] for number in draws], dtype=torch.float64).to(scores.device)  # (B, 1)
-        reach = scores.double().softmax(dim=1).cumsum(dim=1)
-        chosen = torch.searchsorted(reach, draw * reach[:, -1:], right=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
-
-
-class _Stop(StoppingCriteria):
-    def __init__(self, should_stop: Callable[[], bool]) -> None:
-        self.should_stop = should_stop
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), self.should_stop(), device=input_ids.device)
-
-
-class _Room(StoppingCriteria):
-    """Ends each answer where the model's context does."""
-
-    def __init__(self, ends: Tensor) -> None:
-        self.ends = ends  # (B,) width of prompt and answer together
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return input_ids.shape[1] >= self.ends
-
-
 @dataclass(frozen=True)
 class Continuation:
     """What follows a prompt.
 
     Attributes:
-        index: Of the prompt.
-        ids: The answer's token ids, the stop token left away.
+        index: The prompt's place in the list.
+        ids: The answer's token ids, without the stop token.
         finish_reason: ``stop``: it ended; ``length``: cut at ``max_new_tokens`` or at the end of the model's context;
-            ``no room``: the prompt fills the context; ``interrupted``: ``should_stop`` said so.
+            ``no room``: the prompt fills the context; ``interrupted``: ``should_stop`` ended it.
     """
 
     index: int
@@ -170,44 +103,45 @@ class Continuation:
 
 
 def continuations(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     *,
     batch_size: int,
     stop_token_ids: Sequence[int] = (),
-    streamer: Any = None,
+    streamer: BaseStreamer | None = None,
     should_stop: Callable[[], bool] | None = None,
     first_number: int = 0,
 ) -> Iterator[Continuation]:
-    """Answer prompts, padded on the left; answers do not depend on the batch, but for rounding.
+    """Answer prompts, padded on the left. Apart from rounding, an answer does not depend on its batch.
 
     Args:
         model: A causal LM, with or without adapter; left in the mode it was in.
-        tokenizer: Its tokenizer.
-        prompts: Token ids.
+        tokenizer: The model's tokenizer.
+        prompts: Token ids of each prompt.
         decoding: How tokens are chosen.
-        batch_size: Prompts at a time.
-        stop_token_ids: Tokens that end an answer; the tokenizer's end token without any.
-        streamer: Sees the tokens as they come; for one prompt at a time.
+        batch_size: Prompts per forward pass.
+        stop_token_ids: Tokens that end an answer; by default the tokenizer's end token.
+        streamer: Receives the tokens as they are chosen; needs a ``batch_size`` of 1.
         should_stop: Asked after every token whether to end all answers of the batch there.
-        first_number: Of the first prompt, for the draws: the second of two parts of a list draws on from the first.
+        first_number: Number of the first prompt, a part of every draw's key: with it, two halves of a list are
+            sampled as the whole list would be.
 
     Yields:
-        One for each prompt, batch by batch, prompts near the end of the model's context last.
+        One continuation per prompt, batch by batch; prompts near the end of the model's context come last.
     """
     stops = list(stop_token_ids) or [tokenizer.eos_token_id]
     lengths, context = [len(prompt) for prompt in prompts], context_of(model)
-    crowded_together = batch_size if may_outrun_its_context(model.config) else 1
-    for part in _batches(lengths, context - decoding.max_new_tokens, batch_size, crowded_together, context):
+    crowded_batch = batch_size if may_outrun_its_context(model.config) else 1
+    for part in _batches(lengths, context - decoding.max_new_tokens, batch_size, crowded_batch, context):
         batch = _Batch(tokenizer, [prompts[i] for i in part], [first_number + i for i in part], stops, model.device)
-        rooms = [min(context - lengths[i], decoding.max_new_tokens) for i in part]
+        limits = [min(context - lengths[i], decoding.max_new_tokens) for i in part]
         with _answering(model):
-            found = batch.answered(model, decoding, rooms, streamer, should_stop)
-        for index, ids, room in zip(part, found, rooms, strict=True):
+            found = batch.answers(model, decoding, limits, streamer, should_stop)
+        for index, ids, limit in zip(part, found, limits, strict=True):
             answer = _up_to_stop(ids, stops)
-            cut = "interrupted" if len(ids) < room else "length"
+            cut = "interrupted" if len(ids) < limit else "length"
             yield Continuation(index, answer, "stop" if len(answer) < len(ids) else cut)
     for i, length in enumerate(lengths):
         if length >= context:
@@ -215,41 +149,194 @@ def continuations(
 
 
 def generate_ids(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     *,
     batch_size: int,
     stop_token_ids: Sequence[int] = (),
 ) -> Iterator[tuple[int, list[int]]]:
-    """As `continuations`: index of a prompt and its answer's token ids; a prompt that fills the context gets none."""
-    options = {"batch_size": batch_size, "stop_token_ids": stop_token_ids}
-    for found in continuations(model, tokenizer, prompts, decoding, **options):
-        if found.finish_reason != "no room":
-            yield found.index, found.ids
+    """Yield index and answer's token ids of each prompt, as `continuations`, omitting prompts that fill the context."""
+    found = continuations(model, tokenizer, prompts, decoding, batch_size=batch_size, stop_token_ids=stop_token_ids)
+    for continuation in found:
+        if continuation.finish_reason != "no room":
+            yield continuation.index, continuation.ids
 
 
-def may_outrun_its_context(config: Any) -> bool:
-    """Whether a row that has ended may run on past the context beside others, as padding that nobody reads.
+def context_of(model: PreTrainedModel | PeftModel) -> int:
+    """Return the maximum number of tokens of a prompt and its answer together."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
-    True where positions are rotary, computed for each from its number alone. Learned ones end with the context; dynamic
-    NTK and LongRoPE compute all rows' from the longest.
+
+def may_outrun_its_context(config: PreTrainedConfig) -> bool:
+    """Return whether a finished row may run on past the context, as padding that nobody reads, while others go on.
+
+    True for rotary positions that are computed from each position's number alone. Learned position embeddings end with
+    the context, and dynamic NTK and LongRoPE compute every row's positions from the longest row.
     """
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [rope] if "rope_type" in rope else list(rope.values())
     return bool(kinds) and all(kind["rope_type"] in ("default", "linear", "llama3", "yarn") for kind in kinds)
 
 
-def context_of(model: Any) -> int:
-    """Tokens of prompt and answer together at most."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+# ---- Choosing a token ----
+
+
+class RepetitionPenalty(LogitsProcessor):
+    """Makes tokens that occurred before less likely: divides positive logits, multiplies negative ones.
+
+    Differs from transformers' processor in two ways. Padding does not count: there, a shorter prompt of a batch loses
+    its pad token, which often is the end token. Tokens that end an answer are never penalized: they follow every
+    earlier turn of a conversation, and are not repetition.
+
+    Args:
+        penalty: Above 1 against repetition (Keskar et al. 2019, CTRL, section 4.1, arXiv:1909.05858).
+        is_padding: Padding of the prompts, bool (B, T), on the left.
+        stop_token_ids: Tokens that end an answer.
+    """
+
+    def __init__(self, penalty: float, is_padding: Tensor, stop_token_ids: Sequence[int]) -> None:
+        self.penalty, self.is_padding = penalty, is_padding
+        self.stop_token_ids = torch.tensor(list(stop_token_ids), device=is_padding.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the penalized logits (B, V) after ``input_ids`` (B, T + new tokens)."""
+        width, vocabulary = self.is_padding.shape[1], scores.shape[1]
+        spared = torch.isin(input_ids, self.stop_token_ids)
+        spared[:, :width] |= self.is_padding
+        # (B, V + 1): spared tokens are marked in a column of their own, which is dropped.
+        seen = torch.zeros(len(scores), vocabulary + 1, dtype=torch.bool, device=scores.device)
+        seen.scatter_(1, input_ids.masked_fill(spared, vocabulary), True)
+        penalized = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return torch.where(seen[:, :vocabulary], penalized, scores)
+
+
+class KeyedDraw(LogitsProcessor):
+    """Samples each next token with a random number that is a function of (seed, prompt, position) alone.
+
+    Every other token's logit becomes minus infinity, so that greedy search takes the sampled one. Tokens lie along
+    [0, 1) in the order of the vocabulary, not sorted by probability: rounding, which differs between batches, would
+    change such an order, but rarely changes which token covers a number.
+
+    Args:
+        seed: Seed of all draws.
+        prompts: Number of each prompt in the batch, (B,).
+        width: Tokens of the padded prompts.
+    """
+
+    def __init__(self, seed: int, prompts: Sequence[int], width: int) -> None:
+        self.keys, self.width = [stream_key("sampling", seed, number) for number in prompts], width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits (B, V), all but one per row minus infinity."""
+        position = input_ids.shape[1] - self.width
+        # On the CPU and in float64, so that every device gets the same numbers and compares them alike.
+        draws = uniform_draws([1] * len(self.keys), [(key, position) for key in self.keys], torch.device("cpu"))
+        draw = torch.tensor([[number.item()] for number in draws], dtype=torch.float64).to(scores.device)  # (B, 1)
+        reach = scores.double().softmax(dim=1).cumsum(dim=1)  # (B, V): where each token's stretch of [0, 1) ends
+        # The last end is 1 but for rounding; scaling by it keeps the draw inside the vocabulary.
+        chosen = torch.searchsorted(reach, draw * reach[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+# ---- One batch ----
+
+
+class _Batch:
+    """Prompts as one tensor, padded on the left, and what chooses their next tokens."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: list[Sequence[int]],
+        numbers: list[int],
+        stops: list[int],
+        device: torch.device,
+    ) -> None:
+        self.width, self.numbers, self.stops = max(len(row) for row in rows), numbers, stops
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.ids = torch.tensor([[self.pad] * (self.width - len(row)) + list(row) for row in rows], device=device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        self.is_padding = torch.arange(self.width, device=device) < self.width - lengths[:, None]  # (B, T)
+
+    def answers(
+        self,
+        model: PreTrainedModel | PeftModel,
+        decoding: Decoding,
+        limits: list[int],
+        streamer: BaseStreamer | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[list[int]]:
+        """Return the new tokens of each prompt, at most its limit; past its end a row is padding."""
+        config = GenerationConfig(
+            max_new_tokens=max(limits),
+            do_sample=False,  # `KeyedDraw` leaves one token: the most likely
+            use_cache=True,
+            pad_token_id=self.pad,
+            eos_token_id=self.stops,
+        )
+        generate = cast("Any", model).generate  # upstream declares it on the classes of the architectures alone
+        output = generate(
+            input_ids=self.ids,
+            attention_mask=(~self.is_padding).long(),
+            generation_config=config,
+            logits_processor=LogitsProcessorList(self._processors(decoding)),
+            stopping_criteria=StoppingCriteriaList(self._stopping(limits, should_stop)),
+            streamer=streamer,
+        )
+        return [ids[:limit] for ids, limit in zip(output[:, self.width :].tolist(), limits, strict=True)]
+
+    def _processors(self, decoding: Decoding) -> Iterator[LogitsProcessor]:
+        if decoding.repetition_penalty != 1:
+            yield RepetitionPenalty(decoding.repetition_penalty, self.is_padding, self.stops)
+        if decoding.min_new_tokens:
+            device = str(self.ids.device)
+            yield MinNewTokensLengthLogitsProcessor(self.width, decoding.min_new_tokens, self.stops, device=device)
+        if not decoding.do_sample:
+            return
+        yield TemperatureLogitsWarper(float(decoding.temperature))
+        if decoding.top_k:
+            yield TopKLogitsWarper(decoding.top_k)
+        if decoding.top_p < 1:
+            yield TopPLogitsWarper(decoding.top_p)
+        yield KeyedDraw(decoding.seed, self.numbers, self.width)
+
+    def _stopping(self, limits: list[int], should_stop: Callable[[], bool] | None) -> Iterator[StoppingCriteria]:
+        if min(limits) < max(limits):
+            yield _ContextEnd(self.width + torch.tensor(limits, device=self.ids.device))
+        if should_stop:
+            yield _OnRequest(should_stop)
+
+
+class _ContextEnd(StoppingCriteria):
+    """Ends each answer where the model's context does."""
+
+    def __init__(self, ends: Tensor) -> None:
+        self.ends = ends  # (B,): width of padded prompt and answer together
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return input_ids.shape[1] >= self.ends
+
+
+class _OnRequest(StoppingCriteria):
+    """Ends all answers once a function says so."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self.should_stop = should_stop
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.should_stop(), device=input_ids.device)
 
 
 @contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """Eval mode, and a clean slate: what the base's ``generation_config.json`` asks for would be added to ours."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+def _answering(model: PreTrainedModel | PeftModel) -> Generator[None, None, None]:
+    """Eval mode, no gradients, and none of the base's own generation settings.
+
+    What a config passed to ``generate`` leaves unset, transformers takes from the base's ``generation_config.json``; so
+    that is replaced meanwhile.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     was_training, own = model.training, base.generation_config
     model.eval()
     base.generation_config = GenerationConfig()
@@ -261,75 +348,18 @@ def _answering(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def _batches(
-    lengths: list[int], roomy: int, batch_size: int, crowded_together: int, context: int
-) -> Iterator[list[int]]:
-    """Which prompts to answer together.
+def _batches(lengths: list[int], roomy: int, batch_size: int, crowded_batch: int, context: int) -> Iterator[list[int]]:
+    """Yield the indices of prompts to answer together.
 
-    Those of more than ``roomy`` tokens are near the end of the context and come last, like with like; those that fill
-    it do not come.
+    Prompts of more than ``roomy`` tokens are near the end of the context and come last, like lengths together; those
+    that fill the context are omitted.
     """
     parts = [[i for i, length in enumerate(lengths) if length <= roomy]]
     crowded = [i for i, length in enumerate(lengths) if roomy < length < context]
     parts.append(sorted(crowded, key=lambda i: lengths[i]))
-    for part, size in zip(parts, (batch_size, crowded_together), strict=True):
+    for part, size in zip(parts, (batch_size, crowded_batch), strict=True):
         for start in range(0, len(part), size):
             yield part[start : start + size]
-
-
-class _Batch:
-    """Prompts as one tensor, padded on the left, and what chooses their next tokens."""
-
-    def __init__(
-        self, tokenizer: Any, rows: list[Sequence[int]], numbers: list[int], stops: list[int], device: torch.device
-    ) -> None:
-        self.width, self.numbers, self.stops = max(len(row) for row in rows), numbers, stops
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.ids = torch.tensor([[self.pad] * (self.width - len(row)) + list(row) for row in rows], device=device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        self.is_padding = torch.arange(self.width, device=device) < self.width - lengths[:, None]  # (B, T)
-
-    def answered(
-        self, model: Any, decoding: Decoding, rooms: list[int], streamer: Any, should_stop: Callable[[], bool] | None
-    ) -> list[list[int]]:
-        """New tokens of each prompt, at most as many as it has room for."""
-        config = GenerationConfig(
-            max_new_tokens=max(rooms),
-            do_sample=False,  # `KeyedDraw` leaves one token: the likeliest
-            use_cache=True,
-            pad_token_id=self.pad,
-            eos_token_id=self.stops,
-        )
-        output = model.generate(
-            input_ids=self.ids,
-            attention_mask=(~self.is_padding).long(),
-            generation_config=config,
-            logits_processor=LogitsProcessorList(self._processors(decoding)),
-            stopping_criteria=StoppingCriteriaList(self._stopping(rooms, should_stop)),
-            streamer=streamer,
-        )
-        return [ids[:room] for ids, room in zip(output[:, self.width :].tolist(), rooms, strict=True)]
-
-    def _stopping(self, rooms: list[int], should_stop: Callable[[], bool] | None) -> Iterator[StoppingCriteria]:
-        if min(rooms) < max(rooms):
-            yield _Room(self.width + torch.tensor(rooms, device=self.ids.device))
-        if should_stop:
-            yield _Stop(should_stop)
-
-    def _processors(self, decoding: Decoding) -> Iterator[Any]:
-        if decoding.repetition_penalty != 1:
-            yield RepetitionPenalty(decoding.repetition_penalty, self.is_padding, self.stops)
-        if decoding.min_new_tokens:
-            device = self.ids.device
-            yield MinNewTokensLengthLogitsProcessor(self.width, decoding.min_new_tokens, self.stops, device=device)
-        if not decoding.do_sample:
-            return
-        yield TemperatureLogitsWarper(float(decoding.temperature))
-        if decoding.top_k:
-            yield TopKLogitsWarper(decoding.top_k)
-        if decoding.top_p < 1:
-            yield TopPLogitsWarper(decoding.top_p)
-        yield KeyedDraw(decoding.seed, self.numbers, self.width)
 
 
 def _up_to_stop(answer: list[int], stop_token_ids: Sequence[int]) -> list[int]:
