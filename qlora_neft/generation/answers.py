@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..steps.sequences import IGNORE_INDEX
-from .decode import Decoding, generate_ids
+from .decode import Decoding, generate_ids, text_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -15,9 +20,10 @@ class Question:
     """A held-out sequence up to its last response, and that response.
 
     Attributes:
-        prompt_ids: Exactly the tokens that training would have had before the response.
-        reference_ids: The response's tokens, its end token left away.
-        prompt, reference: Both as text, special tokens left away.
+        prompt_ids: The tokens that stand before the response in training.
+        reference_ids: The response's tokens, without its end token.
+        prompt: The prompt as text, without special tokens.
+        reference: The response as text, without special tokens.
     """
 
     prompt_ids: list[int]
@@ -28,7 +34,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt, what was wanted, and what the model said."""
+    """A prompt, the reference, and the model's answer."""
 
     prompt: str
     reference: str
@@ -36,17 +42,19 @@ class Answer:
 
     @property
     def is_exact(self) -> bool:
-        """Equal to the reference, but for white space at the ends."""
+        """Whether the answer is the reference, apart from white space at both ends."""
         return self.text.strip() == self.reference.strip()
 
 
-def questions(dataset: Any, tokenizer: Any, count: int, stop_token_ids: Sequence[int]) -> list[Question]:
-    """The first sequences of a dataset as questions; those without a prompt are left out.
+def questions(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, count: int, stop_token_ids: Sequence[int]
+) -> list[Question]:
+    """Turn the first rows of a dataset into questions, omitting those without a prompt.
 
     Args:
         dataset: Rows of ``input_ids`` and ``labels``.
-        tokenizer: To spell them with.
-        count: How many at most.
+        tokenizer: Decodes them.
+        count: Maximum number of rows.
         stop_token_ids: Tokens that end a response.
     """
     found = []
@@ -56,44 +64,44 @@ def questions(dataset: Any, tokenizer: Any, count: int, stop_token_ids: Sequence
             end -= 1
         prompt, reference = row["input_ids"][:begin], row["input_ids"][begin:end]
         if prompt:
-            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, reference)]
-            found.append(Question(prompt, reference, *texts))
+            found.append(Question(prompt, reference, text_of(tokenizer, prompt), text_of(tokenizer, reference)))
     return found
 
 
-def _last_response(labels: Sequence[int]) -> tuple[int, int]:
-    end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
-    begin = max((i + 1 for i in range(end) if labels[i] == IGNORE_INDEX), default=0)
-    return begin, end
-
-
 def greedy_answers(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Question],
     *,
     max_new_tokens: int,
     batch_size: int,
     stop_token_ids: Sequence[int] = (),
 ) -> list[Answer]:
-    """Answer prompts greedily, padded on the left; the model is left in the mode it was in.
+    """Answer prompts greedily. A prompt that fills the model's context gets an empty answer.
 
     Args:
-        model: A causal LM, with or without adapter.
-        tokenizer: Its tokenizer.
-        asked: Questions.
-        max_new_tokens: Tokens per answer at most.
-        batch_size: Prompts at a time.
-        stop_token_ids: Tokens that end an answer; the tokenizer's end token without any.
+        model: A causal LM, with or without adapter; left in the mode it was in.
+        tokenizer: The model's tokenizer.
+        asked: The questions.
+        max_new_tokens: Maximum number of tokens per answer.
+        batch_size: Prompts per forward pass.
+        stop_token_ids: Tokens that end an answer; by default the tokenizer's end token.
     """
     decoding, prompts = Decoding(max_new_tokens), [question.prompt_ids for question in asked]
     texts = [""] * len(prompts)
     found = generate_ids(model, tokenizer, prompts, decoding, batch_size=batch_size, stop_token_ids=stop_token_ids)
     for i, ids in found:
-        texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+        texts[i] = text_of(tokenizer, ids)
     return [Answer(q.prompt, q.reference, text) for q, text in zip(asked, texts, strict=True)]
 
 
 def exact_match(answers: Sequence[Answer]) -> float:
-    """Share of answers that are exact, in [0, 1]."""
+    """Return the share of exact answers, in [0, 1]."""
     return sum(answer.is_exact for answer in answers) / len(answers)
+
+
+def _last_response(labels: Sequence[int]) -> tuple[int, int]:
+    """Return where the last run of trained labels begins and ends."""
+    end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
+    begin = max((i + 1 for i in range(end) if labels[i] == IGNORE_INDEX), default=0)
+    return begin, end

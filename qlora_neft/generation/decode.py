@@ -164,6 +164,11 @@ def generate_ids(
             yield continuation.index, continuation.ids
 
 
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Decode one sequence, without special tokens."""
+    return cast("str", tokenizer.decode(list(ids), skip_special_tokens=True))  # a list of texts for a batch alone
+
+
 def context_of(model: PreTrainedModel | PeftModel) -> int:
     """Return the maximum number of tokens of a prompt and its answer together."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize

@@ -1,37 +1,128 @@
-"""Answers of a trained model to a list of requests, in their order."""
+"""Answers of a trained model to a list of requests, in order, whole or as their text grows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ..adapter.load import Trained
 from ..base.config import check_vocabulary
 from ..data.formats import Passage
 from ..errors import RunFailed, UserInputError
-from .decode import Continuation, Decoding, continuations, generate_ids
+from .decode import Continuation, Decoding, continuations, generate_ids, text_of
 from .requests import Request
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\ufffd"  # what a decoder makes of half a character
 
 
-def answer_text(tokenizer: Any, ids: Sequence[int], *, as_it_is: bool) -> str:
-    """Text of an answer, special tokens left away.
+@dataclass(frozen=True)
+class Reply:
+    """An answer to a request.
+
+    Attributes:
+        request: The request.
+        text: The answer as text, see `answer_text`.
+        tokens: Number of its tokens, the end token not counted.
+        finish_reason: ``stop``, ``length``, ``no room`` or ``interrupted``, see `Continuation`.
+        prompt_tokens: Number of tokens of the prompt.
+    """
+
+    request: Request
+    text: str
+    tokens: int
+    finish_reason: str
+    prompt_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the answer without its request, for JSON."""
+        return {"text": self.text, "tokens": self.tokens, "finish_reason": self.finish_reason}
+
+
+def generate(
+    trained: Trained,
+    requests: Sequence[Request | str],
+    decoding: Decoding,
+    *,
+    batch_size: int = 8,
+    base_alone: bool = False,
+) -> list[Reply]:
+    """Answer requests and return all answers, see `replies`."""
+    return list(replies(trained, requests, decoding, batch_size=batch_size, base_alone=base_alone))
+
+
+def replies(
+    trained: Trained,
+    requests: Sequence[Request | str],
+    decoding: Decoding,
+    *,
+    batch_size: int = 8,
+    base_alone: bool = False,
+    write: Callable[[str], Any] | None = None,
+) -> Iterator[Reply]:
+    """Answer requests in order and yield each answer as soon as its batch is done.
 
     Args:
-        tokenizer: The model's.
-        ids: The answer's tokens.
-        as_it_is: Keep white space at its ends: without a template it belongs to the text. Elsewhere it is the
-            template's, such as the space behind Vicuna's ``ASSISTANT:``.
+        trained: The model.
+        requests: The requests; a text is put into the prompt template of the training run.
+        decoding: How tokens are chosen.
+        batch_size: Requests per forward pass; apart from rounding, answers do not depend on it.
+        base_alone: Answer without the adapter.
+        write: Receives each answer's text as it grows; requests are then answered one at a time.
+
+    Raises:
+        UserInputError: Before the first answer, if a request does not fit the template.
+        RunFailed: If the batch does not fit in memory.
     """
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return text if as_it_is else text.strip()
+    asked = [
+        r if isinstance(r, Request) else Request(Passage(r, ""), f"request {n}") for n, r in enumerate(requests, 1)
+    ]
+    prompts = [_prompt(trained, request) for request in asked]
+    size = 1 if write else batch_size
+    # A generator of its own, so that requests are checked here and not when the first answer is asked for.
+    return _answered(trained, asked, prompts, decoding, size, base_alone, write)
+
+
+def answer_ids(
+    trained: Trained,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    streamer: BaseStreamer | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    first_number: int = 0,
+) -> list[Continuation]:
+    """Answer prompts as one batch and return the answers in the prompts' order; arguments as of `continuations`.
+
+    Raises:
+        RunFailed: If the batch does not fit in memory.
+    """
+    check_vocabulary(trained.model.config, max(max(prompt) for prompt in prompts))
+    try:
+        found = continuations(
+            trained.model,
+            trained.tokenizer,
+            prompts,
+            decoding,
+            batch_size=len(prompts),
+            stop_token_ids=trained.stop_token_ids,
+            streamer=streamer,
+            should_stop=should_stop,
+            first_number=first_number,
+        )
+        return sorted(found, key=lambda answer: answer.index)
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(
+            f"out of memory with {len(prompts)} prompts at a time. Give a smaller --batch-size or --max-new-tokens."
+        ) from error
 
 
 def answer_texts(
@@ -49,114 +140,72 @@ def answer_texts(
     for i, ids in generate_ids(
         trained.model, tokenizer, prompts, decoding, batch_size=batch_size, stop_token_ids=stops
     ):
-        yield i, tokenizer.decode(ids, skip_special_tokens=True)
+        yield i, text_of(tokenizer, ids)
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, as_it_is: bool) -> str:
+    """Return an answer as text, without special tokens.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        ids: The answer's tokens.
+        as_it_is: Keep white space at both ends: without a template it belongs to the text. With one it is the
+            template's, such as the space behind Vicuna's ``ASSISTANT:``.
+    """
+    text = text_of(tokenizer, ids)
+    return text if as_it_is else text.strip()
 
 
 class TextStream(BaseStreamer):
-    """Hands on an answer's text while it grows; all of it together is `answer_text`.
+    """Passes on an answer's text while it grows; the pieces together are `answer_text`.
 
-    What may still change is held back: half a character, and white space that may turn out to be the end.
+    Text that may still change is held back: half a character, and white space that may turn out to be the end.
 
     Args:
-        tokenizer: The model's.
-        write: Takes the new text.
-        stop_token_ids: Tokens that end an answer and are no part of it.
+        tokenizer: The model's tokenizer.
+        write: Receives the new text.
+        stop_token_ids: Tokens that end an answer and are not part of it.
         as_it_is: As in `answer_text`.
     """
 
     def __init__(
-        self, tokenizer: Any, write: Callable[[str], Any], *, stop_token_ids: Sequence[int], as_it_is: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        write: Callable[[str], Any],
+        *,
+        stop_token_ids: Sequence[int],
+        as_it_is: bool,
     ) -> None:
         self.tokenizer, self.write, self.as_it_is = tokenizer, write, as_it_is
         self.stop_token_ids = set(stop_token_ids)
-        self._ids: list[int] | None = None
+        self._ids: list[int] | None = None  # None until the prompt has come
         self._written = ""
 
     def put(self, value: Tensor) -> None:
-        """Take tokens of one sequence; the first are the prompt."""
+        """Take tokens of one sequence; transformers passes the prompt first."""
         if self._ids is None:
             self._ids = []
             return
         self._ids += [token for token in value.flatten().tolist() if token not in self.stop_token_ids]
         text = answer_text(self.tokenizer, self._ids, as_it_is=self.as_it_is)
         if not text.endswith(BROKEN):
-            self._hand_on(text)
+            self._pass_on(text)
 
     def end(self) -> None:
-        """The answer is whole."""
-        self._hand_on(answer_text(self.tokenizer, self._ids or [], as_it_is=self.as_it_is))
+        """Pass on what was held back: the answer is complete."""
+        self._pass_on(answer_text(self.tokenizer, self._ids or [], as_it_is=self.as_it_is))
         self._ids, self._written = None, ""
 
-    def _hand_on(self, text: str) -> None:
+    def _pass_on(self, text: str) -> None:
         if len(text) > len(self._written) and text.startswith(self._written):
             self.write(text[len(self._written) :])
             self._written = text
 
 
-@dataclass(frozen=True)
-class Reply:
-    """An answer.
-
-    Attributes:
-        request: What was asked.
-        text: The answer; white space at its ends is left away, but without a prompt template.
-        tokens: How many, the end token not counted.
-        finish_reason: ``stop``, ``length``, ``no room`` or ``interrupted``, see `Continuation`.
-        prompt_tokens: Tokens of the prompt.
-    """
-
-    request: Request
-    text: str
-    tokens: int
-    finish_reason: str
-    prompt_tokens: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The answer without its request, for JSON."""
-        return {"text": self.text, "tokens": self.tokens, "finish_reason": self.finish_reason}
-
-
-def generate(
-    trained: Trained,
-    requests: Sequence[Request | str],
-    decoding: Decoding,
-    *,
-    batch_size: int = 8,
-    base_alone: bool = False,
-) -> list[Reply]:
-    """Answer requests, see `replies`."""
-    return list(replies(trained, requests, decoding, batch_size=batch_size, base_alone=base_alone))
-
-
-def replies(
-    trained: Trained,
-    requests: Sequence[Request | str],
-    decoding: Decoding,
-    *,
-    batch_size: int = 8,
-    base_alone: bool = False,
-    write: Callable[[str], Any] | None = None,
-) -> Iterator[Reply]:
-    """Answer requests in their order, as they come.
-
-    Args:
-        trained: The model.
-        requests: What to ask; texts are put into the template of the training run.
-        decoding: How tokens are chosen.
-        batch_size: Requests at a time; answers do not depend on it, but for rounding.
-        base_alone: Answer without the adapter.
-        write: Takes each answer's text as it comes; requests are then answered one at a time.
-
-    Raises:
-        UserInputError: Before the first answer, if the template has no room for a request.
-        RunFailed: If the memory does not do for the batch.
-    """
-    asked = [
-        r if isinstance(r, Request) else Request(Passage(r, ""), f"request {n}") for n, r in enumerate(requests, 1)
-    ]
-    prompts = [_prompt(trained, request) for request in asked]
-    size = 1 if write else batch_size
-    return _answered(trained, asked, prompts, decoding, size, base_alone, write)
+def text_stream(trained: Trained, write: Callable[[str], Any]) -> TextStream:
+    """Return a stream that passes an answer's text to ``write`` as it grows."""
+    as_it_is = trained.prompts.name == "none"
+    return TextStream(trained.tokenizer, write, stop_token_ids=trained.stop_token_ids, as_it_is=as_it_is)
 
 
 def _answered(
@@ -177,34 +226,6 @@ def _answered(
         for i, answer in enumerate(found, start):
             text = answer_text(trained.tokenizer, answer.ids, as_it_is=as_it_is)
             yield Reply(asked[i], text, len(answer.ids), answer.finish_reason, len(prompts[i]))
-
-
-def answer_ids(
-    trained: Trained, prompts: Sequence[Sequence[int]], decoding: Decoding, **options: Any
-) -> list[Continuation]:
-    """Answers to one batch of prompts, in their order; ``options`` as of `continuations`."""
-    check_vocabulary(trained.model.config, max(max(prompt) for prompt in prompts))
-    try:
-        found = continuations(
-            trained.model,
-            trained.tokenizer,
-            prompts,
-            decoding,
-            batch_size=len(prompts),
-            stop_token_ids=trained.stop_token_ids,
-            **options,
-        )
-        return sorted(found, key=lambda answer: answer.index)
-    except torch.OutOfMemoryError as error:
-        raise RunFailed(
-            f"out of memory with {len(prompts)} prompts at a time. Give a smaller --batch-size or --max-new-tokens."
-        ) from error
-
-
-def text_stream(trained: Trained, write: Callable[[str], Any]) -> TextStream:
-    """Hands an answer's text to ``write`` as it comes."""
-    as_it_is = trained.prompts.name == "none"
-    return TextStream(trained.tokenizer, write, stop_token_ids=trained.stop_token_ids, as_it_is=as_it_is)
 
 
 def _prompt(trained: Trained, request: Request) -> list[int]:
