@@ -1,7 +1,7 @@
-"""Which number formats a machine computes in, decided by what its hardware can do.
+"""The number formats a machine computes in, decided by what its hardware can do.
 
-One policy for the whole project: nothing else asks what a device supports. The recipe's mathematics
-do not change with it; only the rounding does.
+One policy for the whole project: nothing else asks what a device supports. It changes the rounding, never the
+mathematics that a recipe states.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ..errors import UserInputError
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 MIN_BF16_CAPABILITY = (8, 0)  # Ampere: the first with bf16 tensor cores
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class PrecisionPolicy:
     """How one device computes.
 
     Attributes:
-        device: Where the model lives.
-        compute_dtype: The dtype that NF4 weights are dequantized to and that unquantized base weights
-            (embeddings, norms, head) are stored in.
-        lora_dtype: The dtype that LoRA weights and their optimizer states are stored in.
+        device: Device of the model.
+        compute_dtype: Dtype that NF4 weights are dequantized to and that unquantized base weights (embeddings, norms,
+            head) are stored in.
+        lora_dtype: Dtype that LoRA weights and their optimizer states are stored in.
         amp: Autocast format, ``"bf16"``, ``"fp16"`` or ``"no"``.
         gradient_scaler: Whether the loss is scaled so that fp16 gradients do not underflow.
         reason: One sentence for the user.
@@ -50,10 +51,10 @@ def resolve_precision(
     """Choose the number formats for a device.
 
     Args:
-        precision: ``"auto"`` decides by capability; ``"bf16"``, ``"fp16"`` or ``"fp32"`` insists.
-        device: Device to run on. Default: the current CUDA device where there is one, else the CPU.
-        compute_dtype: ``"auto"`` follows ``precision``; ``"bfloat16"``, ``"float16"`` or ``"float32"`` fixes
-            the dtype that NF4 weights are dequantized to (``bnb_4bit_compute_dtype``).
+        precision: ``"auto"`` decides by capability; ``"bf16"``, ``"fp16"`` or ``"fp32"`` insists on one.
+        device: Device to run on. Default: the current CUDA device if there is one, else the CPU.
+        compute_dtype: ``"auto"`` follows ``precision``; ``"bfloat16"``, ``"float16"`` or ``"float32"`` fixes the dtype
+            that NF4 weights are dequantized to (``bnb_4bit_compute_dtype``).
 
     Returns:
         The policy; LoRA weights are float32 in every one.
@@ -81,9 +82,6 @@ def resolve_precision(
     )
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
 def _resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None or device == "auto":
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
@@ -109,12 +107,12 @@ def _by_capability(device: torch.device) -> tuple[str, str]:
 
 
 def cpu_has_bf16_matrix_unit() -> bool:
-    """Whether the CPU multiplies bf16 matrices in hardware (AMX-BF16).
+    """Return whether the CPU multiplies bf16 matrices in hardware (AMX-BF16).
 
-    AVX512-BF16 alone does not count: its matrix products are 4 to 5 times faster than float32's, a whole training step
-    only 1.2 times (benchmarks on a Zen 5 core), which is not worth bf16's rounding. AMX itself: not measured.
+    AVX512-BF16 alone does not count: its matrix products are 4 to 5 times faster than float32's, but a whole training
+    step only 1.2 times (measured on a Zen 5 core), which is not worth bf16's rounding. AMX itself: not measured.
     """
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere the answer is "no", which is always correct, if slower
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only; elsewhere the answer is "no", which is always correct, if slower
     return cpuinfo.exists() and " amx_bf16" in cpuinfo.read_text(encoding="utf-8", errors="replace")
 
 

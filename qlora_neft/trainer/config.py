@@ -1,4 +1,4 @@
-"""QLoRANeftConfig: what `QLoRANeftTrainer` can be told, beyond TRL's `SFTConfig`."""
+"""`QLoRANeftConfig`: the arguments of `QLoRANeftTrainer`, beyond TRL's `SFTConfig`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..base.precision import resolve_precision
 from ..fit.choose import CPU_TOKENS
 from ..noise.neftune import DISTRIBUTIONS, SCHEDULES
 
-# transformers renamed the option on its way from 5.15 to 5.23 and warns about the old name.
+# Renamed by transformers between 5.15 and 5.23, which warns about the old name. Can go when 5.15 need not be supported.
 CHECKPOINTING = next(
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -40,18 +40,17 @@ class QLoRANeftConfig(SFTConfig):
             more than one pass.
         clean_loss_steps: Optimizer steps between two measurements of the clean train loss (no noise, no dropout),
             taken at the first log after; 0 for never.
-        clean_loss_rows: Rows in the fixed slice of the training set that it is measured on.
-        micro_batch_size: Rows per micro-batch at most; None for ``per_device_train_batch_size``. Says how a step
-            that does not divide evenly is split.
-        max_tokens_per_micro_batch: Tokens per micro-batch at most, padding counted, though a longer row gets one of
-            its own. None decides by device: 256 on a CPU, which is as fast as more and keeps memory low, and no such
-            limit with CUDA.
-        checkpointed_blocks: Decoder blocks that recompute their activations, counted from the first; None for
-            all of them where activation checkpointing is on.
+        clean_loss_rows: Rows of the training set, from the first, that it is measured on.
+        micro_batch_size: Maximum rows per micro-batch; None for ``per_device_train_batch_size``. Says how a step that
+            does not divide evenly is split.
+        max_tokens_per_micro_batch: Maximum tokens per micro-batch, padding counted; a longer row gets one of its own.
+            None decides by device: 256 on a CPU, which is as fast as more and keeps memory low; no limit with CUDA.
+        checkpointed_blocks: Decoder blocks that recompute their activations, counted from the first; None for all of
+            them if activation checkpointing is on.
         gradient_checkpointing: None decides by device: on with CUDA, off on a CPU, where memory is plentiful.
-        effective_batch_size: Sequences per optimizer step of all ranks together, where it does not divide by them; None
-            for ``per_device_train_batch_size`` times ``gradient_accumulation_steps`` times ranks.
-        max_bad_steps: Steps in a row with a loss or gradient that is not finite, each skipped, after which it fails.
+        effective_batch_size: Sequences per optimizer step of all ranks together, for a step that ranks do not divide
+            evenly; None for ``per_device_train_batch_size`` times ``gradient_accumulation_steps`` times ranks.
+        max_bad_steps: The run fails after this many steps in a row whose loss or gradient is not finite, each skipped.
         bf16, fp16: None decides by capability, see `qlora_neft.base.precision`.
 
     Raises:
@@ -76,7 +75,7 @@ class QLoRANeftConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check the noise, then fill in what the machine decides."""
+        """Check the values, then fill in what the machine decides."""
         self._check_noise()
         self._check_counts()
         self._set_precision()
@@ -90,7 +89,7 @@ class QLoRANeftConfig(SFTConfig):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """What the base is dequantized to and its unquantized weights are stored in."""
+        """Dtype that the base is dequantized to and its unquantized weights are stored in."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     def _device(self) -> str | None:
@@ -114,7 +113,6 @@ class QLoRANeftConfig(SFTConfig):
                 f"neftune_final_alpha: required by neftune_schedule={self.neftune_schedule!r}. Give the alpha of the "
                 "last step, for example 0."
             )
-
         size = self.neftune_adversarial_step_size
         if (self.neftune_adversarial_steps > 1) != (size is not None) or (size is not None and not 0 < size < math.inf):
             raise ValueError(
@@ -139,7 +137,7 @@ class QLoRANeftConfig(SFTConfig):
                 raise ValueError(f"{name}: must be at least {least}, got {value}.")
 
     def _set_precision(self) -> None:
-        """bf16 and fp16 by capability, where the caller left both open; upstream's default is bf16 everywhere."""
+        """Choose bf16 or fp16 by capability if the caller left both open; upstream's default is bf16 everywhere."""
         if self.bf16 or self.fp16:
             resolve_precision("bf16" if self.bf16 else "fp16", self._device())  # raises where it would crawl or crash
         elif self.bf16 is None:
@@ -147,7 +145,7 @@ class QLoRANeftConfig(SFTConfig):
             self.bf16, self.fp16 = policy.amp == "bf16", policy.amp == "fp16"
 
     def _set_by_device(self) -> None:
-        """Micro-batches, pinned memory and checkpointing where the caller left them open; the last two serve GPUs."""
+        """Fill in what the caller left open; pinned memory and activation checkpointing are of use on GPUs only."""
         on_gpu = resolve_precision("auto", self._device()).device.type == "cuda"
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         if self.max_tokens_per_micro_batch is None and not on_gpu:
