@@ -1,21 +1,46 @@
-"""Files that ship inside the package and are named ``bundled:...`` wherever a path is expected."""
+"""What a name stands for: a file of this package, something local, or something on the Hub. Decided here alone."""
 
 from __future__ import annotations
 
-import glob
 import os
+import re
 from pathlib import Path
+from typing import Literal
 
 from .errors import UserInputError
 
+PathKind = Literal["bundled", "local", "hub"]
+
 PREFIX = "bundled:"
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
+
+# What the Hub's own check of a repository id lets through: "name" or "owner/name".
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 _PACKAGE = Path(__file__).resolve().parent
+
+
+def kind_of(path: str, *, suffixes: tuple[str, ...] = ()) -> PathKind:
+    """Decide whether a name is that of a bundled file, of something local, or of a repository on the Hub.
+
+    What does not have the form of a Hub id is local, whether it exists or not: ``./x``, ``~/x``, ``a/b/c``, ``C:\\x``,
+    a glob pattern. Of the others, what exists is local, as it is for transformers and datasets.
+
+    Args:
+        path: A name, as a user writes it.
+        suffixes: Endings, in lower case, that a local file has: ``rows.jsonl`` is no repository.
+    """
+    if path.startswith(PREFIX):
+        return "bundled"
+    if not _HUB_ID.fullmatch(path) or path.lower().endswith(suffixes) or os.path.exists(path):
+        return "local"
+    return "hub"
 
 
 def resolve_bundled(path: str) -> str:
     """Turn ``bundled:demo/base`` into the path of that file or folder inside the package.
 
-    Any other path is returned as it is, so that callers need no case of their own.
+    Any other path is returned unchanged, so that callers need no case of their own.
 
     Raises:
         UserInputError: If the package holds nothing of that name.
@@ -25,33 +50,16 @@ def resolve_bundled(path: str) -> str:
     target = (_PACKAGE / path.removeprefix(PREFIX)).resolve()
     # Only the data folder: "bundled:../x" must not reach out of it, nor "bundled:run.py" into the code.
     if not target.is_relative_to(_PACKAGE / "demo") or not target.exists():
-        known = ", ".join(PREFIX + name for name in _names())
+        known = ", ".join(PREFIX + name for name in _bundled_names())
         raise UserInputError(f"{path}: the package holds no such file. It holds: {known or 'nothing'}.")
     return str(target)
 
 
 def shown_path(path: str) -> str:
-    """A path as messages show it: one inside the package by its ``bundled:`` name."""
+    """Return a path as messages show it: one inside the package by its ``bundled:`` name."""
     inside = Path(path)
     return f"{PREFIX}{inside.relative_to(_PACKAGE).as_posix()}" if inside.is_relative_to(_PACKAGE / "demo") else path
 
 
-def _names() -> list[str]:
+def _bundled_names() -> list[str]:
     return sorted(f"demo/{entry.name}" for entry in (_PACKAGE / "demo").glob("*"))
-
-
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
-
-
-def is_local(path: str) -> bool:
-    """Whether a path names local files rather than a Hub id."""
-    if path.lower().endswith(DATA_SUFFIXES) or path.startswith((".", "/", "~")) or os.path.exists(path):
-        return True
-    return glob.has_magic(path) and bool(_matches(path))
-
-
-def _matches(pattern: str) -> list[str]:
-    """What a pattern matches, less the folders on the way; a folder with the name of a file stays, to be refused."""
-    found = set(glob.glob(pattern, recursive=True))
-    return sorted(path for path in found if path.lower().endswith(DATA_SUFFIXES) or not os.path.isdir(path))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import UserInputError, first_line
 from ..files import read_record
-from ..paths import resolve_bundled
+from ..paths import kind_of, resolve_bundled
 from ..run_folder.checkpoints import find_checkpoints
 
 WEIGHTS, CONFIG, RECIPE = "adapter_model.safetensors", "adapter_config.json", "recipe.yaml"
@@ -109,7 +109,7 @@ def _downloaded(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+    if kind_of(source) != "hub" or "/" not in source:
         raise UserInputError(f"{source}: no such folder. Give the --output-dir of a run, or a Hub id (owner/name).")
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED))

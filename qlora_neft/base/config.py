@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..errors import UserInputError, first_line
+from ..paths import kind_of
 
 # Passed explicitly to every load: without it transformers asks at a terminal, and a "y" runs the code.
 NOT_RUN = {"trust_remote_code": False}
@@ -28,7 +29,7 @@ def check_base_config(name_or_path: str, **kwargs: Any) -> PreTrainedConfig:
         UserInputError: If there is none, it is not a causal language model, it needs code from its own repository, or
             it is quantized other than in NF4.
     """
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
+    if kind_of(name_or_path) == "local" and not Path(name_or_path).expanduser().is_dir():
         raise UserInputError(f"model.name_or_path: no folder at {name_or_path!r}. Give a folder or a Hub id.")
     refusal = (
         f"model.name_or_path: no model configuration found at {name_or_path!r}. Give a Hub id you can reach or a "

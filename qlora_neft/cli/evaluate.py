@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserInputError
+from ..paths import kind_of
 from .options import (
     REPETITION_PENALTY,
     BaseOption,
@@ -43,6 +44,8 @@ from .options import (
 if TYPE_CHECKING:
     from ..evaluation.alpaca.score import Score
     from ..generation.decode import Decoding
+
+OUTPUT_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".md")  # a name that ends so is a file, there or not
 
 
 def text(
@@ -176,8 +179,8 @@ def alpaca(
 
 def _is_model(name: str) -> bool:
     """A folder, or a Hub id; anything else is a file of outputs."""
-    path = Path(name).expanduser()
-    return path.is_dir() or (not path.exists() and not path.suffix and name.count("/") == 1)
+    is_hub_id = kind_of(name, suffixes=OUTPUT_SUFFIXES) == "hub" and "/" in name
+    return is_hub_id or Path(name).expanduser().is_dir()
 
 
 def _answered(source: str, decoding: Decoding, options: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import ReadInstruction
 
 from ..errors import UserInputError
-from ..paths import is_local
+from ..paths import DATA_SUFFIXES, kind_of
 from .read_hub import hub_rows, hub_version
 from .read_local import count_rows, file_rows
 from .sources import Row, Source, local_files, split_key
@@ -35,7 +35,7 @@ def read_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
         UserInputError: While rows are asked for, if there is no such file or dataset, it cannot be read as rows at
             all, or the split does not fit or takes no rows.
     """
-    if not is_local(source.path):
+    if not _is_local(source):
         yield from hub_rows(source, streaming=streaming)
         return
     files = local_files(source)
@@ -53,11 +53,15 @@ def source_fingerprint(source: Source) -> str:
     Raises:
         UserInputError: If there is no such file or dataset, or it cannot be read.
     """
-    if is_local(source.path):
+    if _is_local(source):
         parts = [_file_hash(file, source.key) for file in local_files(source)]
     else:
         parts = [source.path, str(source.data_files), str(source.name), hub_version(source)]
     return hashlib.sha256(repr([*parts, source.split]).encode()).hexdigest()
+
+
+def _is_local(source: Source) -> bool:
+    return kind_of(source.path, suffixes=DATA_SUFFIXES) == "local"
 
 
 def _rows_of(files: Sequence[Path], key: str) -> Iterator[Row]:

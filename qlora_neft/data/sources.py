@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserInputError
-from ..paths import DATA_SUFFIXES, _matches, resolve_bundled
+from ..paths import DATA_SUFFIXES, resolve_bundled
 from ..recipe.schema import Data, MixedSource
 
 
@@ -139,6 +139,13 @@ def local_files(source: Source) -> list[Path]:
     for file in files:
         _check(file, source.key, is_pattern)
     return files
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return what a pattern matches, except folders on the way."""
+    found = set(glob.glob(pattern, recursive=True))
+    # A folder that has the ending of a data file stays, to be refused by name.
+    return sorted(path for path in found if path.lower().endswith(DATA_SUFFIXES) or not os.path.isdir(path))
 
 
 def _check(file: Path, key: str, is_pattern: bool) -> None:

@@ -20,7 +20,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from ..noise.neftune import expected_norm
-from ..paths import PREFIX
+from ..paths import kind_of
 from .tables import Table
 
 SHOWN = (("loss", "loss"), ("clean_loss", "clean"), ("eval_loss", "held out"))
@@ -197,8 +197,7 @@ def lines_after(output_dir: Path, base: str, steps: int, seconds: float, *, draw
     """Where everything is, and what to do next."""
     curves = f"loss curves: {output_dir / 'loss.png'}"
     here = shlex.quote(str(output_dir))
-    is_local = base.startswith((PREFIX, ".", "/", "~")) or Path(base).is_dir()
-    base_id = " --base-id owner/base" * is_local  # a local base is never published
+    base_id = " --base-id owner/base" * (kind_of(base) != "hub")  # a local base is never published
     missing = "no loss.png: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'"
     return [
         f"trained {steps} steps in {seconds:.0f} s; base weights unchanged, bit for bit",

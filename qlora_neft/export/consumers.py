@@ -18,6 +18,7 @@ from ..adapter.folder import AdapterFolder, beyond_plain
 from ..adapter.weights import AdapterWeights
 from ..errors import UserInputError
 from ..fit import read_config
+from ..paths import kind_of
 
 WORKS, FLAG, BREAKS = "works", "works with a flag", "breaks"
 # Values of --max-lora-rank. vLLM's LoRAConfig had these as possible_max_ranks; v0.26 (MaxLoRARanks in
@@ -77,8 +78,7 @@ class Facts:
     @property
     def base_is_local(self) -> bool:
         """Whether the recorded base is a path, which nobody else has."""
-        recorded = self.recorded_base
-        return recorded.startswith((".", "/", "~")) or recorded.count("/") > 1 or Path(recorded).is_dir()
+        return kind_of(self.recorded_base) != "hub"
 
     @property
     def odd_scale(self) -> str | None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from ..paths import DATA_SUFFIXES, JINJA_SUFFIXES, PREFIX
+from ..paths import DATA_SUFFIXES, JINJA_SUFFIXES, kind_of
 from .settings import flat, learned
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -54,6 +54,21 @@ def template_name(value: str) -> str:
     raise broken_rule(f"one of {', '.join(TEMPLATES)}, or a .jinja file, got the text {value!r}.{meant}")
 
 
+def only_on_the_hub(value: str | None, path: str, key: str) -> str | None:
+    """Let a key through that only data from the Hub has: a local file has no revision, configuration or file list.
+
+    Args:
+        value: Of the key, None for not given.
+        path: Where the data is.
+        key: What messages call ``path``.
+    """
+    if value is not None and kind_of(path, suffixes=DATA_SUFFIXES) != "hub":
+        raise broken_rule(
+            f"has an effect only on data from the Hub, and {key} is {path!r}. Remove it.", involves=("path",)
+        )
+    return value
+
+
 Format = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
 Template = Annotated[str, AfterValidator(template_name)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -70,6 +85,11 @@ class MixedSource(Section):
     format: Format = "auto"
     prompt_template: Template = "auto"
     weight: Positive = 1.0
+
+    @field_validator("revision", "data_files", "name")
+    @classmethod
+    def _only_on_the_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return only_on_the_hub(value, info.data["path"], "its path") if "path" in info.data else value
 
 
 class Data(Section):
@@ -102,13 +122,7 @@ class Data(Section):
     @field_validator("revision", "data_files", "name")
     @classmethod
     def _only_on_the_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
-        path = info.data.get("path", "")
-        if value is not None and (path.startswith((PREFIX, ".", "/", "~")) or path.endswith(DATA_SUFFIXES)):
-            raise broken_rule(
-                f"has an effect only on data from the Hub, and data.path is {path!r}. Remove it.",
-                involves=("path",),
-            )
-        return value
+        return only_on_the_hub(value, info.data["path"], "data.path") if "path" in info.data else value
 
     @field_validator("eval_split")
     @classmethod
@@ -139,12 +153,29 @@ class Data(Section):
         """Whether the recipe names held-out examples, in any of the three ways."""
         return (self.eval_path, self.eval_split, self.eval_fraction) != (None, None, None)
 
+    @property
+    def paths(self) -> list[str]:
+        """Every path that rows are read from."""
+        return [self.path, *(source.path for source in self.mixture), *([self.eval_path] if self.eval_path else [])]
+
 
 class Model(Section):
     """The base model, whose weights stay as they are."""
 
     name_or_path: Text = Field(description="Hub id, local folder, or bundled:NAME")
     revision: Text = Field("main", description="Hub branch, tag or commit")
+
+    @field_validator("revision")
+    @classmethod
+    def _only_on_the_hub(cls, value: str, info: ValidationInfo) -> str:
+        path = info.data.get("name_or_path")
+        if value != "main" and path is not None and kind_of(path) != "hub":
+            raise broken_rule(
+                f"has an effect only on a model from the Hub, and model.name_or_path is {path!r}, got {value!r}. "
+                "Remove it.",
+                involves=("name_or_path",),
+            )
+        return value
 
 
 class Quantization(Section):
@@ -313,6 +344,10 @@ class Machine(Section):
         return value
 
 
+def _is_local_data(path: str) -> bool:
+    return kind_of(path, suffixes=DATA_SUFFIXES) != "hub"
+
+
 class Recipe(Section):
     """One run, completely described; frozen. Made by `load_recipe`."""
 
@@ -329,13 +364,26 @@ class Recipe(Section):
     def _evaluation_needs_held_out_rows(cls, value: Machine, info: ValidationInfo) -> Machine:
         data = info.data.get("data")
         for key in ("eval_steps", "per_device_eval_batch_size", "eval_answers"):
-            if data is not None and not data.has_eval_rows and getattr(value, key) != "auto":
+            # 0 asks for nothing, and nothing is what it gets.
+            if data is not None and not data.has_eval_rows and getattr(value, key) not in ("auto", 0):
                 raise broken_rule(
                     f"has no effect without held-out rows, got {getattr(value, key)}. "
                     "Remove it, or give data.eval_path, data.eval_split or data.eval_fraction.",
                     key=key,
                     involves=("data.eval_path", "data.eval_split", "data.eval_fraction"),
                 )
+        return value
+
+    @field_validator("machine")
+    @classmethod
+    def _streaming_needs_data_from_the_hub(cls, value: Machine, info: ValidationInfo) -> Machine:
+        data = info.data.get("data")
+        if value.streaming and data is not None and all(_is_local_data(path) for path in data.paths):
+            raise broken_rule(
+                f"has an effect only on data from the Hub, and data.path is {data.path!r}, got true. Remove it.",
+                key="streaming",
+                involves=("data.path",),
+            )
         return value
 
     def to_dict(self) -> dict[str, Any]:

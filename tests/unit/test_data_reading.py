@@ -19,7 +19,7 @@ from qlora_neft.data import read_hub
 from qlora_neft.data.reading import read_rows, source_fingerprint
 from qlora_neft.data.sources import Row, local_files
 from qlora_neft.errors import UserInputError
-from qlora_neft.paths import is_local
+from qlora_neft.paths import DATA_SUFFIXES, kind_of
 
 ROWS = [{"instruction": f"Say {n}", "input": "", "output": str(n)} for n in range(10)]
 AN_OBJECT = "Every example must be a JSON object with named fields"
@@ -363,16 +363,16 @@ def test_a_home_folder_is_found(write, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", ["a.jsonl", "a.CSV", "x/*.parquet", "./a", "/a", "~/a", "here", "he*", "he?e", "[h]ere"]
+    "path", ["a.jsonl", "a.CSV", "x/*.parquet", "./a", "/a", "~/a", "here", "he*", "he?e", "[h]ere", "owner/*"]
 )
 def test_a_file_is_told_from_a_hub_id(write, path):
     write("", "here")
-    assert is_local(path)
+    assert kind_of(path, suffixes=DATA_SUFFIXES) == "local"
 
 
-@pytest.mark.parametrize("path", ["tatsu-lab/alpaca", "squad", "owner/a.b", "owner/*", "x" * 5000])
+@pytest.mark.parametrize("path", ["tatsu-lab/alpaca", "squad", "owner/a.b", "x" * 5000])
 def test_a_hub_id_is_told_from_a_file(path):
-    assert not is_local(path)
+    assert kind_of(path, suffixes=DATA_SUFFIXES) == "hub"
 
 
 # ---- Slices ----

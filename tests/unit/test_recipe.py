@@ -215,6 +215,106 @@ def test_what_makes_sense_is_accepted(write, overrides):
     load_recipe(write(MINIMAL), overrides)
 
 
+LOCAL = (
+    "rows.jsonl",
+    "rows/x.JSON",
+    "owner/rows.parquet",
+    "./rows",
+    "../rows",
+    "/rows",
+    "~/rows",
+    "a/b/rows",
+    "rows/*",
+    "rows/[ab]",
+    "rows?",
+    "rows/**/part",
+    "C:\\\\rows\\\\x",
+    "rows\\\\x",
+    "two words",
+    "rows/",
+    "here",  # a folder that exists
+    "here/deep",
+    "bundled:demo/train.jsonl",
+)
+HUB = ("alpaca", "tatsu-lab/alpaca", "o/n.json-v1.2", "_o/n_")
+HELD_OUT = "data.eval_fraction=0.1"
+
+
+@pytest.fixture
+def here(write, tmp_path):
+    """A folder with one in it, in the current directory."""
+    (tmp_path / "here" / "deep").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("path", LOCAL)
+@pytest.mark.parametrize("key", ["revision=abc", "revision=main", "data_files=x.json", "name=default"])
+def test_keys_of_hub_data_are_refused_for_local_data(write, here, path, key):
+    [problem] = problems_of(write(MINIMAL), f'data.path="{path}"', f"data.{key}")
+    assert f"data.{key.partition('=')[0]}: has an effect only on data from the Hub, and data.path is" in problem
+    entry = f"""[{{path: a/b}}, {{path: "{path}", {key.replace("=", ": ")}}}]"""
+    [problem] = problems_of(write(MINIMAL), f"data.mixture={entry}")
+    assert f"data.mixture[2].{key.partition('=')[0]}: has an effect only on data from the Hub, and its path" in problem
+
+
+@pytest.mark.parametrize("path", LOCAL[3:])  # the first three could be models on the Hub
+def test_a_revision_of_a_local_model_is_refused(write, here, path):
+    [problem] = problems_of(write(MINIMAL), f'model.name_or_path="{path}"', "model.revision=abc")
+    assert "model.revision: has an effect only on a model from the Hub, and model.name_or_path is" in problem
+    load_recipe(write(MINIMAL), [f'model.name_or_path="{path}"', "model.revision=main"])
+
+
+@pytest.mark.parametrize("path", LOCAL)
+def test_streaming_of_local_data_is_refused(write, here, path):
+    data = [f'data.path="{path}"', f'data.mixture=[{{path: "{path}"}}]', f'data.eval_path="{path}"']
+    [problem] = problems_of(write(MINIMAL), *data, "data.eval_split=test", "machine.streaming=true")
+    assert "machine.streaming: has an effect only on data from the Hub" in problem
+
+
+@pytest.mark.parametrize("path", HUB)
+def test_hub_data_and_models_have_their_keys(write, here, path):
+    keys = ["data.revision=abc", "data.data_files=x.json", "data.name=default", "machine.streaming=true"]
+    load_recipe(write(MINIMAL), [f"data.path={path}", *keys])
+    load_recipe(write(MINIMAL), [f"data.mixture=[{{path: {path}, revision: abc, data_files: x, name: y}}]"])
+    load_recipe(write(MINIMAL), ["data.path=rows.jsonl", f"data.mixture=[{{path: {path}}}]", "machine.streaming=true"])
+    load_recipe(write(MINIMAL), ["data.path=rows.jsonl", f"data.eval_path={path}", "machine.streaming=true"])
+    load_recipe(write(MINIMAL), [f"model.name_or_path={path}", "model.revision=abc"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "machine.eval_answers=0",
+        "machine.clean_loss_steps=0",
+        "machine.save_steps=0",
+        "machine.save_every_minutes=0",
+        "machine.dataloader_num_workers=0",
+        "machine.activation_checkpointing=0",
+        "machine.push_every=1",
+        "machine.streaming=false",
+        "train.warmup_steps=0",
+        "train.weight_decay=0",
+        "train.max_grad_norm=0",
+        "neftune.noise_alpha=0",
+        "neftune=null",
+        "data.mixture=[]",
+        "data.revision=null",
+        "data.eval_path=null",
+        "data.weight=1",
+    ],
+)
+def test_what_asks_for_nothing_is_accepted(write, override):
+    local = ["data.path=rows.jsonl", override]
+    assert load_recipe(write(MINIMAL), local)
+    assert load_recipe(write(MINIMAL), [*local, HELD_OUT])
+
+
+@pytest.mark.parametrize("override", ["eval_answers=1", "eval_steps=1", "per_device_eval_batch_size=1"])
+def test_keys_of_held_out_rows_are_refused_without_any(write, override):
+    [problem] = problems_of(write(MINIMAL), f"machine.{override}")
+    assert f"machine.{override[:-2]}: has no effect without held-out rows, got 1" in problem
+    load_recipe(write(MINIMAL), [f"machine.{override}", HELD_OUT])
+
+
 def test_true_and_one_are_different_things(write):
     name = write(MINIMAL)
     for written, value in (("true", True), ("1", 1)):

@@ -17,7 +17,7 @@ from ...base.config import check_base_config, check_vocabulary, load_tokenizer
 from ...base.precision import resolve_precision
 from ...display.console import quiet_libraries
 from ...errors import UserInputError
-from ...paths import PREFIX, resolve_bundled, shown_path
+from ...paths import kind_of, resolve_bundled, shown_path
 from ...recipe import Recipe, load_recipe
 from ...runner.build import data_of, model_path
 from .report import embedding_noise_report
@@ -91,13 +91,12 @@ def find_subject(source: str, overrides: Sequence[str] = ()) -> Subject:
     Raises:
         UserInputError: If it means nothing, or overrides are given without a recipe.
     """
-    folder = Path(source).expanduser()
-    if source.startswith(PREFIX):
+    folder, kind = Path(source).expanduser(), kind_of(source, suffixes=(".yaml", ".yml"))
+    if kind == "bundled":
         return _model(resolve_bundled(source), None, overrides)
+    if kind == "hub" and "/" in source:  # one word is a recipe's name
+        return _model(source, None, overrides)
     if not folder.is_dir():
-        is_hub_id = source.count("/") == 1 and folder.suffix not in (".yaml", ".yml") and not folder.exists()
-        if is_hub_id and source[0] not in "./~":
-            return _model(source, None, overrides)
         return _of_recipe(load_recipe(source, overrides))
     for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
         if (place / RECIPE).is_file():

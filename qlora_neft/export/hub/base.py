@@ -10,7 +10,7 @@ from pathlib import Path
 from ...adapter.folder import AdapterFolder
 from ...errors import UserInputError
 from ...files import sha256_of_file
-from ...paths import PREFIX, resolve_bundled
+from ...paths import kind_of, resolve_bundled
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -109,7 +109,7 @@ def _recorded(folder: AdapterFolder) -> str:
 
 
 def _is_local(base: str) -> bool:
-    return base.startswith((PREFIX, ".", "/", "~")) or "\\" in base or base.count("/") > 1 or Path(base).is_dir()
+    return kind_of(base) != "hub"
 
 
 def _revision(folder: AdapterFolder) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from ...adapter.folder import AdapterFolder
 from ...errors import UserInputError
 from ...files import read_record
-from ...paths import JINJA_SUFFIXES, PREFIX, is_local
+from ...paths import DATA_SUFFIXES, JINJA_SUFFIXES, kind_of
 
 MEANS = {
     "neftune_norm": "measured_norm",
@@ -119,12 +119,12 @@ def public_path(path: str) -> str:
 
 def is_public(path: str) -> bool:
     """Whether others can read the data of that name: a Hub id, or a file of the package."""
-    return path.startswith(PREFIX) or is_hub_id(path)
+    return kind_of(path, suffixes=DATA_SUFFIXES) != "local"
 
 
 def is_hub_id(path: str) -> bool:
     """Whether a path of data is a Hub id."""
-    return not path.startswith(PREFIX) and not is_local(path) and path.count("/") <= 1 and "*" not in path
+    return kind_of(path, suffixes=DATA_SUFFIXES) == "hub"
 
 
 def file_name(path: str) -> str:
