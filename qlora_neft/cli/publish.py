@@ -211,7 +211,7 @@ def merge(
     from ..display.console import quiet_libraries
     from ..export.merge.merge import check_out, merge_adapter
     from ..export.merge.plan import plan_merge
-    from ..export.merge.proof import lines
+    from ..export.merge.report import lines
     from ..runner.run_data import proof_rows as rows_of
 
     check_out(out.expanduser())  # before anything is fetched

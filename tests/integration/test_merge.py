@@ -18,7 +18,8 @@ from qlora_neft.base.precision import resolve_precision
 from qlora_neft.errors import RunFailed, UserInputError
 from qlora_neft.export.merge.merge import merge_adapter
 from qlora_neft.export.merge.plan import plan_merge
-from qlora_neft.export.merge.proof import KL_LIMIT, ProofRows
+from qlora_neft.export.merge.proof import ProofRows
+from qlora_neft.export.merge.report import KL_LIMIT
 from qlora_neft.run_folder.checkpoints import save_adapter
 
 ROWS = ProofRows([dict(row) for row in mixed_rows(6)], "random rows")

@@ -194,7 +194,7 @@ def test_an_invalid_card_is_told_in_the_words_of_the_hub(hub, folder, refusal):
     ("status", "words", "said"),
     [
         (403, "Private repository storage limit reached, please upgrade your plan", "no room left"),
-        (413, "Payload too large", "larger than the Hub takes"),
+        (413, "Payload too large", "larger than the Hub accepts"),
     ],
 )
 def test_no_room_and_too_large_are_told_apart(hub, refusal, status, words, said):

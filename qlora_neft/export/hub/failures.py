@@ -1,4 +1,4 @@
-"""What a failure of the Hub means: whether waiting helps, and the one message that says what to do."""
+"""Failures of the Hub: whether trying again helps, and the one message that says what to do."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from ...errors import RunFailed, UserInputError
 
 # HTTPError is httpx's, or httpx2's with huggingface_hub 2: every error of the connection, and every bad status.
-# The client wraps some in RuntimeError, gives ValueError for an answer it cannot read, OSError from its Xet part.
+# The client wraps some in RuntimeError, raises ValueError for an answer it cannot read, OSError from its Xet part.
 CLIENT_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
 PASSING = (408, 429, 500, 502, 503, 504)
-ROOM = re.compile(r"storage|quota|limit reached|too many files", re.IGNORECASE)
+NO_ROOM = re.compile(r"storage|quota|limit reached|too many files", re.IGNORECASE)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,10 @@ class Place:
 
     Attributes:
         repo_id: As the caller wrote it.
-        endpoint: Of the Hub.
-        token: Never shown: it is taken out of whatever else is.
-        token_source: Where it came from.
-        resume_command: What repeats the push.
+        endpoint: URL of the Hub.
+        token: Never shown: `text` removes it from every message.
+        token_source: Where the token came from, in words.
+        resume_command: Command that repeats the push.
     """
 
     repo_id: str
@@ -42,12 +44,72 @@ class Place:
     resume_command: str
 
     def text(self, message: str) -> str:
-        """A message without the token."""
+        """Return a message without the token."""
         return message.replace(self.token, "(the token)")
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long to go on trying.
+
+    Waits double from ``first_wait`` to ``longest_wait``. Each varies by up to a quarter, so that clients that failed
+    together do not all come back together. If the server asks for a longer wait (Retry-After, RateLimit), it gets it,
+    within the total.
+
+    Attributes:
+        attempts: Maximum number of attempts.
+        first_wait: Seconds.
+        longest_wait: Seconds.
+        total: Seconds after which no attempt begins.
+        answer: Seconds to wait for the server's answer to one request.
+        sleep: Waits for some seconds.
+        clock: Returns the seconds that have passed.
+    """
+
+    attempts: int = 6
+    first_wait: float = 1.0
+    longest_wait: float = 30.0
+    total: float = 300.0
+    answer: float = 100.0
+    sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+
+
+def keep_trying(action: Callable[[], T], patience: Patience, place: Place, say: Callable[[str], None]) -> T:
+    """Do something with the Hub that may safely be done twice.
+
+    Args:
+        action: Looks at what is there before it changes anything.
+        patience: How long to try.
+        place: For messages.
+        say: Told of each wait.
+
+    Raises:
+        UserInputError: If the user has to change something.
+        RunFailed: If the failures did not pass.
+    """
+    started, wait = patience.clock(), patience.first_wait
+    for attempt in range(1, patience.attempts + 1):
+        try:
+            return action()
+        except (UserInputError, RunFailed):  # ours, and some of them are ValueErrors
+            raise
+        except CLIENT_ERRORS as caught:
+            error = _root_of(caught)
+            if not _is_passing(error):
+                raise _explained(error, place) from error
+            seconds = _seconds_asked_for(error) or wait * random.uniform(0.75, 1.25)
+            spent = patience.clock() - started
+            if attempt == patience.attempts or spent + seconds > patience.total:
+                raise _gave_up(error, place, attempt, spent) from error
+            say(f"{_what_happened(error, place)}; trying again in {seconds:.0f} s")
+            patience.sleep(seconds)
+            wait = min(wait * 2, patience.longest_wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
 def token_source(given: str | None) -> str:
-    """Where the client takes its token from, in its own order."""
+    """Say where the client takes its token from; the order is its own."""
     if given is not None:
         return "the token given"
     for name in ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
@@ -58,85 +120,89 @@ def token_source(given: str | None) -> str:
     return "the token of the Colab secret HF_TOKEN"
 
 
-def root_of(error: BaseException) -> BaseException:
-    """The error below the client's own wrapping."""
+# ---- Failures that pass ----
+
+
+def _root_of(error: BaseException) -> BaseException:
+    """Return the error below the client's own wrapping."""
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, CLIENT_ERRORS):
         error = error.__cause__
     return error
 
 
-def is_passing(error: BaseException) -> bool:
-    """Whether the same request may succeed later: no connection, a busy or broken server, a gateway's page."""
+def _is_passing(error: BaseException) -> bool:
+    """Return whether the same request may succeed later: no connection, a busy or broken server, a gateway's page."""
     if isinstance(error, OfflineModeIsEnabled | HFValidationError):
         return False
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING
-    if isinstance(error, PermissionError | FileNotFoundError):  # of the folder, or Xet's word for a bad token
+    if isinstance(error, PermissionError | FileNotFoundError):  # of the folder, or what Xet raises for a bad token
         return False
     return isinstance(error, HTTPError | OSError | json.JSONDecodeError)
 
 
-def seconds_asked_for(error: BaseException) -> float | None:
-    """How long the server wants to be left alone; None if it does not say."""
+def _seconds_asked_for(error: BaseException) -> float | None:
+    """Return how long the server asks to wait, None if it does not say."""
     if not isinstance(error, HfHubHTTPError):
         return None
     headers: Mapping[str, str] = error.response.headers
     if (after := headers.get("Retry-After", "").strip()).isdigit():
         return float(after)
+    # r: requests left, t: seconds until there are more (https://huggingface.co/docs/hub/rate-limits).
     limit = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("RateLimit", ""))
     return float(limit[1]) + 1 if limit else None
 
 
-def gave_up(error: BaseException, place: Place, attempts: int, seconds: float) -> RunFailed:
-    """The end of a push whose failures did not pass."""
-    tried = f"{attempts} attempts in {seconds:.0f} s"
-    advice = f"Nothing is half done; to try again:\n  {place.resume_command}"
-    if (asked := seconds_asked_for(error)) is not None:
-        return RunFailed(
-            place.text(f"{what_happened(error, place)}; it asks to wait {asked:.0f} s ({tried}). {advice}")
+def _gave_up(error: BaseException, place: Place, attempts: int, seconds: float) -> RunFailed:
+    asked = _seconds_asked_for(error)
+    wish = "" if asked is None else f"; it asks to wait {asked:.0f} s"
+    return RunFailed(
+        place.text(
+            f"{_what_happened(error, place)}{wish} ({attempts} attempts in {seconds:.0f} s). Nothing is half done; to "
+            f"try again:\n  {place.resume_command}"
         )
-    return RunFailed(place.text(f"{what_happened(error, place)} ({tried}). {advice}"))
+    )
 
 
-def what_happened(error: BaseException, place: Place) -> str:
-    """A failure in a few words."""
+def _what_happened(error: BaseException, place: Place) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return f"{place.endpoint} answers {'429, too many requests' if status == 429 else status}"
     if isinstance(error, json.JSONDecodeError):
         return f"{place.endpoint} answers with a page in place of data, as a proxy or gateway does"
-    return place.text(f"no connection to {place.endpoint} ({_first_line(error)})")
+    return place.text(f"no connection to {place.endpoint} ({_typed_line(error)})")
 
 
-def explained(error: BaseException, place: Place) -> UserInputError | RunFailed:
-    """What a failure that does not pass by itself asks of the user."""
+# ---- Failures that the user has to act on ----
+
+
+def _explained(error: BaseException, place: Place) -> UserInputError | RunFailed:
     kind, message = _meaning(error, place)
-    again = f" Then:\n  {place.resume_command}"
-    return kind(place.text(message) + again)
+    return kind(place.text(message) + f" Then:\n  {place.resume_command}")
 
 
 def _meaning(error: BaseException, place: Place) -> tuple[type[UserInputError | RunFailed], str]:
     if isinstance(error, OfflineModeIsEnabled):
         return UserInputError, "HF_HUB_OFFLINE is set, so nothing can be sent. Unset it."
     if isinstance(error, HFValidationError):
-        return UserInputError, f"{place.repo_id}: not a name for a repository ({_first_line(error)}). Give owner/name."
+        return UserInputError, f"{place.repo_id}: not a name for a repository ({_typed_line(error)}). Give owner/name."
     if isinstance(error, HfHubHTTPError):
         return _meaning_of_status(error.response.status_code, _said(error), place)
     if isinstance(error, PermissionError):
         return UserInputError, _bad_token(place)
     if "Invalid metadata in README.md" in str(error):
-        return UserInputError, f"the Hub refuses the model card, nothing was pushed: {_card_problems(error)}."
-    return RunFailed, f"the push to {place.repo_id} failed: {_first_line(error)}. Nothing is half done."
+        return UserInputError, f"the Hub rejects the model card, nothing was pushed: {_card_problems(error)}."
+    return RunFailed, f"the push to {place.repo_id} failed: {_typed_line(error)}. Nothing is half done."
 
 
 def _meaning_of_status(status: int, said: str, place: Place) -> tuple[type[UserInputError | RunFailed], str]:
     repo_id, words = place.repo_id, f" ({said})" if said else ""
     if status == 401:
         return UserInputError, _bad_token(place)
-    if status in (402, 403, 413) and ROOM.search(said):
-        return UserInputError, f"{repo_id}: the Hub has no room left for it{words}. Free space or take a larger plan."
+    if status in (402, 403, 413) and NO_ROOM.search(said):
+        return UserInputError, f"{repo_id}: the Hub has no room left for it{words}. Free space or get a larger plan."
     if status == 413:
-        return UserInputError, f"{repo_id}: a file is larger than the Hub takes{words}. Make it smaller."
+        return UserInputError, f"{repo_id}: a file is larger than the Hub accepts{words}. Make it smaller."
     if status in (402, 403):
         return UserInputError, (
             f"{repo_id}: {place.token_source} may not write there{words}. Give a repository of your own, or use a "
@@ -144,8 +210,8 @@ def _meaning_of_status(status: int, said: str, place: Place) -> tuple[type[UserI
         )
     if status == 404:
         return UserInputError, (
-            f"{repo_id}: not there for {place.token_source}{words}. Check owner, name and branch; a private repository "
-            "of someone else looks like this as well."
+            f"{repo_id}: not found with {place.token_source}{words}. Check owner, name and branch; someone else's "
+            "private repository looks like this too."
         )
     if status == 409:
         return UserInputError, f"{repo_id}: the name is taken, or being taken{words}. Give another one, or wait."
@@ -159,86 +225,24 @@ def _meaning_of_status(status: int, said: str, place: Place) -> tuple[type[UserI
 
 def _bad_token(place: Place) -> str:
     return (
-        f"{place.endpoint} does not accept {place.token_source}: it is wrong, expired or revoked. Make one with write "
-        f"access at {place.endpoint}/settings/tokens and give it with `hf auth login`, HF_TOKEN or a Colab secret."
+        f"{place.endpoint} does not accept {place.token_source}: it is wrong, expired or revoked. Create one with "
+        f"write access at {place.endpoint}/settings/tokens and set it with `hf auth login`, HF_TOKEN or a Colab secret."
     )
 
 
 def _card_problems(error: BaseException) -> str:
-    """The Hub's own list, which the client puts below a first line."""
+    """Return the Hub's own list of problems, which the client puts below a first line."""
     listed = [line.strip("- ") for line in str(error).splitlines()[1:] if line.strip("- ")]
     return "; ".join(listed) or (_said(error.__cause__) if isinstance(error.__cause__, HfHubHTTPError) else str(error))
 
 
 def _said(error: HfHubHTTPError) -> str:
-    """What the server says of its refusal, on one line."""
+    """Return the server's own explanation, on one line."""
     said = error.server_message or error.response.headers.get("X-Error-Message", "")
     return "; ".join(dict.fromkeys(line.strip().rstrip(".") for line in said.splitlines() if line.strip()))
 
 
-def _first_line(error: BaseException) -> str:
+def _typed_line(error: BaseException) -> str:
+    """Return the first line of an error, after the name of its type."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to go on trying.
-
-    Waits double from ``first_wait`` to ``longest_wait``, each varied by up to a quarter, so that many clients that
-    failed together do not come back together. A server's own wish (Retry-After, RateLimit) is granted
-    within the total.
-
-    Attributes:
-        attempts: At most.
-        first_wait: Seconds.
-        longest_wait: Seconds.
-        total: Seconds after which no attempt begins.
-        answer: Seconds to wait for the server's answer to one request.
-        sleep: Waits.
-        clock: Seconds that have passed.
-    """
-
-    attempts: int = 6
-    first_wait: float = 1.0
-    longest_wait: float = 30.0
-    total: float = 300.0
-    answer: float = 100.0
-    sleep: Callable[[float], None] = time.sleep
-    clock: Callable[[], float] = time.monotonic
-
-
-def keep_trying(action: Callable[[], T], patience: Patience, place: Place, say: Callable[[str], None]) -> T:
-    """Do something with the Hub that may be done twice.
-
-    Args:
-        action: Looks at what is there before it changes anything.
-        patience: How long.
-        place: For messages.
-        say: Told of each wait.
-
-    Raises:
-        UserInputError: If the user has to change something.
-        RunFailed: If the failures did not pass.
-    """
-    started, wait = patience.clock(), patience.first_wait
-    for attempt in range(1, patience.attempts + 1):
-        try:
-            return action()
-        except (UserInputError, RunFailed):
-            raise
-        except CLIENT_ERRORS as caught:
-            error = root_of(caught)
-            if not is_passing(error):
-                raise explained(error, place) from error
-            seconds = seconds_asked_for(error) or wait * random.uniform(0.75, 1.25)
-            spent = patience.clock() - started
-            if attempt == patience.attempts or spent + seconds > patience.total:
-                raise gave_up(error, place, attempt, spent) from error
-            say(f"{what_happened(error, place)}; trying again in {seconds:.0f} s")
-            patience.sleep(seconds)
-            wait = min(wait * 2, patience.longest_wait)
-    raise AssertionError("the last attempt returns or raises")
