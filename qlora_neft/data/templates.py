@@ -39,21 +39,21 @@ VICUNA_SYSTEM = (
 
 
 class Template(Protocol):
-    """What every template can do.
+    """What every template can do."""
 
-    Attributes:
-        end: Text of the token that ends a response, None if the template puts none.
-        adds_special_tokens: Whether the tokenizer shall add its begin token; a chat template writes its own.
-    """
+    @property
+    def end(self) -> str | None:
+        """Text of the token that ends a response, None if the template writes none."""
 
-    end: str | None
-    adds_special_tokens: bool
+    @property
+    def adds_special_tokens(self) -> bool:
+        """Whether the tokenizer has to add its begin token; a chat template writes its own."""
 
     def render(self, example: Example) -> list[Piece]:
-        """The example's text. Raises `BadRow` if the template has no room for it."""
+        """Return the example's text; raises `BadRow` if the template cannot express it."""
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text after which the next response begins."""
+        """Return the text that the next response follows."""
 
 
 class NoTemplate:

@@ -1,24 +1,19 @@
-"""What a recipe states about data and machine, handed to the parts as flat arguments.
+"""The parts of a run that need no weights: how the machine computes, the data, the plan.
 
-With `unpack_trainer` and `run`, the only rooms that see a `Recipe`. Nothing here imports PEFT, TRL or bitsandbytes,
-which a look at the data does not need.
+Nothing here imports PEFT, TRL or bitsandbytes, which a look at the data does not need; see `build_trainer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback
 
-from ..base.lora import lora_config
-from ..base.nf4 import load_nf4_base, nf4_config
 from ..base.precision import PrecisionPolicy, resolve_precision
-from ..data.prepare import PreparedData, prepare_data
-from ..data.report import padding_waste, sequence_lengths
+from ..data.prepare import PreparedData, Progress, prepare_data
 from ..errors import UserInputError
 from ..fit import Card, Choice, Wanted, choose
 from ..fit.cards import GIB, host
@@ -26,8 +21,38 @@ from ..fit.geometry import geometry_of
 from ..paths import resolve_bundled
 from ..recipe import Recipe
 from ..recipe.schema import Neftune
-from ..trainer import QLoRANeftConfig, QLoRANeftTrainer
-from .plan import RunPlan, choose_gpu, num_processes, plan_run, uses_fsdp
+from .plan import RunPlan, choose_gpu, plan_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as far as it is decided before any weights are loaded.
+
+    Attributes:
+        recipe: What is learned.
+        output_dir: Where the run writes.
+        console: Where its lines for the user go.
+        started: When it was called, by `time.monotonic`.
+        policy: How the machine computes.
+        config: The base's configuration.
+        tokenizer: The base's tokenizer.
+        data: The sequences.
+        plan: How steps are carried out.
+    """
+
+    recipe: Recipe
+    output_dir: Path
+    console: Console
+    started: float
+    policy: PrecisionPolicy
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    plan: RunPlan
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,7 @@ def _chosen(value: int | str) -> int | None:
 
 
 def policy_of(recipe: Recipe) -> PrecisionPolicy:
-    """How this machine computes; sets the number of CPU threads."""
+    """Return how this machine computes, and set the number of CPU threads."""
     machine = recipe.machine
     choose_gpu()
     policy = resolve_precision(machine.precision, machine.device, recipe.quantization.bnb_4bit_compute_dtype)
@@ -126,14 +151,14 @@ def policy_of(recipe: Recipe) -> PrecisionPolicy:
 
 
 def model_path(recipe: Recipe) -> str:
-    """The base, a bundled one as a folder."""
+    """Return the base's path: a Hub id or a folder, a bundled base as its folder."""
     return resolve_bundled(recipe.model.name_or_path)
 
 
 def data_of(
-    recipe: Recipe, tokenizer: Any, *, refuse: bool = True, progress: Callable[[int], None] | None = None
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, refuse: bool = True, progress: Progress | None = None
 ) -> PreparedData:
-    """The sequences a recipe trains on; ``refuse`` and ``progress`` as in `prepare_data`."""
+    """Return the sequences a recipe trains on; ``refuse`` and ``progress`` as in `prepare_data`."""
     machine = recipe.machine
     return prepare_data(
         tokenizer,
@@ -145,14 +170,16 @@ def data_of(
     )
 
 
-def plan_of(recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, config: Any = None) -> RunPlan:
-    """How the run is carried out on this machine.
+def plan_of(
+    recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, config: PretrainedConfig | None = None
+) -> RunPlan:
+    """Return how the run is carried out on this machine.
 
     Args:
         recipe: What is learned.
         policy: How this machine computes.
-        data: With the number of rows.
-        config: Of the base; without it nothing is planned by memory.
+        data: The sequences to train on.
+        config: The base's configuration; without it nothing is planned by memory.
     """
     planned = Planned() if config is None else planned_for(recipe, config.to_dict(), _card(policy))
     machine = recipe.machine.model_copy(update=planned.machine)
@@ -161,111 +188,8 @@ def plan_of(recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, config:
 
 
 def _card(policy: PrecisionPolicy) -> Card:
-    """The device this run is on, with the memory it really has."""
+    """Return the device of this run, with the memory it really has."""
     if policy.device.type != "cuda":
         return host()
     device = torch.cuda.get_device_properties(policy.device)
     return Card(device.name, device.total_memory, has_bf16=policy.compute_dtype == torch.bfloat16)
-
-
-def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> dict[str, Any]:
-    """The data report, with what padding costs under the plan."""
-    batch = recipe.train.effective_batch_size
-    rows, tokens = plan.per_device_train_batch_size, plan.max_tokens_per_micro_batch
-    lengths = sequence_lengths(data.train)
-    waste = padding_waste(lengths, batch, rows, tokens, padding_free=plan.padding_free, seed=recipe.train.seed)
-    return {**data.report, "train": {**data.report["train"], "padding_waste": waste}}
-
-
-def trainer_of(
-    trainer_class: type[QLoRANeftTrainer],
-    recipe: Recipe,
-    policy: PrecisionPolicy,
-    plan: RunPlan,
-    tokenizer: Any,
-    data: PreparedData,
-    output_dir: Path,
-) -> QLoRANeftTrainer:
-    """The trainer, its NF4 base loaded and its adapters added."""
-    model = load_nf4_base(
-        model_path(recipe),
-        device=policy.device,
-        compute_dtype=policy.compute_dtype,
-        quantization_config=nf4_config(
-            recipe.quantization, policy.compute_dtype, quant_storage=_quant_storage(recipe, policy)
-        ),
-        revision=recipe.model.revision,
-    )
-    trainer = trainer_class(
-        model,
-        _arguments(recipe, policy, plan, has_eval=data.eval is not None, output_dir=output_dir),
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        processing_class=tokenizer,
-        peft_config=lora_config(recipe.lora),
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _arguments(
-    recipe: Recipe, policy: PrecisionPolicy, plan: RunPlan, *, has_eval: bool, output_dir: Path
-) -> QLoRANeftConfig:
-    train, neftune, machine = recipe.train, recipe.neftune, recipe.machine
-    noise = {} if neftune is None else {f"neftune_{key}": value for key, value in neftune.model_dump().items()}
-    # The step is the recipe's; how it is split is the plan's. The trainer multiplies these two back together.
-    return QLoRANeftConfig(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=-(-train.effective_batch_size // num_processes()),
-        effective_batch_size=train.effective_batch_size,
-        micro_batch_size=plan.per_device_train_batch_size,
-        max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch,
-        per_device_eval_batch_size=plan.per_device_eval_batch_size,
-        gradient_checkpointing=plan.activation_checkpointing,
-        checkpointed_blocks=plan.checkpointed_blocks,
-        padding_free=plan.padding_free,
-        max_steps=plan.num_steps,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=train.warmup_steps,
-        optim=plan.optim,
-        weight_decay=train.weight_decay,
-        adam_beta1=train.adam_beta1,
-        adam_beta2=train.adam_beta2,
-        max_grad_norm=train.max_grad_norm,
-        seed=train.seed,
-        logging_steps=plan.logging_steps,
-        logging_first_step=True,
-        clean_loss_steps=plan.clean_loss_steps,
-        eval_strategy="steps" if has_eval else "no",
-        eval_steps=plan.eval_steps,
-        dataloader_num_workers=recipe.machine.dataloader_num_workers,
-        dataloader_pin_memory=policy.device.type == "cuda",
-        bf16=policy.amp == "bf16",
-        fp16=policy.amp == "fp16",
-        use_cpu=policy.device.type == "cpu",
-        max_length=None,  # rows are cut already, and counted
-        save_strategy="steps" if machine.save_steps not in ("auto", 0) else "no",
-        save_steps=machine.save_steps if machine.save_steps not in ("auto", 0) else 500,
-        save_total_limit=machine.save_total_limit,
-        max_bad_steps=train.max_bad_steps,
-        report_to="none",
-        disable_tqdm=True,
-        **noise,
-    )
-
-
-def _quant_storage(recipe: Recipe, policy: PrecisionPolicy) -> torch.dtype:
-    """What the NF4 bytes are declared as.
-
-    Raises:
-        UserInputError: If FSDP is asked for and would not shard them.
-    """
-    wanted = recipe.machine.bnb_4bit_quant_storage
-    storage = torch.uint8 if wanted == "auto" else getattr(torch, wanted)
-    if uses_fsdp() and storage != policy.compute_dtype:
-        raise UserInputError(
-            "machine.bnb_4bit_quant_storage: must be the compute dtype under FSDP, which shards no other "
-            f"({str(policy.compute_dtype).removeprefix('torch.')}), got {wanted}."
-        )
-    return storage

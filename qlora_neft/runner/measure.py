@@ -1,4 +1,4 @@
-"""What a model can do at one moment of a run: clean losses and greedy answers."""
+"""A model measured at one moment of its run: clean losses and greedy answers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 from ..generation.answers import Answer, Question, exact_match, greedy_answers, questions
 from ..trainer import QLoRANeftTrainer
+from .build import Run
 
 ANSWERS_SHOWN = 3
 MIN_ANSWERS_FOR_A_SCORE = 20  # fewer are shown, not scored
 MAX_ANSWER_TOKENS = 128
-SPARE_TOKENS = 8  # beyond the longest reference, so that an answer that runs on is seen to
+SPARE_TOKENS = 8  # beyond the longest reference, to see an answer run on
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Measurement:
     """Losses in nats per trained token, without noise or dropout.
 
     Attributes:
-        clean_train_loss: On the first training rows.
-        held_out_loss: On all held-out rows, None without any.
-        answers: To the first held-out prompts.
+        clean_train_loss: Loss on the first training rows.
+        held_out_loss: Loss on all held-out rows, None without any.
+        answers: Answers to the first held-out prompts.
     """
 
     clean_train_loss: float
@@ -30,7 +31,7 @@ class Measurement:
     answers: list[Answer] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """Losses, and the share of exact answers where there are enough for a score."""
+        """Return the losses, and the share of exact answers if there are enough for a score."""
         found: dict[str, Any] = {"clean_train_loss": self.clean_train_loss}
         if self.held_out_loss is not None:
             found["held_out_loss"] = self.held_out_loss
@@ -39,46 +40,32 @@ class Measurement:
         return found
 
     def log(self) -> dict[str, float]:
-        """The losses under the names that a training log has for them."""
+        """Return the losses under their names in a training log."""
         found = {"clean_loss": self.clean_train_loss, "eval_loss": self.held_out_loss}
         return {key: loss for key, loss in found.items() if loss is not None}
 
 
-def measure(
-    trainer: QLoRANeftTrainer,
-    tokenizer: Any,
-    held_out: Any | None,
-    num_answers: int | str = "auto",
-    stop_token_ids: Sequence[int] = (),
-) -> Measurement:
-    """Measure a trainer's model as it is now; no random stream is moved.
-
-    Args:
-        trainer: With an evaluation set if there are held-out rows.
-        tokenizer: Its tokenizer.
-        held_out: Held-out sequences, a dataset of ``input_ids`` and ``labels``; None without any.
-        num_answers: How many of them to answer; ``"auto"`` for a few to look at.
-        stop_token_ids: Tokens that end an answer.
-    """
+def measure(run: Run, trainer: QLoRANeftTrainer) -> Measurement:
+    """Measure a trainer's model as it is now, without moving any random stream."""
+    held_out, asked_for = run.data.eval, run.recipe.machine.eval_answers
     loss = trainer.clean_train_loss()
+    assert loss is not None  # None is for rows that are not tokenized yet
     if held_out is None:
         return Measurement(loss)
-    count = ANSWERS_SHOWN if num_answers == "auto" else int(num_answers)
-    asked = questions(held_out, tokenizer, count, stop_token_ids)
-    return Measurement(loss, trainer.held_out_loss(), _answers(trainer, tokenizer, asked, stop_token_ids))
+    count = ANSWERS_SHOWN if asked_for == "auto" else asked_for
+    asked = questions(held_out, run.tokenizer, count, run.data.stop_token_ids)
+    return Measurement(loss, trainer.held_out_loss(), _answers(run, trainer, asked))
 
 
-def _answers(
-    trainer: QLoRANeftTrainer, tokenizer: Any, asked: Sequence[Question], stop_token_ids: Sequence[int]
-) -> list[Answer]:
+def _answers(run: Run, trainer: QLoRANeftTrainer, asked: Sequence[Question]) -> list[Answer]:
     if not asked:
         return []
     longest = max(len(question.reference_ids) for question in asked)
     return greedy_answers(
         trainer.model,
-        tokenizer,
+        run.tokenizer,
         asked,
         max_new_tokens=min(longest + SPARE_TOKENS, MAX_ANSWER_TOKENS),
         batch_size=trainer.args.per_device_eval_batch_size,
-        stop_token_ids=stop_token_ids,
+        stop_token_ids=run.data.stop_token_ids,
     )

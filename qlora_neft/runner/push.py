@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ def ready_to_push(
 
 
 @contextmanager
-def pushing(pusher: CheckpointPusher | None, trainer: Any) -> Iterator[None]:
+def pushing(pusher: CheckpointPusher | None, trainer: Any) -> Generator[None, None, None]:
     """Inside the block a trainer's checkpoints are pushed; at its end there is a bounded wait for the last one."""
     if pusher is None:
         yield

@@ -1,27 +1,21 @@
-"""The story of a run, top to bottom: a recipe in, an adapter and its record out.
+"""The story of a run, top to bottom: a recipe in, an adapter and its records out.
 
-Every part below takes flat arguments and serves from a notebook alone; `unpack` hands them a recipe's values.
+Every part it calls takes its own section of the recipe, and serves from a notebook alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from rich.console import Console
 
 from ..base.config import check_base_config, check_context, check_vocabulary, load_tokenizer
-from ..base.lora import count_parameters, count_trainable
 from ..base.nf4 import base_fingerprint, frozen_fingerprints
-from ..base.precision import PrecisionPolicy
-from ..data.prepare import PreparedData
 from ..display.console import (
     ProgressLines,
     RowsProgress,
@@ -34,16 +28,12 @@ from ..display.console import (
     say,
     show_answers,
     show_result,
-    title,
 )
-from ..display.plots import plot_lengths, plot_losses
 from ..errors import RunFailed, RunInterrupted
-from ..files import failing_with_the_disk, finite, write_json
-from ..generation.answers import Answer
+from ..files import failing_with_the_disk
 from ..recipe import Recipe
 from ..run_folder.checkpoints import remove_leftovers, save_adapter
-from ..run_folder.metrics import MetricsFile, hardware, peak_memory, versions
-from ..run_folder.mirror import Mirror
+from ..run_folder.metrics import MetricsFile
 from ..run_folder.resume import (
     Beginning,
     check_identity,
@@ -52,236 +42,26 @@ from ..run_folder.resume import (
     find_beginning,
     read_summary,
     restore_from_mirror,
-    write_run_file,
 )
 from ..run_folder.stop import StopRequest, WhenToSave, answered
 from ..trainer import QLoRANeftTrainer
 from ..trainer.memory import cuda_probe
-from .build import data_of, model_path, plan_of, policy_of, report_of, trainer_of
+from .build import Run, data_of, model_path, plan_of, policy_of
+from .build_trainer import trainer_of
 from .measure import ANSWERS_SHOWN, Measurement, measure
-from .plan import RunPlan, is_main_process
+from .plan import is_main_process
 from .push import CheckpointPusher, pushing, ready_to_push
-
-MIRROR_SECONDS = 600  # at the end, for what is still to be copied
-RECORDS = ("run.json", "recipe.yaml", "data_report.json", "metrics.jsonl")
-
-
-def train_and_measure(
-    recipe: Recipe,
-    trainer: QLoRANeftTrainer,
-    tokenizer: Any,
-    data: PreparedData,
-    plan: RunPlan,
-    facts: dict[str, Any],
-    beginning: Beginning,
-    output_dir: Path,
-    console: Console,
-    started: float,
-) -> dict[str, Any]:
-    """Carry a run to its end, or to the checkpoint at which it is asked to stop.
-
-    Returns:
-        ``facts`` and what came of it: the content of ``summary.json``.
-
-    Raises:
-        UserInputError: If data or base are not those the run began with.
-        RunFailed: If training fails.
-        RunInterrupted: If a signal asked to stop.
-    """
-    frozen = frozen_fingerprints(trainer.model)
-    identity = {"data_sha256": _data_sha256(data), "base_sha256": base_fingerprint(frozen)}
-    check_identity(beginning.earlier, **identity)
-    answers, stops = recipe.machine.eval_answers, data.stop_token_ids
-    measured_on = {"rows": data.report["eval"] and data.report["eval"]["sha256"], "answers": answers}
-    before = _measured_before(beginning, measured_on) or measure(trainer, tokenizer, data.eval, answers, stops)
-    about = {"recipe": recipe.to_dict(), **identity, "before": _plain(before), "measured_on": measured_on}
-    metrics = _open_records(recipe, data, plan, beginning, about, before, output_dir)
-    decisions: list[str] = []
-    trainer.say = _saying(console, decisions)
-    trainer.checkpoint_about = about
-    with _mirrored(recipe, output_dir, trainer) as mirror:
-        _train(recipe, trainer, plan, console, metrics, beginning, output_dir)
-        if frozen_fingerprints(trainer.model) != frozen:
-            raise RunFailed("the frozen base changed during training; nothing was saved. Please report this.")
-        tokenizer.chat_template = data.chat_template or tokenizer.chat_template
-        if is_main_process():
-            save_adapter(trainer.model, tokenizer, output_dir)  # first of all: what comes after may fail
-        after = measure(trainer, tokenizer, data.eval, answers, stops)
-        drawn = _close_records(recipe, metrics, trainer.state.global_step, after, output_dir)
-        peak = peak_memory(trainer.args.device)
-        summary = {
-            **facts,
-            "status": "done",
-            "steps": trainer.state.global_step,
-            "tokens_seen": trainer.tokens_seen,
-            "trained_tokens_seen": trainer.trained_tokens_seen,
-            "bad_steps": trainer.bad_steps,
-            "decisions": decisions,
-            "resumed_from_step": beginning.checkpoint.step if beginning.checkpoint else None,
-            "parameters": count_parameters(trainer.model.get_base_model()) - count_trainable(trainer.model),
-            "lora_parameters": count_trainable(trainer.model),
-            "base_sha256": identity["base_sha256"],
-            "base_unchanged": True,
-            "before": finite(before.summary()),
-            "after": finite(after.summary()),
-            "train_seconds": round(trainer.train_seconds, 2),
-            "wall_seconds": round(time.monotonic() - started, 2),
-            "peak_memory": peak,
-            "memory": _memory(plan, peak),
-        }
-        if is_main_process():
-            write_json(output_dir / "answers.json", {"answers": [asdict(answer) for answer in after.answers]})
-            write_json(output_dir / "summary.json", summary)
-        if mirror is not None:
-            mirror.files([path.name for path in output_dir.iterdir() if path.is_file()])
-    show_result(console, before.summary(), after.summary())
-    pairs = list(zip(before.answers, after.answers, strict=True))[:ANSWERS_SHOWN]
-    show_answers(console, [(old.prompt, old.text, new.text, new.reference) for old, new in pairs])
-    say(
-        console,
-        lines_after(output_dir, recipe.model.name_or_path, summary["steps"], trainer.train_seconds, drawn=drawn),
-    )
-    return summary
-
-
-def _train(
-    recipe: Recipe,
-    trainer: QLoRANeftTrainer,
-    plan: RunPlan,
-    console: Console,
-    metrics: MetricsFile,
-    beginning: Beginning,
-    output_dir: Path,
-) -> None:
-    machine, progress = recipe.machine, ProgressLines(console)
-    stop = StopRequest(machine.grace_seconds, lambda name: say(console, [_stopping(name)]))
-    minutes = None if machine.save_every_minutes == 0 else machine.save_every_minutes
-    speed = SpeedLine(lambda: trainer.tokens_seen, lambda line: say(console, [line]))
-    probe = cuda_probe(trainer, plan.memory_estimate and plan.memory_estimate["peak_bytes"])
-    for callback in (WhenToSave(minutes, stop), metrics, progress, speed, *([probe] if probe else [])):
-        trainer.add_callback(callback)
-    trainer.stop = stop
-    checkpoint = beginning.checkpoint
-    if checkpoint:
-        say(console, [f"going on from step {checkpoint.step}: {checkpoint.path}"])
-    say(console, beginning.notes)
-    try:
-        with answered(stop):
-            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-    finally:
-        progress.close()
-    if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise RunInterrupted(stop.signal, _how_to_go_on(trainer, output_dir))
-
-
-def _open_records(
-    recipe: Recipe,
-    data: PreparedData,
-    plan: RunPlan,
-    beginning: Beginning,
-    about: dict[str, Any],
-    before: Measurement,
-    output_dir: Path,
-) -> MetricsFile:
-    metrics = MetricsFile(output_dir / "metrics.jsonl")
-    if not is_main_process():
-        return metrics
-    step = beginning.checkpoint.step if beginning.checkpoint else None
-    metrics.keep_up_to(step)  # what a run that was cut off logged beyond its checkpoint is logged again
-    write_run_file(output_dir, about)
-    (output_dir / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    report = report_of(recipe, data, plan)
-    write_json(output_dir / "data_report.json", report)
-    plot_lengths(report, output_dir / "lengths.png", title(recipe.to_dict()))
-    if step is None:
-        metrics.write(0, before.log())
-    return metrics
-
-
-def _close_records(recipe: Recipe, metrics: MetricsFile, step: int, after: Measurement, output_dir: Path) -> bool:
-    """Log the last measurement and draw the curves; whether they could be drawn."""
-    if not is_main_process():
-        return True
-    metrics.write(step, after.log())
-    return plot_losses(metrics.read(), output_dir / "loss.png", title(recipe.to_dict()))
-
-
-@contextmanager
-def _mirrored(recipe: Recipe, output_dir: Path, trainer: QLoRANeftTrainer) -> Iterator[Mirror | None]:
-    """A second folder kept in step with the run's, also when it is cut off."""
-    if recipe.machine.mirror_dir is None or not is_main_process():
-        yield None
-        return
-    mirror = Mirror(output_dir, Path(recipe.machine.mirror_dir).expanduser(), trainer.say)
-
-    def copy(checkpoint: Path) -> None:
-        mirror.files(RECORDS)
-        mirror.checkpoint(checkpoint)
-
-    trainer.on_checkpoint = copy
-    seconds = MIRROR_SECONDS
-    try:
-        yield mirror
-    except KeyboardInterrupt:
-        seconds = 0  # a second signal: at once
-        raise
-    finally:
-        if not mirror.close(seconds):
-            trainer.say(
-                f"mirror {recipe.machine.mirror_dir}: not everything could be copied; the run's own folder is whole"
-            )
-
-
-def _memory(plan: RunPlan, peak: dict[str, int]) -> dict[str, Any]:
-    """Estimate and measurement side by side; on a CPU the measurement holds Python and its libraries as well."""
-    estimate = plan.memory_estimate or {"peak_bytes": None, "terms": None}
-    measured = peak.get("cuda_reserved_bytes", peak["host_bytes"])
-    return {"estimated_peak_bytes": estimate["peak_bytes"], "measured_peak_bytes": measured, "terms": estimate["terms"]}
-
-
-def _measured_before(beginning: Beginning, measured_on: dict[str, Any]) -> Measurement | None:
-    """What the run's first session measured, if it was on what is measured now."""
-    earlier = beginning.earlier
-    if earlier is None or earlier.before is None or earlier.measured_on != measured_on:
-        return None
-    stored = earlier.before
-    if stored.clean_train_loss is None:  # it was NaN
-        return None
-    answers = [Answer(answer.prompt, answer.reference, answer.text) for answer in stored.answers or []]
-    return Measurement(stored.clean_train_loss, stored.held_out_loss, answers)
-
-
-def _plain(measurement: Measurement) -> dict[str, Any]:
-    return finite(asdict(measurement))
-
-
-def _data_sha256(data: PreparedData) -> str:
-    text = data.report["train"]["sha256"] + (data.chat_template or "")
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _saying(console: Console, decisions: list[str]) -> Any:
-    def tell(line: str) -> None:
-        decisions.append(line)
-        say(console, [line])
-
-    return tell
-
-
-def _stopping(name: str) -> str:
-    return f"{name}: finishing this step and writing a checkpoint; once more stops at once"
-
-
-def _how_to_go_on(trainer: QLoRANeftTrainer, output_dir: Path) -> str:
-    state = trainer.state
-    command = shlex.join(["qlora-neft", "train", str(output_dir / "recipe.yaml"), "--output-dir", str(output_dir)])
-    return (
-        f"stopped after step {state.global_step} of {state.max_steps}; the checkpoint is written. To go on:\n"
-        f"  {command}"
-    )
-
-
-SUMMARY_VERSION = 1
+from .records import (
+    about_run,
+    data_sha256,
+    facts_of,
+    log_result,
+    measured_before,
+    mirroring,
+    open_records,
+    summary_of,
+    write_result,
+)
 
 
 def run(
@@ -293,40 +73,41 @@ def run(
     quiet: bool = False,
     trainer_class: type[QLoRANeftTrainer] = QLoRANeftTrainer,
 ) -> dict[str, Any]:
-    """Train what a recipe states, and write down what came of it; go on where an earlier call was cut off.
+    """Train what a recipe states and record the result, continuing where an earlier call was interrupted.
 
     Writes into ``output_dir``: the adapter, the tokenizer, ``recipe.yaml``, ``run.json``, ``data_report.json``,
-    ``metrics.jsonl``, ``summary.json``, ``lengths.png``, ``loss.png`` and checkpoints.
+    ``metrics.jsonl``, ``summary.json``, ``answers.json``, ``lengths.png``, ``loss.png`` and checkpoints.
 
     Args:
         recipe: What is learned, from `load_recipe`.
         output_dir: A new or empty folder, or that of this recipe's run.
-        resume: ``"auto"`` goes on with a run that the folder holds, ``"never"`` refuses to, a folder names the run or
-            the checkpoint to go on from.
-        dry_run: Stop before the weights are loaded: model configuration, data and plan are checked and shown.
-        quiet: Print human lines on stderr.
+        resume: ``"auto"`` continues the run that the folder holds, if any; ``"never"`` refuses to; a folder names the
+            run or the checkpoint to continue from.
+        dry_run: Whether to stop before the weights are loaded: model configuration, data and plan are checked and
+            shown.
+        quiet: Whether to print lines for people on stderr, leaving stdout to programs.
         trainer_class: A subclass to train with, for experiments.
 
     Returns:
         The content of ``summary.json``.
 
     Raises:
-        UserInputError: If the recipe's model, data or this machine cannot carry out what it states.
-        RunFailed: If training fails; the newest checkpoint is sound, and the same call goes on from it.
-        RunInterrupted: If a signal asked to stop; the same.
+        UserInputError: If the recipe's model or data are unusable, or this machine cannot do what it states.
+        RunFailed: If training fails. The newest checkpoint is sound, and the same call continues from it.
+        RunInterrupted: If a signal asked to stop; likewise.
     """
-    started, output_dir = time.monotonic(), Path(output_dir)
-    main, console = is_main_process(), make_console(quiet=quiet, silent=not is_main_process())
+    started, output_dir, main = time.monotonic(), Path(output_dir), is_main_process()
+    console = make_console(quiet=quiet, silent=not main)
     with quiet_libraries():
         if main and not dry_run:
-            restore_from_mirror(
-                recipe.machine.mirror_dir, output_dir, recipe.to_dict(), lambda line: say(console, [line])
-            )
+            mirror_dir = recipe.machine.mirror_dir
+            restore_from_mirror(mirror_dir, output_dir, recipe.to_dict(), lambda line: say(console, [line]))
         beginning = find_beginning(output_dir, recipe.to_dict(), resume)
         if beginning.finished:
             return _finished(output_dir, console)
-        # Before rows are prepared and weights loaded: a wrong token costs nothing.
-        pusher = pusher_of(recipe, output_dir, console) if main and not dry_run else None
+        # Before rows are prepared and weights loaded, so that a wrong token costs no time.
+        pusher = _ready_to_push(recipe, output_dir, console) if main and not dry_run else None
+
         policy = policy_of(recipe)
         config = check_base_config(model_path(recipe), revision=recipe.model.revision)
         check_context(config, recipe.data.max_length)
@@ -334,25 +115,93 @@ def run(
         data = data_of(recipe, tokenizer, progress=RowsProgress(console))
         check_vocabulary(config, data.largest_token_id)
         plan = plan_of(recipe, policy, data, config)
-        say(console, _lines_before(recipe, policy, data, plan))
-        facts = _facts(recipe, policy, data, plan) | {"base_commit": getattr(config, "_commit_hash", None)}
+        decided = Run(recipe, output_dir, console, started, policy, config, tokenizer, data, plan)
+        say(console, _lines_before(decided))
         if dry_run:
-            return facts
+            return facts_of(decided)
+
         with failing_with_the_disk(disk_message(output_dir)), claimed(output_dir) if main else nullcontext():
             if main:
                 remove_leftovers(output_dir)
-            beginning = find_beginning(output_dir, recipe.to_dict(), resume)  # again: now it is ours alone
-            if beginning.finished:  # by another process, meanwhile
+            beginning = find_beginning(output_dir, recipe.to_dict(), resume)  # again: now the folder is ours alone
+            if beginning.finished:  # by another process in the meantime
                 return _finished(output_dir, console)
-            trainer = trainer_of(trainer_class, recipe, policy, plan, tokenizer, data, output_dir)
+            trainer = trainer_of(decided, trainer_class)
             with pushing(pusher, trainer):
-                return train_and_measure(
-                    recipe, trainer, tokenizer, data, plan, facts, beginning, output_dir, console, started
-                )
+                return _train_and_measure(decided, trainer, beginning)
 
 
-def pusher_of(recipe: Recipe, output_dir: Path, console: Console) -> CheckpointPusher | None:
-    """What pushes checkpoints to the Hub, ready to; None where none is asked for."""
+def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning) -> dict[str, Any]:
+    """Carry a run to its end, or to the checkpoint at which it is asked to stop, and return its summary."""
+    model = trainer.model
+    assert isinstance(model, PeftModel)  # `trainer_of` gives every trainer an adapter
+    frozen = frozen_fingerprints(model)
+    base_sha256 = base_fingerprint(frozen)
+    check_identity(beginning.earlier, data_sha256=data_sha256(run.data), base_sha256=base_sha256)
+    before = measured_before(run, beginning) or measure(run, trainer)
+    about = about_run(run, base_sha256, before)
+    metrics = open_records(run, beginning, about, before)
+    decisions: list[str] = []
+
+    def decided(line: str) -> None:
+        decisions.append(line)
+        say(run.console, [line])
+
+    trainer.say, trainer.checkpoint_about = decided, about
+    with mirroring(run, trainer) as mirror:
+        _train(run, trainer, beginning, metrics)
+        if frozen_fingerprints(model) != frozen:
+            raise RunFailed("the frozen base changed during training; nothing was saved. Please report this.")
+        run.tokenizer.chat_template = run.data.chat_template or run.tokenizer.chat_template
+        if is_main_process():
+            save_adapter(model, run.tokenizer, run.output_dir)  # first: what comes after may fail
+        after = measure(run, trainer)
+        drawn = log_result(run, metrics, trainer.state.global_step, after)
+        summary = summary_of(run, trainer, beginning, before, after, base_sha256=base_sha256, decisions=decisions)
+        write_result(run, after, summary)
+        if mirror is not None:
+            mirror.files([path.name for path in run.output_dir.iterdir() if path.is_file()])
+    _show(run, before, after)
+    seconds = trainer.train_seconds
+    say(run.console, lines_after(run.output_dir, run.recipe.model.name_or_path, summary["steps"], seconds, drawn=drawn))
+    return summary
+
+
+def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: MetricsFile) -> None:
+    """Train to the last step.
+
+    Raises:
+        RunInterrupted: If a signal asked to stop earlier; the checkpoint is written.
+    """
+    machine, console, checkpoint = run.recipe.machine, run.console, beginning.checkpoint
+    stop = StopRequest(machine.grace_seconds, lambda name: say(console, [_stopping(name)]))
+    progress = ProgressLines(console)
+    estimate = run.plan.memory_estimate
+    callbacks = [
+        WhenToSave(machine.save_every_minutes or None, stop),
+        metrics,
+        progress,
+        SpeedLine(lambda: trainer.tokens_seen, lambda line: say(console, [line])),
+        cuda_probe(trainer, estimate["peak_bytes"] if estimate else None),
+    ]
+    for callback in callbacks:
+        if callback is not None:
+            trainer.add_callback(callback)
+    trainer.stop = stop
+    if checkpoint:
+        say(console, [f"going on from step {checkpoint.step}: {checkpoint.path}"])
+    say(console, beginning.notes)
+    try:
+        with answered(stop):
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    finally:
+        progress.close()
+    if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise RunInterrupted(stop.signal, _how_to_go_on(run, trainer))
+
+
+def _ready_to_push(recipe: Recipe, output_dir: Path, console: Console) -> CheckpointPusher | None:
+    """Return what pushes checkpoints to the Hub, None if the recipe names no repository."""
     machine = recipe.machine
     if machine.push_to is None:
         return None
@@ -361,33 +210,41 @@ def pusher_of(recipe: Recipe, output_dir: Path, console: Console) -> CheckpointP
     )
 
 
+# ---- Lines for the user ----
+
+
 def _finished(output_dir: Path, console: Console) -> dict[str, Any]:
     say(console, [f"{output_dir}: this run is finished; nothing is left to do"])
     return read_summary(output_dir)
 
 
-def _facts(recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, plan: RunPlan) -> dict[str, Any]:
-    """What is known before a weight is loaded; all of a dry run's summary."""
-    return {
-        "summary_version": SUMMARY_VERSION,
-        "status": "dry run",
-        "recipe": recipe.to_dict(),
-        "seed": recipe.train.seed,
-        "precision": str(policy),
-        "plan": dataclasses.asdict(plan),
-        "data": {name: data.report[name] for name in ("train", "eval", "sources", "warnings")},
-        "versions": versions(),
-        "hardware": hardware(policy.device),
-    }
-
-
-def _lines_before(recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, plan: RunPlan) -> list[str]:
-    noise = None if recipe.neftune is None else recipe.neftune.model_dump()
+def _lines_before(run: Run) -> list[str]:
+    recipe = run.recipe
     return [
         f"model: {recipe.model.name_or_path}, NF4 base, LoRA r {recipe.lora.r}",
-        str(policy),
-        noise_line(noise),
-        *data_lines(data.report),
-        *plan.notes,
-        f"{plan.num_steps} optimizer steps of {recipe.train.effective_batch_size} sequences",
+        str(run.policy),
+        noise_line(None if recipe.neftune is None else recipe.neftune.model_dump()),
+        *data_lines(run.data.report),
+        *run.plan.notes,
+        f"{run.plan.num_steps} optimizer steps of {recipe.train.effective_batch_size} sequences",
     ]
+
+
+def _show(run: Run, before: Measurement, after: Measurement) -> None:
+    """Show what training changed: losses, and a few answers."""
+    show_result(run.console, before.summary(), after.summary())
+    pairs = list(zip(before.answers, after.answers, strict=True))[:ANSWERS_SHOWN]
+    show_answers(run.console, [(old.prompt, old.text, new.text, new.reference) for old, new in pairs])
+
+
+def _stopping(name: str) -> str:
+    return f"{name}: finishing this step and writing a checkpoint; once more stops at once"
+
+
+def _how_to_go_on(run: Run, trainer: QLoRANeftTrainer) -> str:
+    state, folder = trainer.state, run.output_dir
+    command = shlex.join(["qlora-neft", "train", str(folder / "recipe.yaml"), "--output-dir", str(folder)])
+    return (
+        f"stopped after step {state.global_step} of {state.max_steps}; the checkpoint is written. To go on:\n"
+        f"  {command}"
+    )

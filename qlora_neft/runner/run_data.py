@@ -89,9 +89,9 @@ def proof_rows(
 def _like_the_runs(folder: AdapterFolder, path: str, template: str) -> Data:
     """Return a data section for another path whose rows become sequences as the run's did."""
     stated = (folder.recipe or {}).get("data", {})
-    kept = {key: stated[key] for key in SEQUENCE_KEYS if key in stated}
+    kept = {"max_length": MAX_LENGTH} | {key: stated[key] for key in SEQUENCE_KEYS if key in stated}
     # Not validated: no recipe may state the template "none", which is what plain text is trained with.
-    return Data.model_construct(path=path, prompt_template=template, **{"max_length": MAX_LENGTH, **kept})
+    return Data.model_construct(None, path=path, prompt_template=template, **kept)
 
 
 def _own_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str]:

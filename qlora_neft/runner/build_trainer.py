@@ -1,0 +1,109 @@
+"""The trainer of a run: its NF4 base loaded, its adapters added, its arguments from recipe and plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PrinterCallback
+
+from ..base.lora import lora_config
+from ..base.nf4 import load_nf4_base, nf4_config
+from ..errors import UserInputError
+from ..trainer import QLoRANeftConfig, QLoRANeftTrainer
+from .build import Run, model_path
+from .plan import num_processes, uses_fsdp
+
+
+def trainer_of(run: Run, trainer_class: type[QLoRANeftTrainer] = QLoRANeftTrainer) -> QLoRANeftTrainer:
+    """Load the base and return the run's trainer.
+
+    Args:
+        run: Everything decided before.
+        trainer_class: A subclass to train with, for experiments.
+
+    Raises:
+        UserInputError: If the base cannot be loaded, or the machine section does not fit FSDP.
+    """
+    recipe, dtype = run.recipe, run.policy.compute_dtype
+    model = load_nf4_base(
+        model_path(recipe),
+        device=run.policy.device,
+        compute_dtype=dtype,
+        quantization_config=nf4_config(recipe.quantization, dtype, quant_storage=_quant_storage(run)),
+        revision=recipe.model.revision,
+    )
+    trainer = trainer_class(
+        model,
+        _arguments(run),
+        train_dataset=run.data.train,
+        eval_dataset=run.data.eval,
+        processing_class=run.tokenizer,
+        peft_config=lora_config(recipe.lora),
+    )
+    trainer.remove_callback(PrinterCallback)  # our own lines say the same, readably
+    return trainer
+
+
+def _arguments(run: Run) -> QLoRANeftConfig:
+    recipe, plan, policy = run.recipe, run.plan, run.policy
+    train, machine = recipe.train, recipe.machine
+    noise: dict[str, Any] = {} if recipe.neftune is None else recipe.neftune.model_dump()
+    save_steps = 0 if machine.save_steps == "auto" else machine.save_steps
+    return QLoRANeftConfig(
+        output_dir=str(run.output_dir),
+        # What a step is, the recipe says; how it is split, the plan. Rounded up: processes share a step.
+        per_device_train_batch_size=-(-train.effective_batch_size // num_processes()),
+        effective_batch_size=train.effective_batch_size,
+        micro_batch_size=plan.per_device_train_batch_size,
+        max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch,
+        per_device_eval_batch_size=plan.per_device_eval_batch_size,
+        gradient_checkpointing=plan.activation_checkpointing,
+        checkpointed_blocks=plan.checkpointed_blocks,
+        padding_free=plan.padding_free,
+        max_steps=plan.num_steps,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.lr_scheduler_type,
+        warmup_steps=train.warmup_steps,
+        optim=plan.optim,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        logging_steps=plan.logging_steps,
+        logging_first_step=True,
+        clean_loss_steps=plan.clean_loss_steps,
+        eval_strategy="no" if run.data.eval is None else "steps",
+        eval_steps=plan.eval_steps,
+        dataloader_num_workers=machine.dataloader_num_workers,
+        dataloader_pin_memory=policy.device.type == "cuda",
+        bf16=policy.amp == "bf16",
+        fp16=policy.amp == "fp16",
+        use_cpu=policy.device.type == "cpu",
+        max_length=None,  # `prepare_data` has cut the rows, and counted them
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,  # upstream's default; it refuses 0
+        save_total_limit=machine.save_total_limit,
+        max_bad_steps=train.max_bad_steps,
+        report_to="none",
+        disable_tqdm=True,
+        **{f"neftune_{key}": value for key, value in noise.items()},
+    )
+
+
+def _quant_storage(run: Run) -> torch.dtype:
+    """Return the dtype that the NF4 bytes are declared as.
+
+    Raises:
+        UserInputError: If FSDP is asked for and could not shard it.
+    """
+    asked = run.recipe.machine.bnb_4bit_quant_storage
+    storage = torch.uint8 if asked == "auto" else getattr(torch, asked)
+    if uses_fsdp() and storage != run.policy.compute_dtype:
+        dtype = str(run.policy.compute_dtype).removeprefix("torch.")
+        raise UserInputError(
+            f"machine.bnb_4bit_quant_storage: must be the compute dtype under FSDP, which shards no other ({dtype}), "
+            f"got {asked}."
+        )
+    return storage

@@ -1,0 +1,218 @@
+"""The records of a run: what its folder says before, while and after it trains, and their copies in a mirror."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from peft import PeftModel
+
+from ..base.lora import count_parameters, count_trainable
+from ..data.prepare import PreparedData
+from ..data.report import padding_waste, sequence_lengths
+from ..display.console import title
+from ..display.plots import plot_lengths, plot_losses
+from ..files import finite, write_json
+from ..generation.answers import Answer
+from ..recipe import Recipe
+from ..run_folder.metrics import MetricsFile, hardware, peak_memory, versions
+from ..run_folder.mirror import Mirror
+from ..run_folder.record import ANSWERS_FILE, RECIPE_FILE, RUN_FILE, SUMMARY_FILE
+from ..run_folder.resume import Beginning, write_run_file
+from ..trainer import QLoRANeftTrainer
+from .build import Run
+from .measure import Measurement
+from .plan import RunPlan, is_main_process
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SUMMARY_VERSION = 1
+METRICS_FILE, DATA_REPORT_FILE = "metrics.jsonl", "data_report.json"
+WRITTEN_EARLY = (RUN_FILE, RECIPE_FILE, DATA_REPORT_FILE, METRICS_FILE)  # mirrored with every checkpoint
+MIRROR_SECONDS = 600  # to wait at the end for what is still to be copied
+
+
+# ---- Before training ----
+
+
+def facts_of(run: Run) -> dict[str, Any]:
+    """Return what is known before any weights are loaded; all of a dry run's summary."""
+    return {
+        "summary_version": SUMMARY_VERSION,
+        "status": "dry run",
+        "recipe": run.recipe.to_dict(),
+        "seed": run.recipe.train.seed,
+        "precision": str(run.policy),
+        "plan": dataclasses.asdict(run.plan),
+        "data": {name: run.data.report[name] for name in ("train", "eval", "sources", "warnings")},
+        "versions": versions(),
+        "hardware": hardware(run.policy.device),
+        "base_commit": getattr(run.config, "_commit_hash", None),
+    }
+
+
+def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> dict[str, Any]:
+    """Return the data report, extended by what padding costs under a plan."""
+    batch = recipe.train.effective_batch_size
+    rows, tokens = plan.per_device_train_batch_size, plan.max_tokens_per_micro_batch
+    lengths = sequence_lengths(data.train)
+    waste = padding_waste(lengths, batch, rows, tokens, padding_free=plan.padding_free, seed=recipe.train.seed)
+    return {**data.report, "train": {**data.report["train"], "padding_waste": waste}}
+
+
+def data_sha256(data: PreparedData) -> str:
+    """Return the SHA-256 of what the training rows say and of the user's chat template, as hex."""
+    text = data.report["train"]["sha256"] + (data.chat_template or "")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def measured_on(run: Run) -> dict[str, Any]:
+    """Return what a measurement depends on besides the model: the held-out rows, and how many are answered."""
+    held_out = run.data.report["eval"]
+    return {"rows": held_out and held_out["sha256"], "answers": run.recipe.machine.eval_answers}
+
+
+def measured_before(run: Run, beginning: Beginning) -> Measurement | None:
+    """Return what the run's first session measured, None if there was none or it measured on something else."""
+    earlier = beginning.earlier
+    if earlier is None or earlier.before is None or earlier.measured_on != measured_on(run):
+        return None
+    stored = earlier.before
+    if stored.clean_train_loss is None:  # it was NaN
+        return None
+    answers = [Answer(answer.prompt, answer.reference, answer.text) for answer in stored.answers or []]
+    return Measurement(stored.clean_train_loss, stored.held_out_loss, answers)
+
+
+def about_run(run: Run, base_sha256: str, before: Measurement) -> dict[str, Any]:
+    """Return what a run is: the content of ``run.json``, which the manifest of every checkpoint repeats."""
+    return {
+        "recipe": run.recipe.to_dict(),
+        "data_sha256": data_sha256(run.data),
+        "base_sha256": base_sha256,
+        "before": finite(dataclasses.asdict(before)),
+        "measured_on": measured_on(run),
+    }
+
+
+def open_records(run: Run, beginning: Beginning, about: dict[str, Any], before: Measurement) -> MetricsFile:
+    """Write what is known before training, and return the metrics file for what is logged."""
+    output_dir, recipe = run.output_dir, run.recipe
+    metrics = MetricsFile(output_dir / METRICS_FILE)
+    if not is_main_process():
+        return metrics
+    step = beginning.checkpoint.step if beginning.checkpoint else None
+    metrics.keep_up_to(step)  # what an interrupted run logged beyond its checkpoint will be logged again
+    write_run_file(output_dir, about)
+    (output_dir / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    report = report_of(recipe, run.data, run.plan)
+    write_json(output_dir / DATA_REPORT_FILE, report)
+    plot_lengths(report, output_dir / "lengths.png", title(recipe.to_dict()))
+    if step is None:
+        metrics.write(0, before.log())
+    return metrics
+
+
+# ---- While training ----
+
+
+@contextmanager
+def mirroring(run: Run, trainer: QLoRANeftTrainer) -> Generator[Mirror | None, None, None]:
+    """Keep a second folder in step with the run's inside the block; also if the block is cut off."""
+    mirror_dir = run.recipe.machine.mirror_dir
+    if mirror_dir is None or not is_main_process():
+        yield None
+        return
+    mirror = Mirror(run.output_dir, Path(mirror_dir).expanduser(), trainer.say)
+
+    def copy(checkpoint: Path) -> None:
+        mirror.files(WRITTEN_EARLY)
+        mirror.checkpoint(checkpoint)
+
+    trainer.on_checkpoint = copy
+    seconds = MIRROR_SECONDS
+    try:
+        yield mirror
+    except KeyboardInterrupt:
+        seconds = 0  # a second signal: stop at once
+        raise
+    finally:
+        if not mirror.close(seconds):
+            trainer.say(f"mirror {mirror_dir}: not everything could be copied; the run's own folder is whole")
+
+
+# ---- After training ----
+
+
+def log_result(run: Run, metrics: MetricsFile, step: int, after: Measurement) -> bool:
+    """Log the last measurement and draw the curves; return whether they could be drawn."""
+    if not is_main_process():
+        return True
+    metrics.write(step, after.log())
+    return plot_losses(metrics.read(), run.output_dir / "loss.png", title(run.recipe.to_dict()))
+
+
+def summary_of(
+    run: Run,
+    trainer: QLoRANeftTrainer,
+    beginning: Beginning,
+    before: Measurement,
+    after: Measurement,
+    *,
+    base_sha256: str,
+    decisions: Sequence[str],
+) -> dict[str, Any]:
+    """Return the content of ``summary.json``: what the run was and what came of it.
+
+    Args:
+        run: The run.
+        trainer: Its trainer, done.
+        beginning: Where its last session began.
+        before, after: What was measured before and after training.
+        base_sha256: Hash of the base's NF4 bytes, the same before and after.
+        decisions: What was decided on the way, one line each.
+    """
+    peak = peak_memory(trainer.args.device)
+    assert isinstance(trainer.model, PeftModel)
+    num_trained = count_trainable(trainer.model)
+    with_adapter = cast("PreTrainedModel", trainer.model.get_base_model())  # the base, its layers wrapped by PEFT
+    return {
+        **facts_of(run),
+        "status": "done",
+        "steps": trainer.state.global_step,
+        "tokens_seen": trainer.tokens_seen,
+        "trained_tokens_seen": trainer.trained_tokens_seen,
+        "bad_steps": trainer.bad_steps,
+        "decisions": list(decisions),
+        "resumed_from_step": beginning.checkpoint.step if beginning.checkpoint else None,
+        "parameters": count_parameters(with_adapter) - num_trained,
+        "lora_parameters": num_trained,
+        "base_sha256": base_sha256,
+        "base_unchanged": True,
+        "before": finite(before.summary()),
+        "after": finite(after.summary()),
+        "train_seconds": round(trainer.train_seconds, 2),
+        "wall_seconds": round(time.monotonic() - run.started, 2),
+        "peak_memory": peak,
+        "memory": _memory(run.plan, peak),
+    }
+
+
+def _memory(plan: RunPlan, peak: dict[str, int]) -> dict[str, Any]:
+    """Put estimate and measurement side by side; on a CPU the measurement includes Python and its libraries."""
+    estimate = plan.memory_estimate or {"peak_bytes": None, "terms": None}
+    measured = peak.get("cuda_reserved_bytes", peak["host_bytes"])
+    return {"estimated_peak_bytes": estimate["peak_bytes"], "measured_peak_bytes": measured, "terms": estimate["terms"]}
+
+
+def write_result(run: Run, after: Measurement, summary: dict[str, Any]) -> None:
+    """Write answers and summary; a folder with a summary is a finished run."""
+    if is_main_process():
+        write_json(run.output_dir / ANSWERS_FILE, {"answers": [dataclasses.asdict(answer) for answer in after.answers]})
+        write_json(run.output_dir / SUMMARY_FILE, summary)
