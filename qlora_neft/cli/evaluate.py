@@ -70,8 +70,7 @@ def text(
     as_json: JsonOption = False,
 ) -> None:
     """Measure outputs: length, repetition, log-diversity."""
-    from ..display.tables import plain_table
-    from ..evaluation.texts import chunk_length, measure_texts, read_texts, table
+    from ..evaluation.texts import chunk_length, measure_texts, read_texts, text_table
     from ..run_folder.record import keep_measures
 
     length = chunk_length(chunk, cutoff)
@@ -94,7 +93,7 @@ def text(
         results = {name: measures.to_dict() for name, measures in found.items()}
         print_json(next(iter(results.values())) if len(results) == 1 else results)
     else:
-        typer.echo(plain_table(*table(found)))
+        typer.echo(text_table(found).plain())
 
 
 def alpaca(

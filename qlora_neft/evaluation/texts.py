@@ -9,49 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..display.tables import short_names
+from ..display.tables import Table, short_names
 from ..errors import UserInputError
 
-SIZES = (2, 3, 4)
-MAX_LOG_DIVERSITY = 20.0  # of a text that repeats nothing, where the logarithm has no value
-
-
-def repetition(tokens: Sequence[str], n: int) -> float:
-    """Share of a text's n-grams that were there before, in percent: 100 (1 - different / all).
-
-    Args:
-        tokens: At least ``n`` of them.
-        n: Length of an n-gram.
-
-    Source: Su et al. 2022, A Contrastive Framework for Neural Text Generation, section 4.1 (rep-n), arXiv:2202.06417.
-    """
-    count = len(tokens) - n + 1
-    if count < 1:
-        raise ValueError(f"an n-gram of {n} needs {n} tokens, the text has {len(tokens)}.")
-    different = {tuple(tokens[i : i + n]) for i in range(count)}
-    return 100 * (1 - len(different) / count)
-
-
-def log_diversity(repetitions: Mapping[int, float], *, scale: float = 100.0) -> float:
-    """``-ln(1 - D)`` with ``D = (1 - r_2 / scale) (1 - r_3 / scale) (1 - r_4 / scale)``, 20 at most.
-
-    ``r_n`` is the share of repeated n-grams between 0 and 1. One expects ``scale`` 1; the code that NEFTune's Table 4
-    was made with divides the shares by 100 although they are no percentages, and its numbers can only be compared on
-    that scale, which is the default here. With r = 0.02 for all n, scale 1 gives 2.8 and scale 100 gives 7.4.
-
-    Args:
-        repetitions: Percent by n, as `repetition` gives them.
-        scale: What the shares are divided by.
-
-    Source: Kirchenbauer et al. 2023, On the Reliability of Watermarks for Large Language Models, arXiv:2306.04634;
-    ``metrics/repetition_diversity.py`` in github.com/jwkirchenbauer/lm-watermarking, by an author of NEFTune.
-    """
-    diversity = math.prod(1 - percent / 100 / scale for percent in repetitions.values())
-    return -math.log(max(1 - diversity, math.exp(-MAX_LOG_DIVERSITY)))
-
-
+SIZES = (2, 3, 4)  # n-grams
 CUTOFFS = {"alpaca": 50, "evol": 100, "sharegpt": 150, "platypus": 150}  # whitespace tokens, section 5.2
-MAIN = ("characters", "whitespace_tokens", "repetition_2", "log_diversity")
+MAX_LOG_DIVERSITY = 20.0  # for a text that repeats nothing: its logarithm is infinite
+TABLE_4 = ("characters", "whitespace_tokens", "repetition_2", "log_diversity")  # the columns of the paper's table
 LABELS = (
     ("outputs", "outputs", "{:,}"),
     ("characters", "characters", "{:.2f}"),
@@ -64,6 +28,7 @@ LABELS = (
     ("log_diversity", "log-diversity, the paper's scale", "{:.2f}"),
     ("log_diversity_unscaled", "log-diversity, unscaled", "{:.2f}"),
 )
+FIELDS = ("output", "text", "completion", "response", "answer")  # where an entry of a file may hold its output
 
 
 @dataclass(frozen=True)
@@ -71,15 +36,15 @@ class TextMeasures:
     """Means over outputs.
 
     Attributes:
-        outputs: How many there are.
-        empty: How many of them are empty or white space.
+        outputs: Number of outputs.
+        empty: Outputs that are empty or white space.
         characters: Mean length.
         whitespace_tokens: Mean number of words between white space.
-        chunk: Whitespace tokens at the beginning of an output that the rest is measured on.
-        dropped: Outputs shorter than that, left out of the rest.
-        repetition_2, repetition_3, repetition_4: Percent of n-grams that repeat an earlier one, the mean over outputs;
-            None if all are dropped, as the rest.
-        log_diversity: Mean over outputs of `ngrams.log_diversity`, on the scale of the paper's Table 4.
+        chunk: Length of the beginning of an output, in whitespace tokens, on which the rest is measured.
+        dropped: Outputs shorter than the chunk, left out of the rest.
+        repetition_2, repetition_3, repetition_4: Percent of n-grams that repeat an earlier one, averaged over outputs.
+            This and the rest is None if all outputs are dropped.
+        log_diversity: Mean of `log_diversity` over outputs, on the scale of the paper's Table 4.
         log_diversity_unscaled: The same with the shares as they are.
     """
 
@@ -96,28 +61,12 @@ class TextMeasures:
     log_diversity_unscaled: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
-    def main(self) -> dict[str, Any]:
-        """The measures of the paper's Table 4 alone."""
-        return {key: value for key, value in asdict(self).items() if key in MAIN}
-
-
-def chunk_length(chunk: int | None, cutoff: str | None) -> int:
-    """The length of the chunk that a user asked for: a number, or a data set of the paper; Alpaca's by default.
-
-    Raises:
-        UserInputError: If both are given, or neither can be used.
-    """
-    if chunk is not None and cutoff is not None:
-        raise UserInputError(f"--chunk, --cutoff: give one of them, got {chunk} and {cutoff!r}.")
-    if cutoff is not None and cutoff not in CUTOFFS:
-        raise UserInputError(f"--cutoff: must be one of {', '.join(CUTOFFS)}, got {cutoff!r}. Or give --chunk N.")
-    length = CUTOFFS[cutoff or "alpaca"] if chunk is None else chunk
-    if length < max(SIZES):
-        raise UserInputError(f"--chunk: must be at least {max(SIZES)}, the longest n-gram, got {length}.")
-    return length
+    def main(self) -> dict[str, float | None]:
+        """Return only the measures of the paper's Table 4."""
+        return {key: value for key, value in asdict(self).items() if key in TABLE_4}
 
 
 def measure_texts(texts: Sequence[str], chunk: int) -> TextMeasures:
@@ -125,7 +74,7 @@ def measure_texts(texts: Sequence[str], chunk: int) -> TextMeasures:
 
     Args:
         texts: At least one.
-        chunk: Whitespace tokens of the chunk at the beginning of each.
+        chunk: Whitespace tokens at the beginning of each on which repetition is measured, at least 4.
     """
     words = [text.split() for text in texts]
     chunks = [found[:chunk] for found in words if len(found) >= chunk]
@@ -137,72 +86,129 @@ def measure_texts(texts: Sequence[str], chunk: int) -> TextMeasures:
         whitespace_tokens=sum(map(len, words)) / len(texts),
         chunk=chunk,
         dropped=len(texts) - len(chunks),
-        **{f"repetition_{n}": _mean([rate[n] for rate in rates]) for n in SIZES},
+        repetition_2=_mean([rate[2] for rate in rates]),
+        repetition_3=_mean([rate[3] for rate in rates]),
+        repetition_4=_mean([rate[4] for rate in rates]),
         log_diversity=_mean([log_diversity(rate) for rate in rates]),
         log_diversity_unscaled=_mean([log_diversity(rate, scale=1) for rate in rates]),
     )
 
 
-def table(measures: dict[str, TextMeasures]) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows: a measure a row, an output file a column."""
+def repetition(tokens: Sequence[str], n: int) -> float:
+    """Return the percentage of a text's n-grams that occurred before: 100 (1 - different / all).
+
+    Args:
+        tokens: At least ``n`` of them.
+        n: Length of an n-gram.
+
+    Raises:
+        ValueError: If the text is shorter than an n-gram.
+
+    Source: Su et al. 2022, A Contrastive Framework for Neural Text Generation, section 4.1 (rep-n), arXiv:2202.06417.
+    """
+    count = len(tokens) - n + 1
+    if count < 1:
+        raise ValueError(f"an n-gram of {n} needs {n} tokens, the text has {len(tokens)}.")
+    different = {tuple(tokens[i : i + n]) for i in range(count)}
+    return 100 * (1 - len(different) / count)
+
+
+def log_diversity(repetitions: Mapping[int, float], *, scale: float = 100.0) -> float:
+    """Return ``-ln(1 - D)`` with ``D = (1 - r_2 / scale) (1 - r_3 / scale) (1 - r_4 / scale)``, capped at 20.
+
+    ``r_n`` is the share of repeated n-grams between 0 and 1. One would expect ``scale`` 1, but the code behind
+    NEFTune's Table 4 divides the shares by 100 as if they were percentages. Its numbers can only be compared on that
+    scale, which is the default here. With r = 0.02 for all n, scale 1 gives 2.8 and scale 100 gives 7.4.
+
+    Args:
+        repetitions: Percent by n, as `repetition` gives them.
+        scale: Divisor of the shares.
+
+    Source: Kirchenbauer et al. 2023, On the Reliability of Watermarks for Large Language Models, arXiv:2306.04634;
+    ``metrics/repetition_diversity.py`` in github.com/jwkirchenbauer/lm-watermarking, by an author of NEFTune.
+    """
+    diversity = math.prod(1 - percent / 100 / scale for percent in repetitions.values())
+    return -math.log(max(1 - diversity, math.exp(-MAX_LOG_DIVERSITY)))
+
+
+def chunk_length(chunk: int | None, cutoff: str | None) -> int:
+    """Return the length of the chunk that a user asked for, as a number or by a data set of the paper.
+
+    The default is Alpaca's.
+
+    Raises:
+        UserInputError: If both are given, or neither can be used.
+    """
+    if chunk is not None and cutoff is not None:
+        raise UserInputError(f"--chunk, --cutoff: give only one of them, got {chunk} and {cutoff!r}.")
+    if cutoff is not None and cutoff not in CUTOFFS:
+        raise UserInputError(f"--cutoff: must be one of {', '.join(CUTOFFS)}, got {cutoff!r}. Or give --chunk N.")
+    length = CUTOFFS[cutoff or "alpaca"] if chunk is None else chunk
+    if length < max(SIZES):
+        raise UserInputError(f"--chunk: must be at least {max(SIZES)}, the longest n-gram, got {length}.")
+    return length
+
+
+def text_table(measures: Mapping[str, TextMeasures]) -> Table:
+    """Return one row per measure, one column per file of outputs."""
     columns = [found.to_dict() for found in measures.values()]
     rows = [[label, *(_shown(form, column[key]) for column in columns)] for key, label, form in LABELS]
-    return ["", *short_names(list(measures))], rows
-
-
-def _shown(form: str, value: Any) -> str:
-    return "-" if value is None else form.format(value)
+    return Table(["", *short_names(list(measures))], rows)
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-FIELDS = ("output", "text", "completion", "response", "answer")
+def _shown(form: str, value: Any) -> str:
+    return "-" if value is None else form.format(value)
 
 
-def read_rows(path: str | Path, key: str) -> list[Any]:
-    """Entries of a JSON list or of JSON lines.
+# ---- Files of outputs ----
+
+
+def read_texts(path: str | Path, key: str) -> list[str]:
+    """Read the outputs in a file, in its order.
+
+    A ``.json`` or ``.jsonl`` file holds strings, or objects with the output under ``output``, ``text``, ``completion``,
+    ``response`` or ``answer`` (the first of these that is there). Any other file is text, one output per line.
 
     Args:
         path: The file.
         key: What the caller wrote, for messages.
 
     Raises:
+        UserInputError: If the file cannot be read or is empty, or an entry has no output.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        text = _read(path, key).removesuffix("\n")
+        if not text:
+            raise UserInputError(f"{key}: {str(path)!r} is empty.")
+        return text.split("\n")
+    return [_output(row, i, path, key) for i, row in enumerate(read_rows(path, key), 1)]
+
+
+def read_rows(path: str | Path, key: str) -> list[Any]:
+    """Read the entries of a JSON list or of JSON lines.
+
+    Args:
+        path: The file; with the suffix ``.jsonl``, one entry per line.
+        key: What the caller wrote, for messages.
+
+    Raises:
         UserInputError: If it cannot be read or is empty.
     """
-    path, text = Path(path), read_text(path, key)
-    rows = _lines(path, text, key) if path.suffix.lower() == ".jsonl" else _list(path, text, key)
+    path = Path(path)
+    text = _read(path, key)
+    rows = _entries_of_lines(path, text, key) if path.suffix.lower() == ".jsonl" else _entries(path, text, key)
     if not rows:
         raise UserInputError(f"{key}: {str(path)!r} is empty.")
     return rows
 
 
-def read_texts(path: str | Path, key: str) -> list[str]:
-    """The outputs in a file, in its order.
-
-    A ``.json`` or ``.jsonl`` file holds objects with the output under ``output``, ``text``, ``completion``,
-    ``response`` or ``answer`` (the first of these that it has), or strings; any other is text, an output a line.
-
-    Raises:
-        UserInputError: If the file cannot be read, is empty, or an entry has no output.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in (".json", ".jsonl"):
-        text = read_text(path, key).removesuffix("\n")
-        if not text:
-            raise UserInputError(f"{key}: {str(path)!r} is empty.")
-        return text.split("\n")
-    return [_text(row, i, path, key) for i, row in enumerate(read_rows(path, key), 1)]
-
-
-def read_text(path: Path, key: str) -> str:
-    """A whole file.
-
-    Raises:
-        UserInputError: If it cannot be read.
-    """
-    if path.is_dir() or not path.exists():  # a pipe is neither a file nor a folder
+def _read(path: Path, key: str) -> str:
+    if path.is_dir() or not path.exists():  # not is_file: a pipe is neither a file nor a folder
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserInputError(f"{key}: must be a file, {str(path)!r} {found}.")
     try:
@@ -211,28 +217,29 @@ def read_text(path: Path, key: str) -> str:
         raise UserInputError(f"{key}: {str(path)!r} cannot be read ({error}).") from error
 
 
-def _list(path: Path, text: str, key: str) -> list[Any]:
+def _entries(path: Path, text: str, key: str) -> list[Any]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserInputError(f"{key}: {str(path)!r} is no JSON ({error}).") from error
+        raise UserInputError(f"{key}: {str(path)!r} is not valid JSON ({error}).") from error
     if not isinstance(rows, list):
         raise UserInputError(f"{key}: {str(path)!r} must hold a JSON list, got {type(rows).__name__}.")
     return rows
 
 
-def _lines(path: Path, text: str, key: str) -> list[Any]:
+def _entries_of_lines(path: Path, text: str, key: str) -> list[Any]:
     rows = []
+    # Not splitlines: JSON strings may hold line separators that it would split at.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:
-                raise UserInputError(f"{key}: {str(path)!r}, line {number} is no JSON ({error}).") from error
+                raise UserInputError(f"{key}: {str(path)!r}, line {number} is not valid JSON ({error}).") from error
     return rows
 
 
-def _text(row: Any, number: int, path: Path, key: str) -> str:
+def _output(row: Any, number: int, path: Path, key: str) -> str:
     if isinstance(row, str):
         return row
     field = next((name for name in FIELDS if name in row), None) if isinstance(row, dict) else None

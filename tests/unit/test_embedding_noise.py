@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from qlora_neft.errors import UserInputError
-from qlora_neft.evaluation.embeddings import flips as noised
 from qlora_neft.evaluation.embeddings import table as table_module
-from qlora_neft.evaluation.embeddings.flips import token_flips, whole_vocabulary
+from qlora_neft.evaluation.embeddings.flips import noised, token_flips, whole_vocabulary
 from qlora_neft.evaluation.embeddings.spectrum import clean_blocks, noised_blocks, similarity_spectrum
 from qlora_neft.evaluation.embeddings.table import EmbeddingTable
 from qlora_neft.noise.neftune import NEFTuneNoise
@@ -161,9 +160,9 @@ def test_memory_does_not_grow_with_the_square_of_the_vocabulary():
     """A whole table of distances would be 8,000^2 float32 numbers, 244 MiB."""
     script = """if True:
         import resource, torch
-        from qlora_neft.evaluation.embeddings import EmbeddingTable, similarity_spectrum
-        from qlora_neft.evaluation.embeddings import token_flips, whole_vocabulary
-        from qlora_neft.evaluation.embeddings.spectrum import clean_blocks
+        from qlora_neft.evaluation.embeddings.flips import token_flips, whole_vocabulary
+        from qlora_neft.evaluation.embeddings.spectrum import clean_blocks, similarity_spectrum
+        from qlora_neft.evaluation.embeddings.table import EmbeddingTable
         weight = torch.randn(8000, 32)
         torch.linalg.eigvalsh(torch.eye(8) @ torch.eye(8))  # what is loaded for the first product stays
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

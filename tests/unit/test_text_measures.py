@@ -134,7 +134,7 @@ def test_bad_input_is_told_with_its_remedy(tmp_path, monkeypatch):
     }.items():  # fmt: skip
         (tmp_path / name).write_text(content)
     (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xe9")
-    assert "is no JSON" in refused("eval", "text", "no.json")
+    assert "is not valid JSON" in refused("eval", "text", "no.json")
     assert "JSON list, got dict" in refused("eval", "text", "map.json")
     assert "is empty" in refused("eval", "text", "none.json")
     assert "is empty" in refused("eval", "text", "e.txt")
@@ -142,7 +142,7 @@ def test_bad_input_is_told_with_its_remedy(tmp_path, monkeypatch):
     assert "cannot be read" in refused("eval", "text", "latin.txt")
     assert "does not exist" in refused("eval", "text", "--outputs", "absent.json")
     assert "--outputs FILE" in refused("eval", "text")
-    assert "give one of them" in refused("eval", "text", "e.txt", "--chunk", "5", "--cutoff", "evol")
+    assert "give only one of them" in refused("eval", "text", "e.txt", "--chunk", "5", "--cutoff", "evol")
     assert "one of alpaca, evol" in refused("eval", "text", "e.txt", "--cutoff", "dolly")
     assert "at least 4" in refused("eval", "text", "e.txt", "--chunk", "3")
 

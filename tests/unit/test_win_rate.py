@@ -104,8 +104,8 @@ def test_bad_input_is_told_with_its_remedy(files):
     said = refused(*score, files("text.json", rows([2, "b"])))
     assert "--score: 'text.json', entry 2: preference must be a number or null, got 'b'" in said
     assert "got True" in refused(*score, files("bool.json", rows([True])))
-    assert "is no JSON" in refused(*score, files("deep.json", "[" * 100_000))
-    assert "is no JSON" in refused(*score, files("deep.jsonl", "[" * 100_000))
+    assert "is not valid JSON" in refused(*score, files("deep.json", "[" * 100_000))
+    assert "is not valid JSON" in refused(*score, files("deep.jsonl", "[" * 100_000))
     assert "--outputs: 'none.json' is empty" in refused(*score, "good.json", "--outputs", files("none.json", []))
     assert "--output: has no effect on --score" in refused(*score, "good.json", "--output", "x.json")
     assert "--reference: has no effect" in refused(*score, "good.json", "--reference", "good.json")

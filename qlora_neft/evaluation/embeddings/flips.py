@@ -1,12 +1,13 @@
 """Token flips: noised embeddings that lie nearer to another token's embedding than to their own.
 
-Jain et al. 2023, NEFTune, appendix, arXiv:2310.05914: each noised embedding is projected back to its closest neighbour
+Jain et al. 2023, NEFTune, appendix, arXiv:2310.05914: each noised embedding is projected back to its closest neighbor
 in the embedding matrix. Closest is by Euclidean distance.
 
 Not every embedding has to be compared with every other. With u the unit vector to another embedding at distance r,
-noise n flips the token only if n.u > r / 2. So none flips whose nearest neighbour is farther than 2 |n|; nor, but for
-a chance of `CHANCE` in the whole measurement, one whose neighbour is farther than sigma sqrt(8 ln(pairs / CHANCE)):
-components of standard deviation sigma, uniform or normal, are sub-Gaussian, P(n.u > t) <= exp(-t^2 / (2 sigma^2)).
+noise n flips the token only if n.u > r / 2. So a token cannot flip if its nearest neighbor is farther than 2 |n|. Nor
+can it, except with a probability of `CHANCE` in the whole measurement, if its nearest neighbor is farther than
+sigma sqrt(8 ln(pairs / CHANCE)): components of standard deviation sigma, uniform or normal, are sub-Gaussian,
+P(n.u > t) <= exp(-t^2 / (2 sigma^2)).
 """
 
 from __future__ import annotations
@@ -23,20 +24,87 @@ from ...noise.neftune import UNIT_RMS, NEFTuneNoise, NoiseStatistics, noise_scal
 from ...steps.sequences import SequenceSpan
 from .table import POINTS_AT_ONCE, EmbeddingTable
 
+CHANCE = 1e-9  # that any flip of a measurement is missed
+
+
+@dataclass
+class Flips:
+    """The tokens that noise of one strength flips.
+
+    Attributes:
+        alpha: Noise strength.
+        flipped: Flipped tokens of each sequence.
+        lengths: Counted tokens of each sequence.
+        searched: Tokens that had to be compared with the whole embedding.
+        noise_to_embedding: Ratio of the norms of noise and embeddings, averaged over sequences.
+        pairs: (token, nearest token) of the flips, and how often each occurred.
+    """
+
+    alpha: float
+    flipped: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    searched: int = 0
+    noise_to_embedding: float = 0.0
+    pairs: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    @property
+    def share(self) -> float:
+        """Share of all tokens that flipped, in [0, 1]."""
+        return sum(self.flipped) / sum(self.lengths)
+
+    @property
+    def share_per_sequence(self) -> float:
+        """Each sequence's share averaged over sequences, in [0, 1]: what the paper reports for real data."""
+        shares = [flipped / length for flipped, length in zip(self.flipped, self.lengths, strict=True)]
+        return sum(shares) / len(shares)
+
 
 @dataclass(frozen=True)
 class NoisedRows:
-    """One sequence.
+    """One sequence under noise.
 
     Attributes:
-        rows: Its tokens as rows of the table (L,).
-        clean: Embeddings (L, D), float32.
-        noise: What is added to them (L, D), float32; valid until the next sequence is asked for.
+        rows: Its tokens as rows of the table, (L,).
+        clean: Embeddings, (L, D), float32.
+        noise: Noise added to them, (L, D), float32; valid until the next sequence is asked for.
     """
 
     rows: Tensor
     clean: Tensor
     noise: Tensor
+
+
+def token_flips(
+    table: EmbeddingTable,
+    sequences: Sequence[Tensor],
+    alphas: Sequence[float],
+    *,
+    seed: int = 0,
+    distribution: str = "uniform",
+    max_tokens: int | None = None,
+    gaps: Tensor | None = None,
+) -> list[Flips]:
+    """Count the tokens that flip, for each noise strength.
+
+    Args:
+        table: The embedding.
+        sequences: Token ids (L,) each, L >= 1. They are the sequences of one optimizer step.
+        alphas: Noise strengths, each >= 0.
+        seed: Seed of the noise.
+        distribution: ``uniform`` or ``gaussian``.
+        max_tokens: Count only the first so many tokens; the others only fill the last sequence.
+        gaps: From `gaps_of`, to share among several calls with one table.
+    """
+    gaps = gaps_of(table, sequences) if gaps is None else gaps
+    return [_flips(table, sequences, alpha, seed, distribution, max_tokens, gaps) for alpha in alphas]
+
+
+def gaps_of(table: EmbeddingTable, sequences: Sequence[Tensor]) -> Tensor:
+    """Return a lower bound (R,) on each row's distance to its nearest neighbor; infinite for rows that do not occur."""
+    used = table.row_of_token[torch.cat(list(sequences)).to(table.row_of_token.device)].unique()
+    gaps = torch.full((len(table.rows),), torch.inf, device=used.device)
+    gaps[used] = table.gaps(used)
+    return gaps
 
 
 def noised(
@@ -48,13 +116,13 @@ def noised(
     distribution: str = "uniform",
     statistics: NoiseStatistics | None = None,
 ) -> Iterator[NoisedRows]:
-    """Each sequence with the noise it would get in the first optimizer step of a run.
+    """Yield each sequence with the noise it would get in the first optimizer step of a run.
 
     Args:
         table: The embedding.
-        sequences: Token ids (L,) each; its place is the sequence's ordinal in the step.
+        sequences: Token ids (L,) each; a sequence's place is its ordinal in the step.
         alpha: Noise strength, >= 0.
-        seed: Of the run.
+        seed: The run's seed.
         distribution: ``uniform`` or ``gaussian``.
         statistics: Where to record norms.
     """
@@ -68,77 +136,9 @@ def noised(
 
 
 def whole_vocabulary(table: EmbeddingTable, length: int) -> list[Tensor]:
-    """Every token once, in the order of ids, in sequences of ``length``; the last goes on from the first token."""
+    """Return every token once, in the order of ids, in sequences of ``length``; the last is filled up from token 0."""
     count = -(-table.vocabulary // length) * length
     return list((torch.arange(count) % table.vocabulary).split(length))
-
-
-CHANCE = 1e-9
-
-
-@dataclass
-class Flips:
-    """What noise of one strength did.
-
-    Attributes:
-        alpha: Noise strength.
-        flipped: Flipped tokens of each sequence.
-        lengths: Tokens of each sequence that were counted.
-        searched: Tokens that had to be compared with the whole embedding.
-        noise_to_embedding: Ratio of the norms of noise and embeddings, mean over sequences.
-        pairs: (token, nearest token) of each flip, with how often.
-    """
-
-    alpha: float
-    flipped: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    searched: int = 0
-    noise_to_embedding: float = 0.0
-    pairs: Counter[tuple[int, int]] = field(default_factory=Counter)
-
-    @property
-    def share(self) -> float:
-        """Flipped tokens of all tokens, in [0, 1]."""
-        return sum(self.flipped) / sum(self.lengths)
-
-    @property
-    def share_per_sequence(self) -> float:
-        """Mean over sequences of each one's share, in [0, 1]: what the paper averages over real data."""
-        shares = [flipped / length for flipped, length in zip(self.flipped, self.lengths, strict=True)]
-        return sum(shares) / len(shares)
-
-
-def token_flips(
-    table: EmbeddingTable,
-    sequences: Sequence[Tensor],
-    alphas: Sequence[float],
-    *,
-    seed: int = 0,
-    distribution: str = "uniform",
-    max_tokens: int | None = None,
-    gaps: Tensor | None = None,
-) -> list[Flips]:
-    """Count the tokens of some sequences that flip, for each noise strength.
-
-    Args:
-        table: The embedding.
-        sequences: Token ids (L,) each, L >= 1. They are the sequences of one optimizer step.
-        alphas: Noise strengths, each >= 0.
-        seed: Of the noise.
-        distribution: ``uniform`` or ``gaussian``.
-        max_tokens: Count these many tokens, in order; the rest is only there to fill its sequence.
-        gaps: As `gaps_of` gives them; for several calls with one table.
-    """
-    gaps = gaps_of(table, sequences) if gaps is None else gaps
-    return [_flips(table, sequences, alpha, seed, distribution, max_tokens, gaps) for alpha in alphas]
-
-
-def gaps_of(table: EmbeddingTable, sequences: Sequence[Tensor]) -> Tensor:
-    """Distance of each row (R,) to its nearest neighbour, a lower bound; infinite for rows that no sequence has."""
-    used = table.row_of_token[torch.cat(list(sequences)).to(table.row_of_token.device)].unique()
-    gaps = torch.full((len(table.rows),), torch.inf, device=used.device)
-    gaps[used] = table.gaps(used)
-    return gaps
 
 
 def _flips(
@@ -184,6 +184,7 @@ class _Search:
         self._sequences: list[int] = []
 
     def add(self, one: NoisedRows, which: Tensor) -> None:
+        """Take some of a sequence's tokens; the sequence is the last one that was counted."""
         for part in which.split(POINTS_AT_ONCE):
             self._points.append(one.clean[part] + one.noise[part])
             self._rows.append(one.rows[part])
@@ -192,11 +193,12 @@ class _Search:
                 self.finish()
 
     def finish(self) -> None:
+        """Compare what is collected."""
         if not self._sequences:
             return
         points, own = torch.cat(self._points), torch.cat(self._rows)
         other, _ = self._table.nearest_other(points, own)
-        # The products above round; which of the two is nearer is decided by their differences, in float64.
+        # The search multiplies in float32 and rounds; which of the two is nearer is decided in float64.
         flipped = _squared_distance(self._table, points, other) < _squared_distance(self._table, points, own)
         which = flipped.nonzero().flatten()
         for i in which.tolist():

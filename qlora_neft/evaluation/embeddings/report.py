@@ -1,4 +1,4 @@
-"""Token flips and singular values of one embedding as plain values, for JSON, a table and a picture."""
+"""Token flips and singular values of one embedding: as plain values, as text and as a picture."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ...display.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_picture, save_picture
-from ...display.tables import plain_table
+from ...display.tables import Table
 from .flips import Flips, gaps_of, noised, token_flips, whole_vocabulary
 from .spectrum import Spectrum, clean_blocks, noised_blocks, similarity_spectrum
 from .table import EmbeddingTable
 
-PAIRS_SHOWN = 20
+PAIRS_SHOWN, PAIRS_NAMED = 20, 5  # pairs of flipped tokens in the report, and in its text
+RANKS = (1, 2, 10, 20, 50, 100)  # singular values in the text
+COLORS = (BLUE, ORANGE, VERMILION, PURPLE, GREEN, SKY)
 
 
 def embedding_noise_report(
@@ -36,10 +38,10 @@ def embedding_noise_report(
         table: The embedding.
         sequences: Token ids (L,) of real data; each gets the noise of its own length. May be empty.
         alphas: Noise strengths.
-        lengths: L for noise on the whole vocabulary; may be empty if there are sequences.
-        seed: Of the noise.
+        lengths: Values of L for noise on the whole vocabulary; may be empty if there are sequences.
+        seed: Seed of the noise.
         distribution: ``uniform`` or ``gaussian``.
-        spell: Text of a token id, to name tokens that flip.
+        spell: Gives a token id's text, to name the tokens that flip.
         say: Told what is being done.
 
     Returns:
@@ -49,7 +51,6 @@ def embedding_noise_report(
         (0: clean), ``length`` (null: clean), ``inner_product`` and ``cosine``.
     """
     say = say or (lambda text: None)
-    common = {"seed": seed, "distribution": distribution}
     flips: list[dict[str, Any]] = []
     everything = [torch.arange(table.vocabulary)] if lengths else list(sequences)
     say(f"nearest neighbours among {len(table.rows):,} embeddings of width {table.width:,}")
@@ -57,21 +58,24 @@ def embedding_noise_report(
     middle = int(statistics.median(map(len, sequences))) if sequences else None
     if sequences:
         say(f"token flips in {len(sequences):,} sequences")
-        found = token_flips(table, sequences, alphas, gaps=gaps, **common)
+        found = token_flips(table, sequences, alphas, seed=seed, distribution=distribution, gaps=gaps)
         flips += [_entry("data", one, middle, spell) for one in found]
     for length in lengths:
         say(f"token flips over the whole vocabulary, L = {length}")
-        tokens = whole_vocabulary(table, length)
-        found = token_flips(table, tokens, alphas, gaps=gaps, max_tokens=table.vocabulary, **common)
+        common: dict[str, Any] = {"seed": seed, "distribution": distribution, "gaps": gaps}
+        found = token_flips(table, whole_vocabulary(table, length), alphas, max_tokens=table.vocabulary, **common)
         flips += [_entry("vocabulary", one, length, spell) for one in found]
+    length = min(lengths) if lengths else middle
+    assert length is not None  # there are lengths or sequences
     return {
         "vocabulary": table.vocabulary,
         "distinct_embeddings": len(table.rows),
         "width": table.width,
-        **common,
+        "seed": seed,
+        "distribution": distribution,
         "sequences": len(sequences),
         "flips": flips,
-        "singular_values": _spectra(table, alphas, min(lengths) if lengths else middle, say, **common),
+        "singular_values": _spectra(table, alphas, length, say, seed=seed, distribution=distribution),
     }
 
 
@@ -100,7 +104,9 @@ def _spectra(
     alphas: Sequence[float],
     length: int,
     say: Callable[[str], None],
-    **common: Any,
+    *,
+    seed: int,
+    distribution: str,
 ) -> list[dict[str, Any]]:
     say("singular values of the similarity matrix, without noise")
     found = [_values(0.0, None, similarity_spectrum(clean_blocks(table), table.width))]
@@ -108,7 +114,7 @@ def _spectra(
     for alpha in alphas:
         if alpha > 0:
             say(f"singular values of the similarity matrix, alpha {alpha:g}, L = {length}")
-            blocks = noised_blocks(table, noised(table, tokens, alpha, **common))
+            blocks = noised_blocks(table, noised(table, tokens, alpha, seed=seed, distribution=distribution))
             found.append(_values(alpha, length, similarity_spectrum(blocks, table.width)))
     return found
 
@@ -122,19 +128,17 @@ def _values(alpha: float, length: int | None, spectrum: Spectrum) -> dict[str, A
     }
 
 
-COLORS = (BLUE, ORANGE, VERMILION, PURPLE, GREEN, SKY)
-SHOWN = (1, 2, 10, 20, 50, 100)  # singular values in the table
-PAIRS_NAMED = 5
+# ---- Text ----
 
 
 def lines(report: dict[str, Any]) -> str:
-    """A report as text."""
+    """Return a report as text."""
     shared = report["vocabulary"] - report["distinct_embeddings"]
     found = [f"embedding of {report['vocabulary']:,} tokens, width {report['width']:,}"]
     if report["sequences"]:
         found.append(f"data: {report['sequences']:,} rows, each with its own L")
     if shared:
-        found.append(f"{shared:,} tokens have another token's embedding; that is no flip")
+        found.append(f"{shared:,} tokens have the same embedding as another token; that does not count as a flip")
     found += ["", "tokens whose noised embedding is nearer to another token", _flips(report)]
     for kind, name in (("inner_product", "inner products"), ("cosine", "cosines")):
         found += ["", f"singular values of the embedding similarity matrix, {name}", _spectrum(report, kind)]
@@ -161,7 +165,7 @@ def _flips(report: dict[str, Any]) -> str:
                 f"{entry['noise_to_embedding']:.3f}",
             ]
         )
-    return plain_table(("over", "L", "alpha", "tokens", "flipped", "share", "per row", "noise/embedding"), rows)
+    return Table(("over", "L", "alpha", "tokens", "flipped", "share", "per row", "noise/embedding"), rows).plain()
 
 
 def _percent(share: float) -> str:
@@ -170,13 +174,16 @@ def _percent(share: float) -> str:
 
 def _spectrum(report: dict[str, Any], kind: str) -> str:
     spectra = report["singular_values"]
-    ranks = [rank for rank in SHOWN if rank <= len(spectra[0][kind])]
+    ranks = [rank for rank in RANKS if rank <= len(spectra[0][kind])]
     rows = [[_label(entry), *(f"{entry[kind][rank - 1]:.4g}" for rank in ranks)] for entry in spectra]
-    return plain_table(("noise", *(f"#{rank}" for rank in ranks)), rows)
+    return Table(("noise", *(f"#{rank}" for rank in ranks)), rows).plain()
 
 
 def _label(entry: dict[str, Any]) -> str:
     return "none" if entry["length"] is None else f"alpha {entry['alpha']:g}, L {entry['length']}"
+
+
+# ---- Picture ----
 
 
 def draw(report: dict[str, Any], path: Path, title: str) -> bool:

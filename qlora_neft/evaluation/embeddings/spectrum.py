@@ -1,9 +1,9 @@
 """Top singular values of the embedding similarity matrix, without the matrix.
 
 Jain et al. 2023, NEFTune, appendix "Impact of noise on embedding similarity", arXiv:2310.05914. The paper does not say
-which similarity; both usual ones are here. S = E E^T (V, V) holds inner products of all pairs of token embeddings, or
-their cosines if the rows of E have norm 1. S is symmetric and positive semidefinite, so that its singular values are
-its eigenvalues, and those that are not zero are the eigenvalues of E^T E (D, D), a sum over blocks of rows.
+which similarity it means; here are the two usual ones. S = E E^T (V, V) holds inner products of all pairs of token
+embeddings, or their cosines if the rows of E have norm 1. S is symmetric and positive semidefinite, so its singular
+values are its eigenvalues, and those that are not zero are the eigenvalues of E^T E (D, D), a sum over blocks of rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOP = 100
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of a similarity matrix, falling; at most `TOP`.
+    """Singular values of a similarity matrix in descending order; at most `TOP`.
 
     Attributes:
         inner_product: Of S = E E^T.
@@ -34,12 +34,12 @@ class Spectrum:
 
 
 def similarity_spectrum(blocks: Iterable[Tensor], width: int, top: int = TOP) -> Spectrum:
-    """Singular values of the similarity matrix of all rows in some blocks.
+    """Compute the singular values of the similarity matrix of all rows in some blocks.
 
     Args:
         blocks: (N, D) each, float32. Products are in float32, their sums and the eigenvalues in float64.
         width: D.
-        top: How many.
+        top: How many to return.
     """
     grams: list[Tensor] | None = None
     count = 0
@@ -50,19 +50,19 @@ def similarity_spectrum(blocks: Iterable[Tensor], width: int, top: int = TOP) ->
             gram += rows.T @ rows
     top = min(top, count, width)
     values = []
-    while grams:  # one less in memory for the second
+    while grams:  # the first is freed before the second is decomposed
         values.append(torch.linalg.eigvalsh(grams.pop(0)).flip(0)[:top].clamp(min=0).tolist())
     return Spectrum(*values)
 
 
 def clean_blocks(table: EmbeddingTable) -> Iterator[Tensor]:
-    """The embeddings of all tokens, in blocks."""
+    """Yield the embeddings of all tokens, in blocks."""
     for rows in table.row_of_token.split(ROWS_AT_ONCE):
         yield table.of_rows(rows)
 
 
 def noised_blocks(table: EmbeddingTable, sequences: Iterable[NoisedRows]) -> Iterator[Tensor]:
-    """The noised embeddings of all tokens, in blocks, from `whole_vocabulary` under noise."""
+    """Yield the noised embeddings of all tokens, in blocks, from `whole_vocabulary` under noise."""
     waiting: list[Tensor] = []
     left = table.vocabulary
     for one in sequences:

@@ -1,4 +1,4 @@
-"""What noise does to the embeddings of a recipe's base on its data, of a run's, or of any model. No model is loaded."""
+"""The subject of a measurement: a recipe's base on its data, a run's, or any model's embedding. No model is loaded."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .table import EmbeddingTable
 
 RECIPE, CONFIG = "recipe.yaml", "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-LENGTHS = (50, 100, 200, 500)  # for the whole vocabulary, unless others are asked for
+LENGTHS = (50, 100, 200, 500)  # for the whole vocabulary, unless others are given
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model, and the recipe that says on which data."""
+    """What is measured: a model, and the recipe that names its data, if there is one."""
 
     model: str
     revision: str | None
@@ -48,15 +48,15 @@ def report_on(
     device: str = "auto",
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Token flips and singular values, see `embedding_noise_report`.
+    """Measure token flips and singular values, see `embedding_noise_report`.
 
     Args:
         source: A recipe's name or file, a run's folder, a model's folder or Hub id.
-        overrides: Of the recipe.
+        overrides: Changes to the recipe.
         alphas: Noise strengths.
-        lengths: L for noise on the whole vocabulary.
-        whole_vocabulary: Measure it, also without ``lengths``; without data it is always measured.
-        rows: Training sequences to measure at most, drawn at random by the recipe's seed.
+        lengths: Values of L for noise on the whole vocabulary.
+        whole_vocabulary: Measure it even without ``lengths``; without data it is always measured.
+        rows: Maximum number of training sequences to measure, drawn at random by the recipe's seed.
         device: ``auto``, ``cpu`` or ``cuda``.
         say: Told what is being done.
 
@@ -86,10 +86,15 @@ def report_on(
 
 
 def find_subject(source: str, overrides: Sequence[str] = ()) -> Subject:
-    """Say what a name means.
+    """Find the model, and the recipe if there is one, that a name stands for.
+
+    Args:
+        source: A recipe's name or file, a run's folder or one of its checkpoints, an adapter's or a model's folder, a
+            Hub id, or ``bundled:...``.
+        overrides: Changes to the recipe.
 
     Raises:
-        UserInputError: If it means nothing, or overrides are given without a recipe.
+        UserInputError: If there is no such thing, or overrides are given without a recipe.
     """
     folder, kind = Path(source).expanduser(), kind_of(source, suffixes=(".yaml", ".yml"))
     if kind == "bundled":
@@ -114,13 +119,13 @@ def _of_recipe(recipe: Recipe) -> Subject:
 def _model(path: str, revision: str | None, overrides: Sequence[str]) -> Subject:
     if overrides:
         raise UserInputError(
-            f"{overrides[0]}: there is no recipe to change. Name a recipe or a run in place of a model."
+            f"{overrides[0]}: there is no recipe to change. Name a recipe or a run instead of a model."
         )
     return Subject(path, revision, None)
 
 
 def _tokenizer(subject: Subject) -> Any | None:
-    """The model's; None for a folder of weights alone, whose tokens then have numbers for names."""
+    """Load the model's tokenizer; None for a folder of weights alone, whose tokens are then named by number."""
     folder = Path(subject.model)
     if subject.recipe is None and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
         return None

@@ -1,4 +1,4 @@
-"""A table of embeddings, equal rows held once, and the nearest other row to a point; in blocks, in bounded memory."""
+"""A table of embeddings that holds equal rows once and finds the row nearest to a point, in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from torch import Tensor
 
 from ...errors import UserInputError
 
-POINTS_AT_ONCE = 1024  # with the next: 32 MiB of scores
-ROWS_AT_ONCE = 8192
+POINTS_AT_ONCE, ROWS_AT_ONCE = 1024, 8192  # their scores take 32 MiB
 
 
 class EmbeddingTable:
     """The rows of an embedding, and which token has which.
 
-    Tokens of equal embeddings share a row: noise cannot turn one into the other, for they never differed.
+    Tokens with equal embeddings share a row: noise cannot turn one into the other, since they never differed.
 
     Args:
-        weight: (V, D), any floating-point dtype; kept as it is, computed with in float32.
+        weight: (V, D), any floating-point dtype; stored as it is, computed with in float32.
         device: Where to compute.
 
     Attributes:
@@ -33,10 +32,10 @@ class EmbeddingTable:
 
     def __init__(self, weight: Tensor, device: torch.device | str = "cpu") -> None:
         if not all(bool(block.isfinite().all()) for block in weight.split(ROWS_AT_ONCE)):
-            raise UserInputError("the embedding holds NaN or infinity. Start from a sound checkpoint.")
+            raise UserInputError("the embedding holds NaN or infinity. Use an undamaged checkpoint.")
         row_of_token, firsts = _distinct(weight)
         if len(firsts) < 2:
-            raise UserInputError(f"the embedding must hold two different rows or more, got {len(firsts)}.")
+            raise UserInputError(f"the embedding must have at least two different rows, got {len(firsts)}.")
         rows = weight if len(firsts) == len(weight) else weight[torch.tensor(firsts)]
         self.rows, self.row_of_token = rows.to(device), row_of_token.to(device)
         self.first_token = torch.tensor(firsts)
@@ -44,27 +43,27 @@ class EmbeddingTable:
 
     @property
     def vocabulary(self) -> int:
-        """V, rows of the embedding as it is stored."""
+        """V, the rows of the embedding as stored."""
         return len(self.row_of_token)
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the size of an embedding."""
         return self.rows.shape[1]
 
     def of_rows(self, rows: Tensor) -> Tensor:
-        """Embeddings (N, D) of rows (N,), float32."""
+        """Return the embeddings (N, D) of rows (N,), float32."""
         return self.rows[rows].float()
 
     def nearest_other(self, points: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        """The row nearest to each point, by Euclidean distance, its own left out.
+        """Find the row nearest to each point by Euclidean distance, its own row excluded.
 
         Args:
             points: (N, D), float32.
-            own: Rows (N,) that do not count.
+            own: Each point's own row, (N,).
 
         Returns:
-            Rows (N,), and squared distances (N,) as float32 products give them: see `rounding`.
+            Rows (N,), and squared distances (N,), rounded as `rounding` says.
         """
         found = [
             self._nearest(*pair) for pair in zip(points.split(POINTS_AT_ONCE), own.split(POINTS_AT_ONCE), strict=True)
@@ -87,7 +86,7 @@ class EmbeddingTable:
         return nearest, (best + _squares(points)).clamp_(min=0)
 
     def gaps(self, rows: Tensor) -> Tensor:
-        """A lower bound (N,) on the distance of each row (N,) to the nearest other one; float32."""
+        """Return a lower bound (N,) on the distance of each row (N,) to the nearest other row, float32."""
         bounds = []
         for part in rows.split(POINTS_AT_ONCE):
             _, squares = self.nearest_other(self.of_rows(part), part)
@@ -95,7 +94,10 @@ class EmbeddingTable:
         return torch.cat(bounds)
 
     def rounding(self, squares: Tensor) -> Tensor:
-        """How far `nearest_other` may be off for points of these squared norms (N,): products of D terms in float32."""
+        """Return how far `nearest_other` may be off for points of these squared norms (N,).
+
+        It sums products of D terms in float32.
+        """
         return 1e-5 * (squares + self._squares.max())
 
 
@@ -104,11 +106,11 @@ def _squares(block: Tensor) -> Tensor:
 
 
 def _distinct(weight: Tensor) -> tuple[Tensor, list[int]]:
-    """The distinct row of each token, numbered by first occurrence, and the token each occurred at first."""
+    """Return the distinct row of each token, numbered by first occurrence, and the first token of each row."""
     numbers: dict[bytes, int] = {}
     row_of_token, firsts = [], []
     for start in range(0, len(weight), ROWS_AT_ONCE):
-        # + 0.0: a negative zero equals zero
+        # + 0.0 turns a negative zero into zero, which has other bytes but the same value
         block = (weight[start : start + ROWS_AT_ONCE] + 0.0).contiguous().view(torch.uint8).numpy()
         for offset, row in enumerate(block):
             number = numbers.setdefault(hashlib.blake2b(row, digest_size=16).digest(), len(numbers))
