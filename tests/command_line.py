@@ -1,4 +1,4 @@
-"""The command line in this process, in a new one, and in a quickly forked one; and what a run leaves in its folder."""
+"""The command line in this process and in others, and what a run leaves in its folder."""
 
 from __future__ import annotations
 
@@ -7,29 +7,25 @@ import functools
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from forked import environment, quick_python
 
 from qlora_neft import load_recipe
-from qlora_neft.cli import app, main
+from qlora_neft.cli import app
 from qlora_neft.errors import RunInterrupted
 from qlora_neft.run_folder.checkpoints import find_checkpoints, verify
 from qlora_neft.runner.run import run
 from qlora_neft.trainer import QLoRANeftTrainer
 
-TESTS = Path(__file__).parent
 STEPS, STEPS_PER_EPOCH, SAVE_STEPS, EVAL_STEPS = 30, 7, 5, 4
 CUT_AT = 12  # mid-epoch, and no multiple of SAVE_STEPS
 ROWS = [{"instruction": f"Repeat {n}", "input": "loudly" * (n % 2), "output": f"{n} " * (1 + n % 3)} for n in range(26)]
@@ -130,77 +126,19 @@ def refused(*arguments: str) -> str:
     return stderr.removeprefix("error: ").rstrip("\n")
 
 
-def environment(**more: str) -> dict[str, str]:
-    """For processes: this clone of the package, one thread, no network."""
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
-
-
 @contextlib.contextmanager
 def process(*arguments: str, launcher: tuple[str, ...] = ()) -> Iterator[subprocess.Popen]:
-    """``python -m qlora_neft`` in the current directory; it and its children are killed at the end of the block."""
-    command = [sys.executable, *launcher, "-m", "qlora_neft", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment(), **pipes) as started:
+    """``python -m qlora_neft`` in the current directory; it is killed at the end of the block."""
+    python = quick_python()
+    command = [python, *launcher, "-m", "qlora_neft", *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    variables = environment(PYTHON_EXEC=python)  # what torchrun starts its processes with
+    with subprocess.Popen(command, env=variables, **pipes) as started:
         try:
             yield started
         finally:
             if started.poll() is None:
-                for child in Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split():
-                    os.kill(int(child), signal.SIGKILL)
                 started.kill()
-
-
-class Forked:
-    """The command line in a process of its own that is forked with everything imported: it starts in no time."""
-
-    def __init__(self, *arguments: str, **variables: str) -> None:
-        start_fork_server()
-        self.stderr = Path(f"stderr{variables.get('RANK', '')}.txt").absolute()
-        target = (arguments, str(Path.cwd()), str(self.stderr), variables)
-        self._process = multiprocessing.get_context("forkserver").Process(target=_forked, args=target)
-        self._process.start()
-        self.pid = self._process.pid
-
-    def poll(self) -> int | None:
-        """The exit code, negative for a signal, None while it runs."""
-        return self._process.exitcode
-
-    def send_signals(self, *signals: int) -> None:
-        """Each of them; different ones, for of equal ones that wait a process sees one."""
-        for number in signals:
-            os.kill(self.pid, number)
-
-    def ended(self) -> tuple[int, str]:
-        """Wait for exit code and stderr."""
-        self._process.join(60)
-        assert self._process.exitcode is not None, "still running after 60 s"
-        return self._process.exitcode, self.stderr.read_text()
-
-    def __enter__(self) -> Forked:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.join()
-
-
-def start_fork_server() -> None:
-    """Let the process that `Forked` ones are forked from do its imports; at once, in the background."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["command_line"])
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
-            patch.setenv(name, value)
-        forkserver.ensure_running()
-
-
-def _forked(arguments: tuple[str, ...], folder: str, stderr: str, variables: dict[str, str]) -> None:
-    os.chdir(folder)
-    os.environ.update(variables)
-    for descriptor, name in ((1, os.devnull), (2, stderr)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.argv = ["qlora-neft", *arguments]
-    main()
 
 
 def until(condition: Callable[[], Any], started: Any, seconds: float = 90) -> None:

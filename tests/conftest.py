@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -15,9 +16,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what it 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors gain nothing from threads, and two test processes would fight
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Prepared data is kept beside what `datasets` keeps: of one test session only, and not in the user's cache.
-_cache = tempfile.TemporaryDirectory(prefix="qlora_neft-tests-")
-os.environ["HF_DATASETS_CACHE"] = _cache.name
+# Prepared data is kept beside what `datasets` keeps: of one test process only, and not in the user's cache.
+_folder = tempfile.TemporaryDirectory(prefix="qlora_neft-tests-")
+os.environ["HF_DATASETS_CACHE"] = _folder.name
+# What the processes of a session share (`forked.py`); pytest-xdist's inherit the variables.
+os.environ.setdefault("QLORA_NEFT_TEST_SESSION", _folder.name)
+os.environ.setdefault("QLORA_NEFT_TEST_SESSION_OWNER", str(os.getpid()))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Let the garbage collector skip what is imported: a run collects everything once, half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from command_line import contents, invoke
+from forked import environment, quick_python
 
-ROOT = Path(__file__).parents[2]
 ROWS = [{"instruction": f"Say {n}", "output": str(n)} for n in range(8)]
 
 
@@ -351,11 +349,11 @@ def test_noise_refuses_a_model_without_tokenizer(workplace, llama):
 
 def test_the_command_itself_gives_code_2_one_line_and_no_traceback(workplace):
     result = subprocess.run(
-        [sys.executable, "-m", "qlora_neft", "train", "mine.yaml", "--output-dir", "out", "data.path=no.jsonl"],
+        [quick_python(), "-m", "qlora_neft", "train", "mine.yaml", "--output-dir", "out", "data.path=no.jsonl"],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: data.path: no file at 'no.jsonl'. Paths are relative to the current directory.\n"

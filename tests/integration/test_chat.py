@@ -9,7 +9,8 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from command_line import environment, invoke, refused
+from command_line import invoke, refused
+from forked import environment, quick_python
 from rich.console import Console
 from talker import CONTEXT, save_talker
 
@@ -246,7 +247,7 @@ def test_a_second_ctrl_c_and_sigterm_end_the_program(vicuna, monkeypatch):
 
 
 def test_a_process_stops_its_answer_on_ctrl_c_and_ends_on_the_next_with_130(out, folder):
-    command = [sys.executable, "-m", "qlora_neft", "chat", out, "--prompt-template", "none"]
+    command = [quick_python(), "-m", "qlora_neft", "chat", out, "--prompt-template", "none"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment(), **pipes) as chat:
         chat.stdin.write("Once upon a time\n")

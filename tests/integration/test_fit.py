@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import environment, quick_python
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -44,9 +45,9 @@ def test_every_shipped_recipe_is_answered_without_a_network_and_without_torch(tm
         "try: app(['fit', sys.argv[1], '--vram', '24GiB', '--json'])\n"
         "finally: assert not {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    variables = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     for name in list_recipes():
-        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, env=environment)
+        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, env=variables)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         keys = {
@@ -193,9 +194,8 @@ def test_resident_weights_weigh_what_the_model_says_within_15_percent(llama, tmp
     sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 16_000}
     save_tiny_model(tmp_path, "llama", **sizes, num_attention_heads=16, num_key_value_heads=16, head_dim=64)
     AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).save_pretrained(tmp_path)  # as usual
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, "-c", WEIGHED, str(tmp_path), str(llama)]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    arguments = [quick_python(), "-c", WEIGHED, str(tmp_path), str(llama)]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-2000:]
     geometry = geometry_of(json.loads((tmp_path / "config.json").read_text()))
     expected = geometry.nf4_bytes(True) + 4 * geometry.unquantized_parameters()

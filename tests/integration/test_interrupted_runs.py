@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,11 @@ from command_line import (
     SAVE_STEPS,
     STEPS,
     TRAIN,
-    Forked,
     adapter,
     contents,
     copied,
     cut,
     cut_off,
-    environment,
     invoke,
     logged,
     make_workplace,
@@ -34,10 +31,10 @@ from command_line import (
     process,
     refused,
     sound_steps,
-    start_fork_server,
     summary,
     until,
 )
+from forked import Forked, environment, quick_python, start_fork_server
 from safetensors.torch import load_file
 from tiny import max_difference
 
@@ -106,7 +103,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_printed_command_goes_on(workpl
 def run_in_a_shell(command: str) -> str:
     """Exactly what a user would paste, with ``qlora-neft`` on the path."""
     Path("bin").mkdir()
-    Path("bin/qlora-neft").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m qlora_neft "$@"\n')
+    Path("bin/qlora-neft").write_text(f'#!/bin/sh\nexec {shlex.quote(quick_python())} -m qlora_neft "$@"\n')
     Path("bin/qlora-neft").chmod(0o755)
     path = os.pathsep.join([str(Path("bin").absolute()), os.environ["PATH"]])
     done = subprocess.run(["sh", "-c", command], env=environment(PATH=path), capture_output=True, text=True)

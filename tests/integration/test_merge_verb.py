@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import contents, environment, invoke, never_stopped
+from command_line import contents, invoke, never_stopped
+from forked import environment, quick_python
 from safetensors.torch import save_file
 from tiny import save_tiny_model
 
@@ -115,7 +116,7 @@ def test_merging_takes_the_memory_of_a_shard_not_of_the_model(tmp_path, monkeypa
     module = "base_model.model.model.layers.0.self_attn.q_proj"
     factors = {f"{module}.lora_A.weight": torch.ones(2, 256), f"{module}.lora_B.weight": torch.ones(256, 2)}
     save_file(factors, "adapter/adapter_model.safetensors")
-    command = [sys.executable, "-c", MEASURED]
+    command = [quick_python(), "-c", MEASURED]
     ran = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     size, *after_each_shard = map(int, ran.stdout.split())

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from forked import environment, quick_python
 
-TESTS = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("rank_worker.py")
 
 
 def run_ranks(count: int, model: Path, output: Path, per_rank: int) -> list[dict]:
     output.mkdir()
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={count}", "--standalone"] if count > 1 else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, *launch, str(WORKER), str(model), str(output), str(per_rank)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=280)
+    python = quick_python()
+    variables = environment(PYTHON_EXEC=python)  # what torchrun starts its processes with
+    arguments = [python, *launch, str(WORKER), str(model), str(output), str(per_rank)]
+    done = subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(output / f"rank{rank}.pt", weights_only=True) for rank in range(count)]
 
