@@ -1,15 +1,15 @@
-"""A folder pushed to the Hub in one commit, whatever the network does on the way, and read back.
+"""A folder pushed to the Hub in one commit, whatever the network does on the way, and compared afterwards.
 
-Upstream retries some of a push's requests and not others, and a commit that is answered with 504 may have landed. So
-the push as a whole is tried again here, and every attempt first looks whether the repository holds the folder already.
-Each commit names the one it follows (``parent_commit``): if an earlier attempt lands after all, the later one is
-refused instead of being made a second time.
+Upstream retries some of a push's requests and not others, and a commit answered with 504 may have landed. So the push
+as a whole is tried again here, and every attempt first looks whether the repository holds the folder already. Each
+commit names the one it follows (``parent_commit``): if an earlier attempt lands after all, the later one is refused
+instead of being made a second time.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,193 +22,29 @@ from ...errors import RunFailed, UserInputError
 from ...run_folder.checkpoints import files_in
 from .failures import Patience, Place, keep_trying, token_source
 
-LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or add a Colab secret HF_TOKEN: a token with write access."
-
-
-def place_of(repo_id: str, token: str | None, resume_command: str) -> Place:
-    """Where a push goes, and with which token.
-
-    Raises:
-        UserInputError: If there is no token, or the name is not ``owner/name``.
-    """
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise UserInputError(f"{repo_id!r} is no name for a repository: it must be owner/name.")
-    used = token or get_token()
-    if not used:
-        raise UserInputError(f"{repo_id}: there is no token for the Hub. {LOG_IN} Then:\n  {resume_command}")
-    return Place(repo_id, HfApi().endpoint, used, token_source(token), resume_command)
-
-
-class Branch:
-    """A branch to push to.
-
-    Args:
-        place: The repository, and the token.
-        revision: Name of the branch.
-        private: Of a repository that is made; one that is there stays as it is.
-        say: Told if it is not as asked for.
-    """
-
-    def __init__(self, place: Place, revision: str, private: bool, say: Callable[[str], None]) -> None:
-        self.place, self.revision, self.private, self.say = place, revision, private, say
-        self.repo_id = place.repo_id
-        self.api = HfApi(token=place.token, library_name="qlora_neft")
-        self._is_known = False
-
-    @property
-    def url(self) -> str:
-        """For a browser."""
-        return f"{self.place.endpoint}/{self.repo_id}" + ("" if self.revision == "main" else f"/tree/{self.revision}")
-
-    def head(self) -> str:
-        """The newest commit; repository and branch are made if they are missing. Harmless to repeat.
-
-        Raises:
-            OSError: Or another of the client's errors.
-        """
-        try:
-            info = self.api.repo_info(self.repo_id, revision=self.revision)
-        except RevisionNotFoundError:
-            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-        except RepositoryNotFoundError:
-            self._create()
-        else:
-            self._tell_if_otherwise(info.private)
-            return info.sha
-        return self.head_that_is_there()
-
-    def head_that_is_there(self) -> str:
-        """The newest commit.
-
-        Raises:
-            OSError: Or another of the client's errors.
-        """
-        return self.api.repo_info(self.repo_id, revision=self.revision).sha
-
-    def _create(self) -> None:
-        self._is_known = True
-        try:
-            self.api.create_repo(self.repo_id, private=self.private)
-        except HfHubHTTPError as error:
-            if error.response.status_code != 409 or not self.api.repo_exists(self.repo_id):
-                raise  # else it was made by an earlier attempt, or just now by someone else
-        if self.revision != "main":
-            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
-
-    def _tell_if_otherwise(self, is_private: bool) -> None:
-        if not self._is_known and is_private != self.private:
-            kind, other = ("private", "public") if is_private else ("public", "private")
-            settings = f"{self.place.endpoint}/{self.repo_id}/settings"
-            self.say(f"{self.repo_id} is there already and stays {kind}; to make it {other}: {settings}")
-        self._is_known = True
-
-
-@contextmanager
-def patient_client(patience: Patience) -> Iterator[Callable[[], None]]:
-    """Inside the block the client waits for an answer as long as told; upstream's waits without end.
-
-    The value is to be called before each attempt: upstream makes a new client after a lost connection.
-    """
-    before = get_session().timeout
-
-    def apply() -> None:
-        get_session().timeout = patience.answer
-
-    try:
-        yield apply
-    finally:
-        get_session().timeout = before
-
-
-def check_push(
-    repo_id: str,
-    revision: str,
-    *,
-    private: bool = True,
-    say: Callable[[str], None],
-    resume_command: str,
-    patience: Patience | None = None,
-) -> None:
-    """Make sure that a later push will not fail for its name or token; repository and branch are made if missing.
-
-    Raises:
-        UserInputError: If the token, the name or the account does not allow it.
-        RunFailed: If the network did not come back.
-    """
-    patience = patience or Patience()
-    branch = Branch(place_of(repo_id, None, resume_command), revision, private, say)
-
-    def ask() -> None:
-        limit_waiting()
-        branch.head()
-        # The first request of an upload is refused without the right to write; a small text is not uploaded by it.
-        branch.api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"\n")], revision=revision)
-
-    with patient_client(patience) as limit_waiting:
-        keep_trying(ask, patience, branch.place, say)
-
-
-CHUNK = 1 << 20  # bytes
-
-
-@dataclass(frozen=True)
-class Hashes:
-    """A file's two identities: as git stores it, and as Git LFS and Xet do."""
-
-    blob_id: str
-    sha256: str
-
-    def are_of(self, file: RepoFile | None) -> bool:
-        """Whether a file of a repository has the same content."""
-        if file is None:
-            return False
-        return file.lfs.sha256 == self.sha256 if file.lfs else file.blob_id == self.blob_id
-
-
-def hashes_of(folder: Path) -> dict[str, Hashes]:
-    """Every file of a folder by its path from there; each is read once."""
-    return {name: _hashes(folder / name) for name in files_in(folder)}
-
-
-def files_at(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
-    """Every file of a repository at a commit.
-
-    Raises:
-        OSError: Or another of the client's errors.
-    """
-    entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-
-
-def _hashes(path: Path) -> Hashes:
-    # git's own identity of a file: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects
-    blob, content = hashlib.sha1(b"blob %d\0" % path.stat().st_size), hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            blob.update(chunk)
-            content.update(chunk)
-    return Hashes(blob.hexdigest(), content.hexdigest())
-
-
-# What an earlier push of ours may have left and this one need not have: beside a newer adapter it would be wrong.
+# Files of an earlier push that are removed if this folder lacks them: beside a newer adapter they would be wrong.
 OURS = frozenset(
     """adapter_config.json adapter_model.safetensors added_tokens.json chat_template.jinja generation_config.json
     lengths.png loss.png merges.txt recipe.yaml sentencepiece.bpe.model special_tokens_map.json spiece.model
     tokenizer.json tokenizer.model tokenizer_config.json training_summary.json vocab.json vocab.txt""".split()
 )
+CHUNK = 1 << 20  # bytes read at a time
+LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or add a Colab secret HF_TOKEN: a token with write access."
+
+Change = CommitOperationAdd | CommitOperationDelete
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push came to.
+    """Result of a push.
 
     Attributes:
         repo_id: ``owner/name``.
         revision: Branch.
-        commit: That holds the folder, 40 hexadecimal digits.
+        commit: The commit that holds the folder, 40 hexadecimal digits.
         url: For a browser.
-        files: Files of the folder, all compared with the repository's by hash.
-        was_up_to_date: The branch held the folder before; no commit was made.
+        files: Number of files in the folder, all compared with the repository's by hash.
+        was_up_to_date: Whether the branch held the folder before, so that no commit was made.
     """
 
     repo_id: str
@@ -233,28 +69,28 @@ def push_folder(
 ) -> Pushed:
     """Bring a branch to hold a folder's files, by one commit or by none, and compare what is there afterwards.
 
-    A repository or branch that is missing is made. In one that is there, files of the same names are replaced, those of
-    `OURS` that the folder has not are removed, and all others stay; it stays as private or public as it is.
+    A missing repository or branch is created. In an existing one, files of the same names are replaced, files of `OURS`
+    that the folder lacks are removed, and all others stay; it stays as private or public as it is.
 
     Args:
         folder: All files below it are pushed.
         repo_id: ``owner/name``.
-        private: Of a repository that is made.
+        private: Whether a repository that is created is private.
         revision: Branch.
         message: Title of the commit.
-        say: Told, in one line each, of waits and of what was found otherwise than asked for.
-        resume_command: What a message says to do to try again.
-        token: In place of the one that is logged in with.
+        say: Told, in one line each, of waits and of what differs from what was asked for.
+        resume_command: Command that error messages give for trying again.
+        token: Used in place of the one that is logged in with.
         patience: How long to go on trying.
 
     Raises:
         UserInputError: If the token, the name, the card or the account does not allow it.
-        RunFailed: If the network did not come back, or if the repository does not hold what was sent.
+        RunFailed: If the network did not come back, or the repository does not hold what was sent.
     """
     patience = patience or Patience()
-    branch = Branch(place_of(repo_id, token, resume_command), revision, private, say)
+    branch = _Branch(_place_of(repo_id, token, resume_command), revision, private, say)
     push = _Push(branch, Path(folder), message)
-    with patient_client(patience) as limit_waiting:
+    with _patient_client(patience) as limit_waiting:
 
         def attempt() -> Pushed:
             limit_waiting()
@@ -263,35 +99,91 @@ def push_folder(
         return keep_trying(attempt, patience, branch.place, say)
 
 
-class _Push:
-    """One push; what several attempts at it share."""
+def check_push(
+    repo_id: str,
+    revision: str,
+    *,
+    private: bool = True,
+    say: Callable[[str], None],
+    resume_command: str,
+    patience: Patience | None = None,
+) -> None:
+    """Make sure that a later push will not fail for its name or token; create the repository and branch if missing.
 
-    def __init__(self, branch: Branch, folder: Path, message: str) -> None:
+    Raises:
+        UserInputError: If the token, the name or the account does not allow it.
+        RunFailed: If the network did not come back.
+    """
+    patience = patience or Patience()
+    branch = _Branch(_place_of(repo_id, None, resume_command), revision, private, say)
+
+    def ask() -> None:
+        limit_waiting()
+        branch.head()
+        # The first request of an upload is refused without the right to write. It uploads nothing of a small text.
+        branch.api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"\n")], revision=revision)
+
+    with _patient_client(patience) as limit_waiting:
+        keep_trying(ask, patience, branch.place, say)
+
+
+def _place_of(repo_id: str, token: str | None, resume_command: str) -> Place:
+    """Check the name and find the token.
+
+    Raises:
+        UserInputError: If there is no token, or the name is not ``owner/name``.
+    """
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise UserInputError(f"{repo_id!r} is not a name for a repository: it must be owner/name.")
+    used = token or get_token()
+    if not used:
+        raise UserInputError(f"{repo_id}: there is no token for the Hub. {LOG_IN} Then:\n  {resume_command}")
+    return Place(repo_id, HfApi().endpoint, used, token_source(token), resume_command)
+
+
+@contextmanager
+def _patient_client(patience: Patience) -> Generator[Callable[[], None], None, None]:
+    """Limit how long the client waits for an answer inside the block; by default it waits without end.
+
+    Yields what must be called before each attempt: upstream makes a new client after a lost connection.
+    """
+    before = get_session().timeout
+
+    def limit_waiting() -> None:
+        get_session().timeout = patience.answer
+
+    try:
+        yield limit_waiting
+    finally:
+        get_session().timeout = before
+
+
+class _Push:
+    """One push: what several attempts at it share."""
+
+    def __init__(self, branch: _Branch, folder: Path, message: str) -> None:
         self.branch, self.folder, self.message = branch, folder, message
-        self.wanted = hashes_of(folder)
+        self.wanted = {name: _hashes(folder / name) for name in files_in(folder)}
         if not self.wanted:
             raise UserInputError(f"{folder}: holds no file to push.")
         self.has_sent = False
 
     def attempt(self) -> Pushed:
-        """Look, and change what is not as wanted; harmless to repeat.
+        """Look, and change what is not as wanted. Harmless to repeat.
 
         Raises:
             OSError: Or another of the client's errors.
             RunFailed: If the repository does not hold what was sent.
         """
         branch, head = self.branch, self.branch.head()
-        changes = self._changes(self._there(head))
+        changes = self._changes(branch.files_at(head))
         if changes:
             head = self._commit(head, changes)
             self._compare(head)
         up_to_date = not self.has_sent
         return Pushed(branch.repo_id, branch.revision, head, branch.url, len(self.wanted), up_to_date)
 
-    def _there(self, commit: str) -> dict[str, RepoFile]:
-        return files_at(self.branch.api, self.branch.repo_id, commit)
-
-    def _changes(self, there: dict[str, RepoFile]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    def _changes(self, there: dict[str, RepoFile]) -> list[Change]:
         gone = sorted(OURS & there.keys() - self.wanted.keys())
         new = [CommitOperationAdd(name, str(self.folder / name)) for name in self._differing(there)]
         return [*new, *(CommitOperationDelete(name) for name in gone)]
@@ -299,28 +191,128 @@ class _Push:
     def _differing(self, there: dict[str, RepoFile]) -> list[str]:
         return [name for name, hashes in self.wanted.items() if not hashes.are_of(there.get(name))]
 
-    def _commit(self, head: str, changes: list[CommitOperationAdd | CommitOperationDelete]) -> str:
-        """Make the commit. A refusal because the branch has moved is none if an earlier attempt has moved it."""
-        branch, message = self.branch, self.message
+    def _commit(self, head: str, changes: list[Change]) -> str:
+        """Make the commit. If it is refused because the branch has moved, an earlier attempt may have moved it."""
+        branch = self.branch
         self.has_sent = True
         try:
-            return branch.api.create_commit(
-                branch.repo_id, changes, commit_message=message, revision=branch.revision, parent_commit=head
-            ).oid
+            return branch.commit(changes, self.message, parent=head)
         except HfHubHTTPError as error:
             if error.response.status_code != 412:
                 raise
-            now = branch.head_that_is_there()
-            if self._changes(self._there(now)):
+            now = branch.existing_head()
+            if self._changes(branch.files_at(now)):
                 raise
             return now
 
     def _compare(self, commit: str) -> None:
-        there = self._there(commit)
+        there = self.branch.files_at(commit)
         if wrong := self._differing(there):
             what = "is missing" if wrong[0] not in there else "has other content"
             raise RunFailed(
                 f"{self.branch.repo_id}: {wrong[0]} {what} in the repository after the push (commit {commit[:10]}, "
-                f"{len(wrong)} of {len(self.wanted)} files differ). Look whether a .gitignore there names it. Then:\n"
+                f"{len(wrong)} of {len(self.wanted)} files differ). Check whether a .gitignore there names it. Then:\n"
                 f"  {self.branch.place.resume_command}"
             )
+
+
+class _Branch:
+    """A branch to push to.
+
+    Its methods raise OSError or another of the client's errors; `keep_trying` sorts them.
+
+    Args:
+        place: The repository, and the token.
+        revision: Name of the branch.
+        private: Whether a repository that is created is private; an existing one stays as it is.
+        say: Told if it is not as asked for.
+    """
+
+    def __init__(self, place: Place, revision: str, private: bool, say: Callable[[str], None]) -> None:
+        self.place, self.revision, self.private, self.say = place, revision, private, say
+        self.repo_id = place.repo_id
+        self.api = HfApi(token=place.token, library_name="qlora_neft")
+        self._is_known = False
+
+    @property
+    def url(self) -> str:
+        """For a browser."""
+        return f"{self.place.endpoint}/{self.repo_id}" + ("" if self.revision == "main" else f"/tree/{self.revision}")
+
+    def head(self) -> str:
+        """Return the newest commit; create repository and branch if they are missing. Harmless to repeat."""
+        try:
+            commit, is_private = self._ask()
+        except RevisionNotFoundError:
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+        except RepositoryNotFoundError:
+            self._create()
+        else:
+            self._tell_if_otherwise(is_private)
+            return commit
+        return self.existing_head()
+
+    def existing_head(self) -> str:
+        """Return the newest commit of a branch that exists."""
+        commit, _ = self._ask()
+        return commit
+
+    def files_at(self, commit: str) -> dict[str, RepoFile]:
+        """Return every file at a commit, by its path."""
+        entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+    def commit(self, changes: list[Change], title: str, *, parent: str) -> str:
+        """Commit changes on top of a parent, which must be the newest commit; return the new one."""
+        made = self.api.create_commit(
+            self.repo_id, changes, commit_message=title, revision=self.revision, parent_commit=parent
+        )
+        return made.oid
+
+    def _ask(self) -> tuple[str, bool]:
+        """Ask for the newest commit, and whether the repository is private."""
+        info = self.api.repo_info(self.repo_id, revision=self.revision)
+        assert info.sha is not None, "the Hub names the commit of the revision it was asked for"
+        return info.sha, bool(info.private)
+
+    def _create(self) -> None:
+        self._is_known = True
+        try:
+            self.api.create_repo(self.repo_id, private=self.private)
+        except HfHubHTTPError as error:
+            # 409: an earlier attempt created it, or just now someone else did.
+            if error.response.status_code != 409 or not self.api.repo_exists(self.repo_id):
+                raise
+        if self.revision != "main":
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+
+    def _tell_if_otherwise(self, is_private: bool) -> None:
+        if not self._is_known and is_private != self.private:
+            kind, other = ("private", "public") if is_private else ("public", "private")
+            settings = f"{self.place.endpoint}/{self.repo_id}/settings"
+            self.say(f"{self.repo_id} exists already and stays {kind}; to make it {other}: {settings}")
+        self._is_known = True
+
+
+@dataclass(frozen=True)
+class _Hashes:
+    """A file's two identities: as git stores it, and as Git LFS and Xet do."""
+
+    blob_id: str
+    sha256: str
+
+    def are_of(self, file: RepoFile | None) -> bool:
+        """Return whether a file of a repository has the same content."""
+        if file is None:
+            return False
+        return file.lfs.sha256 == self.sha256 if file.lfs else file.blob_id == self.blob_id
+
+
+def _hashes(path: Path) -> _Hashes:
+    # git's own identity of a file: https://git-scm.com/book/en/v2/Git-Internals-Git-Objects
+    blob, content = hashlib.sha1(b"blob %d\0" % path.stat().st_size), hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            blob.update(chunk)
+            content.update(chunk)
+    return _Hashes(blob.hexdigest(), content.hexdigest())
