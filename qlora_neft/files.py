@@ -1,4 +1,4 @@
-"""Text files, written whole or not at all."""
+"""Files: written whole or not at all, read as records, hashed; and what to say when a disk fails."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import errno
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +19,175 @@ from safetensors import SafetensorError
 
 from .errors import RunFailed, UserInputError
 
+# What file systems say that have no fsync; every other error is a real one.
+_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+# Errors of a disk, as opposed to those of a path that the user can correct.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOTCONN}
+_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
+
+# ---- Whole or not at all ----
+#
+# What is written gets a hidden name first and is renamed when it is complete. A reader, or a process that is killed
+# at any moment, finds the old content or the new one under the name, never a part of it.
+
+
+@contextmanager
+def whole_file(path: Path, *, synced: bool = False, keep_draft: bool = False) -> Generator[Path, None, None]:
+    """Give a hidden file beside ``path`` to write to; at the end of the block it takes that name, over an older file.
+
+    Args:
+        path: A name in an existing folder.
+        synced: Whether the content is on the disk before it gets its name. Slow, and what survives a power failure.
+        keep_draft: Whether an exception leaves the hidden file as it is; otherwise it is removed.
+
+    Raises:
+        OSError: If it cannot be brought to the disk or renamed.
+    """
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        yield draft
+        if synced:
+            sync(draft)
+        draft.replace(path)
+    except BaseException:
+        if not keep_draft:
+            with suppress(OSError):  # the error that is on its way is the one to report
+                draft.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path, *, synced: bool = False) -> Generator[Path, None, None]:
+    """Give a new hidden folder beside ``path`` to write into; at the end it takes that name, in place of what has it.
+
+    It is removed if an exception leaves the block.
+
+    Args:
+        path: A name in an existing folder.
+        synced: Whether every file is on the disk before the folder gets its name.
+
+    Raises:
+        OSError: If it cannot be made, brought to the disk or renamed.
+    """
+    draft = hidden_name(path, "partial")
+    draft.mkdir()
+    try:
+        yield draft
+        if synced:
+            for entry in (*draft.rglob("*"), draft):
+                sync(entry)
+        put_folder(draft, path, synced=synced)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def put_folder(draft: Path, path: Path, *, synced: bool = False) -> None:
+    """Rename a folder, in place of what has the name.
+
+    A folder cannot be renamed over one that holds something, so that one is moved aside first, and back if it must be.
+
+    Args:
+        draft: A folder beside ``path``.
+        path: Its new name.
+        synced: Whether the new name is on the disk before the old content is removed.
+
+    Raises:
+        OSError: If it cannot be renamed; then all is as before.
+    """
+    old = hidden_name(path, "replaced") if os.path.lexists(path) else None
+    if old:
+        path.rename(old)
+    try:
+        draft.rename(path)
+    except OSError:
+        if old:
+            old.rename(path)
+        raise
+    if synced:
+        sync(path.parent)
+    if old:
+        remove(old)
+
+
+def hidden_name(path: Path, why: str) -> Path:
+    """Return a new hidden name beside ``path`` that says what it is for."""
+    return path.with_name(f".{path.name}.{why}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder as far as it goes: what resists is no reason to end a run."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on the disk; at once where a file system cannot say."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file of UTF-8 whole or not at all, replacing what has its name.
+    """Write a file of UTF-8 whole or not at all.
 
     Raises:
         OSError: If it cannot be written; then nothing is left of it.
     """
-    draft = path.with_name(f".{path.name}.part")  # hidden: what a killed process leaves is not content
-    try:
+    with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    except OSError:
-        draft.unlink(missing_ok=True)
-        raise
 
 
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Numbers that JSON has no word for (NaN, infinity) as null."""
+def write_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+        ValueError: If a value has no word in JSON; `finite` replaces them.
+    """
+    write_text(path, json.dumps(content, indent=2, allow_nan=False, sort_keys=sort_keys) + "\n")
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace numbers that JSON has no word for (NaN, infinity) by null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+# ---- Reading ----
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not UTF-8 or not JSON.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Return the values of a file of JSON lines.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not UTF-8, or a line is not JSON.
+    """
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def read_record(path: Path, remedy: str = "") -> dict[str, Any]:
-    """A record's content.
+    """Return a record's content.
 
     Args:
-        path: A file of JSON if its name ends in ``.json``, else of YAML.
+        path: A file of JSON if its name ends in ``.json``, otherwise of YAML.
         remedy: What to do about a damaged one, a sentence.
 
     Raises:
@@ -54,8 +195,7 @@ def read_record(path: Path, remedy: str = "") -> dict[str, Any]:
     """
     remedy = f" {remedy}" if remedy else ""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = read_json(path) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserInputError(f"{path}: cannot be read ({error}).{remedy}") from error
     if not isinstance(content, dict):
@@ -64,22 +204,29 @@ def read_record(path: Path, remedy: str = "") -> dict[str, Any]:
 
 
 def read_record_if_there(path: Path, remedy: str = "") -> dict[str, Any] | None:
-    """As `read_record`; None for a missing one."""
+    """Return a record's content as `read_record` does, None for a missing file."""
     return read_record(path, remedy) if path.exists() else None
 
 
+# ---- Hashes ----
+
+
 def sha256_of_file(path: Path) -> str:
-    """Of its bytes, in hexadecimal; read in blocks."""
+    """Return the SHA-256 of a file as hex. The file is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOTCONN}
-_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
+def sha256_of_text(text: str) -> str:
+    """Return the SHA-256 of a text's UTF-8 as hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# ---- Disks that fail ----
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """The cause if a disk is to blame for an exception, None if it is not."""
+    """Return the cause if a disk is to blame for an exception, None if it is not."""
     if isinstance(error, OSError):
         return error.strerror if error.errno in _DISK else None
     text = str(error)
@@ -91,11 +238,11 @@ def disk_problem(error: BaseException) -> str | None:
 
 
 @contextmanager
-def failing_with_the_disk(message: Callable[[str], str]) -> Iterator[None]:
+def failing_with_the_disk(message: Callable[[str], str]) -> Generator[None, None, None]:
     """Let a command fail with a message where its disk does.
 
     Args:
-        message: Of the cause.
+        message: Makes it from the cause.
 
     Raises:
         RunFailed: In place of the errors of a disk that is full or cannot be written to.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError
-from ..files import write_json
+from ..files import write_json, write_text
 from ..recipe.settings import flat
 from ..run_folder.record import RUN_FILE, SUMMARY_FILE
 from .plan import SweepPlan
@@ -48,7 +48,7 @@ def open_sweep(plan: SweepPlan, output_dir: Path, *, write: bool = True) -> list
     if write:
         (output_dir / "recipes").mkdir(parents=True, exist_ok=True)
         for run in plan.runs:
-            recipe_of(output_dir, run.name).write_text(run.recipe.to_yaml(), encoding="utf-8")
+            write_text(recipe_of(output_dir, run.name), run.recipe.to_yaml())
         write_json(output_dir / SWEEP_FILE, now)
     return [run.name for run in plan.runs if run.name not in before]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ import pyarrow as pa
 import tokenizers
 from datasets import Dataset
 
+from ..files import put_folder, read_json, sha256_of_text
 from .encode import Encoded
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def cache_root() -> Path:
 def fingerprint(parts: dict[str, Any]) -> str:
     """Return the SHA-256 of plain values and of the versions of what prepares them, as hex."""
     text = json.dumps({"version": VERSION, "tokenizers": tokenizers.__version__, **parts}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of_text(text)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -142,7 +142,7 @@ def load_state(key: str) -> tuple[Path, State] | None:
     """Return the folder and the state of prepared data, None if there is none or it cannot be read."""
     folder = cache_root() / key
     try:
-        return folder, json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return folder, read_json(folder / STATE)
     except (OSError, ValueError):
         return None
 
@@ -174,14 +174,15 @@ def keep(folder: Path, key: str, state: State) -> Path:
     target = cache_root() / key
     if folder.parent != target.parent:
         return folder
-    for _ in range(2):
-        with contextlib.suppress(OSError):
-            os.rename(folder, target)
-            return target
-        if load_state(key) is not None:  # another process was faster
-            shutil.rmtree(folder, ignore_errors=True)
-            return target
-        forget(key)  # what is there is unusable
+    with contextlib.suppress(OSError):
+        os.rename(folder, target)
+        return target
+    if load_state(key) is not None:  # another process was faster
+        shutil.rmtree(folder, ignore_errors=True)
+        return target
+    with contextlib.suppress(OSError):
+        put_folder(folder, target)  # what is there is unusable
+        return target
     return folder
 
 

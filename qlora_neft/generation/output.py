@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ..errors import RunFailed, UserInputError
-from ..files import write_text
+from ..files import whole_file, write_text
 from .generate import Reply
 
 Replies = dict[str, Reply]  # of one request, by who answers: ``adapter``, ``base``
@@ -131,21 +131,24 @@ def write_as_they_come(path: Path, lines: Iterable[str]) -> int:
     Raises:
         RunFailed: If they cannot be written; what there is so far stays in the hidden file.
     """
-    draft, count = path.with_name(f".{path.name}.part"), 0
+    count, draft = 0, None
     try:
-        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with (
+            whole_file(path, keep_draft=True) as draft,
+            draft.open("w", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             for line in lines:
                 file.write(line + "\n")
                 file.flush()
                 count += 1
-        draft.replace(path)
     except OSError as error:
-        begun = f" Begun: {str(draft)!r}." if draft.exists() else ""
+        begun = f" Begun: {str(draft)!r}." if draft and draft.exists() else ""
         raise RunFailed(f"--output: {str(path)!r} cannot be written ({error.strerror}).{begun}") from error
     except KeyboardInterrupt:
         if count:
             raise RunFailed(f"interrupted after {count} prompts. Their answers: {str(draft)!r}.") from None
-        draft.unlink(missing_ok=True)
+        if draft:
+            draft.unlink(missing_ok=True)
         raise
     return count
 

@@ -6,20 +6,16 @@ renamed to a hidden name first. So whatever bears a good name was once whole, wh
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import UserInputError
-from ..files import sha256_of_file
+from ..files import hidden_name, read_json, remove, sha256_of_file, whole_folder, write_json
 
 if TYPE_CHECKING:
     # Not at run time: the verbs that only look at a folder need no torch.
@@ -31,9 +27,8 @@ MANIFEST = "manifest.json"
 VERSION = 1
 
 _NAME = re.compile(re.escape(PREFIX) + r"([0-9]+)")
+# Names that `files.whole_folder` and `prune` leave if their process is killed.
 _HIDDEN = re.compile(rf"\.({_NAME.pattern})\.(partial|replaced|removed)-.+")
-# What file systems say that have no fsync; every other error is a real one.
-_NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class Search:
 
 
 @contextmanager
-def new_checkpoint(output_dir: Path, step: int, about: dict[str, Any]) -> Iterator[Path]:
+def new_checkpoint(output_dir: Path, step: int, about: dict[str, Any]) -> Generator[Path, None, None]:
     """A hidden folder to write into; a checkpoint at the end of the block, nothing if an exception leaves it.
 
     Args:
@@ -109,62 +104,11 @@ def new_checkpoint(output_dir: Path, step: int, about: dict[str, Any]) -> Iterat
         OSError: If it cannot be written, for instance for want of space. Nothing is left of it.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    with in_place_of(output_dir / f"{PREFIX}{step}") as folder:
+    with whole_folder(output_dir / f"{PREFIX}{step}", synced=True) as folder:
         yield folder
         paths = {name: folder / name for name in files_in(folder) if name != MANIFEST}
         files = {name: FileSum(sha256_of_file(path), path.stat().st_size) for name, path in paths.items()}
-        text = json.dumps(Manifest(step, about, files).to_dict(), indent=2, allow_nan=False)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def in_place_of(final: Path) -> Iterator[Path]:
-    """A new hidden folder to write into: named ``final`` at the end of the block, removed if an exception leaves it.
-
-    Args:
-        final: A name in an existing folder; what has that name by then is replaced.
-
-    Raises:
-        OSError: If it cannot be made, brought to the disk or renamed.
-    """
-    partial = _hidden(final, "partial")
-    partial.mkdir()
-    try:
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            sync(path)
-        _rename_over(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # the error that is on its way is the one to report
-        raise
-
-
-def _rename_over(partial: Path, final: Path) -> None:
-    """A folder cannot be renamed over another that holds something: that one is moved aside first."""
-    old = _hidden(final, "replaced") if os.path.lexists(final) else None
-    if old:
-        final.rename(old)
-    try:
-        partial.rename(final)
-    except OSError:
-        if old:
-            old.rename(final)
-        raise
-    sync(final.parent)
-    if old:
-        _delete(old)
-
-
-def sync(path: Path) -> None:
-    """Return when a file or the names in a folder are on the disk; at once where a file system cannot say."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_SYNC:
-            raise
-    finally:
-        os.close(descriptor)
+        write_json(folder / MANIFEST, Manifest(step, about, files).to_dict())
 
 
 def files_in(folder: Path) -> list[str]:
@@ -227,7 +171,7 @@ def read_manifest(path: Path) -> Manifest:
         ValueError: If there is no manifest, or none that can be used.
     """
     try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        content = read_json(path / MANIFEST)
     except FileNotFoundError as error:
         raise ValueError(f"{MANIFEST} is missing") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
@@ -263,9 +207,9 @@ def prune(output_dir: Path, keep: int) -> None:
         if kept < max(keep, 1) and not verify(path):
             kept += 1
         elif kept:
-            doomed = _hidden(path, "removed")
+            doomed = hidden_name(path, "removed")
             path.rename(doomed)
-            _delete(doomed)
+            remove(doomed)
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -276,19 +220,7 @@ def remove_leftovers(output_dir: Path) -> None:
             if hidden[3] == "replaced" and not os.path.lexists(final) and not verify(path):
                 path.rename(final)  # killed after it was moved aside, before the new one was in place
             else:
-                _delete(path)
-
-
-def _hidden(path: Path, why: str) -> Path:
-    return path.with_name(f".{path.name}.{why}-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _delete(path: Path) -> None:
-    """What resists stays under its hidden name until `remove_leftovers`: no reason to end a run."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+                remove(path)
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, output_dir: str | Path) -> None:
@@ -311,8 +243,8 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, ou
 
 def _sort_config(path: Path) -> None:
     """PEFT writes sets, in an order that changes from run to run."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(path, config, sort_keys=True)

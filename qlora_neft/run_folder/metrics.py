@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..files import finite, write_text
+from ..files import finite, read_json_lines, write_text
 
 PACKAGES = (
     "qlora-neft",
@@ -71,7 +71,7 @@ class MetricsFile(TrainerCallback):
 
     def read(self) -> list[dict[str, Any]]:
         """Return every line so far."""
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(self.path)
 
 
 def versions() -> dict[str, str]:

@@ -11,11 +11,11 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from ..errors import UserInputError
-from .checkpoints import Checkpoint, files_in, find_checkpoints, in_place_of, prune, remove_leftovers, sync, verify
+from ..files import whole_file, whole_folder
+from .checkpoints import Checkpoint, files_in, find_checkpoints, prune, remove_leftovers, verify
 
 
 class Mirror:
@@ -149,7 +149,7 @@ class Mirror:
         self._check()
         remove_leftovers(self.mirror_dir)
         try:
-            with in_place_of(self.mirror_dir / path.name) as folder:
+            with whole_folder(self.mirror_dir / path.name, synced=True) as folder:
                 copy_tree(path, folder)
         except OSError:
             if path.is_dir():
@@ -175,15 +175,8 @@ def copy_file(source: Path, target: Path) -> None:
     Raises:
         OSError: If it cannot be copied.
     """
-    draft = target.with_name(f".{target.name}.part")
-    try:
+    with whole_file(target, synced=True) as draft:
         shutil.copyfile(source, draft)
-        sync(draft)
-        draft.replace(target)
-    except OSError:
-        with suppress(OSError):  # the first error is the one to report
-            draft.unlink(missing_ok=True)
-        raise
 
 
 def copy_tree(source: Path, folder: Path) -> None:
@@ -223,7 +216,10 @@ def restore(mirror_dir: Path, output_dir: Path) -> Checkpoint | None:
         raise UserInputError(f"{output_dir}: not empty, and nothing in it may be lost. Give a new folder.")
     final = output_dir / found.path.name
     prefix = f".{final.name}.partial-"  # a name that `remove_leftovers` knows
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=output_dir) as staged, in_place_of(final) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=output_dir) as staged,
+        whole_folder(final, synced=True) as folder,
+    ):
         copy_tree(found.path, folder)
         names = [path.name for path in _shown(mirror_dir) if path.is_file()]
         for name in names:

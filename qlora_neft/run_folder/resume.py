@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError
-from ..files import write_json
+from ..files import read_json, write_json
 from ..recipe.settings import learned
 from .checkpoints import MANIFEST, Checkpoint, find_checkpoints, read_checkpoint
 from .lock import run_lock
@@ -95,7 +95,7 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path, k
 def read_run_file(output_dir: Path) -> RunFile | None:
     """Return what ``run.json`` says of a run, as far as it can be read; None if it names no recipe."""
     try:
-        content = json.loads((output_dir / RUN_FILE).read_text(encoding="utf-8"))
+        content = read_json(output_dir / RUN_FILE)
     except (OSError, ValueError):
         return None
     found = RunFile.of(content) if isinstance(content, dict) else RunFile()
@@ -241,7 +241,7 @@ def read_summary(output_dir: Path) -> dict[str, Any]:
         UserInputError: If it is damaged.
     """
     try:
-        return json.loads((output_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
+        return read_json(output_dir / SUMMARY_FILE)
     except (OSError, ValueError) as error:
         raise UserInputError(
             f"--output-dir: {str(output_dir / SUMMARY_FILE)!r} cannot be read ({error}). Remove it to finish the run."

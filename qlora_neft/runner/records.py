@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from ..data.prepare import PreparedData
 from ..data.report import padding_waste, sequence_lengths
 from ..display.console import title
 from ..display.plots import plot_lengths, plot_losses
-from ..files import finite, write_json
+from ..files import finite, sha256_of_text, write_json, write_text
 from ..generation.answers import Answer
 from ..recipe import Recipe
 from ..run_folder.metrics import MetricsFile, hardware, peak_memory, versions
@@ -69,7 +68,7 @@ def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> dict[str, An
 def data_sha256(data: PreparedData) -> str:
     """Return the SHA-256 of what the training rows say and of the user's chat template, as hex."""
     text = data.report["train"]["sha256"] + (data.chat_template or "")
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of_text(text)
 
 
 def measured_on(run: Run) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def open_records(run: Run, beginning: Beginning, about: dict[str, Any], before: 
     step = beginning.checkpoint.step if beginning.checkpoint else None
     metrics.keep_up_to(step)  # what an interrupted run logged beyond its checkpoint will be logged again
     write_run_file(output_dir, about)
-    (output_dir / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    write_text(output_dir / RECIPE_FILE, recipe.to_yaml())
     report = report_of(recipe, run.data, run.plan)
     write_json(output_dir / DATA_REPORT_FILE, report)
     plot_lengths(report, output_dir / "lengths.png", title(recipe.to_dict()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ...errors import RunFailed, UserInputError
+from ...files import whole_file
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -77,7 +78,7 @@ def write_gguf(
         RunFailed: If the disk fails.
     """
     gguf = gguf_library()
-    with _draft(path) as draft:
+    with _new_file(path) as draft:
         writer = gguf.GGUFWriter(draft, architecture)
         describe(writer)
         for tensor in tensors:
@@ -93,22 +94,19 @@ def write_gguf(
 
 
 @contextmanager
-def _draft(path: Path) -> Iterator[Path]:
-    """A sibling to write to, renamed to ``path`` at the end, removed after an error."""
+def _new_file(path: Path) -> Generator[Path, None, None]:
+    """Give a draft to write to, which becomes ``path``; name OUT where it cannot."""
     if path.exists():
         raise UserInputError(f"OUT: {str(path)!r} exists already. Name another file, or remove it.")
     if not path.parent.is_dir():
         raise UserInputError(f"OUT: there is no folder {str(path.parent)!r}. Make it first.")
-    draft = path.with_name(path.name + ".part")
     try:
-        yield draft
-        draft.replace(path)
+        with whole_file(path) as draft:
+            yield draft
     except PermissionError as error:
         raise UserInputError(f"OUT: {str(path)!r} cannot be written ({error.strerror}).") from error
     except OSError as error:
         raise RunFailed(f"{path}: could not be written ({error.strerror}). Nothing is left of it.") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _announce(writer: GGUFWriter, tensor: GgufTensor) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from ...data.templates import read_jinja
 from ...display.console import title
 from ...display.plots import plot_losses
 from ...errors import RunFailed, UserInputError
-from ...files import sha256_of_file, write_json
+from ...files import read_json, sha256_of_file, whole_folder, write_json
 from ...paths import JINJA_SUFFIXES
 from .base import BaseFacts
 from .card import card_data, render_card, snippets
@@ -63,7 +62,7 @@ def check_replaceable(output: Path) -> None:
 
 def _written(output: Path) -> dict[str, str] | None:
     try:
-        files = json.loads((output / SUMMARY).read_text(encoding="utf-8")).get(FILES_KEY)
+        files = read_json(output / SUMMARY).get(FILES_KEY)
     except (OSError, ValueError, AttributeError):
         return None
     return files if isinstance(files, dict) else None
@@ -182,7 +181,7 @@ def write_tokenizer(folder: AdapterFolder, target: Path) -> bool:
 
 
 def _drop_paths(path: Path) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     kept = {key: value for key, value in config.items() if key not in PATH_KEYS}
     if kept != config:
         path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -234,11 +233,8 @@ def build_folder(folder: AdapterFolder, output: Path, export: Export) -> str:
     check_replaceable(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as draft:
-            made = Path(draft) / "folder"
-            made.mkdir()
-            card = _fill(made, folder, export)
-            _move(made, output)
+        with whole_folder(output) as draft:
+            card = _fill(draft, folder, export)
     except OSError as error:
         raise UserInputError(
             f"--output: {str(output)!r} cannot be written ({error.strerror}). Give another folder."
@@ -280,7 +276,7 @@ def _write_config(path: Path, config: dict[str, Any], base: tuple[str, str | Non
     """``adapter_config.json`` with a base that others can load; lists in order, for PEFT writes sets."""
     public = {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}
     public |= {"base_model_name_or_path": base[0], "revision": base[1], "inference_mode": True}
-    path.write_text(json.dumps(public, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(path, public, sort_keys=True)
     return public
 
 
@@ -308,9 +304,3 @@ def _local_paths(folder: AdapterFolder) -> list[str]:
     found = {str(folder.path.absolute()), str(folder.path.resolve()), str(Path.home()), str(Path.cwd())}
     found |= {path for path in (recorded, stated) if path.startswith(("/", "~"))}
     return sorted(path for path in found if len(path) > 1)
-
-
-def _move(made: Path, output: Path) -> None:
-    if output.exists():
-        shutil.rmtree(output)
-    made.rename(output)

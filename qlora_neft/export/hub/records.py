@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ...adapter.folder import AdapterFolder
 from ...errors import UserInputError
-from ...files import read_record
+from ...files import read_json_lines, read_record
 from ...paths import DATA_SUFFIXES, JINJA_SUFFIXES, kind_of
 
 MEANS = {
@@ -81,7 +80,7 @@ def _of_checkpoint(folder: AdapterFolder, state: dict[str, Any]) -> Records:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(path)
     except (OSError, ValueError) as error:
         raise UserInputError(f"{path}: cannot be read ({error}).") from error
 

@@ -15,7 +15,7 @@ from ...base.checkpoint import ShardWriter
 from ...base.nf4 import nf4_config
 from ...base.precision import resolve_precision
 from ...errors import RunFailed, UserInputError
-from ...files import failing_with_the_disk, write_json
+from ...files import failing_with_the_disk, put_folder, write_json
 from ...recipe.schema import Quantization
 from ...run_folder.lock import LOCK
 from ...run_folder.resume import claimed
@@ -210,9 +210,10 @@ def _put(draft: Path, place: Path) -> None:
     Raises:
         RunFailed: If something has taken that name meanwhile.
     """
-    if place.exists() and (place / REPORT).is_file():  # an earlier merge that failed
-        shutil.rmtree(place)
     try:
-        draft.rename(place)
+        if (place / REPORT).is_file():  # an earlier merge that failed
+            put_folder(draft, place)
+        else:
+            draft.rename(place)  # fails on a folder that holds something
     except OSError as error:
         raise RunFailed(f"{str(place)!r} cannot be put there ({error}). The merged model is in {draft}.") from error
