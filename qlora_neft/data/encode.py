@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..steps.sequences import IGNORE_INDEX
+from ..steps import IGNORE_INDEX
 from .formats import Piece
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..steps import IGNORE_INDEX
 from .tables import Table
 
 LEGEND = "⟦ ⟧ the loss is taken here   ⏎ newline   ⇥ tab"  # for whoever shows examples
 
-NO_LOSS = -100  # label of a token that is read, not learned
 BROKEN = "\ufffd"  # what a decoder puts in place of bytes that are no character
 MAX_GROUP = 8  # tokens of one view; a character has at most four bytes
 CONTEXT = 2  # groups decoded ahead of the next, so that its leading space survives
@@ -49,7 +49,7 @@ def token_views(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int])
     """
     ids = [int(token) for token in input_ids]
     specials = _special_ids(tokenizer)
-    kinds = [(int(label) != NO_LOSS, token in specials) for token, label in zip(ids, labels, strict=True)]
+    kinds = [(int(label) != IGNORE_INDEX, token in specials) for token, label in zip(ids, labels, strict=True)]
     walk, views, start = _Walk(tokenizer, ids), [], 0
     while start < len(ids):
         end, text = walk.take(start, _group_limit(kinds, start))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..steps.sequences import IGNORE_INDEX
+from ..steps import IGNORE_INDEX
 from .decode import Decoding, generate_ids, text_of
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserInputError
+from . import IGNORE_INDEX
 from .rows import GHOST
-from .sequences import IGNORE_INDEX, SequenceSpan, UnknownSequenceBoundaries, count_tokens, find_sequences
+from .sequences import SequenceSpan, UnknownSequenceBoundaries, count_tokens, find_sequences
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .sequences import IGNORE_INDEX
+from . import IGNORE_INDEX
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100  # label of a token that is not trained on; torch's own default
-
 
 @dataclass(frozen=True)
 class SequenceSpan:

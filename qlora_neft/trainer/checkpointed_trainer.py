@@ -43,6 +43,10 @@ class StepGivenUp(Exception):
 class CheckpointedTrainer(SFTTrainer):
     """`SFTTrainer` with atomic checkpoints: adapter, optimizer, scheduler, scaler, trainer state, random states.
 
+    Args:
+        split: Largest micro-batches to begin with.
+        kwargs: Passed on to `SFTTrainer`.
+
     Attributes:
         checkpoint_about: What a checkpoint's manifest says of its run; plain values.
         on_checkpoint: Called with the folder of each finished checkpoint.
@@ -56,14 +60,17 @@ class CheckpointedTrainer(SFTTrainer):
 
     args: QLoRANeftConfig
     model: PreTrainedModel | PeftModel
-    checkpoint_about: dict[str, Any]
-    on_checkpoint: Callable[[Path], None] | None = None
-    stop: StopRequest | None = None
-    split: Split
-    tokens_seen = trained_tokens_seen = 0
-    bad_steps = _bad_in_a_row = 0
-    train_seconds = 0.0
-    _session_began = 0.0
+
+    def __init__(self, *, split: Split, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.checkpoint_about: dict[str, Any] = {}
+        self.on_checkpoint: Callable[[Path], None] | None = None
+        self.stop: StopRequest | None = None
+        self.split = split
+        self.tokens_seen = self.trained_tokens_seen = 0
+        self.bad_steps = self._bad_in_a_row = 0
+        self.train_seconds = 0.0
+        self._session_began = 0.0
 
     # ---- A session ----
 
@@ -145,7 +152,7 @@ class CheckpointedTrainer(SFTTrainer):
 
     def _write_checkpoint(self, output_dir: Path) -> None:
         step = self.state.global_step
-        with new_checkpoint(output_dir, step, getattr(self, "checkpoint_about", {})) as folder:
+        with new_checkpoint(output_dir, step, self.checkpoint_about) as folder:
             save_adapter(self.accelerator.unwrap_model(self.model), None, folder)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))

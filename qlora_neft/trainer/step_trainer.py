@@ -32,7 +32,7 @@ from ..steps.batch import MicroBatch, StepBatch, StepCollator, check_labels
 from ..steps.rows import StepLoader, StepRows, StepSampler, step_loader, step_order
 from ..steps.sequences import find_sequences
 from .checkpointed_trainer import CheckpointedTrainer, StepGivenUp
-from .memory import Split, too_large
+from .memory import too_large
 
 ROWS_NAMED = 16  # rows of a bad step that an error message names
 
@@ -41,8 +41,7 @@ class StepTrainer(CheckpointedTrainer):
     """A trainer for which one dataloader batch is one optimizer step, with NEFTune noise in every step.
 
     Args:
-        split: Largest micro-batches to begin with.
-        kwargs: Passed on to `SFTTrainer`.
+        kwargs: As in `CheckpointedTrainer`.
 
     Attributes:
         say: Called with every decision taken during training, one line each.
@@ -53,15 +52,14 @@ class StepTrainer(CheckpointedTrainer):
     train_dataset: Any
     eval_dataset: Any
     data_collator: Callable[[list], Any]
-    _loss_is_finite = True
-    _steps: StepSampler | None = None
 
-    def __init__(self, *, split: Split, **kwargs: Any) -> None:
-        self.split = split
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # Upstream's own hook stays off: it scales by the padded width (huggingface/transformers#34659).
         self.neftune_noise_alpha = None
         self.loss_is_scaled_for_ga = True  # every micro-batch is divided by the tokens of the whole step
+        self._steps: StepSampler | None = None
+        self._loss_is_finite = True
         self._noise_statistics = NoiseStatistics()
         self._perturbation: Perturbation | None = None  # FreeLB's, of the micro-batch under way
         self._adversarial_norms: list[Tensor] = []

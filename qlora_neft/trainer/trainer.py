@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -33,8 +33,8 @@ from ..base.lora import add_adapters, count_parameters, default_lora_config
 from ..base.nf4 import keep_nf4_layout, load_nf4_base
 from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import save_adapter
+from ..steps import IGNORE_INDEX
 from ..steps.losses import TokenMean, mean_token_loss
-from ..steps.sequences import IGNORE_INDEX
 from .config import QLoRANeftConfig
 from .memory import Split
 from .step_trainer import StepTrainer
@@ -181,7 +181,9 @@ class QLoRANeftTrainer(StepTrainer):
         if not isinstance(self.model, PeftModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            save_adapter(self.model, self.processing_class, output_dir or self._output_dir)
+            # A processor, which upstream allows as well, is saved in the same way.
+            tokenizer = cast("PreTrainedTokenizerBase | None", self.processing_class)
+            save_adapter(self.model, tokenizer, output_dir or self._output_dir)
 
 
 class CleanLossDue(TrainerCallback):

@@ -36,8 +36,8 @@ from qlora_neft.data.formats import Dialogue
 from qlora_neft.data.sources import Row
 from qlora_neft.data.templates import alpaca_prompt, make_template
 from qlora_neft.data.worker import NO_ROOM, split_dialogue
+from qlora_neft.steps import IGNORE_INDEX
 from qlora_neft.steps.batch import StepCollator
-from qlora_neft.steps.sequences import IGNORE_INDEX
 
 # ---- What is trained ----
 

@@ -18,8 +18,8 @@ from ...adapter.load import nf4_base_of, with_adapter
 from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import NOT_RUN
 from ...base.precision import PrecisionPolicy
+from ...steps import IGNORE_INDEX
 from ...steps.losses import pad_right
-from ...steps.sequences import IGNORE_INDEX
 from .plan import Plan
 from .streamed import Streamed
 
