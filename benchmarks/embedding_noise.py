@@ -3,7 +3,7 @@
     python benchmarks/embedding_noise.py --output docs/results [--data ALPACA.json] [MODEL_DIR ...]
 
 The demo's base on the demo's data, each MODEL_DIR on its vocabulary and, with --data, on those rows; then 32,000 x
-4,096 random numbers, for time and memory alone. Each is one `qlora-neft eval noise`, in a process of its own.
+4,096 random numbers, for time and memory alone. Each is one `qlora-neft eval flips`, in a process of its own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def picture(folder: Path, name: str) -> tuple[str, str]:
 
 def measured(*arguments: str) -> dict[str, Any]:
     """What the command prints, its time and time of CPUs in seconds, and the most memory its process had, in GiB."""
-    command = [sys.executable, "-m", "qlora_neft", "eval", "noise", *arguments, "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "qlora_neft", "eval", "flips", *arguments, "--device", "cpu", "--json"]
     start = time.monotonic()
     with tempfile.TemporaryFile() as stdout:
         process = subprocess.Popen(command, stdout=stdout)

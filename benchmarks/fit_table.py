@@ -5,9 +5,10 @@ python benchmarks/fit_table.py > docs/results/fit.md
 
 from __future__ import annotations
 
-from qlora_neft.fit import Wanted, card_of, choose
+from qlora_neft import Recipe, load_recipe
+from qlora_neft.fit import card_of, choose
 from qlora_neft.fit.estimate import Step, memory_terms
-from qlora_neft.fit.geometry import geometry_of, shipped_config
+from qlora_neft.fit.geometry import Geometry, geometry_of, shipped_config
 
 BASES = {
     "7B": "meta-llama/Llama-2-7b-hf",
@@ -57,7 +58,7 @@ weights: see `tests/integration/test_geometry.py`."""
 
 
 def _cell(name: str, r: int, memory: int) -> str:
-    choice, fits = choose(geometry_of(shipped_config(name)), Wanted(512, 16, r), card_of(f"{memory}GiB"))
+    choice, fits = choose(_recipe(r), _geometry(name), card_of(f"{memory}GiB"))
     if not fits:
         return "-"
     return f"{choice.step.tokens}{' c' * choice.step.checkpointing}{' p' * bool(choice.paged_out)}"
@@ -65,7 +66,18 @@ def _cell(name: str, r: int, memory: int) -> str:
 
 def _peak(name: str, r: int, tokens: int, checkpointing: bool, optim: str) -> int:
     step = Step(tokens, 0, checkpointing, optim=optim)
-    return sum(memory_terms(geometry_of(shipped_config(name)), r, "all-linear", step, double_quant=True).values())
+    return sum(memory_terms(_geometry(name), _recipe(r).lora, step, double_quant=True).values())
+
+
+def _recipe(r: int) -> Recipe:
+    """Return 512 tokens, 16 sequences a step, all linear layers; with held-out rows, which take memory too."""
+    return load_recipe("llama2-7b-alpaca", [f"lora.r={r}", "data.eval_fraction=0.1"])
+
+
+def _geometry(name: str) -> Geometry:
+    config = shipped_config(name)
+    assert config is not None
+    return geometry_of(config)
 
 
 if __name__ == "__main__":

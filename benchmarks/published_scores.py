@@ -138,7 +138,7 @@ AlpacaEval's published win rates, errors, counts and lengths come out of our cod
 
 ## Win rates, standard errors, lengths
 
-GPT-4 against text_davinci_003, by `qlora-neft eval alpaca --score annotations.json --outputs model_outputs.json`.
+GPT-4 against text_davinci_003, by `qlora-neft eval alpaca score annotations.json --outputs model_outputs.json`.
 """
 AFTER_SCORES = """
 Counts and lengths are equal. Rates and errors are equal but for one step of double precision in two of them, which is

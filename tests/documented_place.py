@@ -19,7 +19,7 @@ EXTRA = {
     "merge": ("--proof-rows", "1"),
     "eval loss": ("--rows", "2"),
     "eval overfit": ("--rows", "2", "--max-new-tokens", "4"),
-    "eval noise": ("--rows", "8"),
+    "eval flips": ("--rows", "8"),
     "export": ("--base-id", "some/base"),
 }
 SOME = [{"instruction": f"Say {n}", "input": "", "output": f"{n}, {n}"} for n in range(8)]

@@ -1,8 +1,7 @@
-"""The verb sweep: a plan from the command line, its runs trained in processes of their own, the results shown."""
+"""The verbs that compare runs: sweep and report."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserInputError
-from .options import JsonOption, RecipeArgument, complete_override
+from .options import JsonOption, RecipeArgument, check_parent, complete_override, print_json
 
 if TYPE_CHECKING:
     from ..compare.plan import SweepPlan
@@ -21,8 +20,8 @@ WordsArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="KEY=V1,V2,...",
-        help="Keys to sweep, their values with commas, such as neftune.noise_alpha=0,5,10,15; KEY=VALUE: the same "
-        "change in every run.",
+        help="Keys to sweep with their values, such as neftune.noise_alpha=0,5,10,15; a key with one value is the "
+        "same override in every run.",
         autocompletion=complete_override,
     ),
 ]
@@ -33,24 +32,26 @@ def sweep(
     words: WordsArgument,
     output_dir: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Where the runs and their results go; default: sweep-NAME-KEYS, here."),
+        typer.Option(file_okay=False, help="Folder for the runs and their results; default: sweep-NAME-KEYS."),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each setting, seeds counted from the recipe's.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per setting; seeds count up from the recipe's.")] = 3,
     as_list: Annotated[
-        bool, typer.Option("--list/--grid", help="First values of all keys together, then the second, ...")
+        bool,
+        typer.Option("--list/--grid", help="Pair the values of several keys by position, or combine all of them."),
     ] = False,
     measure: Annotated[
-        str, typer.Option(metavar="NAMES", help="Also measured after training, with commas; see docs/sweeps.md.")
+        str,
+        typer.Option(metavar="NAMES", help="Measures to take after training, comma-separated; see docs/sweeps.md."),
     ] = "",
-    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time, on CPUs.")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Number of runs at a time, on CPUs.")] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs with their tokens; check model, data and plan of each.")
+        bool, typer.Option("--dry-run", help="Check model, data and plan of each run, and list them with their tokens.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a recipe under several settings, and compare them.
 
-    Runs of one seed differ in nothing but what is swept. The same command goes on where it was cut off.
+    Runs of one seed differ only in what is swept. Repeat the command to continue an interrupted sweep.
     """
     from ..compare.plan import check_held_out, check_measures, plan_sweep
 
@@ -75,13 +76,13 @@ def sweep(
         command = _command(name, words, options, as_list)
         results = run_sweep(plan, output_dir, runner, display, measures=measures, parallel=parallel, command=command)
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        print_json(results)
     else:
         show_results(results, output_dir)
 
 
 def runner_of(output_dir: Path, measures: list[str], parallel: int) -> Runner:
-    """Who trains the runs; several at a time share the machine's threads."""
+    """Return the runner that trains the runs; several at a time share the machine's threads."""
     from ..compare.queue import ProcessRunner
 
     threads = None if parallel == 1 else max((os.cpu_count() or 1) // parallel, 1)
@@ -95,12 +96,12 @@ def _check_parallel(plan: SweepPlan, parallel: int) -> None:
 
     if this_machine().is_gpu:
         raise UserInputError(
-            f"--parallel: runs on one GPU go one at a time, got {parallel}. Leave it away, or set machine.device=cpu."
+            f"--parallel: runs on one GPU go one at a time, got {parallel}. Omit it, or set machine.device=cpu."
         )
 
 
 def _command(name: str, words: list[str], options: dict[str, Any], as_list: bool) -> str:
-    """The command that goes on with the sweep."""
+    """Return the command that continues the sweep."""
     defaults = {"--measure": "", "--parallel": 1, "--seeds": 3}
     stated = [str(part) for pair in options.items() if defaults.get(pair[0]) != pair[1] for part in pair]
     return shlex.join(["qlora-neft", "sweep", name, *words, *stated, *(["--list"] if as_list else [])])
@@ -108,10 +109,10 @@ def _command(name: str, words: list[str], options: dict[str, Any], as_list: bool
 
 def report(
     dirs: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs; a sweep's folder stands for its runs.")
+        list[Path], typer.Argument(metavar="DIR...", help="Folders of runs, or of sweeps for all their runs.")
     ],
     output: Annotated[
-        Path, typer.Option(dir_okay=False, help="The page; a Markdown file of the same name goes beside it.")
+        Path, typer.Option(dir_okay=False, help="The page to write; a Markdown file of the same name goes beside it.")
     ] = Path("report.html"),
 ) -> None:
     """Compare runs on one page: settings, curves, measures, answers.
@@ -120,8 +121,7 @@ def report(
     """
     if output.suffix.lower() not in (".html", ".htm"):
         raise UserInputError(f"--output: must end in .html, got {str(output)!r}.")
-    if not output.parent.is_dir():
-        raise UserInputError(f"--output: there is no folder {str(output.parent)!r}. Make it first.")
+    check_parent(output)
     from ..compare.page import write_report
 
     pages = write_report(dirs, output)

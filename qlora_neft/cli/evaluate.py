@@ -1,63 +1,72 @@
-"""eval text and eval alpaca: what a model's answers are like, and whether they are preferred."""
+"""The verbs under `eval`: text, alpaca, overfit, loss, flips, harness."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import UserInputError
 from ..paths import kind_of
+from . import alpaca
+from .alpaca import answers_of
 from .options import (
     REPETITION_PENALTY,
+    AdapterArgument,
     BaseOption,
     BatchOption,
     DeviceOption,
     InstructionsOption,
     JsonOption,
-    LeastTokensOption,
     OverridesArgument,
     PenaltyOption,
+    PictureOption,
     PrecisionOption,
+    RevisionOption,
     RowsOption,
     RunsArgument,
-    SampleOption,
-    SeedOption,
     SetOption,
-    TemperatureOption,
     TokensOption,
-    TopKOption,
-    TopPOption,
+    check_device,
+    check_parent,
     complete_recipe,
     decoding_of,
+    draw_or_refuse,
+    json_only,
     print_json,
     quiet,
     say,
 )
 
-if TYPE_CHECKING:
-    from ..evaluation.alpaca.score import Score
-    from ..generation.decode import Decoding
-
 OUTPUT_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".md")  # a name that ends so is a file, there or not
 
+app = typer.Typer(
+    name="eval",
+    help="Measure what the NEFTune paper measures.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
+
+@app.command()
 def text(
     sources: Annotated[
-        list[str] | None, typer.Argument(metavar="[DIR|FILE]...", help="Runs (they answer first), or files of outputs.")
+        list[str] | None,
+        typer.Argument(metavar="[DIR|FILE]...", help="Runs, which answer AlpacaEval first, or files of outputs."),
     ] = None,
     outputs: Annotated[
-        list[Path] | None, typer.Option(help="File of outputs: AlpacaEval JSON, JSON lines, or an output a line.")
+        list[Path] | None, typer.Option(help="File of outputs: AlpacaEval JSON, JSON lines, or one output per line.")
     ] = None,
-    chunk: Annotated[int | None, typer.Option(help="Words at the beginning of an output to count n-grams in.")] = None,
+    chunk: Annotated[int | None, typer.Option(help="Count n-grams in the first N words of an output.")] = None,
     cutoff: Annotated[
-        str | None, typer.Option(metavar="alpaca|evol|sharegpt|platypus", help="The paper's chunk: 50, 100, 150, 150.")
+        str | None,
+        typer.Option(
+            metavar="alpaca|evol|sharegpt|platypus", help="The chunk the paper used for it: 50, 100, 150, 150."
+        ),
     ] = None,
     instructions: InstructionsOption = None,
     rows: RowsOption = 0,
@@ -86,7 +95,7 @@ def text(
         if _is_model(name):
             with quiet():
                 decoding = decoding_of(max_new_tokens, 0, repetition_penalty, sample=False)
-                file = _answered(name, decoding, options)
+                file = answers_of(name, decoding, **options)
         found[name] = measure_texts(read_texts(file, "--outputs"), length)
         keep_measures(name, "text", found[name].main())
     if as_json:
@@ -96,111 +105,19 @@ def text(
         typer.echo(text_table(found).plain())
 
 
-def alpaca(
-    source: Annotated[
-        str | None, typer.Argument(metavar="[DIR]", help="Folder of a run, or an adapter, that answers.")
-    ] = None,
-    score: Annotated[Path | None, typer.Option(metavar="ANNOTATIONS", help="Score a judge's annotations.")] = None,
-    outputs: Annotated[Path | None, typer.Option(help="With --score or --judge: the answers that were judged.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Where the answers go; default: alpaca_outputs.json in DIR.")
-    ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(metavar="alpaca_eval|DIR|ID", help="Judge the answers: the alpaca_eval package, or a model."),
-    ] = None,
-    reference: Annotated[
-        Path | None, typer.Option(help="The other model's answers; default: text_davinci_003's, with the instructions.")
-    ] = None,
-    annotator: Annotated[
-        str, typer.Option(help="Of the alpaca_eval package; the paper: alpaca_eval_gpt4.")
-    ] = "weighted_alpaca_eval_gpt4_turbo",
-    instructions: InstructionsOption = None,
-    rows: RowsOption = 0,
-    meta_prompt: Annotated[
-        str, typer.Option(metavar="TEXT", help="Put behind every instruction, such as: Generate a long response")
-    ] = "",
-    max_new_tokens: TokensOption = 1024,
-    min_new_tokens: LeastTokensOption = 0,
-    repetition_penalty: PenaltyOption = REPETITION_PENALTY,
-    sample: SampleOption = False,
-    temperature: TemperatureOption = None,
-    top_p: TopPOption = None,
-    top_k: TopKOption = None,
-    seed: SeedOption = None,
-    batch_size: BatchOption = 8,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    base: BaseOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Answer AlpacaEval's instructions, have them judged, score the verdicts."""
-    if score is not None:
-        if source is not None or judge is not None:
-            raise UserInputError("--score: scores annotations that are there; give no DIR and no --judge with it.")
-        for option, given in (("--output", output), ("--reference", reference), ("--instructions", instructions)):
-            if given is not None:
-                raise UserInputError(f"{option}: has no effect on --score, got {str(given)!r}. Leave it away.")
-        from ..evaluation.alpaca.score import score_files
-
-        _show_score(score_files(score, outputs), as_json)
-        return
-    if (source is None) == (outputs is None):
-        raise UserInputError("eval alpaca: give a DIR that answers, or --outputs FILE with --judge or --score.")
-    if source is None and judge is None:
-        raise UserInputError("--outputs: give --judge or --score with it. Lengths and repetition: eval text.")
-    from ..evaluation.runs import Machine
-
-    machine = Machine(device, precision, base, batch_size)
-    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    with quiet():
-        decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
-        if judge is not None:
-            from ..evaluation.alpaca.judge import check_judging, judge_outputs
-
-            check_judging(judge, reference, instructions)
-        if source is not None:
-            options = {"output": output, "instructions": instructions, "rows": rows, "machine": machine}
-            outputs = _answered(source, decoding, {"meta_prompt": meta_prompt, **options})
-        found = None
-        if judge is not None:
-            asked = {"reference": reference, "annotator": annotator, "instructions": instructions}
-            found = judge_outputs(judge, outputs, machine=machine, say=say, **asked)
-            if source is not None:
-                from ..run_folder.record import keep_measures
-
-                keep_measures(source, "alpaca", found.measures())
-    if found is not None:
-        _show_score(found, as_json)
-    else:
-        typer.echo(json.dumps({"outputs": str(outputs)}) if as_json else f"written: {outputs}")
-
-
 def _is_model(name: str) -> bool:
-    """A folder, or a Hub id; anything else is a file of outputs."""
+    """Whether a source is a folder or a Hub id; anything else is a file of outputs."""
     is_hub_id = kind_of(name, suffixes=OUTPUT_SUFFIXES) == "hub" and "/" in name
     return is_hub_id or Path(name).expanduser().is_dir()
 
 
-def _answered(source: str, decoding: Decoding, options: dict[str, Any]) -> Path:
-    """The file of a model's answers to AlpacaEval's instructions, made where it is not there."""
-    from ..evaluation.alpaca.answer import answer_instructions
-
-    return answer_instructions(source, decoding=decoding, say=say, **options)
+app.add_typer(alpaca.app)
 
 
-def _show_score(found: Score, as_json: bool) -> None:
-    for line in found.notes():
-        say(line)
-    if as_json:
-        print_json(found.to_dict())
-    else:
-        typer.echo("\n".join(found.lines()))
-
-
+@app.command()
 def overfit(
     sources: RunsArgument,
-    rows: Annotated[int, typer.Option(min=1, help="Training rows to answer, the first of each run.")] = 128,
+    rows: Annotated[int, typer.Option(min=1, help="Answer the first N training rows of each run.")] = 128,
     max_new_tokens: TokensOption = 256,
     repetition_penalty: PenaltyOption = 1.0,
     batch_size: BatchOption = 8,
@@ -208,12 +125,12 @@ def overfit(
     precision: PrecisionOption = "auto",
     base: BaseOption = None,
     changes: SetOption = None,
-    answers: Annotated[bool, typer.Option("--answers", help="With --json: also every answer.")] = False,
+    answers: Annotated[bool, typer.Option("--answers", help="With --json: include every answer.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare greedy answers to training prompts with what was trained.
 
-    ROUGE-L and BLEU-4; high scores are answers learned by heart.
+    By ROUGE-L and BLEU-4; high scores mean answers learned by heart.
     """
     from ..evaluation.overlap import check_installed
 
@@ -237,11 +154,14 @@ def overfit(
         typer.echo(overfit_table(found).plain())
 
 
+@app.command()
 def loss(
     sources: RunsArgument,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]FILE", help="Another set: a data file or Hub id, in the run's own template."),
+        typer.Option(
+            metavar="[NAME=]FILE", help="Another set to measure on: a data file or Hub id, in the run's own template."
+        ),
     ] = None,
     rows: RowsOption = 0,
     batch_size: BatchOption = 8,
@@ -253,7 +173,7 @@ def loss(
 ) -> None:
     """Measure losses without noise: training rows, held-out rows, other data.
 
-    Of the base alone and of each adapter, in nats per trained token.
+    For the base alone and for each adapter, in nats per trained token.
     """
     from ..evaluation.runs import Machine, named_sets
 
@@ -272,39 +192,44 @@ def loss(
 PAPER_ROWS = 5200  # the paper's sample of Alpaca
 
 
-def noise(
+@app.command("noise", hidden=True)  # the old name
+@app.command()
+def flips(
     source: Annotated[
         str,
         typer.Argument(
             metavar="NAME|DIR|MODEL",
-            help="A recipe, a run's folder, or a model (Hub id, folder, bundled:...); only the first two have data.",
+            help="A recipe, a run's folder, or a model (Hub id, folder, bundled:...); a model has no data.",
             autocompletion=complete_recipe,
         ),
     ],
     overrides: OverridesArgument = None,
     alpha: Annotated[str, typer.Option(metavar="A,B,...", help="Noise strengths.")] = "5,10,15",
     length: Annotated[
-        str | None, typer.Option(metavar="L,M,...", help="Sequence lengths for noise on the whole vocabulary.")
+        str | None,
+        typer.Option(metavar="L,M,...", help="Noise the whole vocabulary, as in sequences of these lengths."),
     ] = None,
     whole_vocabulary: Annotated[
-        bool, typer.Option("--whole-vocabulary", help="Also noise every token; lengths 50, 100, 200, 500.")
+        bool, typer.Option("--whole-vocabulary", help="Also noise the whole vocabulary, at lengths 50, 100, 200, 500.")
     ] = False,
-    rows: Annotated[int, typer.Option("-n", "--rows", min=1, help="Training sequences at most.")] = PAPER_ROWS,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = "auto",
-    picture: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw it as a PNG.")] = None,
+    rows: Annotated[
+        int, typer.Option("-n", "--rows", min=1, help="Maximum number of training sequences.")
+    ] = PAPER_ROWS,
+    device: DeviceOption = "auto",
+    picture: PictureOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count the tokens that noise turns into others.
+    """Count the tokens that noise turns into other tokens.
 
-    And the top 100 singular values of the embedding similarity matrix. Only the embedding is read.
+    Also the top 100 singular values of the embedding similarity matrix. Only the embedding is read.
     """
     alphas = _numbers("--alpha", alpha, float, 0)
     lengths = _numbers("--length", length, int, 1) if length is not None else []
-    _check_device(device)
+    check_device(device)
     from ..evaluation.embeddings.report import draw, lines
     from ..evaluation.embeddings.subject import report_on
 
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    with json_only(as_json):
         report = report_on(
             source,
             overrides or (),
@@ -313,52 +238,68 @@ def noise(
             whole_vocabulary=whole_vocabulary,
             rows=rows,
             device=device,
-            say=None if as_json else lambda text: typer.echo(f"{text} ...", err=True),
+            say=None if as_json else lambda line: say(f"{line} ..."),
         )
-    typer.echo(json.dumps(report, indent=2) if as_json else lines(report))
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(lines(report))
     if picture is not None:
         name = Path(report["model"]).name if Path(report["model"]).is_dir() else report["model"]
-        _draw(lambda: draw(report, picture, f"{name}: embeddings under noise"), picture)
+        draw_or_refuse(lambda: draw(report, picture, f"{name}: embeddings under noise"), picture)
 
 
+def _numbers(option: str, text: str, kind: type, smallest: float) -> list[Any]:
+    """Return the distinct numbers of an option such as ``5,10,15``, sorted."""
+    try:
+        numbers = [kind(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(math.isfinite(number) and number >= smallest for number in numbers):
+        what = "whole numbers" if kind is int else "numbers"
+        raise UserInputError(f"{option}: must be {what} of {smallest} or more separated by commas, got {text!r}.")
+    return sorted(set(numbers))
+
+
+@app.command()
 def harness(
-    adapter: Annotated[
-        str, typer.Argument(metavar="DIR", help="The folder of a finished run, or an adapter's Hub id.")
-    ],
+    adapter: AdapterArgument,
     tasks: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Names of lm-eval's tasks or groups.")
+        str, typer.Option(metavar="A,B,...", help="Tasks or groups of lm-eval.")
     ] = "arc_challenge,hellaswag,mmlu,truthfulqa_mc2",
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each question; default: the Open LLM Leaderboard's.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task at most, for a quick look.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of questions per task, for a quick look.")
+    ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(exists=False, file_okay=False, help="Folder with task files of your own.")
+        Path | None, typer.Option(exists=False, file_okay=False, help="Folder with your own task files.")
     ] = None,
     base_alone: Annotated[
         bool, typer.Option("--base-alone/--no-base-alone", help="Also measure the base without the adapter.")
     ] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
-    base: Annotated[str | None, typer.Option(help="Base model in place of the recorded one.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub branch, tag or commit of the adapter.")] = None,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")] = "auto",
-    precision: Annotated[str, typer.Option(metavar="auto|bf16|fp16|fp32", help="Number format.")] = "auto",
-    output: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the JSON to a file.")] = None,
+    batch_size: BatchOption = 8,
+    base: BaseOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    output: Annotated[Path | None, typer.Option(dir_okay=False, help="Also write the JSON to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure capability with lm-eval, base and adapter side by side.
+    """Measure capabilities with lm-eval, base and adapter side by side.
 
-    Default: the tasks of NEFTune's Figure 3.
+    By default on the tasks of NEFTune's Figure 3.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    _check_device(device)
-    if output is not None and not output.parent.is_dir():
-        raise UserInputError(f"--output: there is no folder {str(output.parent)!r}. Make it first.")
+    check_device(device)
+    if output is not None:
+        check_parent(output)
     from ..evaluation.harness import evaluate_adapter, lines
     from ..files import write_json
     from ..run_folder.record import keep_measures
 
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+    with json_only(as_json):
         report = evaluate_adapter(
             adapter,
             tasks=names,
@@ -372,7 +313,7 @@ def harness(
             device=device,
             precision=precision,
         )
-    if limit is None:  # of some questions alone no report should speak
+    if limit is None:  # scores on some of the questions do not belong into a report
         scores = {f"{entry['task']}_{entry['metric']}": entry["adapter"]["value"] for entry in report["results"]}
         keep_measures(adapter, "harness", scores)
     if output is not None:
@@ -380,47 +321,8 @@ def harness(
             write_json(output, report)
         except OSError as error:
             raise UserInputError(f"--output: {str(output)!r} cannot be written ({error}).") from error
-        typer.echo(f"written: {output}", err=True)
-    typer.echo(json.dumps(report, indent=2) if as_json else lines(report))
-
-
-def _numbers(option: str, text: str, kind: type, smallest: float) -> list[Any]:
-    try:
-        numbers = [kind(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(math.isfinite(number) and number >= smallest for number in numbers):
-        what = "whole numbers" if kind is int else "numbers"
-        raise UserInputError(f"{option}: must be {what} of {smallest} or more with commas between, got {text!r}.")
-    return sorted(set(numbers))
-
-
-def _check_device(device: str) -> None:
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserInputError(f"--device: must be auto, cpu or cuda, got {device!r}.")
-
-
-def _draw(drawing: Callable[[], bool], path: Path) -> None:
-    try:
-        drawn = drawing()
-    except (OSError, ValueError) as error:
-        raise UserInputError(f"--picture: {str(path)!r} cannot be written ({error}). Give a .png file.") from error
-    if not drawn:
-        raise UserInputError("--picture: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'")
-    typer.echo(f"written: {path}", err=True)
-
-
-app = typer.Typer(
-    name="eval",
-    help="Measure what the NEFTune paper measures.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command()(text)
-app.command()(alpaca)
-app.command()(overfit)
-app.command()(loss)
-app.command()(noise)
-app.command()(harness)
+        say(f"written: {output}")
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(lines(report))

@@ -1,10 +1,10 @@
-"""The verbs generate and chat. Heavy imports inside them."""
+"""The verbs that talk with an adapter: generate and chat."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +13,13 @@ import typer
 from ..errors import UserInputError
 from .options import (
     REPETITION_PENALTY,
+    AdapterArgument,
+    BaseOption,
+    DeviceOption,
     LeastTokensOption,
     PenaltyOption,
+    PrecisionOption,
+    RevisionOption,
     SampleOption,
     SeedOption,
     TemperatureOption,
@@ -22,6 +27,8 @@ from .options import (
     TopKOption,
     TopPOption,
     decoding_of,
+    json_only,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -31,30 +38,26 @@ if TYPE_CHECKING:
     from ..generation.output import Replies
     from ..generation.requests import Request
 
-DirArgument = Annotated[
-    str, typer.Argument(metavar="DIR", help="--output-dir of a run, a checkpoint, any LoRA adapter, or a Hub id.")
-]
-BaseOption = Annotated[str | None, typer.Option(help="Base model in place of the recorded one.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Hub revision of DIR.")]
 TemplateOption = Annotated[
     str | None,
-    typer.Option(metavar="alpaca|vicuna|chat|none|FILE.jinja", help="In place of the template of the training run."),
+    typer.Option(metavar="alpaca|vicuna|chat|none|FILE.jinja", help="Prompt template; default: the run's own."),
 ]
-SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message, where the template has one.")]
-BaseAloneOption = Annotated[bool, typer.Option("--base-alone", help="Ask the base without the adapter.")]
-CompareOption = Annotated[bool, typer.Option("--compare", help="Ask both, the base and the adapter.")]
-DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")]
-PrecisionOption = Annotated[str, typer.Option(metavar="auto|bf16|fp16|fp32", help="In what to compute.")]
+SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="System message, if the template has one.")]
+BaseAloneOption = Annotated[bool, typer.Option("--base-alone", help="Ask the base, without the adapter.")]
+CompareOption = Annotated[bool, typer.Option("--compare", help="Ask both the base and the adapter.")]
 
 
 def generate(
-    dir: DirArgument,
+    dir: AdapterArgument,
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="What to ask; - is standard input, all of it.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts; - reads one from standard input.")
     ] = None,
     file: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Prompts: .txt or - (one a line), or .jsonl, .json, .csv, .parquet rows."),
+        typer.Option(
+            metavar="FILE",
+            help="Prompts: .txt or - (one per line), or rows of .jsonl, .json, .csv, .parquet.",
+        ),
     ] = None,
     system: SystemOption = None,
     compare: CompareOption = False,
@@ -69,9 +72,10 @@ def generate(
     seed: SeedOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time; changes no answer.")] = 8,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="New file: .json a list, .jsonl JSON lines, others as printed.")
+        Path | None,
+        typer.Option(metavar="FILE", help="New file: .json a list, .jsonl JSON lines, others as printed."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
     base: BaseOption = None,
     revision: RevisionOption = None,
     prompt_template: TemplateOption = None,
@@ -80,13 +84,13 @@ def generate(
 ) -> None:
     """Answer prompts with a trained adapter.
 
-    The prompt template of the training run is put around them.
+    Prompts are formatted with the prompt template of the training run.
     """
     from ..adapter.folder import find_adapter
 
     _check_who_answers(compare=compare, base_alone=base_alone)
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    adapter = find_adapter(dir, revision=revision, base=base)  # a wrong DIR is told before torch is loaded
+    adapter = find_adapter(dir, revision=revision, base=base)  # a wrong DIR is reported before torch is loaded
     decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
     requests = _requests(prompts or [], file)
     names = ["base", "adapter"] if compare else ["base"] if base_alone else ["adapter"]
@@ -104,7 +108,7 @@ def generate(
 
 
 def chat(
-    dir: DirArgument,
+    dir: AdapterArgument,
     system: SystemOption = None,
     compare: CompareOption = False,
     base_alone: BaseAloneOption = False,
@@ -122,15 +126,15 @@ def chat(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
-    """Talk with a trained adapter.
+    """Chat with a trained adapter.
 
-    Commands begin with a slash: /help lists them.
+    Commands start with a slash: /help lists them.
     """
     from ..adapter.folder import find_adapter
 
     _check_who_answers(compare=compare, base_alone=base_alone)
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    adapter = find_adapter(dir, revision=revision, base=base)  # a wrong DIR is told before torch is loaded
+    adapter = find_adapter(dir, revision=revision, base=base)  # a wrong DIR is reported before torch is loaded
     decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
     with contextlib.suppress(ImportError):  # line editing and history, where Python has it
         import readline  # noqa: F401
@@ -153,7 +157,7 @@ def _check_who_answers(*, compare: bool, base_alone: bool) -> None:
 
 
 def _requests(prompts: Sequence[str], file: str | None) -> list[Request]:
-    """From the arguments, a file, or standard input."""
+    """Return the prompts from the arguments, a file, or standard input."""
     from ..generation.requests import requests_of_file, requests_of_stdin, requests_of_texts
 
     if file is not None:
@@ -163,7 +167,7 @@ def _requests(prompts: Sequence[str], file: str | None) -> list[Request]:
     if list(prompts) == ["-"] or (not prompts and not sys.stdin.isatty()):
         return requests_of_stdin()
     if not prompts:
-        raise UserInputError("PROMPT: none given. Write it behind DIR, pipe it in, or give --file. To talk: chat DIR.")
+        raise UserInputError("PROMPT: none given. Write it after DIR, pipe it in, or give --file. To talk: chat DIR.")
     return requests_of_texts(prompts)
 
 
@@ -176,8 +180,10 @@ def _with_system(trained: Trained, requests: list[Request], system: str) -> list
 
 
 @contextlib.contextmanager
-def _loaded(adapter: AdapterFolder, prompt_template: str | None, device: str, precision: str) -> Iterator[Trained]:
-    """The model, for a block in which no library chatters."""
+def _loaded(
+    adapter: AdapterFolder, prompt_template: str | None, device: str, precision: str
+) -> Generator[Trained, None, None]:
+    """Load the model, for a block in which the libraries are silent."""
     from rich.console import Console
 
     from ..adapter.load import load_trained
@@ -185,19 +191,18 @@ def _loaded(adapter: AdapterFolder, prompt_template: str | None, device: str, pr
 
     console = Console(stderr=True, highlight=False)
     with quiet_libraries():
-        with contextlib.redirect_stdout(sys.stderr), console.status(f"loading {adapter.source}"):
+        with json_only(), console.status(f"loading {adapter.source}"):
             trained = load_trained(adapter, device=device, precision=precision, prompt_template=prompt_template)
         if trained.template_is_guessed:
-            typer.echo(
+            say(
                 f"prompt template: {trained.prompts.name}, a guess: no record says what {adapter.source} was "
-                "trained with. --prompt-template sets it.",
-                err=True,
+                "trained with. Set it with --prompt-template."
             )
         yield trained
 
 
 def _stream(trained: Trained, requests: list[Request], decoding: Decoding, names: list[str]) -> None:
-    """One answer, or two side by side, as they come."""
+    """Print one answer, or two side by side, token by token."""
     from rich.console import Console
 
     from ..generation.generate import replies
@@ -209,8 +214,7 @@ def _stream(trained: Trained, requests: list[Request], decoding: Decoding, names
         for name in names:
             write = begin(name)
             [found[name]] = replies(trained, requests, decoding, base_alone=name == "base", write=write)
-    for remark in remarks(found):
-        typer.echo(remark, err=True)
+    say(*remarks(found))
     _fail_if_unanswered({reply.finish_reason for reply in found.values()})
 
 
@@ -226,8 +230,7 @@ def _answer_all(
     from ..generation.generate import replies
     from ..generation.output import entries, with_progress, write_as_they_come
 
-    options = {"batch_size": batch_size}
-    sides = [replies(trained, requests, decoding, base_alone=name == "base", **options) for name in names]
+    sides = [replies(trained, requests, decoding, base_alone=name == "base", batch_size=batch_size) for name in names]
     found = (dict(zip(names, together, strict=True)) for together in zip(*sides, strict=True))
     suffix = "" if output is None else output.suffix.lower()
     form = "list" if suffix == ".json" else "lines" if as_json or suffix == ".jsonl" else "text"
@@ -237,23 +240,22 @@ def _answer_all(
         for line in lines:
             typer.echo(line)
     else:
-        typer.echo(f"written: {output}, {write_as_they_come(output, lines)} answers", err=True)
+        say(f"written: {output}, {write_as_they_come(output, lines)} answers")
     _fail_if_unanswered(reasons)
 
 
 def _remarked(answers: Iterator[Replies], reasons: set[str]) -> Iterator[Replies]:
-    """Each answer, after what there is to say of it; why it ended goes into ``reasons``."""
+    """Print the remarks on each answer before yielding it; collect why answers ended in ``reasons``."""
     from ..generation.output import remarks
 
     for found in answers:
         reasons |= {reply.finish_reason for reply in found.values()}
-        for remark in remarks(found):
-            typer.echo(remark, err=True)
+        say(*remarks(found))
         yield found
 
 
 def _fail_if_unanswered(reasons: set[str]) -> None:
-    """Exit code 1 where no prompt had room for an answer: a script would take the empty text for one."""
+    """End with exit code 1 if no prompt left room for an answer; a script would take the empty text for one."""
     if reasons == {"no room"}:
         raise typer.Exit(1)
 
@@ -266,7 +268,8 @@ def _title(trained: Trained) -> str:
 
 
 @contextlib.contextmanager
-def _named(option: str) -> Iterator[None]:
+def _named(option: str) -> Generator[None, None, None]:
+    """Prefix errors of the block with the option they are about."""
     try:
         yield
     except UserInputError as error:

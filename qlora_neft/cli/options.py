@@ -1,11 +1,11 @@
-"""Options and output that the verbs under eval share."""
+"""Arguments and options that several verbs share, each declared once, and how verbs print. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,117 +16,177 @@ from ..errors import UserInputError
 if TYPE_CHECKING:
     from ..generation.decode import Decoding
 
-RunsArgument = Annotated[list[str], typer.Argument(metavar="DIR...", help="Folders of finished runs, or adapters.")]
-DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where it is computed.")]
-PrecisionOption = Annotated[str, typer.Option(metavar="auto|bf16|fp16|fp32", help="Number format.")]
-BaseOption = Annotated[str | None, typer.Option(help="Base model in place of the recorded one.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Sequences at a time.")]
-RowsOption = Annotated[int, typer.Option(min=0, help="The first so many; 0: all.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change the run's recipe, such as data.path where it has moved."),
-]
-InstructionsOption = Annotated[
-    Path | None, typer.Option(help="JSON of objects with an instruction; default: AlpacaEval's 805, from the Hub.")
-]
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Whatever libraries print, standard output holds the result alone."""
-    from ..display.console import quiet_libraries
-
-    with contextlib.redirect_stdout(sys.stderr), quiet_libraries():
-        yield
-
-
-def say(line: str) -> None:
-    """On stderr."""
-    typer.echo(line, err=True)
-
-
-def print_json(content: Any) -> None:
-    """On standard output; what is no finite number as null."""
-    from ..files import finite
-
-    typer.echo(json.dumps(finite(content) if isinstance(content, dict) else content, indent=2))
-
-
-# NEFTune's authors: greedy, with a repetition penalty of 1.2 in all experiments, also where they sampled
-# (arXiv:2310.05914, section 5.2, footnote, and appendix, "Additional Ablation Studies").
-REPETITION_PENALTY = 1.2
-
-TokensOption = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
-LeastTokensOption = Annotated[int, typer.Option(min=0, help="An answer does not end before this many; 0: it may.")]
-PenaltyOption = Annotated[float, typer.Option(help="Against repetition; 1 is none. NEFTune's authors use 1.2.")]
-SampleOption = Annotated[bool, typer.Option("--sample", help="Draw tokens; else the likeliest is taken.")]
-TemperatureOption = Annotated[float | None, typer.Option(help="With --sample; default 1.")]
-TopPOption = Annotated[float | None, typer.Option(help="With --sample; default 1 (all).")]
-TopKOption = Annotated[int | None, typer.Option(help="With --sample; default 0 (all).")]
-SeedOption = Annotated[int | None, typer.Option(help="With --sample; default 0.")]
-
-
-def decoding_of(
-    max_new_tokens: int, min_new_tokens: int, repetition_penalty: float, *, sample: bool, **drawing: float | None
-) -> Decoding:
-    """What the options ask for.
-
-    Args:
-        max_new_tokens, min_new_tokens, repetition_penalty: As in `Decoding`.
-        sample: ``do_sample``.
-        drawing: ``temperature``, ``top_p``, ``top_k`` and ``seed``; None where the option was not given.
-
-    Raises:
-        UserInputError: If a value makes no sense, or has no effect.
-    """
-    given = {name: value for name, value in drawing.items() if value is not None}
-    if given and not sample:
-        unused = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserInputError(f"{unused}: no effect without --sample. Add it, or leave this out.")
-    from ..generation.decode import Decoding
-
-    try:
-        return Decoding(
-            max_new_tokens, min_new_tokens, do_sample=sample, repetition_penalty=repetition_penalty, **given
-        )
-    except UserInputError as error:  # the option as it was written
-        name, rule = str(error).split(":", 1)
-        raise UserInputError(f"--{name.replace('_', '-')}:{rule}") from error
+# ---- Completion in the shell ----
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Names of shipped recipes, for the shell."""
+    """Complete names of shipped recipes."""
     from ..recipe.load import list_recipes
 
     return [name for name in list_recipes() if name.startswith(incomplete)]
 
 
 def complete_override(incomplete: str) -> list[str]:
-    """Keys of a recipe with an equals sign, for the shell."""
+    """Complete a recipe's keys, each with its equals sign."""
     from ..recipe.keys import key_names
 
     return [f"{key}=" for key in key_names() if key.startswith(incomplete)]
 
 
 def complete_recipe_or_override(incomplete: str) -> list[str]:
-    """Names of recipes, then keys, for the shell."""
+    """Complete names of recipes, then keys."""
     return complete_recipe(incomplete) + complete_override(incomplete)
 
 
+# ---- Arguments and options ----
+
 RecipeArgument = Annotated[
     str,
-    typer.Argument(metavar="NAME", help="A recipe's name, or a path to a YAML file.", autocompletion=complete_recipe),
+    typer.Argument(metavar="NAME", help="A recipe's name, or the path to a YAML file.", autocompletion=complete_recipe),
 ]
-
-
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Changes to the recipe, such as lora.r=8; all keys: qlora-neft show --keys.",
+        help="Overrides of the recipe, such as lora.r=8. List all keys with: qlora-neft show --keys.",
         autocompletion=complete_override,
     ),
 ]
+AdapterArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR", help="An adapter: the --output-dir of a run, a checkpoint, any LoRA folder, or a Hub id."
+    ),
+]
+RunsArgument = Annotated[
+    list[str], typer.Argument(metavar="DIR...", help="Adapters: folders of finished runs, or Hub ids.")
+]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PictureOption = Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw the result to this PNG file.")]
+
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Device to compute on.")]
+PrecisionOption = Annotated[str, typer.Option(metavar="auto|bf16|fp16|fp32", help="Number format to compute in.")]
+BaseOption = Annotated[
+    str | None, typer.Option(metavar="BASE", help="Use this base model instead of the recorded one.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of DIR on the Hub.")]
+
+RowsOption = Annotated[int, typer.Option(min=0, help="Use only the first N rows (0: all).")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Number of sequences to compute at a time.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override the run's recipe, such as data.path if the data moved."),
+]
+InstructionsOption = Annotated[
+    Path | None,
+    typer.Option(help="JSON list of objects with an instruction; default: the 805 of AlpacaEval, from the Hub."),
+]
+
+# ---- Options of decoding ----
+
+# NEFTune's authors: greedy, with a repetition penalty of 1.2 in all experiments, also where they sampled
+# (arXiv:2310.05914, section 5.2, footnote, and appendix, "Additional Ablation Studies").
+REPETITION_PENALTY = 1.2
+
+TokensOption = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
+LeastTokensOption = Annotated[int, typer.Option(min=0, help="Minimum number of new tokens.")]
+PenaltyOption = Annotated[float, typer.Option(help="Repetition penalty; 1 is none, NEFTune's authors use 1.2.")]
+SampleOption = Annotated[bool, typer.Option("--sample", help="Sample tokens instead of always taking the likeliest.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="Sampling temperature; default 1. Needs --sample.")]
+TopPOption = Annotated[
+    float | None, typer.Option(help="Sample from the likeliest tokens of this total probability; default 1 (all).")
+]
+TopKOption = Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens; default 0 (all).")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of the sampling; default 0.")]
 
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for a program to read.")]
+def decoding_of(
+    max_new_tokens: int, min_new_tokens: int, repetition_penalty: float, *, sample: bool, **drawing: float | None
+) -> Decoding:
+    """Return the decoding that the options ask for.
+
+    Args:
+        max_new_tokens, min_new_tokens, repetition_penalty: As in `Decoding`.
+        sample: ``do_sample``.
+        drawing: ``temperature``, ``top_p``, ``top_k`` and ``seed``; None for an option that was not given.
+
+    Raises:
+        UserInputError: If a value is out of range, or has no effect.
+    """
+    given: dict[str, Any] = {name: value for name, value in drawing.items() if value is not None}
+    if given and not sample:
+        unused = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserInputError(f"{unused}: no effect without --sample. Add it, or omit {unused}.")
+    from ..generation.decode import Decoding
+
+    try:
+        return Decoding(
+            max_new_tokens, min_new_tokens, do_sample=sample, repetition_penalty=repetition_penalty, **given
+        )
+    except UserInputError as error:  # it names the field; say the option that the user wrote
+        name, rule = str(error).split(":", 1)
+        raise UserInputError(f"--{name.replace('_', '-')}:{rule}") from error
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that does not exist before anything slow is imported."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserInputError(f"--device: must be auto, cpu or cuda, got {device!r}.")
+
+
+def check_parent(path: Path) -> None:
+    """Refuse an ``--output`` whose folder does not exist, before the work that would be written there."""
+    if not path.parent.is_dir():
+        raise UserInputError(f"--output: there is no folder {str(path.parent)!r}. Create it first.")
+
+
+# ---- Output ----
+
+
+@contextlib.contextmanager
+def json_only(as_json: bool = True) -> Generator[None, None, None]:
+    """Send whatever libraries print to stderr, so that with ``--json`` stdout holds the JSON alone."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None, None, None]:
+    """Keep stdout for the result, and silence the libraries' progress bars and notes."""
+    from ..display.console import quiet_libraries
+
+    with json_only(), quiet_libraries():
+        yield
+
+
+def say(*lines: str) -> None:
+    """Print progress and notes to stderr; stdout is for the result."""
+    for line in lines:
+        typer.echo(line, err=True)
+
+
+def print_json(content: Any) -> None:
+    """Print indented JSON to stdout; NaN and infinity, for which JSON has no word, become null."""
+    from ..files import finite
+
+    typer.echo(json.dumps(finite(content) if isinstance(content, dict) else content, indent=2))
+
+
+def draw_or_refuse(draw: Callable[[], bool], path: Path) -> None:
+    """Draw the file of ``--picture``.
+
+    Args:
+        draw: Writes the file; False if matplotlib is missing.
+        path: The file.
+
+    Raises:
+        UserInputError: If it cannot be written, or matplotlib is missing.
+    """
+    try:
+        is_drawn = draw()
+    except (OSError, ValueError) as error:
+        raise UserInputError(f"--picture: {str(path)!r} cannot be written ({error}). Give a .png file.") from error
+    if not is_drawn:
+        raise UserInputError("--picture: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'")
+    say(f"written: {path}")

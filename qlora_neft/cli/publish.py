@@ -1,201 +1,58 @@
-"""The verb export: a trained adapter with its receipt, in a folder and on the Hub."""
+"""The verbs that hand an adapter over: merge, check, gguf, export."""
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import UserInputError
-from .options import JsonOption
+from .options import AdapterArgument, BaseOption, JsonOption, RevisionOption, print_json, say
 
 if TYPE_CHECKING:
     from ..adapter.folder import AdapterFolder
     from ..export.consumers import Facts, Verdict
     from ..export.hub.base import BaseFacts
 
-LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+# ---- merge ----
 
-
-class Dtype(StrEnum):
-    """Number formats an adapter is published in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-def export(
-    source: Annotated[
-        str, typer.Argument(metavar="DIR", help="The --output-dir of a run, a checkpoint, any LoRA adapter, a Hub id.")
-    ],
-    repo_id: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Where it goes on the Hub.")],
-    public: Annotated[bool, typer.Option("--public", help="For everyone to see; else private.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write the folder and show the card; push nothing.")
-    ] = False,
-    base_id: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Hub id of the base, where it was a local folder.")
-    ] = None,
-    base_revision: Annotated[
-        str | None, typer.Option(metavar="COMMIT", help="Commit of the base; default: that of the training.")
-    ] = None,
-    license: Annotated[str | None, typer.Option(metavar="ID", help="License; default: that of the base.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; default: as trained.")] = None,
-    revision: Annotated[str, typer.Option(metavar="BRANCH", help="Branch to push to.")] = "main",
-    output: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the folder is written; default: DIR/export.")
-    ] = None,
-) -> None:
-    """Publish an adapter with its model card, recipe and measurements.
-
-    Private unless --public. --dry-run first shows what would be published.
-    """
-    from ..adapter.folder import find_adapter
-
-    _check_repo_id(repo_id)
-    if license is not None and not LICENSE.fullmatch(license):
-        raise UserInputError(f"--license: must be an id such as apache-2.0 (hf.co/docs: licenses), got {license!r}.")
-    folder = find_adapter(source)
-    place = output or _default_output(source, folder)
-    facts = _build(folder, place, repo_id, base_id, base_revision, license, dtype)
-    _say(*_unknown(facts, license), f"written: {place}/")
-    if dry_run:
-        _show(place / "README.md")
-        _say(f"dry run: nothing was pushed. Without --dry-run it goes to {repo_id}, {_who(public)}.")
-        return
-    from ..export.hub.push import push_folder
-
-    pushed = push_folder(
-        place,
-        repo_id,
-        private=not public,
-        revision=revision,
-        message="Adapter and its receipt, by qlora-neft export",
-        say=_say,
-        resume_command=shlex.join(["qlora-neft", *sys.argv[1:]]),
-    )
-    _say("up to date; no new commit" if pushed.was_up_to_date else f"pushed: commit {pushed.commit}")
-    typer.echo(pushed.url)
-
-
-def _build(
-    folder: AdapterFolder,
-    place: Path,
-    repo_id: str,
-    base_id: str | None,
-    base_revision: str | None,
-    license: str | None,
-    dtype: Dtype | None,
-) -> BaseFacts:
-    from ..display.console import quiet_libraries
-    from ..export.hub.base import ask_about_base, public_base
-    from ..export.hub.folder import Export, build_folder, license_of
-    from ..recipe.yaml_text import dump_yaml
-
-    with quiet_libraries():
-        base = public_base(folder, base_id, base_revision)
-        facts = ask_about_base(*base)
-        if facts.is_missing:
-            raise UserInputError(
-                f"--base-id: the Hub shows no model {base[0]!r}, so nobody could load the adapter. Check the name; if "
-                "it is private, log in with `hf auth login`."
-            )
-        stated = license_of(license, facts)
-        wanted = None if dtype is None else dtype.value
-        build_folder(folder, place, Export(repo_id, base, wanted, stated, license is None, dump_yaml))
-    if base[1] is None:
-        _say(f"the commit of {base[0]} is not known and not pinned; state it with --base-revision COMMIT")
-    return facts
-
-
-def _check_repo_id(repo_id: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    rule = f"--repo-id: must be owner/name, of letters, digits, '-', '_' and '.', got {repo_id!r}."
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UserInputError(rule) from error
-    if "/" not in repo_id:
-        raise UserInputError(rule)
-
-
-def _default_output(source: str, folder: AdapterFolder) -> Path:
-    """Inside the run's folder; of a checkpoint beside it, for a checkpoint is sound as it was written."""
-    if not Path(source).expanduser().is_dir():
-        raise UserInputError(f"--output: required where DIR is a Hub id, got DIR {source!r}.")
-    if folder.path.name.startswith("checkpoint-"):
-        return folder.path.parent / f"export-{folder.path.name}"
-    return folder.path / "export"
-
-
-def _unknown(facts: BaseFacts, license: str | None) -> list[str]:
-    if license is not None or facts.license:
-        return []
-    why = f" ({facts.why_not})" if facts.why_not else ": its card names none"
-    return [f"license: not known{why}, so the card has none; state it with --license ID"]
-
-
-def _show(card: Path) -> None:
-    text = card.read_text(encoding="utf-8")
-    if not sys.stdout.isatty():
-        typer.echo(text, nl=False)
-        return
-    from rich.console import Console
-    from rich.markdown import Markdown
-    from rich.syntax import Syntax
-
-    _, front, body = text.split("---\n", 2)
-    console = Console()
-    console.print(Syntax(front, "yaml", background_color="default"), Markdown(body))
-
-
-def _say(*lines: str) -> None:
-    """On stderr: standard output is for the card, or the address."""
-    for line in lines:
-        typer.echo(line, err=True)
-
-
-def _who(public: bool) -> str:
-    return "for everyone to see" if public else "private"
-
-
+# Size suffixes of --max-shard-size, in bytes.
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def merge(
-    dir: Annotated[str, typer.Argument(metavar="DIR", help="--output-dir of a run, an adapter's folder, or a Hub id.")],
+    dir: AdapterArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the merged model.")],
     strategy: Annotated[
         str,
         typer.Option(
             metavar="dequantized|original|nf4",
-            help="On the dequantized base (the model that was trained), the original one, or quantized again.",
+            help="Merge into the dequantized base (which was trained on), the original one, or quantize again.",
         ),
     ] = "dequantized",
     dtype: Annotated[
         str,
         typer.Option(
             metavar="auto|bfloat16|float16|float32",
-            help="Of the weights; auto: bfloat16 for a bfloat16 base, else float16.",
+            help="Dtype of the weights; auto: bfloat16 for a bfloat16 base, else float16.",
         ),
     ] = "auto",
-    base: Annotated[str | None, typer.Option(help="Base model in place of the recorded one.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Hub revision of DIR.")] = None,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a file, such as 500MB.")] = "1GB",
+    base: BaseOption = None,
+    revision: RevisionOption = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Maximum size of a weights file, such as 500MB.")
+    ] = "1GB",
     proof_data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Rows to prove it on; default: the run's held-out rows.")
+        str | None, typer.Option(metavar="FILE", help="Rows for the proof; default: the run's held-out rows.")
     ] = None,
-    proof_rows: Annotated[int, typer.Option(min=1, help="How many rows at most.")] = 64,
-    no_proof: Annotated[bool, typer.Option("--no-proof", help="Merge without measuring what came of it.")] = False,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where the proof computes.")] = "auto",
+    proof_rows: Annotated[int, typer.Option(min=1, help="Maximum number of rows for the proof.")] = 64,
+    no_proof: Annotated[bool, typer.Option("--no-proof", help="Merge without measuring the result.")] = False,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Device to compute the proof on.")] = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Merge an adapter into a plain model, and prove it.
@@ -221,36 +78,35 @@ def merge(
         tokenizer = tokenizer_of_adapter(folder)
         template = template_of(folder.recipe, folder.summary, tokenizer)
         rows = None if no_proof else rows_of(folder, tokenizer, template, proof_data, proof_rows)
-        report = merge_adapter(plan, out, tokenizer, rows, max_shard_bytes=max_shard_bytes, device=device, say=_tell)
-    typer.echo(json.dumps(report, indent=2) if as_json else "\n".join(lines(report, out)))
-
-
-def _tell(line: str) -> None:
-    """Progress goes to stderr: stdout has the result."""
-    print(line, file=sys.stderr, flush=True)
+        report = merge_adapter(plan, out, tokenizer, rows, max_shard_bytes=max_shard_bytes, device=device, say=say)
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo("\n".join(lines(report, out)))
 
 
 def _bytes_of(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
-    found: Any = match and UNITS.get(match[2])
-    if match is None or found is None or float(match[1]) * found < 1:
+    size = float(match[1]) * UNITS.get(match[2], 0) if match else 0
+    if size < 1:
         raise UserInputError(f"--max-shard-size: must be a size such as 2GB or 500MB, got {text!r}.")
-    return int(float(match[1]) * found)
+    return int(size)
 
+
+# ---- check ----
 
 ALL = "vllm,llama.cpp,ollama,transformers,peft"
-BaseOption = Annotated[str | None, typer.Option(metavar="BASE", help="Base model in place of the recorded one.")]
 
 
 def check(
-    source: Annotated[str, typer.Argument(metavar="DIR", help="An adapter: a run's folder, or a Hub id.")],
-    consumers: Annotated[str, typer.Option("--for", metavar="TOOL,...", help="The tools to ask about.")] = ALL,
+    source: AdapterArgument,
+    consumers: Annotated[str, typer.Option("--for", metavar="TOOL,...", help="Tools to check.")] = ALL,
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which tools can use an adapter.
+    """Tell which tools can use an adapter.
 
-    From its own files; nothing is loaded. Exit code 1 if one of the tools cannot.
+    Only its files are read; nothing is loaded. Exit code 1 if one of the tools cannot.
     """
     from ..adapter.folder import find_adapter
     from ..export.consumers import facts_of, named_consumers, verdict_for
@@ -259,35 +115,68 @@ def check(
     facts = facts_of(find_adapter(source, base=base))
     verdicts = [verdict_for(name, facts) for name in names]
     if as_json:
-        found = {"source": source, "base": facts.base, "verdicts": [verdict.as_dict() for verdict in verdicts]}
-        typer.echo(json.dumps(found, indent=2))
+        print_json({"source": source, "base": facts.base, "verdicts": [verdict.as_dict() for verdict in verdicts]})
     else:
         _show_verdicts(facts, verdicts)
     if not all(verdict.is_usable for verdict in verdicts):
         raise typer.Exit(1)
 
 
+def _show_verdicts(facts: Facts, verdicts: list[Verdict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    ranks = sorted(set(facts.ranks.values()))
+    console.print(
+        f"{facts.source}: LoRA of rank {', '.join(map(str, ranks))} on {len(facts.ranks)} modules, "
+        f"{'/'.join(facts.dtypes)}, base {facts.base}",
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table("for", "verdict", "why", "what helps")
+    for verdict in verdicts:
+        cells = (verdict.consumer, verdict.verdict, "; ".join(verdict.reasons), verdict.flag or verdict.remedy or "")
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+    for verdict in verdicts:
+        if verdict.command is not None:
+            console.print(f"{verdict.consumer}: {verdict.command}", markup=False, soft_wrap=True)
+    for line in _notes(verdicts):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _notes(verdicts: list[Verdict]) -> list[str]:
+    """Return each note once, with the tools it is about."""
+    found: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        for note in verdict.notes:
+            found.setdefault(note, []).append(verdict.consumer)
+    return [f"note ({', '.join(names)}): {note}" for note, names in found.items()]
+
+
+# ---- gguf ----
+
+
 def gguf(
-    source: Annotated[
-        str, typer.Argument(metavar="DIR", help="An adapter (folder or Hub id), or the folder of a model.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .gguf file to write, or a folder for it.")],
+    source: Annotated[str, typer.Argument(metavar="DIR", help="An adapter (folder or Hub id), or a model's folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .gguf file to write, or a folder to put it in.")],
     dtype: Annotated[
-        str | None, typer.Option(metavar="f16|bf16|f32", help="Of matrices. Default: f16 for models, f32 for adapters.")
+        str | None,
+        typer.Option(metavar="f16|bf16|f32", help="Dtype of matrices; default: f16 for models, f32 for adapters."),
     ] = None,
     modelfile: Annotated[bool, typer.Option("--modelfile", help="Also write a Modelfile for Ollama.")] = False,
     from_: Annotated[
-        str, typer.Option("--from", metavar="BASE", help="What the Modelfile of an adapter names as base.")
+        str, typer.Option("--from", metavar="BASE", help="Base that an adapter's Modelfile names.")
     ] = "./base.gguf",
     prompt_template: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Prompt of a model's Modelfile: alpaca, vicuna, chat or none.")
+        str | None,
+        typer.Option(metavar="NAME", help="Prompt template of a model's Modelfile: alpaca, vicuna, chat or none."),
     ] = None,
     base: BaseOption = None,
 ) -> None:
-    """Write an adapter or a merged model as GGUF.
-
-    For llama.cpp and Ollama.
-    """
+    """Write an adapter or a merged model as GGUF, for llama.cpp and Ollama."""
     from ..adapter.folder import find_adapter
     from ..export.gguf import modelfile as ollama
     from ..export.gguf.lora import write_lora_gguf
@@ -319,7 +208,7 @@ def gguf(
 
 
 def _out(out: Path, name: str) -> Path:
-    """The file to write: OUT, in OUT if it is a folder, with ``.gguf`` behind it if that is missing."""
+    """Return the file to write: OUT, inside OUT if it is a folder, with ``.gguf`` appended if it is missing."""
     if out.is_dir():
         return out / name
     return out if out.suffix == ".gguf" else out.with_name(out.name + ".gguf")
@@ -336,35 +225,142 @@ def _next_lines(path: Path, is_model: bool, has_modelfile: bool) -> list[str]:
     return lines
 
 
-def _show_verdicts(facts: Facts, verdicts: list[Verdict]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+# ---- export ----
 
-    console = Console(highlight=False)
-    ranks = sorted(set(facts.ranks.values()))
-    console.print(
-        f"{facts.source}: LoRA of rank {', '.join(map(str, ranks))} on {len(facts.ranks)} modules, "
-        f"{'/'.join(facts.dtypes)}, base {facts.base}",
-        markup=False,
-        soft_wrap=True,
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+
+
+class Dtype(StrEnum):
+    """Number formats an adapter is published in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def export(
+    source: AdapterArgument,
+    repo_id: Annotated[str, typer.Option(metavar="OWNER/NAME", help="Repository on the Hub to publish to.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public; default: private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the folder and print the card, but push nothing.")
+    ] = False,
+    base_id: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Hub id of the base, if it was a local folder.")
+    ] = None,
+    base_revision: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="Commit of the base; default: the one trained on.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="License; default: the base's.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights; default: as trained.")] = None,
+    revision: Annotated[str, typer.Option(metavar="BRANCH", help="Branch to push to.")] = "main",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder to write what is published; default: DIR/export.")
+    ] = None,
+) -> None:
+    """Publish an adapter with its model card, recipe and measurements.
+
+    Private unless --public. Use --dry-run first to see what would be published.
+    """
+    from ..adapter.folder import find_adapter
+
+    _check_repo_id(repo_id)
+    if license is not None and not LICENSE.fullmatch(license):
+        raise UserInputError(f"--license: must be an id such as apache-2.0 (hf.co/docs: licenses), got {license!r}.")
+    folder = find_adapter(source)
+    place = output or _default_output(source, folder)
+    facts = _build(folder, place, repo_id, base_id, base_revision, license, dtype)
+    say(*_license_notes(facts, license), f"written: {place}/")
+    if dry_run:
+        _show_card(place / "README.md")
+        say(f"dry run: nothing was pushed. Without --dry-run it goes to {repo_id}, {_who(public)}.")
+        return
+    from ..export.hub.push import push_folder
+
+    pushed = push_folder(
+        place,
+        repo_id,
+        private=not public,
+        revision=revision,
+        message="Adapter and its receipt, by qlora-neft export",
+        say=say,
+        resume_command=shlex.join(["qlora-neft", *sys.argv[1:]]),
     )
-    table = Table("for", "verdict", "why", "what helps")
-    for verdict in verdicts:
-        cells = (verdict.consumer, verdict.verdict, "; ".join(verdict.reasons), verdict.flag or verdict.remedy or "")
-        table.add_row(*(Text(cell) for cell in cells))
-    console.print(table)
-    for verdict in verdicts:
-        if verdict.command is not None:
-            console.print(f"{verdict.consumer}: {verdict.command}", markup=False, soft_wrap=True)
-    for line in _notes(verdicts):
-        console.print(line, markup=False, soft_wrap=True)
+    say("up to date; no new commit" if pushed.was_up_to_date else f"pushed: commit {pushed.commit}")
+    typer.echo(pushed.url)
 
 
-def _notes(verdicts: list[Verdict]) -> list[str]:
-    """Each note once, with the tools it is of."""
-    found: dict[str, list[str]] = {}
-    for verdict in verdicts:
-        for note in verdict.notes:
-            found.setdefault(note, []).append(verdict.consumer)
-    return [f"note ({', '.join(names)}): {note}" for note, names in found.items()]
+def _build(
+    folder: AdapterFolder,
+    place: Path,
+    repo_id: str,
+    base_id: str | None,
+    base_revision: str | None,
+    license: str | None,
+    dtype: Dtype | None,
+) -> BaseFacts:
+    from ..display.console import quiet_libraries
+    from ..export.hub.base import ask_about_base, public_base
+    from ..export.hub.folder import Export, build_folder, license_of
+    from ..recipe.yaml_text import dump_yaml
+
+    with quiet_libraries():
+        base = public_base(folder, base_id, base_revision)
+        facts = ask_about_base(*base)
+        if facts.is_missing:
+            raise UserInputError(
+                f"--base-id: the Hub shows no model {base[0]!r}, so nobody could load the adapter. Check the name; if "
+                "it is private, log in with `hf auth login`."
+            )
+        stated = license_of(license, facts)
+        wanted = None if dtype is None else dtype.value
+        build_folder(folder, place, Export(repo_id, base, wanted, stated, license is None, dump_yaml))
+    if base[1] is None:
+        say(f"the commit of {base[0]} is not known and not pinned; state it with --base-revision COMMIT")
+    return facts
+
+
+def _check_repo_id(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    rule = f"--repo-id: must be owner/name, of letters, digits, '-', '_' and '.', got {repo_id!r}."
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserInputError(rule) from error
+    if "/" not in repo_id:
+        raise UserInputError(rule)
+
+
+def _default_output(source: str, folder: AdapterFolder) -> Path:
+    """Return a folder inside the run's; for a checkpoint, beside it: inside, it would no longer match its manifest."""
+    if not Path(source).expanduser().is_dir():
+        raise UserInputError(f"--output: required if DIR is a Hub id, got DIR {source!r}.")
+    if folder.path.name.startswith("checkpoint-"):
+        return folder.path.parent / f"export-{folder.path.name}"
+    return folder.path / "export"
+
+
+def _license_notes(facts: BaseFacts, license: str | None) -> list[str]:
+    if license is not None or facts.license:
+        return []
+    why = f" ({facts.why_not})" if facts.why_not else ": its card names none"
+    return [f"license: not known{why}, so the card has none; state it with --license ID"]
+
+
+def _show_card(card: Path) -> None:
+    text = card.read_text(encoding="utf-8")
+    if not sys.stdout.isatty():
+        typer.echo(text, nl=False)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.syntax import Syntax
+
+    _, front, body = text.split("---\n", 2)
+    console = Console()
+    console.print(Syntax(front, "yaml", background_color="default"), Markdown(body))
+
+
+def _who(public: bool) -> str:
+    return "for everyone to see" if public else "private"

@@ -1,4 +1,4 @@
-"""The verbs that read recipes: ls, show, diff, cp, validate. And the arguments every verb shares."""
+"""The verbs that read recipes: ls, show, diff, cp, validate."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..display.tables import _columns
+from ..display.tables import Table
 from ..errors import RecipeError, UserInputError
 from .options import (
     JsonOption,
@@ -18,6 +18,7 @@ from .options import (
     RecipeArgument,
     complete_recipe,
     complete_recipe_or_override,
+    print_json,
 )
 
 
@@ -25,79 +26,96 @@ def ls(as_json: JsonOption = False) -> None:
     """List the recipes that ship with the package."""
     from ..recipe import list_recipes, load_recipe
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in list_recipes():
         recipe = load_recipe(name)
-        alpha = recipe.neftune.noise_alpha if recipe.neftune else 0.0
         rows.append(
             {
                 "name": name,
                 "model": recipe.model.name_or_path,
                 "data": recipe.data.path,
-                "noise_alpha": alpha,
+                "noise_alpha": recipe.neftune.noise_alpha if recipe.neftune else 0.0,
                 "effective_batch_size": recipe.train.effective_batch_size,
                 "learning_rate": recipe.train.learning_rate,
             }
         )
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    table = [[row["name"], row["model"], row["data"], f"alpha {row['noise_alpha']:g}"] for row in rows]
-    typer.echo(_columns(table))
+        print_json(rows)
+    else:
+        cells = [[row["name"], row["model"], row["data"], f"alpha {row['noise_alpha']:g}"] for row in rows]
+        typer.echo(Table((), cells, align="l").plain())
 
 
 def show(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="NAME", help="A recipe's name, or a path to a YAML file.", autocompletion=complete_recipe
+            metavar="NAME", help="A recipe's name, or the path to a YAML file.", autocompletion=complete_recipe
         ),
     ] = None,
     overrides: OverridesArgument = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every key with its type, default and unit.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print a recipe, complete and with the overrides in it."""
+    """Print a complete recipe, overrides applied."""
     if keys:
-        typer.echo(_describe_keys(as_json))
+        _show_keys(as_json)
         return
     if name is None:
         raise UserInputError("show: name a recipe (qlora-neft ls lists them), or ask for --keys.")
     from ..recipe import load_recipe
 
     recipe = load_recipe(name, overrides or ())
-    typer.echo(json.dumps(recipe.to_dict(), indent=2) if as_json else recipe.to_yaml().rstrip())
+    if as_json:
+        print_json(recipe.to_dict())
+    else:
+        typer.echo(recipe.to_yaml().rstrip())
+
+
+def _show_keys(as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from ..recipe.keys import key_table
+
+    if as_json:
+        print_json([asdict(key) for key in key_table()])
+        return
+    rows = []
+    for key in key_table():
+        default = key.default if key.default == "required" else f"default {key.default}"
+        rows.append([key.name, f"{key.about}. {key.type}; {default}"])
+    typer.echo(Table((), rows, align="l").plain())
 
 
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A recipe's name or path.", autocompletion=complete_recipe)],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another.", autocompletion=complete_recipe)],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another recipe.", autocompletion=complete_recipe)],
     overrides: OverridesArgument = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the keys in which two recipes differ, side by side.
 
-    Overrides are of B.
+    Overrides apply to B.
     """
     from ..recipe import load_recipe
 
     left, right = load_recipe(a).flat(), load_recipe(b, overrides or ()).flat()
     keys = [key for key in {**left, **right} if left.get(key) != right.get(key)]
     if as_json:
-        typer.echo(json.dumps({key: [left.get(key), right.get(key)] for key in keys}, indent=2))
+        print_json({key: [left.get(key), right.get(key)] for key in keys})
     elif keys:
         rows = [[key, json.dumps(left.get(key)), json.dumps(right.get(key))] for key in keys]
-        typer.echo(_columns([["", a, b], *rows]))
+        typer.echo(Table(("", a, b), rows, align="l").plain())
     else:
         typer.echo("no difference")
 
 
 def cp(
     name: RecipeArgument,
-    dest: Annotated[Path, typer.Argument(help="New file, or a folder to put it in.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    dest: Annotated[Path, typer.Argument(help="The new file, or a folder to put it in.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Copy a recipe with all its comments, to edit it."""
+    """Copy a recipe, comments included, to edit it."""
     from ..recipe.load import find_recipe
 
     source = find_recipe(name)
@@ -105,14 +123,14 @@ def cp(
     if target.exists() and target.samefile(source):
         raise UserInputError(f"{target}: is the recipe itself. Name another file.")
     if target.exists() and not force:
-        raise UserInputError(f"{target}: exists already. Name another file, or replace it with --force.")
+        raise UserInputError(f"{target}: already exists. Name another file, or replace it with --force.")
     if not target.parent.is_dir():
-        raise UserInputError(f"{target}: there is no folder {target.parent}. Make it first.")
+        raise UserInputError(f"{target}: there is no folder {target.parent}. Create it first.")
     try:
         shutil.copyfile(source, target)
     except OSError as error:
         raise UserInputError(f"{target}: cannot be written: {error.strerror}.") from error
-    typer.echo(f"{target}: copied from {source.stem}. When edited: qlora-neft validate {target}")
+    typer.echo(f"{target}: copied from {source.stem}. After editing: qlora-neft validate {target}")
 
 
 def validate(
@@ -144,8 +162,7 @@ def validate(
         except RecipeError as error:
             problems[name] = error.problems
     if as_json:
-        report = [{"recipe": name, "ok": not found, "problems": found} for name, found in problems.items()]
-        typer.echo(json.dumps(report, indent=2))
+        print_json([{"recipe": name, "ok": not found, "problems": found} for name, found in problems.items()])
     else:
         for name, found in problems.items():
             typer.echo(f"{name}: {_count(found)}", err=bool(found))
@@ -157,17 +174,3 @@ def validate(
 
 def _count(problems: Sequence[str]) -> str:
     return {0: "ok", 1: "1 problem"}.get(len(problems), f"{len(problems)} problems")
-
-
-def _describe_keys(as_json: bool) -> str:
-    from dataclasses import asdict
-
-    from ..recipe.keys import key_table
-
-    if as_json:
-        return json.dumps([asdict(key) for key in key_table()], indent=2)
-    return _columns([[key.name, f"{key.about}. {key.type}; {_default(key.default)}"] for key in key_table()])
-
-
-def _default(default: str) -> str:
-    return default if default == "required" else f"default {default}"

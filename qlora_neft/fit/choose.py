@@ -1,8 +1,7 @@
-"""How a run is carried out on a card: of all ways that fit, the one that trains most tokens a second. No torch.
+"""How a run is carried out on a card: of all the ways that fit, the one that trains most tokens a second. No torch.
 
-The mathematics is the recipe's in every one of them: micro-batches, checkpointing and the evaluation batch change how a
-step is computed, never which step it is. Further ways (checkpointing of some blocks, streamed blocks) join as further
-candidates.
+All of them compute the recipe's mathematics: micro-batches, checkpointing and the evaluation batch change how a step is
+computed, never which step it is.
 """
 
 from __future__ import annotations
@@ -10,56 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from ..recipe import Recipe
 from .cards import Card
 from .estimate import Step, memory_terms, operations_per_token, relative_speed
 from .geometry import Geometry
 
-USABLE = 0.94  # of a card's memory; the rest is the display's, the driver's, and for being wrong
-TOKENS = (16384, 8192, 4096, 2048, 1024, 512)  # of a micro-batch; beyond the first nothing is gained
+USABLE = 0.94  # of a card's memory; the rest is for the display, the driver, and errors of the estimate
+TOKENS = (16384, 8192, 4096, 2048, 1024, 512)  # per micro-batch, to choose from; more gains nothing
 CPU_TOKENS = 256  # as fast as more, and the activations stay below what checkpointing would keep
-EVAL_ROWS = (8, 4, 2, 1)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the recipe states, as far as memory and speed depend on it; None where the plan may choose.
-
-    Attributes:
-        max_length: Tokens of the longest sequence.
-        effective_batch_size: Sequences per optimizer step.
-        r, target_modules: Of LoRA.
-        double_quant: Whether the scales of the base are quantized too.
-        optim: Optimizer.
-        rows, tokens: Of a micro-batch at most.
-        checkpointing: Whether all blocks recompute their activations.
-        eval_rows: Of an evaluation batch; 0 without held-out rows.
-        passes: Forward and backward passes per step; above 1 for FreeLB.
-    """
-
-    max_length: int
-    effective_batch_size: int
-    r: int
-    target_modules: str | tuple[str, ...] = "all-linear"
-    double_quant: bool = True
-    optim: str = "paged_adamw_32bit"
-    rows: int | None = None
-    tokens: int | None = None
-    checkpointing: bool | None = None
-    eval_rows: int | None = None
-    passes: int = 1
+EVAL_ROWS = (8, 4, 2, 1)  # per evaluation batch, to choose from
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to carry a run out, and what it needs.
+    """One way to carry out a run, and what it needs.
 
     Attributes:
-        step: See `Step`.
-        rows, tokens: Of a micro-batch at most; None for no such limit.
-        eval_rows: Of an evaluation batch.
+        step: How a step is carried out.
+        rows, tokens: Limits on a micro-batch; None for no such limit.
+        eval_rows: Rows per evaluation batch; 0 without held-out rows.
         terms: Bytes by name.
-        operations: Per token.
-        speed: Worth beside another choice on the same card.
+        operations: Floating-point operations per token.
+        speed: Relative to another choice on the same card.
         paged_out: Bytes of optimizer states that a paged optimizer leaves on the host between steps.
     """
 
@@ -78,48 +49,79 @@ class Choice:
         return sum(self.terms.values()) - self.paged_out
 
 
-def choose(geometry: Geometry, wanted: Wanted, card: Card) -> tuple[Choice, bool]:
-    """The fastest choice that fits, or the smallest if none does; and whether it fits."""
-    choices = list(candidates(geometry, wanted, card))
+def choose(recipe: Recipe, geometry: Geometry, card: Card) -> tuple[Choice, bool]:
+    """Choose how to run a recipe on a card.
+
+    Args:
+        recipe: What it states is kept; where it says ``auto``, the planner chooses.
+        geometry: The base.
+        card: The device.
+
+    Returns:
+        The fastest choice that fits, or the smallest if none does; and whether it fits.
+    """
+    choices = list(candidates(recipe, geometry, card))
     usable = USABLE * card.memory
-    whole = [choice for choice in choices if choice.peak_bytes <= usable]
-    if not whole and card.is_gpu and wanted.optim.startswith("paged"):
+    fitting = [choice for choice in choices if choice.peak_bytes <= usable]
+    if not fitting and card.is_gpu and recipe.train.optim.startswith("paged"):
         choices = [replace(choice, paged_out=choice.terms["optimizer"]) for choice in choices]
-        whole = [choice for choice in choices if choice.peak_bytes <= usable]
-    if whole:
-        # Of two as fast, the one with the larger evaluation batch and the smaller peak.
-        return max(whole, key=lambda choice: (choice.speed, choice.eval_rows, -choice.peak_bytes)), True
+        fitting = [choice for choice in choices if choice.peak_bytes <= usable]
+    if fitting:
+        # Of two equally fast choices, the one with the larger evaluation batch and the smaller peak.
+        return max(fitting, key=lambda choice: (choice.speed, choice.eval_rows, -choice.peak_bytes)), True
     return min(choices, key=lambda choice: choice.peak_bytes), False
 
 
-def candidates(geometry: Geometry, wanted: Wanted, card: Card) -> Iterator[Choice]:
-    """Every choice the recipe leaves open."""
-    size = 2 if card.is_gpu else 4
-    lora = geometry.lora_parameters(wanted.r, wanted.target_modules)
-    ways = (False, True) if card.is_gpu else (False,)
-    for checkpointing in ways if wanted.checkpointing is None else (wanted.checkpointing,):
-        operations = operations_per_token(geometry, lora, wanted.max_length, checkpointing=checkpointing)
-        operations *= wanted.passes
-        for rows, limit, tokens in _micro_batches(wanted, TOKENS if card.is_gpu else (CPU_TOKENS,)):
-            for eval_rows in _eval_rows(wanted):
-                step = Step(tokens, eval_rows * wanted.max_length, checkpointing, size, wanted.optim, card.is_gpu)
-                terms = memory_terms(geometry, wanted.r, wanted.target_modules, step, double_quant=wanted.double_quant)
+def candidates(recipe: Recipe, geometry: Geometry, card: Card) -> Iterator[Choice]:
+    """Yield every choice the recipe leaves open."""
+    lora, length = recipe.lora, recipe.data.max_length
+    compute_bytes = 2 if card.is_gpu else 4
+    adapters = geometry.lora_parameters(lora.r, lora.target_modules)
+    for checkpointing in _checkpointing(recipe, card):
+        operations = operations_per_token(geometry, adapters, length, checkpointing=checkpointing) * passes(recipe)
+        for rows, limit, tokens in _micro_batches(recipe, TOKENS if card.is_gpu else (CPU_TOKENS,)):
+            for eval_rows in _eval_rows(recipe):
+                step = Step(
+                    tokens, eval_rows * length, checkpointing, compute_bytes, recipe.train.optim, is_gpu=card.is_gpu
+                )
+                terms = memory_terms(geometry, lora, step, double_quant=recipe.quantization.bnb_4bit_use_double_quant)
                 speed = relative_speed(operations, tokens)
                 yield Choice(step, rows, limit, eval_rows, terms, operations, speed)
 
 
-def _micro_batches(wanted: Wanted, budgets: Sequence[int]) -> Iterator[tuple[int | None, int | None, int]]:
-    """(rows at most, tokens at most, tokens of the largest): never more than a whole step, never less than a row."""
-    whole_step = wanted.effective_batch_size * wanted.max_length
-    if wanted.rows is not None or wanted.tokens is not None:
-        by_rows = whole_step if wanted.rows is None else wanted.rows * wanted.max_length
-        by_tokens = whole_step if wanted.tokens is None else max(wanted.tokens, wanted.max_length)
-        yield wanted.rows, wanted.tokens, min(by_rows, by_tokens, whole_step)
+def passes(recipe: Recipe) -> int:
+    """Return the forward and backward passes per step: several for FreeLB, unless there is no noise to climb with."""
+    noise = recipe.neftune
+    return noise.adversarial_steps if noise is not None and (noise.noise_alpha or noise.final_alpha) else 1
+
+
+def _checkpointing(recipe: Recipe, card: Card) -> tuple[bool, ...]:
+    asked = recipe.machine.activation_checkpointing
+    if asked != "auto":
+        return (bool(asked),)  # a number of blocks counts as all of them
+    return (False, True) if card.is_gpu else (False,)
+
+
+def _micro_batches(recipe: Recipe, budgets: Sequence[int]) -> Iterator[tuple[int | None, int | None, int]]:
+    """Yield (limit in rows, limit in tokens, tokens of the largest): at most a whole step, at least one row."""
+    length, machine = recipe.data.max_length, recipe.machine
+    whole_step = recipe.train.effective_batch_size * length
+    rows, tokens = _stated(machine.per_device_train_batch_size), _stated(machine.max_tokens_per_micro_batch)
+    if rows is not None or tokens is not None:
+        by_rows = whole_step if rows is None else rows * length
+        by_tokens = whole_step if tokens is None else max(tokens, length)
+        yield rows, tokens, min(by_rows, by_tokens, whole_step)
         return
-    sizes = {min(max(tokens, wanted.max_length), whole_step) for tokens in budgets}
-    for tokens in sorted(sizes, reverse=True):
-        yield None, tokens, tokens
+    for budget in sorted({min(max(budget, length), whole_step) for budget in budgets}, reverse=True):
+        yield None, budget, budget
 
 
-def _eval_rows(wanted: Wanted) -> tuple[int, ...]:
-    return EVAL_ROWS if wanted.eval_rows is None else (wanted.eval_rows,)
+def _eval_rows(recipe: Recipe) -> tuple[int, ...]:
+    if not recipe.data.has_eval_rows:
+        return (0,)
+    stated = _stated(recipe.machine.per_device_eval_batch_size)
+    return EVAL_ROWS if stated is None else (stated,)
+
+
+def _stated(value: int | str) -> int | None:
+    return None if value == "auto" else int(value)

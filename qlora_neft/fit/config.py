@@ -1,22 +1,22 @@
-"""A base's configuration and the number of its weights, without its weights: shipped, local, or from the Hub."""
+"""A base's configuration and the number of its weights, without its weights: shipped, local, or from the Hub.
+
+safetensors (which imports NumPy) and huggingface_hub are imported only where a checkpoint or the Hub has to be asked:
+each takes a noticeable part of the time in which a shipped recipe is answered.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from ..base.model_files import StoredTensor, stored_tensors
 from ..errors import UserInputError, first_line
 from .geometry import shipped_config
 
 
 def read_config(name_or_path: str, revision: str = "main") -> tuple[dict[str, Any], str]:
-    """The content of ``config.json`` and where it is from: ``shipped``, ``local`` or ``Hub``.
+    """Return the content of ``config.json``, and where it is from: ``shipped``, ``local`` or ``Hub``.
 
     Raises:
         UserInputError: If there is none, or the Hub cannot be reached.
@@ -30,15 +30,19 @@ def read_config(name_or_path: str, revision: str = "main") -> tuple[dict[str, An
 
 
 def stored_parameters(name_or_path: str, revision: str, origin: str) -> int | None:
-    """Weights that a checkpoint really holds, from the headers of its safetensors files; None where that is unknown.
+    """Return the number of weights a checkpoint really holds, from the headers of its safetensors files.
 
-    From the Hub by range requests of a few kilobytes; a shipped configuration asks nobody.
+    On the Hub these are range requests of a few kilobytes.
+
+    Args:
+        name_or_path, revision: The base.
+        origin: As `read_config` says; for a shipped configuration nothing is asked.
+
+    Returns:
+        The number, or None if it is unknown.
     """
     if origin == "local":
-        headers = [_header(path) for path in sorted(Path(name_or_path).expanduser().glob("*.safetensors"))]
-        if not headers or any(header is None for header in headers):
-            return None
-        return sum(_weights(header) for header in headers if header is not None)
+        return _local_parameters(Path(name_or_path).expanduser())
     return _hub_parameters(name_or_path, revision) if origin == "Hub" else None
 
 
@@ -52,7 +56,7 @@ def _local_config(folder: Path) -> dict[str, Any]:
 
 
 def _hub_config(name: str, revision: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download  # only where the Hub has to be asked: it takes a third of a second
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -64,6 +68,19 @@ def _hub_config(name: str, revision: str) -> dict[str, Any]:
         ) from error
 
 
+def _local_parameters(folder: Path) -> int | None:
+    from safetensors import SafetensorError
+
+    from ..base.model_files import stored_tensors
+
+    files = sorted(folder.glob("*.safetensors"))
+    try:
+        tensors = [tensor for path in files for tensor in stored_tensors(path).values()]
+    except (OSError, SafetensorError):
+        return None
+    return sum(math.prod(tensor.shape) for tensor in tensors) if files else None
+
+
 def _hub_parameters(name: str, revision: str) -> int | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
@@ -73,14 +90,3 @@ def _hub_parameters(name: str, revision: str) -> int | None:
     except (OSError, ValueError, HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError):
         return None
     return sum(counts.values())
-
-
-def _header(path: Path) -> Mapping[str, StoredTensor] | None:
-    try:
-        return stored_tensors(path)
-    except (OSError, SafetensorError):
-        return None
-
-
-def _weights(header: Mapping[str, StoredTensor]) -> int:
-    return sum(math.prod(tensor.shape) for tensor in header.values())

@@ -3,42 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..display.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, new_picture, save_picture
-from .cards import CARDS, GIB, Card
-from .choose import USABLE, Choice, Wanted, choose
-from .estimate import tokens_per_second
-from .geometry import Geometry
+from ..paths import resolve_bundled
+from ..recipe import Recipe
+from .cards import CARDS, GIB, Card, card_of, this_machine
+from .choose import USABLE, Choice, choose, passes
+from .config import read_config, stored_parameters
+from .estimate import local_bytes, seconds, tokens_in, tokens_per_second
+from .geometry import FAMILIES, Geometry, geometry_of
 
-CONFIDENCE = {
+CONFIDENCE = {  # by Card.is_gpu
     True: "weights are counted to the byte; the other terms are a model, not measured on this card",
     False: "weights are counted to the byte; the other terms are a model, checked on a CPU",
 }
 
 
-def fit_report(
-    geometry: Geometry, wanted: Wanted, card: Card, machine: Mapping[str, Any], stored: int | None = None
-) -> dict[str, Any]:
-    """Everything the planner has to say.
+def plan_recipe(recipe: Recipe, vram: str | None = None) -> dict[str, Any]:
+    """Look up a recipe's base and a card, and report whether the one trains on the other; see `fit_report`.
 
     Args:
-        geometry: The base.
-        wanted: What the recipe states.
-        card: Where it shall run.
-        machine: The recipe's ``machine`` section, to be resolved.
-        stored: Weights the checkpoint really holds, None if unknown.
+        recipe: The recipe.
+        vram: A card, or an amount of memory, as in `card_of`; None for this machine.
+
+    Raises:
+        UserInputError: If there is no such card, or the base is not found or cannot be counted.
+    """
+    path = resolve_bundled(recipe.model.name_or_path)
+    card = this_machine() if vram is None else card_of(vram)
+    config, origin = read_config(path, recipe.model.revision)
+    stored = stored_parameters(path, recipe.model.revision, origin)
+    return fit_report(recipe, geometry_of(config), card, stored)
+
+
+def fit_report(recipe: Recipe, geometry: Geometry, card: Card, stored: int | None = None) -> dict[str, Any]:
+    """Report everything the planner knows.
+
+    Args:
+        recipe: What is trained.
+        geometry: Its base.
+        card: The device to train on.
+        stored: Number of weights the checkpoint really holds, None if unknown.
 
     Returns:
         ``fits``, ``peak_bytes``, ``usable_bytes``, ``margin_bytes``, ``paged_out_bytes``, ``terms``, ``parameters``,
         ``quantized_parameters``, ``nf4_bytes``, ``lora_parameters``, ``plan``, ``card``,
-        ``tokens_per_second`` (low, high, or null), ``confidence``, ``remedies``, ``notes``.
+        ``tokens_per_second`` (low, high, or null), ``confidence``, ``remedies``, ``notes``, ``seconds`` (shortest,
+        longest, or null). Ready for JSON.
     """
-    choice, fits = choose(geometry, wanted, card)
+    choice, fits = choose(recipe, geometry, card)
     usable = int(USABLE * card.memory)
-    speed = tokens_per_second(card, choice.operations, choice.step.tokens)
+    estimate = tokens_per_second(card, choice.operations, choice.step.tokens)
+    speed = None if estimate is None else [round(value) for value in estimate]
     return {
         "fits": fits,
         "peak_bytes": choice.peak_bytes,
@@ -48,23 +66,23 @@ def fit_report(
         "terms": choice.terms,
         "parameters": geometry.parameters(),
         "quantized_parameters": geometry.quantized_parameters(),
-        "nf4_bytes": geometry.nf4_bytes(wanted.double_quant),
-        "lora_parameters": geometry.lora_parameters(wanted.r, wanted.target_modules),
-        "plan": resolved_machine(machine, choice, card),
+        "nf4_bytes": geometry.nf4_bytes(recipe.quantization.bnb_4bit_use_double_quant),
+        "lora_parameters": geometry.lora_parameters(recipe.lora.r, recipe.lora.target_modules),
+        "plan": _resolved_machine(recipe.machine.model_dump(), choice, card),
         "card": {"name": card.name, "memory": card.memory},
-        "tokens_per_second": None if speed is None else [round(value) for value in speed],
+        "tokens_per_second": speed,
         "confidence": CONFIDENCE[card.is_gpu],
-        "remedies": [] if fits else remedies(geometry, wanted, card),
-        "notes": _notes(geometry, wanted, choice, stored),
+        "remedies": [] if fits else remedies(recipe, geometry, card),
+        "notes": _notes(recipe, geometry, choice, stored),
+        "seconds": _duration(recipe, speed),
     }
 
 
-def resolved_machine(machine: Mapping[str, Any], choice: Choice, card: Card) -> dict[str, Any]:
-    """The recipe's machine section with the planner's choices in place of ``auto``."""
-    precision = ("bf16" if card.has_bf16 else "fp16") if card.is_gpu else "fp32"
+def _resolved_machine(machine: Mapping[str, Any], choice: Choice, card: Card) -> dict[str, Any]:
+    """Return the recipe's machine section with the planner's choices in place of ``auto``."""
     chosen = {
         "device": "cuda" if card.is_gpu else "cpu",
-        "precision": precision,
+        "precision": ("bf16" if card.has_bf16 else "fp16") if card.is_gpu else "fp32",
         "max_tokens_per_micro_batch": choice.tokens or "auto",
         "per_device_train_batch_size": choice.rows or "auto",
         "per_device_eval_batch_size": choice.eval_rows or "auto",
@@ -73,61 +91,104 @@ def resolved_machine(machine: Mapping[str, Any], choice: Choice, card: Card) -> 
     return {key: chosen.get(key, value) if value == "auto" else value for key, value in machine.items()}
 
 
-def remedies(geometry: Geometry, wanted: Wanted, card: Card) -> list[str]:
-    """Changes that make it fit, the mildest first; then the smallest card it fits as it is."""
-    found = []
-    changes = (
-        ("machine.activation_checkpointing=auto", {"checkpointing": None}),
-        ("machine.max_tokens_per_micro_batch=auto", {"rows": None, "tokens": None}),
-        ("train.optim=paged_adamw_8bit", {"optim": "paged_adamw_8bit"}),
-        ("lora.r=16", {"r": min(16, wanted.r)}),
-        ("data.max_length=256", {"max_length": min(256, wanted.max_length)}),
-    )
+def _duration(recipe: Recipe, speed: list[int] | None) -> list[int] | None:
+    """Return the shortest and the longest time of the run in seconds; None if data or speed are not known here."""
+    num_bytes = local_bytes(resolve_bundled(recipe.data.path))
+    if num_bytes is None:
+        return None
+    low, high = (tokens * recipe.train.num_train_epochs for tokens in tokens_in(num_bytes))
+    if recipe.train.max_steps is not None:
+        high = min(high, recipe.train.max_steps * recipe.train.effective_batch_size * recipe.data.max_length)
+        low = min(low, high)
+    return seconds((low, high), speed)
+
+
+# ---- What to change ----
+
+
+def remedies(recipe: Recipe, geometry: Geometry, card: Card) -> list[str]:
+    """List overrides that make the recipe fit, the mildest first; then the smallest card it fits on as it is."""
+    found: list[str] = []
     together: dict[str, Any] = {}
-    said = []
-    for text, change in changes:
-        if all(getattr(wanted, key) == value for key, value in change.items()):
-            continue
+    changes = _changes(recipe)
+    for change in changes:
         together |= change
-        said.append(text)
-        alone, fits_alone = choose(geometry, replace(wanted, **change), card)
+        alone, fits_alone = choose(_changed(recipe, change), geometry, card)
         if fits_alone:
-            found.append(f"{text} makes it fit ({alone.peak_bytes / GIB:.2f} GiB)")
+            found.append(f"{_overrides(change)} makes it fit ({alone.peak_bytes / GIB:.2f} GiB)")
             continue
-        found.append(f"{text} brings it to {alone.peak_bytes / GIB:.2f} GiB")
-        both, fits_together = choose(geometry, replace(wanted, **together), card)
-        if len(said) > 1 and fits_together:
-            found.append(f"{' '.join(said)} together make it fit ({both.peak_bytes / GIB:.2f} GiB)")
+        found.append(f"{_overrides(change)} brings it to {alone.peak_bytes / GIB:.2f} GiB")
+        both, fits_together = choose(_changed(recipe, together), geometry, card)
+        if change is not changes[0] and fits_together:
+            found.append(f"{_overrides(together)} together make it fit ({both.peak_bytes / GIB:.2f} GiB)")
             break
-    enough = [other for other in CARDS.values() if choose(geometry, wanted, other)[1]]
+    enough = [other for other in CARDS.values() if choose(recipe, geometry, other)[1]]
     if enough:
         smallest = min(enough, key=lambda other: other.memory)
-        found.append(f"as it is, it fits from {smallest.name} ({smallest.memory / GIB:.3g} GiB) on")
+        found.append(f"as it is, it fits on {smallest.name} ({smallest.memory / GIB:.3g} GiB) and larger cards")
     if not found:
-        found.append("no single card of the list holds it; take a smaller base")
+        found.append("no single card of the list holds it; choose a smaller base")
     return found
 
 
-def _notes(geometry: Geometry, wanted: Wanted, choice: Choice, stored: int | None) -> list[str]:
+def _changes(recipe: Recipe) -> list[dict[str, Any]]:
+    """List the changes of keys that take less memory, the mildest first; without those the recipe has already made."""
+    micro_batches = ("machine.max_tokens_per_micro_batch", "machine.per_device_train_batch_size")
+    wanted = [
+        {"machine.activation_checkpointing": "auto"},
+        dict.fromkeys(micro_batches, "auto"),
+        {"train.optim": "paged_adamw_8bit"},
+        {"lora.r": min(16, recipe.lora.r)},
+        {"data.max_length": min(256, recipe.data.max_length)},
+    ]
+    new = [{key: value for key, value in change.items() if _value(recipe, key) != value} for change in wanted]
+    return [change for change in new if change]
+
+
+def _value(recipe: Recipe, name: str) -> Any:
+    section, key = name.split(".")
+    return getattr(getattr(recipe, section), key)
+
+
+def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with other values; they are the planner's own, so the recipe is not checked again."""
+    for name, value in change.items():
+        section, key = name.split(".")
+        new = getattr(recipe, section).model_copy(update={key: value})
+        recipe = recipe.model_copy(update={section: new})
+    return recipe
+
+
+def _overrides(change: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in change.items())
+
+
+def _notes(recipe: Recipe, geometry: Geometry, choice: Choice, stored: int | None) -> list[str]:
     notes = []
-    if wanted.passes > 1:
+    if geometry.model_type not in FAMILIES:
         notes.append(
-            f"FreeLB makes {wanted.passes} passes a step, which costs {wanted.passes} times as much time; any speed "
-            "given here counts them"
+            f"models of type {geometry.model_type} are counted from transformers' own code; what a step needs is "
+            "modelled on Llama"
+        )
+    if (count := passes(recipe)) > 1:
+        notes.append(
+            f"FreeLB makes {count} passes a step, which costs {count} times as much time; any speed given here counts "
+            "them"
         )
     if choice.paged_out:
         notes.append(
             f"{choice.paged_out / GIB:.2f} GiB of optimizer states are paged to the host while they are not needed, "
             "which takes time at each step"
         )
-    if stored is None or stored == geometry.parameters():
-        return notes
-    return [
-        *notes,
-        f"the checkpoint holds {stored:,} weights, its configuration says {geometry.parameters():,}; the answer "
-        "goes by the configuration",
-    ]
+    if stored is not None and stored != geometry.parameters():
+        notes.append(
+            f"the checkpoint holds {stored:,} weights, its configuration says {geometry.parameters():,}; the answer "
+            "goes by the configuration"
+        )
+    return notes
 
+
+# ---- The report for people ----
 
 NAMES = {
     "weights_nf4": "base weights, NF4",
@@ -148,7 +209,7 @@ COLORS = (BLUE, SKY, GREEN, "#8FD3B6", "#005C43", ORANGE, YELLOW, VERMILION, PUR
 
 
 def lines(report: Mapping[str, Any], name: str) -> list[str]:
-    """The answer, line by line; at most 100 characters each, but for names."""
+    """Return the report as lines of at most 100 characters, names aside."""
     card, peak, usable = report["card"], report["peak_bytes"], report["usable_bytes"]
     verdict = "fits" if report["fits"] else "does not fit"
     margin = abs(report["margin_bytes"]) / GIB
@@ -173,18 +234,18 @@ def lines(report: Mapping[str, Any], name: str) -> list[str]:
 
 
 def picture(report: Mapping[str, Any], path: Path, title: str) -> bool:
-    """A stacked bar against the card's memory, as PNG; False without matplotlib."""
+    """Draw a stacked bar against the card's memory as a PNG; return False without matplotlib."""
     made = new_picture(title, size=(9, 3.6))
     if made is None:
         return False
     figure, axes = made
     left, paged = 0.0, bool(report["paged_out_bytes"])
     parts = list(zip(report["terms"].items(), COLORS, strict=False))
-    # What is paged out stands last, beyond the line if need be.
-    for (term, size), colour in sorted(parts, key=lambda part: paged and part[0][0] == "optimizer"):
+    # What is paged out comes last, where it may cross the line of the card's memory.
+    for (term, size), color in sorted(parts, key=lambda part: paged and part[0][0] == "optimizer"):
         width, out = size / GIB, paged and term == "optimizer"
         label = f"{NAMES.get(term, term)} {width:.2f}" + " (paged to the host)" * out
-        axes.barh(0, width, left=left, color=colour, edgecolor="white", hatch="//" if out else None, label=label)
+        axes.barh(0, width, left=left, color=color, edgecolor="white", hatch="//" if out else None, label=label)
         left += width
     card = report["card"]
     axes.axvline(card["memory"] / GIB, color="black", linewidth=2)
@@ -209,7 +270,7 @@ def _plan(plan: Mapping[str, Any]) -> str:
     )
 
 
-def _speed(speed: Any) -> str:
+def _speed(speed: tuple[int, int] | None) -> str:
     if speed is None:
         return "speed: not known for this card"
     low, high = speed

@@ -15,12 +15,11 @@ import torch
 from ..base.precision import PrecisionPolicy, resolve_precision
 from ..data.prepare import PreparedData, Progress, prepare_data
 from ..errors import UserInputError
-from ..fit import Card, Choice, Wanted, choose
+from ..fit import Card, Choice, choose
 from ..fit.cards import GIB, host
 from ..fit.geometry import geometry_of
 from ..paths import resolve_bundled
 from ..recipe import Recipe
-from ..recipe.schema import Neftune
 from .plan import RunPlan, choose_gpu, plan_run
 
 if TYPE_CHECKING:
@@ -70,30 +69,6 @@ class Planned:
     estimate: dict[str, Any] | None = None
 
 
-def wanted(recipe: Recipe) -> Wanted:
-    """What the planner has to keep to, and what it may choose."""
-    machine, targets = recipe.machine, recipe.lora.target_modules
-    checkpointing = machine.activation_checkpointing
-    return Wanted(
-        max_length=recipe.data.max_length,
-        effective_batch_size=recipe.train.effective_batch_size,
-        r=recipe.lora.r,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        double_quant=recipe.quantization.bnb_4bit_use_double_quant,
-        optim=recipe.train.optim,
-        rows=_chosen(machine.per_device_train_batch_size),
-        tokens=_chosen(machine.max_tokens_per_micro_batch),
-        checkpointing=None if checkpointing == "auto" else bool(checkpointing),
-        eval_rows=_chosen(machine.per_device_eval_batch_size) if recipe.data.has_eval_rows else 0,
-        passes=_passes(recipe.neftune),
-    )
-
-
-def _passes(noise: Neftune | None) -> int:
-    """Forward and backward passes of a step; without noise there is nothing to climb."""
-    return noise.adversarial_steps if noise is not None and (noise.noise_alpha or noise.final_alpha) else 1
-
-
 def planned_for(recipe: Recipe, config: Mapping[str, Any], card: Card) -> Planned:
     """Plan a run on a card that is there.
 
@@ -104,7 +79,7 @@ def planned_for(recipe: Recipe, config: Mapping[str, Any], card: Card) -> Planne
     """
     try:
         geometry = geometry_of(config)
-        choice, fits = choose(geometry, wanted(recipe), card)
+        choice, fits = choose(recipe, geometry, card)
     except UserInputError as error:
         return Planned(notes=(f"memory: not planned ({error})",))
     estimate = {"peak_bytes": choice.peak_bytes, "paged_out_bytes": choice.paged_out, "terms": choice.terms}
@@ -134,10 +109,6 @@ def _notes(choice: Choice, card: Card, *, fits: bool) -> tuple[str, ...]:
         peak + paged + doubt,
         f"planned, the fastest that fits: micro-batches of up to {choice.step.tokens} tokens, checkpointing {on}",
     )
-
-
-def _chosen(value: int | str) -> int | None:
-    return None if value == "auto" else int(value)
 
 
 def policy_of(recipe: Recipe) -> PrecisionPolicy:

@@ -25,6 +25,7 @@ NAMES = {
         "qlora_neft.noise.neftune.expected_norm",
         "qlora_neft.base.nf4.load_nf4_base",
         "qlora_neft.data.prepare.prepare_data",
+        "qlora_neft.fit.report.plan_recipe",
         "qlora_neft.fit.report.fit_report",
     ),
     "What was trained": (

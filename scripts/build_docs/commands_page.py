@@ -38,6 +38,8 @@ def text() -> str:
 def _leaves(group: Any, prefix: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name, verb in group.commands.items():
+        if verb.hidden:  # an old name
+            continue
         nested = hasattr(verb, "commands")
         found += _leaves(verb, f"{prefix}{name} ") if nested else [(prefix + name, verb)]
     return found

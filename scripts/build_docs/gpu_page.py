@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qlora_neft import list_recipes, load_recipe
-from qlora_neft.cli.look import planned
+from qlora_neft.fit import plan_recipe
 
 GIB = 2**30
 CARDS = ("rtx4070-12g", "t4", "rtx4080-16g", "l4", "rtx4090", "rtx5090", "a100-40g", "a6000-48g", "a100-80g", "h200")
@@ -64,7 +64,7 @@ Plans = dict[str, dict[str, dict[str, Any]]]  # by recipe, by card
 
 def text() -> str:
     """The page."""
-    plans = {name: {card: planned(load_recipe(name), card) for card in CARDS} for name in list_recipes()}
+    plans = {name: {card: plan_recipe(load_recipe(name), card) for card in CARDS} for name in list_recipes()}
     memory = _table(plans, _peak)
     speed = _table({name: row for name, row in plans.items() if name != "demo"}, _speed)
     return f"{INTRO}\n{memory}\n{ADVICE}\n{speed}\n{MADE}"

@@ -101,7 +101,7 @@ def test_data_that_has_moved_is_named(place):
 
 
 def test_answers_are_written_in_the_official_format(place):
-    found("alpaca", "out", "--instructions", "asked.json", *FAST)
+    found("alpaca", "answer", "out", "--instructions", "asked.json", *FAST)
     rows = json.loads(Path("out/alpaca_outputs.json").read_text())
     assert [row["instruction"] for row in rows] == [row["instruction"] for row in ASKED]
     for row in rows:
@@ -112,7 +112,7 @@ def test_answers_are_written_in_the_official_format(place):
 
 
 def test_an_answer_is_the_models_own(place, trained):
-    found("alpaca", "out", "--instructions", "asked.json", "--repetition-penalty", "1", *FAST)
+    found("alpaca", "answer", "out", "--instructions", "asked.json", "--repetition-penalty", "1", *FAST)
     row = json.loads(Path("out/alpaca_outputs.json").read_text())[3]
     ids = trained.prompts.ids([{"role": "user", "content": row["instruction"]}])
     for _ in range(12):
@@ -124,7 +124,7 @@ def test_an_answer_is_the_models_own(place, trained):
 
 def test_a_meta_prompt_is_asked_and_not_written(place, trained):
     def outputs(file, *options):
-        found("alpaca", "out", "--instructions", file, "--output", "answers.json", *options, *FAST)
+        found("alpaca", "answer", "out", "--instructions", file, "--output", "answers.json", *options, *FAST)
         rows = json.loads(Path("answers.json").read_text())
         Path("answers.json").unlink()
         return [row["instruction"] for row in rows], [row["output"] for row in rows]
@@ -139,13 +139,17 @@ def test_a_meta_prompt_is_asked_and_not_written(place, trained):
 def test_answers_may_be_drawn_and_have_a_least_length(place):
     asked = ("--instructions", "asked.json", "--output", "answers.json", *FAST)
     drawing = ("--sample", "--temperature", "5", "--seed", "1")
-    assert "--temperature: no effect without --sample" in refused("eval", "alpaca", "out", *asked, "--temperature", "5")
-    assert "--min-new-tokens: must be" in refused("eval", "alpaca", "out", *asked, "--min-new-tokens", "13")
-    found("alpaca", "out", *asked, *drawing, "--min-new-tokens", "12")
+    assert "--temperature: no effect without --sample" in refused(
+        "eval", "alpaca", "answer", "out", *asked, "--temperature", "5"
+    )
+    assert "--min-new-tokens: must be" in refused("eval", "alpaca", "answer", "out", *asked, "--min-new-tokens", "13")
+    found("alpaca", "answer", "out", *asked, *drawing, "--min-new-tokens", "12")
     rows = json.loads(Path("answers.json").read_text())
     made_by = json.loads(rows[0]["metadata"])
     assert (made_by["do_sample"], made_by["temperature"], made_by["min_new_tokens"]) == (True, 5.0, 12)
-    assert "seed was 1, is now 0" in refused("eval", "alpaca", "out", *asked, *drawing[:3], "--min-new-tokens", "12")
+    assert "seed was 1, is now 0" in refused(
+        "eval", "alpaca", "answer", "out", *asked, *drawing[:3], "--min-new-tokens", "12"
+    )
 
 
 def test_what_was_answered_is_not_answered_again(place, trained):
@@ -174,19 +178,21 @@ def test_what_was_answered_is_not_answered_again(place, trained):
 
 
 def test_answers_made_otherwise_are_not_mixed(place):
-    found("alpaca", "out", "--instructions", "asked.json", *FAST)
+    found("alpaca", "answer", "out", "--instructions", "asked.json", *FAST)
     more = ("--instructions", "asked.json", "--max-new-tokens", "13")
-    assert "max_new_tokens was 12, is now 13" in refused("eval", "alpaca", "out", *more)
+    assert "max_new_tokens was 12, is now 13" in refused("eval", "alpaca", "answer", "out", *more)
     with open("out/adapter_model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    message = refused("eval", "alpaca", "out", "--instructions", "asked.json", *FAST)
+    message = refused("eval", "alpaca", "answer", "out", "--instructions", "asked.json", *FAST)
     assert "adapter_sha256 was" in message and "delete this one" in message
 
 
 def test_a_prompt_that_fills_the_context_is_answered_with_nothing(place):
     Path("long.json").write_text(json.dumps([{"instruction": "x" * 300}, {"instruction": "Say 1"}]))
-    code, _, stderr = invoke("eval", "alpaca", "out", "--instructions", "long.json", "--output", "a.json", *FAST)
+    code, _, stderr = invoke(
+        "eval", "alpaca", "answer", "out", "--instructions", "long.json", "--output", "a.json", *FAST
+    )
     assert code == 0 and "1 instructions fill the model's context" in stderr
     assert json.loads(Path("a.json").read_text())[0]["output"] == ""
 
@@ -194,12 +200,14 @@ def test_a_prompt_that_fills_the_context_is_answered_with_nothing(place):
 def test_the_instructions_are_checked(place):
     def message(rows):
         Path("bad.json").write_text(json.dumps(rows))
-        return refused("eval", "alpaca", "out", "--instructions", "bad.json")
+        return refused("eval", "alpaca", "answer", "out", "--instructions", "bad.json")
 
     assert "entry 1 must have instruction" in message([{"output": "a"}])
     assert "1 instructions twice" in message([ASKED[0], ASKED[0]])
-    assert "from the Hub" in refused("eval", "alpaca", "out")  # offline here
-    assert "no folder 'none'" in refused("eval", "alpaca", "out", "--instructions", "asked.json", "--output", "none/a")
+    assert "from the Hub" in refused("eval", "alpaca", "answer", "out")  # offline here
+    assert "no folder 'none'" in refused(
+        "eval", "alpaca", "answer", "out", "--instructions", "asked.json", "--output", "none/a"
+    )
 
 
 def test_what_is_no_run_is_refused_before_anything_is_loaded(place):

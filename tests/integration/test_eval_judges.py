@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import invoke, never_stopped, refused
-from eval_place import FAST, found, make_place
+from eval_place import ASKED, FAST, found, make_place
 from tiny import save_tiny_model
 
 from qlora_neft.errors import UserInputError
@@ -58,14 +58,13 @@ def test_an_adapter_can_be_the_judge(llama):
 
 
 def test_a_local_judge_from_answers_to_a_win_rate(place, judge_dir):
-    found("alpaca", "out", "--instructions", "asked.json", *FAST)
-    arguments = ("alpaca", "out", "--instructions", "asked.json", *FAST, "--judge", judge_dir)
-    result = found(*arguments)
+    found("alpaca", "answer", "out", "--instructions", "asked.json", *FAST)
+    result = found("alpaca", "judge", "out", "--instructions", "asked.json", "--judge", judge_dir)
     judged = json.loads(Path(result["annotations"]).read_text())
     assert [row["output_1"] for row in judged] == [f"{n}!" for n in range(7)]
     assert result["n"] + result["excluded"] == 7
     assert result["win_rate"] == pytest.approx(100 * (sum(row["preference"] for row in judged) / 7 - 1))
-    again = found("alpaca", "--score", result["annotations"], "--outputs", "out/alpaca_outputs.json")
+    again = found("alpaca", "score", result["annotations"], "--outputs", "out/alpaca_outputs.json")
     assert again["win_rate"] == result["win_rate"]
     assert json.loads(Path("out/measures.json").read_text())["alpaca"]["alpaca_win_rate"] == result["win_rate"]
 
@@ -85,19 +84,46 @@ def test_only_pairs_that_are_new_are_judged(place, judge):
 
 def test_a_missing_reference_is_named(place, llama):
     Path("few.json").write_text(json.dumps([{"instruction": "Say 1", "output": "1"}]))
-    found("alpaca", "out", "--instructions", "asked.json", *FAST)
-    arguments = ("--outputs", "out/alpaca_outputs.json", "--judge", str(llama), "--reference", "few.json")
+    found("alpaca", "answer", "out", "--instructions", "asked.json", *FAST)
+    arguments = ("judge", "out/alpaca_outputs.json", "--judge", str(llama), "--reference", "few.json")
     assert "no answer to 6 instructions" in refused("eval", "alpaca", *arguments)
 
 
-def test_a_judge_that_is_none_is_refused_before_anything_is_answered(place, monkeypatch):
-    arguments = ("eval", "alpaca", "out", "--instructions", "asked.json", "--judge")
+def test_a_run_without_answers_is_refused(place, llama):
+    message = refused("eval", "alpaca", "judge", "out", "--judge", str(llama))
+    assert "out: has no alpaca_outputs.json. Write it first: qlora-neft eval alpaca answer" in message
+
+
+def test_a_judge_that_is_none_is_refused(place, monkeypatch):
+    Path("out/alpaca_outputs.json").write_text(json.dumps(ASKED))
+    arguments = ("eval", "alpaca", "judge", "out", "--instructions", "asked.json", "--judge")
     assert "--judge: no model configuration found at 'nobody/nothing'" in refused(*arguments, "nobody/nothing")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert "pipx install alpaca_eval" in refused(*arguments, "alpaca_eval")
     Path("bare.json").write_text(json.dumps([{"instruction": "Say 1"}]))
-    bare = ("eval", "alpaca", "out", "--instructions", "bare.json", "--judge", "x")
+    bare = ("eval", "alpaca", "judge", "out", "--instructions", "bare.json", "--judge", "x")
     assert "--reference: the instructions come without" in refused(*bare)
+
+
+def test_the_form_before_the_three_verbs_still_does_all_of_it_and_says_so(place, judge_dir):
+    def old(*arguments):
+        code, stdout, stderr = invoke("eval", "alpaca", *arguments)
+        notice, _, rest = stderr.partition("\n")
+        assert "now three verbs" in notice and "now three verbs" not in rest
+        return code, stdout, rest
+
+    asked = ("--instructions", "asked.json")
+    # A judge that is none is refused before anything is answered.
+    code, _, stderr = old("out", *asked, "--judge", "nobody/nothing")
+    assert code == 2 and "--judge: no model" in stderr and not Path("out/alpaca_outputs.json").exists()
+    result = json.loads(old("out", *asked, *FAST, "--judge", judge_dir, "--json")[1])
+    assert json.loads(Path("out/measures.json").read_text())["alpaca"]["alpaca_win_rate"] == result["win_rate"]
+    assert found("alpaca", "judge", "out", *asked, "--judge", judge_dir) == result
+    outputs = ("--outputs", "out/alpaca_outputs.json")
+    assert json.loads(old(*outputs, *asked, "--judge", judge_dir, "--json")[1]) == result
+    scored = json.loads(old("--score", result["annotations"], *outputs, "--json")[1])
+    assert scored == {name: value for name, value in result.items() if name != "annotations"}
+    assert old("out", *asked, *FAST) == (0, "written: out/alpaca_outputs.json\n", "")
 
 
 def program(folder: Path, text: str) -> None:
@@ -122,8 +148,8 @@ print("a table of its own")
 
 
 def test_the_alpaca_eval_package_is_given_files_and_its_verdicts_are_scored(place, tmp_path, monkeypatch):
-    found("alpaca", "out", "--instructions", "asked.json", *FAST)
-    arguments = ("alpaca", "--outputs", "out/alpaca_outputs.json", "--judge", "alpaca_eval", "--annotator", "mine")
+    found("alpaca", "answer", "out", "--instructions", "asked.json", *FAST)
+    arguments = ("alpaca", "judge", "out/alpaca_outputs.json", "--judge", "alpaca_eval", "--annotator", "mine")
     arguments += ("--instructions", "asked.json")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     assert "pipx install alpaca_eval" in refused("eval", *arguments)

@@ -1,4 +1,4 @@
-"""eval noise: recipes, runs and models of every make; only the embedding is read."""
+"""eval flips: recipes, runs and models of every make; only the embedding is read."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from qlora_neft.evaluation.embeddings.table import EmbeddingTable
 
 
 def measured(*arguments):
-    code, stdout, stderr = invoke("eval", "noise", *arguments, "--device", "cpu", "--json")
+    code, stdout, stderr = invoke("eval", "flips", *arguments, "--device", "cpu", "--json")
     assert code == 0, stderr
     return json.loads(stdout)
 
@@ -104,7 +104,7 @@ def test_noise_flips_more_with_alpha_and_less_with_length(llama):
 def test_a_recipe_the_tables_and_the_picture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("demo", "data.split=train[:20]", "--length", "64", "--device", "cpu", "--picture", "noise.png")
-    code, stdout, stderr = invoke("eval", "noise", *arguments)
+    code, stdout, stderr = invoke("eval", "flips", *arguments)
     assert code == 0 and "written: noise.png" in stderr
     assert (tmp_path / "noise.png").read_bytes().startswith(b"\x89PNG")
     lines = stdout.splitlines()
@@ -129,7 +129,7 @@ def test_wrong_input_is_told(llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def message(*arguments):
-        return refused("eval", "noise", *arguments)
+        return refused("eval", "flips", *arguments)
 
     assert "--alpha: must be numbers of 0 or more" in message("demo", "--alpha", "5,x")
     assert "got '-1'" in message("demo", "--alpha=-1")
@@ -142,3 +142,8 @@ def test_wrong_input_is_told(llama, tmp_path, monkeypatch):
     assert "no adapter" in message(str(tmp_path))
     assert "nobody/nothing" in message("nobody/nothing")
     assert "bundled:none" in message("bundled:none")
+
+
+def test_the_old_name_still_works(llama):
+    arguments = (str(llama), "--alpha", "5", "--device", "cpu", "--json")
+    assert invoke("eval", "noise", *arguments) == invoke("eval", "flips", *arguments)

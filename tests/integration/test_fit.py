@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,17 +20,17 @@ from qlora_neft import list_recipes, load_recipe
 from qlora_neft.cli import app
 from qlora_neft.display.console import SpeedLine
 from qlora_neft.errors import UserInputError
-from qlora_neft.fit import Wanted, card_of, choose, fit_report
+from qlora_neft.fit import card_of, choose, fit_report
 from qlora_neft.fit.cards import CARDS, GIB, this_machine
 from qlora_neft.fit.choose import USABLE, candidates
 from qlora_neft.fit.geometry import geometry_of, shipped_config
 from qlora_neft.fit.report import picture
-from qlora_neft.runner.build import planned_for, wanted
+from qlora_neft.runner.build import planned_for
 from qlora_neft.trainer.memory import MemoryProbe, Split
 
 LLAMA_7B = geometry_of(shipped_config("meta-llama/Llama-2-7b-hf"))
 LLAMA_30B = geometry_of(shipped_config("huggyllama/llama-30b"))
-RECIPE_7B, RECIPE_30B = wanted(load_recipe("llama2-7b-alpaca")), wanted(load_recipe("llama-30b-alpaca"))
+RECIPE_7B, RECIPE_30B = load_recipe("llama2-7b-alpaca"), load_recipe("llama-30b-alpaca")
 
 
 def fit(*arguments):
@@ -71,7 +70,7 @@ def test_the_answer_for_people(tmp_path):
     assert "base weights, NF4" in out and "not measured on this card" in out
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
     code, out, _ = fit("llama-30b-alpaca", "--vram", "12GiB")
-    assert code == 0 and "does not fit" in out and "to make it fit: as it is, it fits from " in out
+    assert code == 0 and "does not fit" in out and "to make it fit: as it is, it fits on " in out
 
 
 @pytest.mark.parametrize("wrong", ["lots", "-3GiB", "0", "24 bananas", "rtx9999"])
@@ -120,8 +119,8 @@ def test_a_base_that_is_not_there_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("gibibytes", [6, 8, 12, 16, 24, 48, 80])
 def test_what_is_chosen_fits_and_nothing_faster_does(gibibytes):
     card = card_of(f"{gibibytes}GiB")
-    choice, fits = choose(LLAMA_7B, RECIPE_7B, card)
-    others = [other for other in candidates(LLAMA_7B, RECIPE_7B, card) if other.peak_bytes <= USABLE * card.memory]
+    choice, fits = choose(RECIPE_7B, LLAMA_7B, card)
+    others = [other for other in candidates(RECIPE_7B, LLAMA_7B, card) if other.peak_bytes <= USABLE * card.memory]
     if fits and not choice.paged_out:
         assert choice.peak_bytes <= USABLE * card.memory
         assert choice.speed == max(other.speed for other in others)
@@ -130,21 +129,22 @@ def test_what_is_chosen_fits_and_nothing_faster_does(gibibytes):
 
 
 def test_more_memory_is_never_slower_and_the_step_is_never_exceeded():
-    speeds = [choose(LLAMA_7B, RECIPE_7B, card_of(f"{g}GiB"))[0] for g in (8, 12, 16, 24, 40, 80, 140)]
+    speeds = [choose(RECIPE_7B, LLAMA_7B, card_of(f"{g}GiB"))[0] for g in (8, 12, 16, 24, 40, 80, 140)]
     assert [c.speed for c in speeds] == sorted(c.speed for c in speeds)
     assert all(512 <= c.step.tokens <= 16 * 512 for c in speeds)
     assert not speeds[-1].step.checkpointing
 
 
 def test_thirty_billion_fit_a_24_gib_card_with_paged_optimizer_states_and_not_without():
-    choice, fits = choose(LLAMA_30B, RECIPE_30B, card_of("24GiB"))
+    choice, fits = choose(RECIPE_30B, LLAMA_30B, card_of("24GiB"))
     assert fits and choice.paged_out == choice.terms["optimizer"] and choice.step.checkpointing
-    assert not choose(LLAMA_30B, replace(RECIPE_30B, optim="adamw_torch"), card_of("24GiB"))[1]
+    assert not choose(load_recipe("llama-30b-alpaca", ["train.optim=adamw_torch"]), LLAMA_30B, card_of("24GiB"))[1]
 
 
 def test_what_the_recipe_states_is_kept():
-    asked = replace(RECIPE_7B, rows=2, checkpointing=True, eval_rows=3)
-    choice, _ = choose(LLAMA_7B, asked, card_of("80GiB"))
+    stated = ("per_device_train_batch_size=2", "activation_checkpointing=true", "per_device_eval_batch_size=3")
+    asked = ["data.eval_fraction=0.1", *(f"machine.{key}" for key in stated)]
+    choice, _ = choose(load_recipe("llama2-7b-alpaca", asked), LLAMA_7B, card_of("80GiB"))
     assert (choice.rows, choice.eval_rows, choice.step.checkpointing, choice.step.tokens) == (2, 3, True, 1024)
     recipe = load_recipe("llama2-7b-alpaca", ["machine.activation_checkpointing=true"])
     planned = planned_for(recipe, shipped_config("meta-llama/Llama-2-7b-hf"), card_of("80GiB"))
@@ -152,14 +152,18 @@ def test_what_the_recipe_states_is_kept():
 
 
 def test_the_remedies_do_what_they_say():
-    asked = replace(RECIPE_7B, optim="adamw_torch")
-    report = fit_report(LLAMA_7B, asked, card_of("6GiB"), load_recipe("llama2-7b-alpaca").machine.model_dump())
-    assert not report["fits"] and report["remedies"]
-    said = " ".join(report["remedies"])
-    if "lora.r=16 makes it fit" in said:
-        assert choose(LLAMA_7B, replace(asked, r=16), card_of("6GiB"))[1]
-    named = said.split("it fits from ")[1].split(" ")[0]
-    assert choose(LLAMA_7B, asked, CARDS[named])[1]
+    asked = ["train.optim=adamw_torch", "machine.activation_checkpointing=false"]
+    asked += ["machine.per_device_train_batch_size=8"]
+    recipe = load_recipe("llama2-7b-alpaca", asked)
+    report = fit_report(recipe, LLAMA_7B, card_of("7GiB"))
+    assert not report["fits"] and "machine.activation_checkpointing=auto" in report["remedies"][0]
+    for remedy in report["remedies"][:-1]:
+        overrides = [word for word in remedy.split() if "=" in word]
+        choice, fits = choose(load_recipe("llama2-7b-alpaca", [*asked, *overrides]), LLAMA_7B, card_of("7GiB"))
+        assert f"{choice.peak_bytes / GIB:.2f} GiB" in remedy
+        assert fits == ("fit (" in remedy)
+    named = report["remedies"][-1].split("it fits on ")[1].split(" ")[0]
+    assert choose(recipe, LLAMA_7B, CARDS[named])[1]
 
 
 def test_a_base_the_planner_does_not_know_is_said_and_not_planned():
@@ -168,7 +172,7 @@ def test_a_base_the_planner_does_not_know_is_said_and_not_planned():
 
 
 def test_a_picture_of_any_report(tmp_path):
-    report = fit_report(LLAMA_7B, Wanted(512, 16, 64), card_of("200GiB"), {"precision": "auto"})
+    report = fit_report(RECIPE_7B, LLAMA_7B, card_of("200GiB"))
     assert picture(report, tmp_path / "a.png", "title")
 
 
@@ -232,8 +236,11 @@ def test_the_plan_is_corrected_once_where_the_first_step_came_too_near_the_limit
     assert len(trainer.said) == (1 if rows == 8 else 2)
 
 
-def test_the_wanted_of_a_recipe():
-    assert wanted(load_recipe("demo")).eval_rows is None  # held-out rows, left to the plan
-    assert RECIPE_7B.eval_rows == 0
+def test_evaluation_batches_are_planned_only_where_there_are_held_out_rows():
+    assert choose(load_recipe("demo"), LLAMA_7B, card_of("80GiB"))[0].eval_rows > 0
+    assert choose(RECIPE_7B, LLAMA_7B, card_of("80GiB"))[0].eval_rows == 0
+
+
+def test_a_target_that_the_model_does_not_have_is_refused():
     with pytest.raises(UserInputError):
         LLAMA_7B.lora_parameters(8, ["nope"])

@@ -216,7 +216,36 @@ def test_a_model_that_also_sees_is_refused():
         geometry_of(config)
 
 
-@pytest.mark.parametrize("config", [{"model_type": "mixtral"}, {"model_type": "qwen3_moe"}, {}])
+SMALL = {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2", "vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 0},
+        {"model_type": "phi3", **SMALL, "intermediate_size": 100, "num_key_value_heads": 2, "pad_token_id": 0},
+        {"model_type": "olmo2", **SMALL, "intermediate_size": 100, "pad_token_id": 0},
+        {"model_type": "granite", **SMALL, "intermediate_size": 100, "tie_word_embeddings": True},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_a_family_without_a_formula_is_counted_on_the_meta_device(config, tmp_path):
+    """As it is loaded: GPT-2 has linear layers of a class of its own, Phi-3 fused ones, and some are tied."""
+    assert config["model_type"] not in FAMILIES
+    geometry = geometry_of(config)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    assert geometry.parameters() == model.num_parameters()
+    model.save_pretrained(tmp_path)
+    loaded = load_nf4_base(str(tmp_path), device=CPU, compute_dtype=torch.float32)
+    weights = [module.weight for module in loaded.modules() if isinstance(module, Linear4bit)]
+    assert geometry.nf4_bytes() == sum(map(stored_bytes, weights))
+    others = {id(p): p.numel() for p in loaded.parameters() if not isinstance(p, Params4bit)}
+    assert geometry.unquantized_parameters() == sum(others.values())
+    adapted = add_adapters(loaded, LoraConfig(r=4, target_modules="all-linear"))
+    assert geometry.lora_parameters(4) == count_trainable(adapted)
+
+
+@pytest.mark.parametrize("config", [{"model_type": "mamba"}, {"model_type": "t5"}, {"model_type": "nobodys"}, {}])
 def test_other_model_types_are_refused(config):
     with pytest.raises(UserInputError) as caught:
         geometry_of(config)

@@ -29,7 +29,7 @@ def benchmark():
 @pytest.mark.parametrize("model", ["alpaca-7b", "alpaca-7b-neft"])
 def test_the_command_gives_the_leaderboards_figures(benchmark, model):
     board = benchmark.published(PUBLISHED)[model]
-    files = ("--score", str(PUBLISHED / model / "annotations.json"))
+    files = ("score", str(PUBLISHED / model / "annotations.json"))
     files += ("--outputs", str(PUBLISHED / model / "model_outputs.json"))
     code, stdout, _ = invoke("eval", "alpaca", *files, "--json")
     found = json.loads(stdout)

@@ -6,8 +6,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from qlora_neft.cli import app
-from qlora_neft.cli import look as doctor
+from qlora_neft.cli import app, doctor
 
 
 @pytest.fixture

@@ -77,45 +77,53 @@ def test_the_command_scores_without_a_model(files):
     judged = rows([2, 1, 1.5, None])
     files("annotations.json", judged)
     files("outputs.json", [{"instruction": row["instruction"], "output": row["output_2"]} for row in judged])
-    code, stdout, stderr = invoke(
-        "eval", "alpaca", "--score", "annotations.json", "--outputs", "outputs.json", "--json"
-    )
+    code, stdout, stderr = invoke("eval", "alpaca", "score", "annotations.json", "--outputs", "outputs.json", "--json")
     found = json.loads(stdout)
     assert code == 0 and "1 annotations without a preference" in stderr
     names = ("win_rate", "standard_error", "n", "wins", "losses", "ties", "avg_length")
     assert [found[name] for name in names] == [50, pytest.approx(100 * 0.5 / math.sqrt(3)), 3, 1, 1, 1, 2]
     assert found["not_annotated"] == 0 and "alpaca_eval" in found["length_controlled"]
-    code, stdout, _ = invoke("eval", "alpaca", "--score", "annotations.json")  # lengths of what was annotated
+    code, stdout, _ = invoke("eval", "alpaca", "score", "annotations.json")  # lengths of what was annotated
     assert code == 0 and "50.00%" in stdout and "2 characters" in stdout
 
 
 def test_outputs_that_are_not_the_judged_ones(files):
     files("annotations.json", rows([2, 1]))
     files("one.json", [{"instruction": "do 0", "output": "b"}, {"instruction": "do 1", "output": "other"}])
-    code, stdout, stderr = invoke("eval", "alpaca", "--score", "annotations.json", "--outputs", "one.json", "--json")
+    code, stdout, stderr = invoke("eval", "alpaca", "score", "annotations.json", "--outputs", "one.json", "--json")
     assert code == 0 and json.loads(stdout)["not_annotated"] == 1 and "not the ones that were annotated" in stderr
     files("none.json", [{"instruction": "do 0", "output": "x"}])
-    assert "none of these outputs" in refused("eval", "alpaca", "--score", "annotations.json", "--outputs", "none.json")
+    assert "none of these outputs" in refused("eval", "alpaca", "score", "annotations.json", "--outputs", "none.json")
 
 
 def test_bad_input_is_told_with_its_remedy(files):
-    score = ("eval", "alpaca", "--score")
+    score = ("eval", "alpaca", "score")
     files("good.json", rows([1]))
     said = refused(*score, files("text.json", rows([2, "b"])))
-    assert "--score: 'text.json', entry 2: preference must be a number or null, got 'b'" in said
+    assert "FILE: 'text.json', entry 2: preference must be a number or null, got 'b'" in said
     assert "got True" in refused(*score, files("bool.json", rows([True])))
     assert "is not valid JSON" in refused(*score, files("deep.json", "[" * 100_000))
     assert "is not valid JSON" in refused(*score, files("deep.jsonl", "[" * 100_000))
     assert "--outputs: 'none.json' is empty" in refused(*score, "good.json", "--outputs", files("none.json", []))
-    assert "--output: has no effect on --score" in refused(*score, "good.json", "--output", "x.json")
-    assert "--reference: has no effect" in refused(*score, "good.json", "--reference", "good.json")
     assert "no preference" in refused(*score, files("bare.json", [{"instruction": "a", "output_2": "b"}]))
     assert "entry 1 must have output_2" in refused(*score, files("no.json", [{"instruction": "a"}]))
     assert "no usable preference" in refused(*score, files("null.json", rows([None])))
     assert "does not exist" in refused(*score, "absent.json")
-    assert "give no DIR" in refused(*score, "good.json", "--judge", "x")
-    assert "give a DIR" in refused("eval", "alpaca")
-    assert "--judge or --score" in refused("eval", "alpaca", "--outputs", "good.json")
+
+
+def test_bad_input_of_the_form_before_the_three_verbs(files):
+    def said(*arguments):
+        code, _, stderr = invoke("eval", "alpaca", *arguments)
+        assert code == 2
+        return stderr
+
+    files("good.json", rows([1]))
+    assert "--score: 'text.json', entry 1" in said("--score", files("text.json", rows(["b"])))
+    assert "--output: has no effect on --score" in said("--score", "good.json", "--output", "x.json")
+    assert "--reference: has no effect" in said("--score", "good.json", "--reference", "good.json")
+    assert "give no DIR" in said("--score", "good.json", "--judge", "x")
+    assert "give a DIR" in said("--judge", "x")
+    assert "--judge or --score" in said("--outputs", "good.json")
 
 
 def test_scoring_and_measuring_import_no_torch(files):
@@ -128,7 +136,7 @@ def test_scoring_and_measuring_import_no_torch(files):
     files("outputs.json", [{"output": "a b c d " * 20}])
     code = (
         "import sys\nfrom qlora_neft.cli import app\n"
-        "for verb in (['alpaca', '--score', 'annotations.json'], ['text', '--outputs', 'outputs.json']):\n"
+        "for verb in (['alpaca', 'score', 'annotations.json'], ['text', '--outputs', 'outputs.json']):\n"
         "    try: app(['eval', *verb, '--json'])\n"
         "    except SystemExit as end: assert not end.code\n"
         "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)"

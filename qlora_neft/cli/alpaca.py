@@ -1,0 +1,253 @@
+"""The verbs under `eval alpaca`: answer AlpacaEval's instructions, have the answers judged, score the verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import UserInputError
+from .options import (
+    REPETITION_PENALTY,
+    AdapterArgument,
+    BaseOption,
+    BatchOption,
+    DeviceOption,
+    InstructionsOption,
+    JsonOption,
+    LeastTokensOption,
+    PenaltyOption,
+    PrecisionOption,
+    RowsOption,
+    SampleOption,
+    SeedOption,
+    TemperatureOption,
+    TokensOption,
+    TopKOption,
+    TopPOption,
+    decoding_of,
+    print_json,
+    quiet,
+    say,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation.alpaca.score import Score
+    from ..generation.decode import Decoding
+
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
+OLD_FORM = "old-form"
+
+AnswersOption = Annotated[Path | None, typer.Option(help="File for the answers; default: alpaca_outputs.json in DIR.")]
+MetaPromptOption = Annotated[
+    str, typer.Option(metavar="TEXT", help="Text appended to every instruction, such as: Generate a long response")
+]
+JUDGES = "alpaca_eval|DIR|ID"
+ReferenceOption = Annotated[
+    Path | None,
+    typer.Option(help="Answers of the model to compare with; default: text_davinci_003's, from AlpacaEval."),
+]
+AnnotatorOption = Annotated[
+    str, typer.Option(help="Annotator of the alpaca_eval package; the paper used alpaca_eval_gpt4.")
+]
+
+
+class _Alpaca(TyperGroup):
+    """Also takes the form before there were three verbs, ``eval alpaca DIR|--score FILE ...``, for one more version."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            say("eval alpaca: now three verbs, `eval alpaca answer|judge|score`; this form ends with the next version")
+            args = [OLD_FORM, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="alpaca",
+    cls=_Alpaca,
+    help="AlpacaEval: answer its instructions, have the answers judged, score the verdicts.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command()
+def answer(
+    source: AdapterArgument,
+    output: AnswersOption = None,
+    instructions: InstructionsOption = None,
+    rows: RowsOption = 0,
+    meta_prompt: MetaPromptOption = "",
+    max_new_tokens: TokensOption = 1024,
+    min_new_tokens: LeastTokensOption = 0,
+    repetition_penalty: PenaltyOption = REPETITION_PENALTY,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer AlpacaEval's instructions with an adapter.
+
+    Repeat the command to continue where it was interrupted.
+    """
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    from ..evaluation.runs import Machine
+
+    machine = Machine(device, precision, base, batch_size)
+    options = {"output": output, "instructions": instructions, "rows": rows, "meta_prompt": meta_prompt}
+    with quiet():
+        decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
+        outputs = answers_of(source, decoding, machine=machine, **options)
+    _print_outputs(outputs, as_json)
+
+
+@app.command()
+def judge(
+    source: Annotated[
+        str, typer.Argument(metavar="DIR|FILE", help="A run whose answers are judged, or a file of answers.")
+    ],
+    judge: Annotated[str, typer.Option(metavar=JUDGES, help="The judge: the alpaca_eval package, or a local model.")],
+    reference: ReferenceOption = None,
+    annotator: AnnotatorOption = ANNOTATOR,
+    instructions: InstructionsOption = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Let a judge compare the answers with a reference's, and score its verdicts.
+
+    Pairs judged before are not judged again.
+    """
+    outputs, is_run = Path(source).expanduser(), Path(source).expanduser().is_dir()
+    if is_run:
+        outputs /= "alpaca_outputs.json"
+        if not outputs.is_file():
+            raise UserInputError(f"{source}: has no {outputs.name}. Write it first: qlora-neft eval alpaca answer DIR.")
+    with quiet():
+        from ..evaluation.alpaca.judge import check_judging
+        from ..evaluation.runs import Machine
+
+        check_judging(judge, reference, instructions)
+        options = {"reference": reference, "annotator": annotator, "instructions": instructions}
+        found = judged(judge, outputs, source if is_run else None, machine=Machine(device, precision), **options)
+    _print_score(found, as_json)
+
+
+@app.command()
+def score(
+    annotations: Annotated[Path, typer.Argument(metavar="FILE", help="Annotations of a judge.")],
+    outputs: Annotated[Path | None, typer.Option(help="The answers that were judged, for their lengths.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a judge's annotations: win rate, standard error, length.
+
+    Needs no model and loads no torch.
+    """
+    from ..evaluation.alpaca.score import score_files
+
+    _print_score(score_files(annotations, outputs, "FILE"), as_json)
+
+
+@app.command(OLD_FORM, hidden=True)
+def answer_judge_or_score(
+    source: Annotated[str | None, typer.Argument(metavar="[DIR]")] = None,
+    annotations: Annotated[Path | None, typer.Option("--score", metavar="ANNOTATIONS")] = None,
+    outputs: Annotated[Path | None, typer.Option()] = None,
+    output: AnswersOption = None,
+    by: Annotated[str | None, typer.Option("--judge", metavar=JUDGES)] = None,
+    reference: ReferenceOption = None,
+    annotator: AnnotatorOption = ANNOTATOR,
+    instructions: InstructionsOption = None,
+    rows: RowsOption = 0,
+    meta_prompt: MetaPromptOption = "",
+    max_new_tokens: TokensOption = 1024,
+    min_new_tokens: LeastTokensOption = 0,
+    repetition_penalty: PenaltyOption = REPETITION_PENALTY,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    seed: SeedOption = None,
+    batch_size: BatchOption = 8,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Do the work of all three verbs, as the form before them did. It goes with the next version."""
+    if annotations is not None:
+        if source is not None or by is not None:
+            raise UserInputError("--score: scores existing annotations; give no DIR and no --judge with it.")
+        for option, given in (("--output", output), ("--reference", reference), ("--instructions", instructions)):
+            if given is not None:
+                raise UserInputError(f"{option}: has no effect on --score, got {str(given)!r}. Omit it.")
+        from ..evaluation.alpaca.score import score_files
+
+        _print_score(score_files(annotations, outputs, "--score"), as_json)
+        return
+    if (source is None) == (outputs is None):
+        raise UserInputError("eval alpaca: give a DIR that answers, or --outputs FILE with --judge or --score.")
+    if by is None and source is None:
+        raise UserInputError("--outputs: give --judge or --score with it. Lengths and repetition: eval text.")
+    if source is None:
+        judge(str(outputs), str(by), reference, annotator, instructions, device, precision, as_json)
+        return
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    from ..evaluation.runs import Machine
+
+    machine = Machine(device, precision, base, batch_size)
+    asked = {"output": output, "instructions": instructions, "rows": rows, "meta_prompt": meta_prompt}
+    comparing = {"reference": reference, "annotator": annotator, "instructions": instructions}
+    found = None
+    with quiet():
+        decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
+        if by is not None:
+            from ..evaluation.alpaca.judge import check_judging
+
+            check_judging(by, reference, instructions)  # before hours of answering
+        answers = answers_of(source, decoding, machine=machine, **asked)
+        if by is not None:
+            found = judged(by, answers, source, machine=machine, **comparing)
+    if found is not None:
+        _print_score(found, as_json)
+    else:
+        _print_outputs(answers, as_json)
+
+
+def answers_of(source: str, decoding: Decoding, **options: Any) -> Path:
+    """Return the file of a model's answers to AlpacaEval's instructions, after answering what is missing."""
+    from ..evaluation.alpaca.answer import answer_instructions
+
+    return answer_instructions(source, decoding=decoding, say=say, **options)
+
+
+def judged(judge: str, outputs: Path, source: str | None, **options: Any) -> Score:
+    """Have answers judged; keep the score with the run they are from, if there is one."""
+    from ..evaluation.alpaca.judge import judge_outputs
+    from ..run_folder.record import keep_measures
+
+    found = judge_outputs(judge, outputs, say=say, **options)
+    if source is not None:
+        keep_measures(source, "alpaca", found.measures())
+    return found
+
+
+def _print_outputs(outputs: Path, as_json: bool) -> None:
+    typer.echo(json.dumps({"outputs": str(outputs)}) if as_json else f"written: {outputs}")
+
+
+def _print_score(found: Score, as_json: bool) -> None:
+    say(*found.notes())
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        typer.echo("\n".join(found.lines()))

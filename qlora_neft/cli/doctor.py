@@ -1,0 +1,153 @@
+"""What this machine has, whether training would work on it, and what to do if not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from .. import __version__
+
+Finding = dict[str, str]
+_RANK = ("ok", "warn", "fail")
+_GIB = 2**30
+
+
+def examine() -> dict[str, Any]:
+    """Examine the machine and its packages.
+
+    Returns:
+        ``status``, the worst of the findings ("ok", "warn" or "fail"); ``machine``; ``packages``, name to
+        version; ``devices``; and ``findings``, each with ``name``, ``status``, ``message`` and ``remedy``.
+        Ready for JSON.
+    """
+    packages = {requirement.name: _version(requirement.name) for requirement in _requirements()}
+    findings = [_package_finding(requirement) for requirement in _requirements()]
+    findings += [_torchao_finding(_version("torchao")), _matplotlib_finding(_version("matplotlib"))]
+    devices, device_findings = _devices()
+    findings += device_findings
+    return {
+        "status": max((finding["status"] for finding in findings), key=_RANK.index),
+        "machine": _machine(),
+        "packages": packages,
+        "devices": devices,
+        "findings": findings,
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    """Return the report of `examine` as text for a person."""
+    machine = report["machine"]
+    lines = [
+        f"qlora-neft {machine['qlora_neft']}, Python {machine['python']}, {machine['platform']}",
+        f"{machine['cpu_cores']} CPU cores, {machine['memory_gib']} GiB memory",
+    ]
+    for device in report["devices"]:
+        lines.append(f"{device['name']}, compute capability {device['capability']}, {device['memory_gib']} GiB memory")
+    for finding in report["findings"]:
+        lines.append(f"{finding['status']:<5} {finding['name']}: {finding['message']}")
+        if finding["remedy"]:
+            lines.append(f"      remedy: {finding['remedy']}")
+    return "\n".join(lines)
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "qlora_neft": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": _cpu_cores(),
+        "memory_gib": round(psutil.virtual_memory().total / _GIB, 1),
+    }
+
+
+def _cpu_cores() -> int:
+    """Return the number of cores this process may use; in a container fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _requirements() -> list[Requirement]:
+    """Return the packages this one needs, with their version ranges, as pyproject.toml has them."""
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if pyproject.is_file():  # a clone, installed or not
+        written = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
+    else:
+        written = importlib.metadata.requires("qlora-neft") or []
+    parsed = [Requirement(line) for line in written]
+    return [requirement for requirement in parsed if requirement.marker is None]  # a marker: part of an extra
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _finding(name: str, status: str, message: str, remedy: str = "") -> Finding:
+    return {"name": name, "status": status, "message": message, "remedy": remedy}
+
+
+def _package_finding(requirement: Requirement) -> Finding:
+    version, window = _version(requirement.name), str(requirement.specifier)
+    install = f"pip install '{requirement}'"
+    if version is None:
+        return _finding(requirement.name, "fail", "not installed", install)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return _finding(requirement.name, "fail", f"{version} is outside {window}", install)
+    return _finding(requirement.name, "ok", f"{version}{f' ({window})' if window else ''}")
+
+
+def _torchao_finding(version: str | None) -> Finding:
+    # PEFT asks for torchao >= 0.16 as soon as any torchao is installed, and raises ImportError otherwise.
+    if version is not None and Version(version) < Version("0.16"):
+        return _finding("torchao", "fail", f"{version} is too old for PEFT", "pip uninstall torchao (it is not used)")
+    return _finding("torchao", "ok", version or "not installed, not needed")
+
+
+def _matplotlib_finding(version: str | None) -> Finding:
+    if version is None:
+        return _finding("matplotlib", "warn", "not installed: runs draw no loss.png", "pip install 'qlora-neft[plots]'")
+    return _finding("matplotlib", "ok", version)
+
+
+def _devices() -> tuple[list[dict[str, Any]], list[Finding]]:
+    """Return the CUDA devices, and findings on how training would compute."""
+    if importlib.util.find_spec("torch") is None:
+        return [], [_finding("precision", "fail", "torch is not installed", "pip install torch")]
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries is missing
+        return [], [_finding("precision", "fail", f"torch cannot be imported: {error}", "reinstall torch")]
+    from ..base.precision import resolve_precision
+
+    devices = [_cuda_device(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())]
+    findings = [_finding("precision", "ok", str(resolve_precision()).removeprefix("precision: "))]
+    if not devices and shutil.which("nvidia-smi"):
+        findings.append(
+            _finding(
+                "CUDA",
+                "warn",
+                f"there is an NVIDIA driver, but torch {torch.__version__} sees no device",
+                "install a CUDA build of torch: https://pytorch.org/get-started/locally",
+            )
+        )
+    return devices, findings
+
+
+def _cuda_device(properties: Any) -> dict[str, Any]:
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / _GIB, 1),
+    }

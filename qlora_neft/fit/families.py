@@ -1,0 +1,230 @@
+"""What each model family is made of: its linear layers and other numbers, from the keys of its config.json. No torch.
+
+One function counts each family; `FAMILIES` names it, and the values transformers takes for keys that are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Linear layers of one name and shape.
+
+    Attributes:
+        name: Last component of the module's name, such as ``q_proj``.
+        out_features, in_features: Rows and columns of the weight.
+        bias: Whether there is one, of ``out_features`` numbers.
+        count: Number of such layers in the whole model.
+        path: Full name, with ``*`` for the number of the block; if empty, the name alone.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool
+    count: int
+    path: str = ""
+
+    @property
+    def weights(self) -> int:
+        """Number of parameters of one layer, without the bias."""
+        return self.out_features * self.in_features
+
+    def module_names(self) -> Iterator[str]:
+        """Yield the full name of each layer, as in ``named_modules``."""
+        return ((self.path or self.name).replace("*", str(index)) for index in range(self.count))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a model, besides the token embedding and the head, whose sizes depend on its family.
+
+    Attributes:
+        linears: Layers that are quantized.
+        norms: Number of parameters of all norms of the model.
+        head_dim: Width of one attention head.
+        embedding_width: Columns of the token embedding, and inputs of the head.
+        positions: Number of parameters of learned positions.
+        head_bias: Whether the head has a bias, which it keeps when its weight is tied.
+    """
+
+    linears: tuple[Linear, ...]
+    norms: int
+    head_dim: int
+    embedding_width: int
+    positions: int = 0
+    head_bias: bool = False
+
+
+def _in_blocks(
+    keys: SimpleNamespace, prefix: str, shapes: dict[str, tuple[int, int]], biased: Mapping[str, bool] | bool
+) -> tuple[Linear, ...]:
+    """Return the layers that every block has once, from ``{"self_attn.q_proj": (out, in)}``."""
+    return tuple(
+        Linear(
+            name=path.rsplit(".", 1)[-1],
+            out_features=out,
+            in_features=width,
+            bias=biased if isinstance(biased, bool) else biased[path.split(".")[0]],
+            count=keys.num_hidden_layers,
+            path=f"{prefix}.*.{path}",
+        )
+        for path, (out, width) in shapes.items()
+    )
+
+
+def _attention(keys: SimpleNamespace, head_dim: int, output: str) -> dict[str, tuple[int, int]]:
+    """Return the shapes of separate projections; if the number of groups of keys and values is unset, one per head."""
+    hidden, heads = keys.hidden_size, keys.num_attention_heads
+    grouped = keys.num_key_value_heads or heads
+    return {
+        "self_attn.q_proj": (heads * head_dim, hidden),
+        "self_attn.k_proj": (grouped * head_dim, hidden),
+        "self_attn.v_proj": (grouped * head_dim, hidden),
+        f"self_attn.{output}": (hidden, heads * head_dim),
+    }
+
+
+def _gated_mlp(keys: SimpleNamespace) -> dict[str, tuple[int, int]]:
+    hidden, inner = keys.hidden_size, keys.intermediate_size
+    return {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+
+
+def _head_dim(keys: SimpleNamespace) -> int:
+    return keys.head_dim or keys.hidden_size // keys.num_attention_heads
+
+
+def _gated(
+    keys: SimpleNamespace,
+    *,
+    attention_bias: bool = False,
+    mlp_bias: bool = False,
+    norms_per_block: int = 2,
+    head_norms: bool = False,
+) -> Parts:
+    """RMS norms, grouped attention, gated MLP, as in Llama; with the defaults Mistral, which reads no bias key."""
+    head_dim = _head_dim(keys)
+    shapes = {**_attention(keys, head_dim, "o_proj"), **_gated_mlp(keys)}
+    linears = _in_blocks(keys, "model.layers", shapes, {"self_attn": attention_bias, "mlp": mlp_bias})
+    block = norms_per_block * keys.hidden_size + (2 * head_dim if head_norms else 0)
+    return Parts(linears, keys.num_hidden_layers * block + keys.hidden_size, head_dim, keys.hidden_size)
+
+
+def _llama(keys: SimpleNamespace) -> Parts:
+    return _gated(keys, attention_bias=keys.attention_bias, mlp_bias=keys.mlp_bias)
+
+
+def _qwen2(keys: SimpleNamespace) -> Parts:
+    """Llama with biases on queries, keys and values, but none on the output."""
+    parts = _gated(keys)
+    biased = ("q_proj", "k_proj", "v_proj")
+    return replace(parts, linears=tuple(replace(part, bias=part.name in biased) for part in parts.linears))
+
+
+def _qwen3(keys: SimpleNamespace) -> Parts:
+    """Llama with norms on queries and keys, shared by all heads."""
+    return _gated(keys, attention_bias=keys.attention_bias, head_norms=True)
+
+
+def _gemma2(keys: SimpleNamespace) -> Parts:
+    """Llama with a norm before and after attention and MLP."""
+    return _gated(keys, attention_bias=keys.attention_bias, norms_per_block=4)
+
+
+def _gemma3(keys: SimpleNamespace) -> Parts:
+    """Gemma 2 with norms on queries and keys."""
+    return _gated(keys, attention_bias=keys.attention_bias, norms_per_block=4, head_norms=True)
+
+
+def _opt(keys: SimpleNamespace) -> Parts:
+    """Learned positions, layer norms with biases, and projections around the blocks where the embedding is narrower."""
+    hidden, inner, blocks = keys.hidden_size, keys.ffn_dim, keys.num_hidden_layers
+    width = keys.word_embed_proj_dim or hidden
+    shapes = {f"self_attn.{name}": (hidden, hidden) for name in ("k_proj", "v_proj", "q_proj", "out_proj")}
+    shapes |= {"fc1": (inner, hidden), "fc2": (hidden, inner)}
+    linears = _in_blocks(keys, "model.decoder.layers", shapes, keys.enable_bias)
+    if width != hidden:
+        linears += (
+            Linear("project_out", width, hidden, False, 1, "model.decoder.project_out"),
+            Linear("project_in", hidden, width, False, 1, "model.decoder.project_in"),
+        )
+    last_norm = keys.do_layer_norm_before and not keys._remove_final_layer_norm
+    norms = (2 * blocks + last_norm) * 2 * hidden if keys.layer_norm_elementwise_affine else 0
+    # Two more rows than positions: OPT offsets its positions by two.
+    positions = (keys.max_position_embeddings + 2) * hidden
+    return Parts(linears, norms, hidden // keys.num_attention_heads, width, positions)
+
+
+def _gpt_neox(keys: SimpleNamespace) -> Parts:
+    """One fused projection for queries, keys and values; layer norms and MLP always with biases."""
+    hidden, inner = keys.hidden_size, keys.intermediate_size
+    shapes = {
+        "attention.query_key_value": (3 * hidden, hidden),
+        "attention.dense": (hidden, hidden),
+        "mlp.dense_h_to_4h": (inner, hidden),
+        "mlp.dense_4h_to_h": (hidden, inner),
+    }
+    linears = _in_blocks(keys, "gpt_neox.layers", shapes, {"attention": keys.attention_bias, "mlp": True})
+    norms = (2 * keys.num_hidden_layers + 1) * 2 * hidden
+    return Parts(linears, norms, hidden // keys.num_attention_heads, hidden)
+
+
+def _phi(keys: SimpleNamespace) -> Parts:
+    """Attention and MLP side by side behind one layer norm, biases everywhere, the head included."""
+    hidden, inner = keys.hidden_size, keys.intermediate_size
+    head_dim = _head_dim(keys)
+    shapes = {**_attention(keys, head_dim, "dense"), "mlp.fc1": (inner, hidden), "mlp.fc2": (hidden, inner)}
+    # The norms of queries and keys ignore a head_dim of the configuration.
+    head_norms = 4 * (hidden // keys.num_attention_heads) if keys.qk_layernorm else 0
+    norms = keys.num_hidden_layers * (2 * hidden + head_norms) + 2 * hidden
+    return Parts(_in_blocks(keys, "model.layers", shapes, True), norms, head_dim, hidden, head_bias=True)
+
+
+_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+)
+_GEMMA = {"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True, "attention_bias": False}
+
+
+def _defaults(*sizes: int, **others: int | bool | None) -> dict[str, int | bool | None]:
+    return {"tie_word_embeddings": False, **dict(zip(_SIZES, sizes, strict=True)), **others}
+
+
+_NO_BIAS = {"attention_bias": False, "mlp_bias": False}
+_QWEN = (151936, 4096, 22016, 32, 32, 32768)
+
+# By model type: the function that counts its parts, and the values transformers takes for keys that are left out.
+FAMILIES: dict[str, tuple[Callable[[SimpleNamespace], Parts], dict[str, int | bool | None]]] = {
+    "llama": (_llama, _defaults(32000, 4096, 11008, 32, 32, 2048, num_key_value_heads=None, head_dim=None, **_NO_BIAS)),
+    "mistral": (_gated, _defaults(32000, 4096, 14336, 32, 32, 131072, num_key_value_heads=8, head_dim=None)),
+    "qwen2": (_qwen2, _defaults(*_QWEN, num_key_value_heads=32, head_dim=None)),
+    "qwen3": (_qwen3, _defaults(*_QWEN, num_key_value_heads=32, head_dim=128, attention_bias=False)),
+    "gemma2": (_gemma2, _defaults(256000, 2304, 9216, 26, 8, 8192, **_GEMMA)),
+    "gemma3_text": (_gemma3, _defaults(262208, 2304, 9216, 26, 8, 131072, **_GEMMA)),
+    "gpt_neox": (_gpt_neox, _defaults(50432, 6144, 24576, 44, 64, 2048, attention_bias=True)),
+    "phi": (
+        _phi,
+        _defaults(51200, 2048, 8192, 24, 32, 2048, num_key_value_heads=None, head_dim=None, qk_layernorm=False),
+    ),
+    "opt": (
+        _opt,
+        {
+            "vocab_size": 50272,
+            "hidden_size": 768,
+            "ffn_dim": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 2048,
+            "word_embed_proj_dim": None,
+            "tie_word_embeddings": True,
+            "do_layer_norm_before": True,
+            "_remove_final_layer_norm": False,
+            "enable_bias": True,
+            "layer_norm_elementwise_affine": True,
+        },
+    ),
+}
