@@ -95,8 +95,9 @@ def write_models(trained: Trained, folder: Path) -> None:
 
 def prompts_of(trained: Trained, count: int) -> list[str]:
     """The run's held-out rows as prompts; of the training rows where it has none."""
-    data = trained.folder.recipe["data"]
-    path = Path(resolve_bundled(data.get("eval_path") or data["path"]))
+    recipe = trained.folder.recipe
+    assert recipe is not None  # the benchmark trained it itself
+    path = Path(resolve_bundled(recipe.data.eval_path or recipe.data.path))
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
     return [alpaca_prompt(row["instruction"], row.get("input")) for row in rows]
 

@@ -76,7 +76,7 @@ def merge(
         folder = find_adapter(dir, revision=revision, base=base)
         plan = plan_merge(folder, strategy, dtype)
         tokenizer = tokenizer_of_adapter(folder)
-        template = template_of(folder.recipe, folder.summary, tokenizer)
+        template = template_of(folder, tokenizer)
         rows = None if no_proof else rows_of(folder, tokenizer, template, proof_data, proof_rows)
         report = merge_adapter(plan, out, tokenizer, rows, max_shard_bytes=max_shard_bytes, device=device, say=say)
     if as_json:

@@ -22,6 +22,7 @@ from ..export.hub.base import ask_about_base, public_base
 from ..export.hub.failures import Patience
 from ..export.hub.folder import Export, build_folder, license_of
 from ..export.hub.push import check_push, push_folder
+from ..recipe import recipe_of_record
 from ..recipe.yaml_text import dump_yaml
 
 BRANCH = "checkpoints"
@@ -161,7 +162,7 @@ def ready_to_push(
         RunFailed: If the network did not come back.
     """
     try:
-        base = public_base(AdapterFolder("machine.push_to", output_dir, {}, recipe))
+        base = public_base(AdapterFolder("machine.push_to", output_dir, {}, recipe_of_record(recipe)))
     except UserInputError as error:
         raise UserInputError(
             f"machine.push_to: the base {recipe['model']['name_or_path']!r} is a local one, and an adapter on the Hub "

@@ -77,7 +77,7 @@ def proof_rows(
     if folder.recipe is None:
         raise UserInputError(f"{folder.source}: no recipe.yaml says what it was trained on. {remedy}")
     try:
-        recipe = Recipe.model_validate(folder.recipe)
+        recipe = Recipe.model_validate(folder.recipe.to_dict())  # an incomplete record is refused here, with the key
         found, origin = _own_rows(recipe, tokenizer)
         return ProofRows(_first(found, count), origin)
     except (ValidationError, UserInputError) as error:
@@ -88,8 +88,8 @@ def proof_rows(
 
 def _like_the_runs(folder: AdapterFolder, path: str, template: str) -> Data:
     """Return a data section for another path whose rows become sequences as the run's did."""
-    stated = (folder.recipe or {}).get("data", {})
-    kept = {"max_length": MAX_LENGTH} | {key: stated[key] for key in SEQUENCE_KEYS if key in stated}
+    stated = {key: getattr(folder.recipe.data, key) for key in SEQUENCE_KEYS} if folder.recipe else {}
+    kept = {"max_length": MAX_LENGTH} | {key: value for key, value in stated.items() if value is not None}
     # Not validated: no recipe may state the template "none", which is what plain text is trained with.
     return Data.model_construct(None, path=path, prompt_template=template, **kept)
 

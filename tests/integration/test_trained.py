@@ -24,7 +24,7 @@ def trained(llama):
 
 
 def test_the_records_of_the_run_are_found(llama, trained):
-    assert trained.folder.base == str(llama) and trained.folder.recipe["data"]["max_length"] == 250
+    assert trained.folder.base == str(llama) and trained.folder.recipe.data.max_length == 250
     assert trained.folder.summary["status"] == "done"
     assert trained.prompts.name == "alpaca" and trained.prompts.stop_token_ids == (258,)
     assert trained.prompts.text([{"role": "user", "content": "Repeat 1"}]) == alpaca_prompt("Repeat 1")
@@ -67,7 +67,7 @@ def test_answers_do_not_depend_on_their_batch(trained):
 def test_a_checkpoint_has_the_recipe_of_its_run(llama):
     [newest] = (cut_off(llama) / "out").glob("checkpoint-12")
     folder = find_adapter(newest)
-    assert folder.recipe["lora"]["r"] == 4 and folder.base == str(llama)
+    assert folder.recipe.lora.r == 4 and folder.base == str(llama)
 
 
 def test_what_is_no_adapter_is_refused(llama, tmp_path):

@@ -152,7 +152,7 @@ def modelfile_of_adapter(folder: AdapterFolder, gguf: Path, base: str) -> Modelf
         base: What Ollama calls the base: a GGUF file or a model's name.
     """
     tokenizer = tokenizer_of_adapter(folder)
-    prompts = Prompts(tokenizer, template_of(folder.recipe, folder.summary, tokenizer))
+    prompts = Prompts(tokenizer, template_of(folder, tokenizer))
     return _modelfile([f"FROM {base}", f"ADAPTER ./{gguf.name}"], prompts, tokenizer)
 
 
@@ -180,7 +180,7 @@ def _template_of_model(model_dir: Path, tokenizer: Any) -> str:
     adapter = json.loads(report.read_text(encoding="utf-8")).get("adapter") if report.is_file() else None
     if adapter is not None and (Path(adapter) / CONFIG).is_file():
         folder = find_adapter(adapter)
-        return template_of(folder.recipe, folder.summary, tokenizer)
+        return template_of(folder, tokenizer)
     if tokenizer.chat_template:
         return "chat"
     raise UserInputError(

@@ -93,16 +93,15 @@ def public_base(
     if base_id is not None:
         _check_form(base_id)
         known = _commit_of_run(folder) if base_id == recorded else None
-        return base_id, base_revision or known or _commit_on_hub(base_id, _revision(folder))
+        return base_id, base_revision or known or _commit_on_hub(base_id, folder.recorded_revision)
     if _is_local(recorded):
         found, commit = _recognised(folder, recorded)
         return found, base_revision or commit
-    return recorded, base_revision or _commit_of_run(folder) or _commit_on_hub(recorded, _revision(folder))
+    return recorded, base_revision or _commit_of_run(folder) or _commit_on_hub(recorded, folder.recorded_revision)
 
 
 def _recorded(folder: AdapterFolder) -> str:
-    stated = (folder.recipe or {}).get("model", {}).get("name_or_path")
-    recorded = folder.own_base or stated or folder.config.get("base_model_name_or_path")
+    recorded = folder.own_base or folder.recorded_base
     if not recorded:
         raise UserInputError(f"{folder.source}: adapter_config.json names no base. Give its Hub id with --base-id.")
     return str(recorded)
@@ -112,15 +111,10 @@ def _is_local(base: str) -> bool:
     return kind_of(base) != "hub"
 
 
-def _revision(folder: AdapterFolder) -> str | None:
-    """Branch, tag or commit the run asked for."""
-    return folder.config.get("revision") or (folder.recipe or {}).get("model", {}).get("revision")
-
-
 def _commit_of_run(folder: AdapterFolder) -> str | None:
     """The commit that was trained on: as the run recorded it, else a revision that is one."""
     stated = (folder.summary or {}).get("base_commit") or (folder.summary or {}).get("base", {}).get("revision")
-    revision = _revision(folder)
+    revision = folder.recorded_revision
     return stated or (revision if revision and COMMIT.fullmatch(revision) else None)
 
 

@@ -170,7 +170,7 @@ def write_tokenizer(folder: AdapterFolder, target: Path) -> bool:
                 shutil.copyfile(folder.path / name, target / name)
     elif folder.recipe is not None:
         tokenizer = tokenizer_of_adapter(folder)
-        stated = folder.recipe["data"].get("prompt_template", "auto")
+        stated = folder.recipe.data.prompt_template
         if stated.endswith(JINJA_SUFFIXES):
             tokenizer.chat_template = read_jinja(stated)
         tokenizer.save_pretrained(target)
@@ -244,7 +244,8 @@ def build_folder(folder: AdapterFolder, output: Path, export: Export) -> str:
 
 def _fill(made: Path, folder: AdapterFolder, export: Export) -> str:
     records = read_records(folder)
-    recipe = public_recipe(folder.recipe, *export.base) if folder.recipe else None
+    own_recipe = folder.recipe.to_dict() if folder.recipe else None
+    recipe = public_recipe(own_recipe, *export.base) if own_recipe else None
     trained = stored_dtype(folder.path / WEIGHTS)
     dtype = export.dtype or trained
     write_weights(folder.path / WEIGHTS, made / WEIGHTS, dtype)
@@ -254,7 +255,7 @@ def _fill(made: Path, folder: AdapterFolder, export: Export) -> str:
         (made / RECIPE).write_text(export.write_recipe(recipe), encoding="utf-8")
     has_curves = recipe is not None and _draw(records, recipe, folder, made / CURVES)
     weights = {"dtype": dtype, "trained_dtype": trained}
-    summary = training_summary(records, folder.recipe, export.base, weights)
+    summary = training_summary(records, own_recipe, export.base, weights)
     prompts, eos = _prompts(folder, made) if has_tokenizer else (None, None)
     card = render_card(
         export.repo_id,
@@ -294,13 +295,13 @@ def _prompts(folder: AdapterFolder, made: Path) -> tuple[Prompts, int]:
     from ...base.config import load_tokenizer
 
     tokenizer = load_tokenizer(str(made))
-    return Prompts(tokenizer, template_of(folder.recipe, folder.summary, tokenizer)), tokenizer.eos_token_id
+    return Prompts(tokenizer, template_of(folder, tokenizer)), tokenizer.eos_token_id
 
 
 def _local_paths(folder: AdapterFolder) -> list[str]:
     """Absolute paths that a record of the run may hold."""
     recorded = folder.config.get("base_model_name_or_path") or ""
-    stated = (folder.recipe or {}).get("model", {}).get("name_or_path", "")
+    stated = (folder.recipe.model.name_or_path if folder.recipe else None) or ""
     found = {str(folder.path.absolute()), str(folder.path.resolve()), str(Path.home()), str(Path.cwd())}
     found |= {path for path in (recorded, stated) if path.startswith(("/", "~"))}
     return sorted(path for path in found if len(path) > 1)

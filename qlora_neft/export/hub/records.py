@@ -62,7 +62,11 @@ def _of_checkpoint(folder: AdapterFolder, state: dict[str, Any]) -> Records:
         read_record(path) if path.is_file() else {}
         for path in (folder.path / "progress.json", folder.path.parent / "run.json")
     )
-    facts: dict[str, Any] = {"steps": step, "recipe": folder.recipe, "base_sha256": run.get("base_sha256")}
+    facts: dict[str, Any] = {
+        "steps": step,
+        "recipe": folder.recipe.to_dict() if folder.recipe else None,
+        "base_sha256": run.get("base_sha256"),
+    }
     facts |= {key: progress.get(key) for key in ("tokens_seen", "trained_tokens_seen", "bad_steps", "train_seconds")}
     before = run.get("before") or {}
     facts["before"] = {key: before.get(key) for key in ("clean_train_loss", "held_out_loss")}

@@ -71,7 +71,7 @@ def plan_merge(folder: AdapterFolder, strategy: str = DEQUANTIZED, dtype: str = 
     shared = list(base.key_of.values())
     tied = {name for name, key in base.key_of.items() if shared.count(key) > 1}
     update = Update(folder, base.shapes, set(quantized), tied)
-    merge = Merge(base, update, quantized, _double_quant(folder))
+    merge = Merge(base, update, quantized, folder.quantization.bnb_4bit_use_double_quant)
     if strategy not in STRATEGIES:
         raise UserInputError(f"--strategy: must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
     if strategy not in merge.strategies:
@@ -155,10 +155,6 @@ def _with_nf4_layers(model: PreTrainedModel) -> PreTrainedModel:
     quantizer = AutoHfQuantizer.from_config(nf4_config(Quantization(), torch.float32))
     quantizer.preprocess_model(model=copy, device_map={"": "cpu"})
     return copy
-
-
-def _double_quant(folder: AdapterFolder) -> bool:
-    return (folder.recipe or {}).get("quantization", {}).get("bnb_4bit_use_double_quant", True)
 
 
 def _base_folder(folder: AdapterFolder) -> Path:
