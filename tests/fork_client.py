@@ -1,10 +1,10 @@
 """``python ...`` in a process that `fork_server.py` forks: what an executable in place of Python runs.
 
-python -IS fork_client.py EXECUTABLE SOCKET PYTHON ARGUMENTS...
+python -IS fork_client.py EXECUTABLE FOLDER PYTHON ARGUMENTS...
 
 The client hands over its standard streams, passes signals on, and ends as the child ends. It imports next to nothing,
 for it has to start in no time. Where it cannot serve it becomes a real Python: for options other than ``-c``, ``-m``
-and ``-u``, and for an environment that differs in what libraries read when they are imported.
+and ``-u``, and where no server has the environment's values of what libraries read when they are imported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import zlib
 from contextlib import suppress
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -49,18 +50,18 @@ def number(connection: _socket.socket) -> int:
     return int.from_bytes(content, "big", signed=True)
 
 
-def read_on_import(environment: dict[str, str]) -> dict[str, str]:
-    """The variables that a process that has imported everything cannot be told any more."""
-    names = (name for name in environment if name.startswith(READ_ON_IMPORT) and name not in NO_MATTER)
-    return {name: environment[name] for name in names}
+def address_for(environment: dict[str, str], folder: str) -> str:
+    """The socket of the server that has imported everything under such an environment."""
+    names = sorted(name for name in environment if name.startswith(READ_ON_IMPORT) and name not in NO_MATTER)
+    read = "".join(f"{name}={environment[name]}\n" for name in names)
+    return os.path.join(folder, f"fork-{zlib.crc32(read.encode()):08x}")
 
 
-def main(executable: str, address: str, python: str, *arguments: str) -> None:
+def main(executable: str, folder: str, python: str, *arguments: str) -> None:
     words = arguments[1:] if arguments[:1] == ("-u",) else arguments
     known = words[:1] and (words[0] in ("-c", "-m") or not words[0].startswith("-"))
-    with open(address + ".json", encoding="utf-8") as file:
-        same = json.load(file) == read_on_import(dict(os.environ))
-    if not (known and same):
+    address = address_for(dict(os.environ), folder)
+    if not known or not os.path.exists(address):
         os.execv(python, [python, *arguments])
     connection, pid = connect(address, request(list(arguments), executable, dict(os.environ)))
 

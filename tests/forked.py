@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shlex
 import signal
@@ -24,21 +23,26 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def quick_python() -> str:
+def quick_python(**variables: str) -> str:
     """An executable in place of `sys.executable`, for processes that need not import everything anew.
 
     Signals, exit codes, standard streams, the folder and the environment are those of a real process. It is not for
     tests of what a fresh interpreter does: what is imported, and how long that takes.
+
+    Args:
+        variables: As for `environment`. Libraries read some when they are imported: such an environment has a server
+            of its own, which pays from the third process on.
     """
     if not sys.platform.startswith("linux"):
         return sys.executable
-    return str(_server().with_name("python"))
+    _server(environment(**variables))
+    return str(_folder() / "python")
 
 
 def start_fork_server() -> None:
     """Let the server begin its imports in the background, for later."""
     if sys.platform.startswith("linux"):
-        _start(_address())
+        _start(environment())
 
 
 class Forked:
@@ -49,7 +53,7 @@ class Forked:
         content = fork_client.request(["-m", "qlora_neft", *arguments], sys.executable, environment(**variables))
         with Path(os.devnull).open("r+b") as nothing, self.stderr.open("wb") as stderr:
             streams = (nothing.fileno(), nothing.fileno(), stderr.fileno())
-            self._connection, self.pid = fork_client.connect(str(_server()), content, streams)
+            self._connection, self.pid = fork_client.connect(str(_server(environment(**variables))), content, streams)
         self._connection.setblocking(False)
         self._code: int | None = None
 
@@ -88,40 +92,41 @@ class Forked:
 # ---- The server ----
 
 
-def _address() -> Path:
-    """Its socket, in the folder of this test session (`conftest.py`)."""
-    return Path(os.environ["QLORA_NEFT_TEST_SESSION"], "server")
+def _folder() -> Path:
+    """What the processes of this test session share (`conftest.py`)."""
+    return Path(os.environ["QLORA_NEFT_TEST_SESSION"])
 
 
-def _server() -> Path:
-    address = _address()
-    if not address.exists():
-        _start(address)
-        end = time.monotonic() + SECONDS
-        while not address.exists():
-            assert time.monotonic() < end, address.with_suffix(".log").read_text()
-            time.sleep(0.05)
+def _server(variables: dict[str, str]) -> Path:
+    """The socket of the server for an environment, once it answers."""
+    address = _start(variables)
+    end = time.monotonic() + SECONDS
+    while not address.exists():
+        assert time.monotonic() < end, address.with_suffix(".log").read_text()
+        time.sleep(0.02)
     return address
 
 
-def _start(address: Path) -> None:
+def _start(variables: dict[str, str]) -> Path:
     """Start it, unless another process of this session has."""
-    with address.with_suffix(".lock").open("w") as lock:
+    address = Path(fork_client.address_for(variables, str(_folder())))
+    log = address.with_suffix(".log")
+    with (_folder() / "fork.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        executable = address.with_name("python")
-        if executable.exists():
-            return
-        variables = environment()
-        address.with_suffix(".json").write_text(json.dumps(fork_client.read_on_import(variables)))
-        client = [sys.executable, "-IS", TESTS / "fork_client.py", executable, address, sys.executable]
-        executable.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, client))} "$@"\n')
-        executable.chmod(0o755)
-        with address.with_suffix(".log").open("w") as log:
-            subprocess.Popen(
-                [sys.executable, TESTS / "fork_server.py", address, os.environ["QLORA_NEFT_TEST_SESSION_OWNER"]],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=variables,
-                start_new_session=True,
-            )
+        executable = _folder() / "python"
+        if not executable.exists():
+            client = [sys.executable, "-IS", TESTS / "fork_client.py", executable, _folder(), sys.executable]
+            executable.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, client))} "$@"\n')
+            executable.chmod(0o755)
+        if not log.exists():
+            owner = os.environ["QLORA_NEFT_TEST_SESSION_OWNER"]
+            with log.open("w") as said:
+                subprocess.Popen(
+                    [sys.executable, TESTS / "fork_server.py", address, owner],
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=said,
+                    env=variables,
+                    start_new_session=True,
+                )
+    return address

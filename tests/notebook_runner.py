@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import environment, quick_python
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -26,7 +26,7 @@ def execute(name: str, folder: Path, variables: Mapping[str, str] | None = None,
     """Run a notebook in a folder, with parameters in place of those in its form.
 
     The kernel runs this interpreter and this clone, whatever kernels are installed. It has one thread and, unless
-    ``variables`` say otherwise, no Hub; Jupyter's own files go into the folder.
+    ``variables`` say otherwise, no Hub; Jupyter's own files go into the folder. What the kernel starts is forked.
 
     Args:
         name: File in ``notebooks/``.
@@ -52,6 +52,9 @@ def execute(name: str, folder: Path, variables: Mapping[str, str] | None = None,
     notebook = with_parameters(nbformat.read(NOTEBOOKS / name, as_version=4), parameters)
     folder.mkdir(exist_ok=True)
     home = folder / ".jupyter-of-the-test"
+    startup = home / "profile_default" / "startup" / "python.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text(f"import sys\n\nsys.executable = {quick_python(**variables or {})!r}\n")
     client = Client(notebook, timeout=SECONDS_A_CELL, resources={"metadata": {"path": str(folder)}})
     client.execute(env=_environment(home, variables or {}))
     return notebook
@@ -95,12 +98,9 @@ def _this_interpreter(folder: Path) -> Any:
 
 def _environment(home: Path, variables: Mapping[str, str]) -> dict[str, str]:
     own = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",  # the demo in float32, the same on every machine
         "IPYTHONDIR": str(home),
         "MPLCONFIGDIR": str(home),
     }
-    kept = {name: value for name, value in os.environ.items() if name != "COLAB_RELEASE_TAG"}
+    kept = {name: value for name, value in environment().items() if name != "COLAB_RELEASE_TAG"}
     return {**kept, **own, **variables}

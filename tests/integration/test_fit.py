@@ -40,25 +40,33 @@ def fit(*arguments):
 
 def test_every_shipped_recipe_is_answered_without_a_network_and_without_torch(tmp_path):
     code = (
-        "import sys, json; from qlora_neft.cli import app\n"
-        "try: app(['fit', sys.argv[1], '--vram', '24GiB', '--json'])\n"
-        "finally: assert not {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)"
+        "import sys; from qlora_neft.cli import app\n"
+        "for name in sys.argv[1:]:\n"
+        "    try: app(['fit', name, '--vram', '24GiB', '--json'])\n"
+        "    except SystemExit as end: assert not end.code, (name, end.code)\n"
+        "    loaded = {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
+        "    assert not loaded, (name, loaded)\n"
+        "    print('END')"
     )
+    names = list_recipes()
+    arguments = [sys.executable, "-c", code, *names]
     variables = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    for name in list_recipes():
-        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, env=variables)
-        assert done.returncode == 0, done.stderr
-        report = json.loads(done.stdout)
-        keys = {
-            "fits",
-            "peak_bytes",
-            "terms",
-            "parameters",
-            "quantized_parameters",
-            "nf4_bytes",
-            "lora_parameters",
-            "plan",
-        }
+    done = subprocess.run(arguments, capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stderr
+    reports = done.stdout.split("END\n")
+    assert reports.pop() == "" and len(reports) == len(names)
+    keys = {
+        "fits",
+        "peak_bytes",
+        "terms",
+        "parameters",
+        "quantized_parameters",
+        "nf4_bytes",
+        "lora_parameters",
+        "plan",
+    }
+    for name, text in zip(names, reports, strict=True):
+        report = json.loads(text)
         assert keys <= report.keys()
         assert report["peak_bytes"] == sum(report["terms"].values()) - report["paged_out_bytes"]
         assert set(report["plan"]) == set(load_recipe(name).machine.model_dump())

@@ -8,7 +8,8 @@ import time
 
 import numpy as np
 import pytest
-from command_line import environment, logged, make_workplace, sound_steps
+from command_line import logged, make_workplace, sound_steps
+from forked import environment, quick_python
 from safetensors.numpy import save_file
 
 from qlora_neft import command, output_of, train_live
@@ -21,6 +22,7 @@ pytest.importorskip("IPython", reason="IPython is not installed (pip install -e 
 def of_this_clone(monkeypatch):
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.executable", quick_python())
 
 
 def test_a_command_is_shown_and_what_it_says(capsys):
