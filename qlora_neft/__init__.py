@@ -1,7 +1,6 @@
 """QLoRA fine-tuning with NEFTune noise as published.
 
-Everything public is named here and imported on first use, so ``import qlora_neft`` is cheap and
-loads no torch.
+All public names are here. Each is imported on first use, so that ``import qlora_neft`` is cheap and loads no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
+# The module that each public name comes from.
+_MODULES = {
     "QLoRANeftConfig": "trainer",
     "QLoRANeftTrainer": "trainer",
     "Recipe": "recipe",
@@ -48,9 +48,9 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import a public name on first use (PEP 562)."""
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

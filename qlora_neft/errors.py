@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 
 class UserInputError(ValueError):
-    """What the user wrote is wrong: a recipe, an argument, a data file, a directory. Exit code 2.
+    """Something the user wrote is wrong: a recipe, an argument, a data file, a directory. Exit code 2.
 
     The message names what the caller wrote, the rule, the value got and the remedy.
     """
 
 
 class RecipeError(UserInputError):
-    """A recipe that cannot be used, with every problem found in it.
+    """A recipe cannot be used; the error carries every problem found in it.
 
     Args:
         problems: One line per problem, ``path:line: section.key: rule, value got, remedy``.
-        source: The file the problems are in; the heading of a list of several.
+        source: The file that the problems are in, which heads a list of several.
 
     Attributes:
         problems: The problems as given, in the order of the file.
@@ -36,14 +36,14 @@ class RecipeError(UserInputError):
 
 
 class RunFailed(RuntimeError):
-    """The input was right and the run failed all the same. Exit code 1."""
+    """A run failed although the input was right. Exit code 1."""
 
 
 class RunInterrupted(Exception):
-    """A signal asked a run to stop, and it did, with a checkpoint. Exit code 128 + signal.
+    """A run stopped, with a checkpoint, because a signal asked it to. Exit code 128 + signal.
 
     Attributes:
-        signal: Its number.
+        signal: The signal's number.
     """
 
     def __init__(self, signal: int, message: str) -> None:

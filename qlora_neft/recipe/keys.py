@@ -1,4 +1,4 @@
-"""The keys a recipe may have, as the schema states them: a table of them, and what a wrong one meant."""
+"""The keys a recipe may have, read from the schema: as a table, and to guess what an unknown one meant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from .schema import Recipe, Section
 
-# Names other trainers use, and ours. A name with a section in front is meant in that section only.
+# Names that other trainers use for our keys. One with a section is a synonym in that section only.
 _SYNONYMS = {
     "rank": "lora.r",
     "lora_r": "lora.r",
@@ -50,14 +50,14 @@ _SYNONYMS = {
     "fp16": "machine.precision",
 }
 _ACCUMULATION = (
-    "the step is set by train.effective_batch_size, and machine.per_device_train_batch_size is the largest "
-    "part of it in one forward pass; the number of parts follows."
+    "train.effective_batch_size sets the sequences of a step, machine.per_device_train_batch_size how many of them at "
+    "most go through one forward pass; the number of passes follows."
 )
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a recipe."""
+    """One key of a recipe, as tables show it: its type and default in words, and what it means."""
 
     name: str
     type: str
@@ -66,7 +66,7 @@ class Key:
 
 
 def section_names() -> list[str]:
-    """The sections, in order."""
+    """Return the names of the sections, in order."""
     return list(Recipe.model_fields)
 
 
@@ -83,18 +83,18 @@ def fields_of(section: str) -> dict[str, FieldInfo]:
 
 
 def item_fields(section: str, key: str) -> dict[str, FieldInfo]:
-    """The keys of the mappings in a list, for a key that holds such a list."""
+    """Return the keys of the mappings in a list, for a key that holds such a list."""
     [item] = get_args(fields_of(section)[key].annotation)
     return item.model_fields
 
 
 def key_names() -> list[str]:
-    """Every key as ``section.key``, in order."""
+    """Return every key as ``section.key``, in order."""
     return [f"{section}.{key}" for section in section_names() for key in fields_of(section)]
 
 
 def key_table() -> list[Key]:
-    """Every key with its type, default and meaning, in order."""
+    """Return every key with its type, default and meaning, in order."""
     return [
         Key(f"{section}.{name}", describe_type(field), _default(field), field.description or "")
         for section in section_names()
@@ -103,12 +103,12 @@ def key_table() -> list[Key]:
 
 
 def describe_type(field: FieldInfo) -> str:
-    """What a key may hold, in words: ``auto or whole number >= 1``."""
+    """Return what a key may hold in words, such as ``auto or whole number >= 1``."""
     return _words(field.annotation, field.metadata)
 
 
 def unknown_key(name: str) -> str:
-    """What to say of a key (or a section) that does not exist: a rule and what may have been meant."""
+    """Return the message for a key or a section that does not exist, with what may have been meant."""
     last = name.rsplit(".", 1)[-1]
     if last == "gradient_accumulation_steps":
         return f"unknown key: {_ACCUMULATION}"
@@ -141,7 +141,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
-    """A type in words, with its bounds."""
+    """Return a type in words, with its bounds."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _words(arguments[0], [bound for extra in arguments[1:] for bound in _bounds(extra)])

@@ -1,6 +1,6 @@
-"""Load a recipe: find it, read it, lay overrides over it, check all of it. No torch, no transformers.
+"""Load a recipe: find its file, read it, apply overrides, check the whole. Also read recipes back from records.
 
-What a recipe may say is in `schema`; where recipes are found is in `files`.
+What a recipe may say is in `schema`. No torch, no transformers.
 """
 
 from __future__ import annotations
@@ -21,25 +21,72 @@ from .yaml_text import parse_value, read_recipe_text
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe and check it.
+
+    Local paths inside a recipe are relative to the current directory, not to the recipe's file.
+
+    Args:
+        name_or_path: Name of a shipped recipe, or path to a YAML file.
+        overrides: ``section.key=value`` each; they take precedence over the file, and later ones over earlier ones.
+
+    Returns:
+        The complete recipe, frozen, every default filled in.
+
+    Raises:
+        RecipeError: If the recipe cannot be found or read; or, with all of them at once, if it breaks rules.
+    """
+    path = find_recipe(name_or_path)
+    written = read_recipe_text(path, _source(path))
+    values, origins, problems = apply_overrides(written.values, overrides)
+    values = {section: _keys(section, value) for section, value in _with_text_keys(values).items()}
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = describe_problems(error, values, written, origins) + problems
+        raise RecipeError(problems, written.source) from None
+    if problems:
+        raise RecipeError(problems, written.source)
+    return recipe
+
+
+def _source(path: Path) -> str:
+    """Return the name that messages use for a file: a shipped recipe's place, any other path as it was given."""
+    return f"recipes/{path.name}" if path.parent == recipe_dir() else str(path)
+
+
+def _with_text_keys(values: dict[Any, Any]) -> dict[str, Any]:
+    # YAML also has numbers and null as keys. As text they are unknown keys like any other.
+    return {str(key): _with_text_keys(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _keys(section: str, value: Any) -> Any:
+    # "machine:" with nothing under it is an empty section; "neftune:" with nothing under it is no section.
+    return {} if value is None and section != "neftune" and section in Recipe.model_fields else value
+
+
+# ---- Finding the file ----
+
+
 def recipe_dir() -> Path:
-    """The folder the recipes are in: the repository's own, else the copy that ships in the wheel."""
+    """Return the folder of the recipes: the repository's own, otherwise the copy that ships in the wheel."""
     repository = _PACKAGE.parent
-    # pyproject.toml tells a clone from site-packages, where some other package may have left a "recipes".
+    # pyproject.toml tells a clone from site-packages, where another package may have put a "recipes" folder.
     if (repository / "pyproject.toml").is_file() and (repository / "recipes").is_dir():
         return repository / "recipes"
     return _PACKAGE / "recipes"
 
 
 def list_recipes() -> list[str]:
-    """Names of the recipes that ship with the package, sorted."""
+    """Return the names of the recipes that ship with the package, sorted."""
     return sorted(path.stem for path in recipe_dir().glob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:
-    """File of the shipped recipe ``name``.
+    """Return the file of the shipped recipe ``name``.
 
     Raises:
-        RecipeError: If there is none of that name; the message lists those there are.
+        RecipeError: If there is no such recipe; the message lists those there are.
     """
     names = list_recipes()
     if name in names:
@@ -52,10 +99,10 @@ def recipe_path(name: str) -> Path:
 
 
 def find_recipe(name_or_path: str | Path) -> Path:
-    """File meant by a recipe's name or by a path to a YAML file.
+    """Return the file meant by a recipe's name or by a path to a YAML file.
 
-    A word with a folder or a .yaml or .yml ending in it is a path. Any other is a recipe's name, and
-    a path only if no recipe has that name and such a file exists.
+    A word that contains a folder or ends in .yaml or .yml is a path. Any other word is a recipe's name, and a path
+    only if no recipe has that name and such a file exists.
 
     Raises:
         RecipeError: If there is no such recipe or file, or it is a folder.
@@ -72,21 +119,24 @@ def find_recipe(name_or_path: str | Path) -> Path:
     return path
 
 
+# ---- Overrides ----
+
+
 def apply_overrides(
     values: dict[str, Any], overrides: Sequence[str]
 ) -> tuple[dict[str, Any], dict[tuple[str, ...], str], list[str]]:
-    """Lay overrides over a recipe's values, the later over the earlier.
+    """Apply overrides to a recipe's values, later ones over earlier ones.
 
-    A whole section can be overridden too: ``neftune=null`` takes it out, ``machine={}`` empties it.
-    Overriding a key of a section that is absent creates the section.
+    A whole section can be overridden too: ``neftune=null`` removes it, ``machine={}`` empties it. Overriding a key of
+    an absent section creates the section.
 
     Args:
-        values: The recipe as read from its file; left as it is.
+        values: The recipe as read from its file; not changed.
         overrides: ``section.key=value`` each.
 
     Returns:
-        The new values; the override that set each key, by its place; and one line per override that
-        cannot be understood.
+        The new values; the override that set each key, by the key's place; and one line per override that cannot be
+        understood.
     """
     merged = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
     origins: dict[tuple[str, ...], str] = {}
@@ -94,7 +144,7 @@ def apply_overrides(
     for override in overrides:
         name, equals, text = override.partition("=")
         place = tuple(name.split("."))
-        problem = _problem(place, equals)
+        problem, value = _problem(place, equals), None
         try:
             value = parse_value(text)
         except ValueError as error:
@@ -103,6 +153,7 @@ def apply_overrides(
             problems.append(f"override {override}: {problem}")
             continue
         _put(merged, place, value)
+        # An override of a whole section makes earlier ones of its keys void.
         origins = {other: text for other, text in origins.items() if other[: len(place)] != place}
         origins[place] = override
     return merged, origins, problems
@@ -119,7 +170,7 @@ def _put(values: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
 
 
 def _problem(place: tuple[str, ...], equals: str) -> str | None:
-    """What is wrong with the left-hand side, if anything."""
+    """Return what is wrong with an override's left-hand side, None if nothing is."""
     name = ".".join(place)
     if not equals:
         return "not of the form section.key=value."
@@ -128,53 +179,6 @@ def _problem(place: tuple[str, ...], equals: str) -> str | None:
     if len(place) == 2 and place[0] in section_names() and place[1] == "":
         return f"names no key. Keys of {place[0]}: {', '.join(fields_of(place[0]))}."
     return unknown_key(name)
-
-
-__all__ = ["Recipe", "list_recipes", "load_recipe", "recipe_path"]
-
-
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a recipe and check it.
-
-    Local paths inside a recipe are relative to the current directory, not to the recipe's file.
-
-    Args:
-        name_or_path: Name of a shipped recipe, or path to a YAML file.
-        overrides: ``section.key=value`` each; they beat the file, the later the earlier.
-
-    Returns:
-        The complete recipe, frozen, every default filled in.
-
-    Raises:
-        RecipeError: If the recipe cannot be found or read, or with all the rules it breaks at once.
-    """
-    path = find_recipe(name_or_path)
-    written = read_recipe_text(path, _source(path))
-    values, origins, problems = apply_overrides(written.values, overrides)
-    values = {section: _keys(section, value) for section, value in _with_names(values).items()}
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        problems = describe_problems(error, values, written, origins) + problems
-        raise RecipeError(problems, written.source) from None
-    if problems:
-        raise RecipeError(problems, written.source)
-    return recipe
-
-
-def _source(path: Path) -> str:
-    """How messages name the file: a shipped recipe by its place among them, any other as it was given."""
-    return f"recipes/{path.name}" if path.parent == recipe_dir() else str(path)
-
-
-def _with_names(values: dict[Any, Any]) -> dict[str, Any]:
-    """Keys as text: YAML also has numbers and null for keys, and they are unknown keys like any other."""
-    return {str(key): _with_names(value) if isinstance(value, dict) else value for key, value in values.items()}
-
-
-def _keys(section: str, value: Any) -> Any:
-    # "machine:" with nothing under it is an empty section; "neftune:" with nothing under it is none.
-    return {} if value is None and section != "neftune" and section in Recipe.model_fields else value
 
 
 # ---- Recorded recipes ----

@@ -1,4 +1,4 @@
-"""What pydantic found wrong in a recipe, as lines to act on: place, key, rule, value got, remedy."""
+"""The errors that pydantic finds in a recipe, as lines to act on: place, key, rule, value got, remedy."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Place = tuple[str, ...]
 def describe_problems(
     error: ValidationError, values: dict[str, Any], written: RecipeText, overrides: dict[Place, str]
 ) -> list[str]:
-    """One line for each key that breaks a rule.
+    """Describe every key that breaks a rule, in one line each.
 
     Args:
         error: What pydantic raised.
         values: The values it was given.
-        written: The file they come from, with the line of every key.
-        overrides: The override that set a key, for those that one did.
+        written: The file that they come from, with the line of every key.
+        overrides: The override that set each key, by place; the other keys are the file's.
 
     Returns:
-        The lines, those of the file in its order, then those of overrides.
+        The lines of problems in the file, in the file's order, then those of overrides.
     """
     found: dict[tuple[Place, str], tuple[int, str]] = {}
     for details in error.errors():
         context = details.get("ctx", {})
-        # A key that may be one of several types fails once for each: what it may be is said in one line.
+        # A key of several possible types fails once for each: one line says what it may be.
         place = tuple(str(part) for part in details["loc"][:2])
         if context.get("key"):
             place = (place[0], context["key"])
@@ -44,12 +44,12 @@ def describe_problems(
 
 
 def _inside_a_list(loc: tuple[int | str, ...]) -> str:
-    """``[2].weight`` for a key of the second mapping in a list, else nothing."""
+    """Return ``[2].weight`` for a key of the second mapping in a list, otherwise an empty text."""
     return f"[{loc[2] + 1}].{loc[3]}" if len(loc) == 4 and isinstance(loc[2], int) else ""
 
 
 def _message_inside(details: Any) -> str:
-    """What is wrong with a key of a mapping in a list."""
+    """Return what is wrong with a key of a mapping in a list."""
     if details["type"] == "rule":
         return details["ctx"]["message"]
     if details["type"] == "extra_forbidden":
@@ -67,11 +67,11 @@ def _message_inside(details: Any) -> str:
 def _where(
     place: Place, involves: tuple[str, ...], written: RecipeText, overrides: dict[Place, str]
 ) -> tuple[int, str]:
-    """Sort key and name of what has to be changed: an override that had a part in it, else a line."""
+    """Return what has to be changed, after a number to sort by: an override involved in the rule, otherwise a line."""
     involved = [place, place[:1], *(tuple(f"{place[0]}.{key}".split(".")[-2:]) for key in involves)]
     for candidate in involved:
         if candidate in overrides:
-            return 10**9, f"override {overrides[candidate]}"
+            return 10**9, f"override {overrides[candidate]}"  # after every line of the file
     line = written.lines.get(place) or written.lines.get(place[:1])
     return (line, f"{written.source}:{line}") if line else (0, written.source)
 
@@ -104,7 +104,7 @@ def _show(value: Any) -> str:
 
 
 def _remedy(got: Any, annotation: Any, rule: str) -> str:
-    """What to write instead, where that can be told."""
+    """Return what to write instead, as far as that can be known."""
     if isinstance(got, float) and not math.isfinite(got):
         return " NaN and infinity are refused."
     if isinstance(got, str) and "number" in rule and _is_number(got):

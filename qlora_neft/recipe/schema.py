@@ -1,8 +1,8 @@
-"""What a recipe may say: its sections and keys, their types, defaults and rules. No torch.
+"""What a recipe may say: its sections and keys, with their types, defaults and rules. No torch.
 
-The sections ``model, quantization, lora, neftune, data, train`` state what is learned; ``machine`` states how
-it is run, and nothing in it may change what is learned. Types are strict: no text for a number, no number for
-true or false. A key that would have no effect is refused, since whoever wrote it expected one.
+The sections ``model, quantization, lora, neftune, data, train`` state what is learned. ``machine`` states how it is
+run, and nothing in it may change what is learned. Types are strict: text is not accepted for a number, nor a number
+for true or false. A key that would have no effect is refused, since whoever wrote it expected one.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ TEMPLATES = ("auto", "alpaca", "vicuna", "chat")
 
 
 class Section(BaseModel):
-    """A section of a recipe: strict types, no unknown keys, nothing changed after loading."""
+    """A section of a recipe: strictly typed, without unknown keys, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
 
 
 def broken_rule(message: str, *, involves: tuple[str, ...] = (), key: str | None = None) -> PydanticCustomError:
-    """The error a validator raises.
+    """Make the error that a validator raises.
 
     Args:
         message: The rule, the value got, the remedy.
-        involves: Other keys the rule looks at, since an override of one may be the cause: ``key`` of the
+        involves: Other keys that the rule looks at, since an override of one of them may be the cause: ``key`` of the
             same section, or ``section.key``.
-        key: Moves the error from the section it was found in to one key of that section.
+        key: The key at fault, for a validator of a whole section.
     """
-    # The text goes in as a value: as a template, its own braces would be read as names.
+    # The message is passed as a value: pydantic would read braces in a template as names.
     return PydanticCustomError("rule", "{message}", {"message": message, "involves": involves, "key": key})
 
 
 def template_name(value: str) -> str:
-    """A prompt template: one of ours, or a Jinja file by its suffix."""
+    """Accept the name of a prompt template: one of ours, or a Jinja file, known by its suffix."""
     if value in TEMPLATES or value.endswith(JINJA_SUFFIXES):
         return value
     close = difflib.get_close_matches(value, TEMPLATES, n=1)
@@ -55,18 +55,22 @@ def template_name(value: str) -> str:
 
 
 def only_on_the_hub(value: str | None, path: str, key: str) -> str | None:
-    """Let a key through that only data from the Hub has: a local file has no revision, configuration or file list.
+    """Accept a key of data from the Hub: local files have no revision, configuration or list of files.
 
     Args:
-        value: Of the key, None for not given.
+        value: The key's value, None if it is not given.
         path: Where the data is.
         key: What messages call ``path``.
     """
-    if value is not None and kind_of(path, suffixes=DATA_SUFFIXES) != "hub":
+    if value is not None and not _is_on_the_hub(path):
         raise broken_rule(
             f"has an effect only on data from the Hub, and {key} is {path!r}. Remove it.", involves=("path",)
         )
     return value
+
+
+def _is_on_the_hub(path: str) -> bool:
+    return kind_of(path, suffixes=DATA_SUFFIXES) == "hub"
 
 
 Format = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
@@ -75,7 +79,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class MixedSource(Section):
-    """A further source of examples, mixed with the others."""
+    """One more source of examples, mixed with the others."""
 
     path: Text
     split: Text = "train"
@@ -95,29 +99,35 @@ class MixedSource(Section):
 class Data(Section):
     """The examples. Local paths are relative to the current directory."""
 
-    path: Text = Field(description="local .jsonl .json .csv .parquet, a glob of them, a Hub id, or bundled:NAME")
-    revision: Text | None = Field(None, description="Hub branch, tag or commit of path")
-    split: Text = Field("train", description="as in datasets, for instance train[:128]")
-    data_files: Text | None = Field(None, description="which files of a Hub dataset, a name or a glob")
-    name: Text | None = Field(None, description="which configuration of a Hub dataset")
-    weight: Positive = Field(1.0, description="uses of each example per epoch; 0.5: every second one, picked by hash")
-    mixture: list[MixedSource] = Field([], description="further sources: path, split, revision, format, weight")
-    eval_path: Text | None = Field(None, description="held-out examples, like path")
-    eval_split: Text | None = Field(None, description="split of eval_path (default train), else of path")
+    path: Text = Field(description="local .jsonl, .json, .csv or .parquet, a glob of them, a Hub id, or bundled:NAME")
+    revision: Text | None = Field(None, description="branch, tag or commit, for path on the Hub")
+    split: Text = Field("train", description="split or slice in the syntax of datasets, such as train[:128]")
+    data_files: Text | None = Field(None, description="files to use of a Hub dataset, a name or a glob")
+    name: Text | None = Field(None, description="configuration of a Hub dataset")
+    weight: Positive = Field(
+        1.0, description="how often each example is used per epoch; 0.5: half of them, chosen by hash"
+    )
+    mixture: list[MixedSource] = Field(
+        [], description="more sources, each with keys such as path, split, format, weight"
+    )
+    eval_path: Text | None = Field(None, description="held-out examples, named like path")
+    eval_split: Text | None = Field(None, description="held-out split, of eval_path (default train) or of path")
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="share of path to hold out, the same rows on every machine"
+        None, description="share of the rows to hold out, the same ones on every machine"
     )
-    format: Format = Field("auto", description="names of the columns")
+    format: Format = Field("auto", description="how columns are read; auto: by their names")
     prompt_template: Template = Field(
-        "auto", description="alpaca, vicuna, chat (the tokenizer's own), a .jinja file, or auto: by format"
+        "auto", description="alpaca, vicuna, chat (the tokenizer's own), or a .jinja file; auto: by format"
     )
-    max_length: Annotated[int, Field(ge=8)] = Field(description="tokens per sequence")
-    train_on_prompt: bool = Field(False, description="loss on the prompts as well")
-    split_conversations: bool = Field(True, description="split those over max_length on turn boundaries")
-    keep_end_token: bool = Field(True, description="a response cut at max_length keeps its end token")
-    max_truncated_fraction: Share = Field(0.5, description="share of rows that may lose part of a response")
-    max_dropped_fraction: Share = Field(0.01, description="share of rows that may be left out: empty, unfit, no room")
-    max_duplicate_fraction: Share = Field(0.5, description="share of rows that may repeat an earlier one")
+    max_length: Annotated[int, Field(ge=8)] = Field(description="maximum number of tokens per sequence")
+    train_on_prompt: bool = Field(False, description="compute the loss on prompts too")
+    split_conversations: bool = Field(True, description="split conversations longer than max_length between turns")
+    keep_end_token: bool = Field(True, description="end a response that is cut at max_length with the end token")
+    max_truncated_fraction: Share = Field(0.5, description="share of rows whose response may be cut")
+    max_dropped_fraction: Share = Field(
+        0.01, description="share of rows that may be dropped: empty, unusable, or too long"
+    )
+    max_duplicate_fraction: Share = Field(0.5, description="share of rows that may duplicate an earlier one")
 
     @field_validator("revision", "data_files", "name")
     @classmethod
@@ -155,15 +165,15 @@ class Data(Section):
 
     @property
     def paths(self) -> list[str]:
-        """Every path that rows are read from."""
+        """Every path that rows are read from, held-out ones included."""
         return [self.path, *(source.path for source in self.mixture), *([self.eval_path] if self.eval_path else [])]
 
 
 class Model(Section):
-    """The base model, whose weights stay as they are."""
+    """The base model, whose weights are never changed."""
 
     name_or_path: Text = Field(description="Hub id, local folder, or bundled:NAME")
-    revision: Text = Field("main", description="Hub branch, tag or commit")
+    revision: Text = Field("main", description="branch, tag or commit, for a model on the Hub")
 
     @field_validator("revision")
     @classmethod
@@ -181,10 +191,12 @@ class Model(Section):
 class Quantization(Section):
     """How the frozen base is stored."""
 
-    bnb_4bit_quant_type: Literal["nf4"] = Field("nf4", description="4-bit code of the weights")
-    bnb_4bit_use_double_quant: bool = Field(True, description="quantize the scales too: 0.37 bit a weight less")
+    bnb_4bit_quant_type: Literal["nf4"] = Field("nf4", description="4-bit data type of the weights")
+    bnb_4bit_use_double_quant: bool = Field(
+        True, description="quantize the scales too, which saves 0.37 bits per weight"
+    )
     bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="what 4-bit weights are unpacked to; auto: by the device"
+        "auto", description="dtype that 4-bit weights are dequantized to; auto: by device"
     )
 
     @field_validator("bnb_4bit_quant_type", mode="before")
@@ -196,25 +208,31 @@ class Quantization(Section):
 
 
 class Lora(Section):
-    """The adapter, all that is trained."""
+    """The adapter: all that is trained."""
 
-    r: Count = Field(description="rank")
+    r: Count = Field(description="rank of the update")
     lora_alpha: Count | Positive = Field(description="the update is scaled by lora_alpha / r")
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="probability")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="dropout probability on the adapter's input")
     target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
-        description="all linear layers but the output, or a list of layer names"
+        description="all linear layers except the output, or a list of layer names"
     )
 
 
 class Neftune(Section):
-    """Noise on the input embeddings while training. Leaving the section out means none."""
+    """Noise on the input embeddings during training. Omit the section for none."""
 
-    noise_alpha: NotNegative = Field(description="strength, dimensionless; 0: none")
-    distribution: Literal["uniform", "gaussian"] = Field("uniform", description="of one component, before scaling")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of alpha over the run")
-    final_alpha: NotNegative | None = Field(None, description="alpha at the last step")
-    adversarial_steps: Count = Field(1, description="passes per step; above 1: FreeLB, the noise climbs the loss")
-    adversarial_step_size: Positive | None = Field(None, description="FreeLB's ascent step, a norm like noise_alpha")
+    noise_alpha: NotNegative = Field(description="noise strength, dimensionless; 0: no noise")
+    distribution: Literal["uniform", "gaussian"] = Field(
+        "uniform", description="distribution of each component before scaling"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how alpha changes over the run")
+    final_alpha: NotNegative | None = Field(
+        None, description="alpha at the last step, required unless the schedule is constant"
+    )
+    adversarial_steps: Count = Field(1, description="passes per step; above 1, the noise climbs the loss (FreeLB)")
+    adversarial_step_size: Positive | None = Field(
+        None, description="step size of FreeLB's ascent, a norm on the scale of noise_alpha"
+    )
 
     @field_validator("final_alpha")
     @classmethod
@@ -254,24 +272,34 @@ class Neftune(Section):
 class Train(Section):
     """The optimization."""
 
-    effective_batch_size: Count = Field(description="sequences per optimizer step, on any machine")
+    effective_batch_size: Count = Field(description="sequences per optimizer step, on any hardware")
     num_train_epochs: Positive = Field(description="passes over the examples")
-    max_steps: Count | None = Field(None, description="optimizer steps at most; the run ends at the earlier of the two")
-    learning_rate: Positive = Field(description="per optimizer step, the highest of the schedule")
+    max_steps: Count | None = Field(
+        None, description="maximum number of optimizer steps; the run ends at whichever limit comes first"
+    )
+    learning_rate: Positive = Field(description="peak learning rate")
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
-        description="of the learning rate over the run"
+        description="learning rate schedule"
     )
-    warmup_steps: NotNegative = Field(0.0, description="optimizer steps; below 1: a share of all steps")
+    warmup_steps: NotNegative = Field(0.0, description="optimizer steps of warm-up; below 1: a share of all steps")
     optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = Field(
-        description="optimizer and how its state is stored"
+        description="optimizer, and how its state is stored"
     )
-    weight_decay: NotNegative = Field(0.0, description="decoupled, times the learning rate")
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="decay of the gradient's mean")
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.999, description="decay of its square's mean")
-    max_grad_norm: NotNegative = Field(description="L2 norm gradients are clipped to; 0: not clipped")
-    max_bad_steps: Count = Field(10, description="steps in a row, skipped for NaN or infinity, after which it fails")
+    weight_decay: NotNegative = Field(0.0, description="decoupled weight decay, multiplied by the learning rate")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="decay rate of the gradient's running mean"
+    )
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="decay rate of the squared gradient's running mean"
+    )
+    max_grad_norm: NotNegative = Field(description="L2 norm that gradients are clipped to; 0: no clipping")
+    max_bad_steps: Count = Field(
+        10, description="steps in a row that may be skipped for NaN or infinity before the run fails"
+    )
     # NumPy, which transformers seeds with the same number, takes 32 bits.
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(description="of order, dropout, noise and LoRA's start")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
+        description="seed of data order, dropout, noise and LoRA initialization"
+    )
 
     @field_validator("warmup_steps")
     @classmethod
@@ -295,42 +323,52 @@ class Train(Section):
 
 
 class Machine(Section):
-    """How the run is carried out. Whatever stands here, the same is learned; auto: the machine decides."""
+    """How the run is carried out: nothing here changes what is learned. With auto, the machine decides."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model is")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="of the arithmetic")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the model")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="precision of the arithmetic")
     bnb_4bit_quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="dtype the NF4 bytes are stored as, for FSDP the compute dtype; auto: uint8"
+        "auto", description="dtype that holds the NF4 bytes; FSDP needs the compute dtype; auto: uint8"
     )
     per_device_train_batch_size: Auto | Count = Field(
-        "auto", description="sequences in one forward pass at most; a step is split into such micro-batches"
+        "auto", description="maximum number of sequences in a forward pass; a step is split into such micro-batches"
     )
     max_tokens_per_micro_batch: Auto | Count = Field(
-        "auto", description="tokens in one forward pass at most, padding counted; one sequence may exceed it"
+        "auto", description="maximum number of tokens in a forward pass, padding included; one sequence may exceed it"
     )
-    per_device_eval_batch_size: Auto | Count = Field("auto", description="sequences in one evaluation pass")
+    per_device_eval_batch_size: Auto | Count = Field("auto", description="sequences per evaluation pass")
     activation_checkpointing: Auto | bool | CountOrZero = Field(
-        "auto", description="recompute activations: true, false, or in how many blocks"
+        "auto", description="recompute activations: true, false, or the number of blocks that do"
     )
-    padding_free: Auto | bool = Field("auto", description="join sequences instead of padding them")
-    dataloader_num_workers: CountOrZero = Field(0, description="processes that prepare batches")
-    dataset_num_proc: Auto | Count = Field("auto", description="processes that tokenize; the result is the same")
-    streaming: bool = Field(False, description="read Hub data row by row, without downloading all of it first")
-    save_steps: Auto | CountOrZero = Field("auto", description="optimizer steps between two checkpoints; auto, 0: none")
-    save_every_minutes: NotNegative = Field(10.0, description="minutes between two checkpoints; 0: none by the clock")
-    save_total_limit: Count = Field(2, description="checkpoints kept")
-    grace_seconds: Positive = Field(30.0, description="from a signal to the checkpoint")
-    mirror_dir: Text | None = Field(None, description="second folder for checkpoints and results: a mounted Drive")
-    push_to: Text | None = Field(None, description="Hub repository whose branch checkpoints gets them: owner/name")
-    push_every: Count = Field(1, description="of how many checkpoints one is pushed")
-    threads: Auto | Count = Field("auto", description="CPU threads")
-    logging_steps: Auto | Count = Field("auto", description="optimizer steps between two log lines")
-    eval_steps: Auto | Count = Field("auto", description="optimizer steps between two evaluations")
+    padding_free: Auto | bool = Field("auto", description="concatenate sequences instead of padding them")
+    dataloader_num_workers: CountOrZero = Field(
+        0, description="processes that prepare batches; 0: none beside the main one"
+    )
+    dataset_num_proc: Auto | Count = Field(
+        "auto", description="processes that tokenize; the result does not depend on it"
+    )
+    streaming: bool = Field(False, description="read Hub data row by row instead of downloading it first")
+    save_steps: Auto | CountOrZero = Field(
+        "auto", description="optimizer steps between checkpoints; auto, 0: no checkpoints by steps"
+    )
+    save_every_minutes: NotNegative = Field(
+        10.0, description="minutes between checkpoints; 0: no checkpoints by the clock"
+    )
+    save_total_limit: Count = Field(2, description="number of checkpoints to keep")
+    grace_seconds: Positive = Field(30.0, description="seconds from a stop signal to the written checkpoint")
+    mirror_dir: Text | None = Field(
+        None, description="second folder for checkpoints and results, such as a mounted Drive"
+    )
+    push_to: Text | None = Field(None, description="Hub repository (owner/name) whose branch checkpoints receives them")
+    push_every: Count = Field(1, description="push every so many checkpoints")
+    threads: Auto | Count = Field("auto", description="number of CPU threads")
+    logging_steps: Auto | Count = Field("auto", description="optimizer steps between log lines")
+    eval_steps: Auto | Count = Field("auto", description="optimizer steps between evaluations")
     eval_answers: Auto | CountOrZero = Field(
-        "auto", description="held-out prompts answered before and after; auto: 3; scored from 20 on"
+        "auto", description="held-out prompts to answer before and after training; auto: 3; scored if 20 or more"
     )
     clean_loss_steps: Auto | CountOrZero = Field(
-        "auto", description="optimizer steps between two train losses without noise and dropout; 0: never"
+        "auto", description="optimizer steps between measurements of the train loss without noise and dropout; 0: never"
     )
 
     @field_validator("push_every")
@@ -344,12 +382,8 @@ class Machine(Section):
         return value
 
 
-def _is_local_data(path: str) -> bool:
-    return kind_of(path, suffixes=DATA_SUFFIXES) != "hub"
-
-
 class Recipe(Section):
-    """One run, completely described; frozen. Made by `load_recipe`."""
+    """The complete description of one run; frozen. Made by `load_recipe`."""
 
     model: Model
     quantization: Quantization
@@ -378,7 +412,7 @@ class Recipe(Section):
     @classmethod
     def _streaming_needs_data_from_the_hub(cls, value: Machine, info: ValidationInfo) -> Machine:
         data = info.data.get("data")
-        if value.streaming and data is not None and all(_is_local_data(path) for path in data.paths):
+        if value.streaming and data is not None and not any(_is_on_the_hub(path) for path in data.paths):
             raise broken_rule(
                 f"has an effect only on data from the Hub, and data.path is {data.path!r}, got true. Remove it.",
                 key="streaming",
@@ -400,7 +434,7 @@ class Recipe(Section):
         return learned(self.to_dict())
 
     def to_yaml(self) -> str:
-        """The complete recipe as YAML, which loads again as an equal recipe."""
+        """Return the complete recipe as YAML, which loads as an equal recipe."""
         from .yaml_text import dump_yaml
 
         return dump_yaml(self.to_dict())

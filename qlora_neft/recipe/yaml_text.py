@@ -1,7 +1,7 @@
-"""A recipe's text as a mapping, with the line that every key stands in. No rule of the schema lives here.
+"""A recipe's text as a mapping, with the line of every key. The schema's rules are not applied here.
 
-Plain words are read as in YAML 1.2's core schema: ``2e-4`` is a number (YAML 1.1 makes text of it),
-``no`` and ``on`` are text, ``010`` is ten, ``1:30`` is no number of seconds.
+Plain words are read as in YAML 1.2's core schema: ``2e-4`` is a number (YAML 1.1 reads text), ``no`` and ``on`` are
+text, ``010`` is ten, ``1:30`` is not a number of seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 
 from ..errors import RecipeError
 
-# (tag, how the word looks, its possible first characters)
+# Tag, form of the word, its possible first characters: PyYAML looks resolvers up by the first character.
 _PLAIN_WORDS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -26,16 +26,16 @@ _PLAIN_WORDS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain words; everything else as PyYAML's safe loader."""
+    """PyYAML's safe loader with YAML 1.2's plain words."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's own attribute
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        return int(self.construct_scalar(node))  # PyYAML's would read 010 as eight
+        return int(self.construct_scalar(node))  # PyYAML's own reads 010 as eight
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads: text that looks like one of its numbers gets quotes."""
+    """PyYAML's safe dumper for `_Loader`: text that looks like one of its numbers is quoted."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's own attribute
 
@@ -48,7 +48,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 @dataclass(frozen=True)
 class RecipeText:
-    """A recipe as written: its values, and the line of every section and key, counted from 1."""
+    """A recipe as written: its values, and the line of every section and key, from 1."""
 
     source: str
     values: dict[str, Any]
@@ -60,10 +60,10 @@ def read_recipe_text(path: Path, source: str) -> RecipeText:
 
     Args:
         path: The file.
-        source: How messages name it.
+        source: The file's name in messages.
 
     Raises:
-        RecipeError: If it cannot be read, is not UTF-8, not YAML, empty, no mapping, or has a key twice.
+        RecipeError: If the file cannot be read, is not UTF-8, not YAML, empty, not a mapping, or has a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -86,7 +86,7 @@ def read_recipe_text(path: Path, source: str) -> RecipeText:
 
 
 def parse_value(text: str) -> Any:
-    """Read one value as a recipe would, for instance ``2e-4``, ``null`` or ``[q_proj, v_proj]``.
+    """Read one value as a recipe does, for instance ``2e-4``, ``null`` or ``[q_proj, v_proj]``.
 
     Raises:
         ValueError: If it is not valid YAML; the message says why.
@@ -98,12 +98,12 @@ def parse_value(text: str) -> Any:
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    """Write a mapping so that `read_recipe_text` reads the same values back, in the given order."""
+    """Return YAML from which `read_recipe_text` reads the same values, in the given order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def _compose(text: str) -> tuple[yaml.Node | None, Any]:
-    """The tree (it knows the lines) and the values (they do not) of one document."""
+    """Return one document as a tree, which knows the lines, and as values, which do not."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -118,7 +118,7 @@ def _compose(text: str) -> tuple[yaml.Node | None, Any]:
 
 
 def _lines(root: yaml.MappingNode) -> tuple[dict[tuple[str, ...], int], list[str]]:
-    """Line of every section and key, and one message for every key written twice: PyYAML keeps the last."""
+    """Return the line of every section and key, and a message for every key written twice: PyYAML keeps the last."""
     lines: dict[tuple[str, ...], int] = {}
     repeated: list[str] = []
 

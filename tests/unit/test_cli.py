@@ -130,7 +130,7 @@ def test_show_prints_a_recipe_that_loads_again(tmp_path):
 def test_show_keys_lists_every_key():
     output = invoke("show", "--keys").stdout
     assert "data.max_length" in output
-    assert "tokens per sequence. whole number >= 8; required" in output
+    assert "maximum number of tokens per sequence. whole number >= 8; required" in output
     assert {key["name"] for key in json.loads(invoke("show", "--keys", "--json").stdout)} > {"lora.r"}
 
 
