@@ -19,7 +19,7 @@ from qlora_neft.adapter.load import load_trained, nf4_base_of, with_adapter
 from qlora_neft.errors import UserInputError
 from qlora_neft.export.gguf.lora import write_lora_gguf
 from qlora_neft.export.gguf.model import write_model_gguf
-from qlora_neft.export.gguf.vocabulary import _LLAMA3, _QWEN2
+from qlora_neft.export.gguf.vocabulary import LLAMA3_REGEX, QWEN2_REGEX
 from qlora_neft.generation.decode import Decoding, generate_ids
 
 llama_cpp = pytest.importorskip(
@@ -171,9 +171,9 @@ def isolated(regex):
 TOKENIZERS = {
     "gpt-2": lambda: byte_level(use_regex=True),
     "smollm": lambda: byte_level(pre_tokenizers.Digits(individual_digits=True), use_regex=True),
-    "qwen2": lambda: byte_level(isolated(_QWEN2)),
-    "llama-bpe": lambda: byte_level(isolated(_LLAMA3), ignore_merges=True),
-    "dbrx": lambda: byte_level(isolated(_LLAMA3)),
+    "qwen2": lambda: byte_level(isolated(QWEN2_REGEX)),
+    "llama-bpe": lambda: byte_level(isolated(LLAMA3_REGEX), ignore_merges=True),
+    "dbrx": lambda: byte_level(isolated(LLAMA3_REGEX)),
 }
 
 
@@ -257,7 +257,7 @@ def unordered():
     ("make", "match"),
     [
         (other_regex, "pre-tokenizer"),
-        (lambda: byte_level(isolated(_QWEN2), ignore_merges=True), "pre-tokenizer"),
+        (lambda: byte_level(isolated(QWEN2_REGEX), ignore_merges=True), "pre-tokenizer"),
         (lambda: byte_level(use_regex=True, normalizer=normalizers.Lowercase()), "normalizer is Lowercase"),
         (gaps, "are not merged, though"),
         (unordered, "do not stand together"),
@@ -274,7 +274,7 @@ def test_text_that_would_be_split_otherwise_is_refused(tmp_path, make, match):
 def test_a_wrong_name_would_be_noticed(tmp_path, monkeypatch):
     """The comparison of tokens can fail: Llama 3's digits under Qwen2's name."""
     folder = model_with(TOKENIZERS["dbrx"](), tmp_path / "model")
-    monkeypatch.setattr("qlora_neft.export.gguf.vocabulary.byte_level_name", lambda *_: "qwen2")
+    monkeypatch.setattr("qlora_neft.export.gguf.vocabulary._byte_level_name", lambda *_: "qwen2")
     write_model_gguf(folder, tmp_path / "m.gguf")
     with pytest.raises(AssertionError):
         same_tokens(folder, tmp_path / "m.gguf")

@@ -1,16 +1,19 @@
-"""An adapter as GGUF. llama.cpp scales every matrix by alpha / r, so what PEFT scales otherwise is folded into B."""
+"""An adapter as GGUF. llama.cpp scales every module by alpha / r; where PEFT does not, the difference goes into B."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...adapter.folder import AdapterFolder, beyond_plain
 from ...adapter.weights import A, AdapterWeights, B
 from ...errors import UserInputError
+from .architecture import Architecture, architecture_of, notes_on, read_model_config
 from .file import GgufTensor, check_dtype, gguf_library, write_gguf
-from .model import Architecture, architecture_of, notes_on, read_model_config
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 _NO_PLACE = ("use_dora", "use_qalora", "layer_replication", "fan_in_fan_out", "lora_bias")
 MERGE = "Merge the adapter and write the merged model: qlora-neft merge, then qlora-neft gguf."
@@ -23,12 +26,12 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
     rsLoRA, ``alpha_pattern`` and ``rank_pattern`` are kept: the delta that llama.cpp adds is PEFT's.
 
     Args:
-        folder: The adapter; its base's configuration must be within reach, its weights need not.
+        folder: The adapter. Its base's configuration must be reachable, its base's weights need not.
         path: The file to write.
         dtype: ``f32`` (as trained), ``f16`` or ``bf16``.
 
     Returns:
-        What llama.cpp will do otherwise than PEFT; nothing for most models.
+        What llama.cpp will do differently from PEFT; empty for most models.
 
     Raises:
         UserInputError: If llama.cpp has no place for a part of the adapter.
@@ -54,7 +57,7 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
         for end, tensor in (("lora_a", a), ("lora_b", b)):
             tensors.append(GgufTensor(f"{name}.{end}", tuple(tensor.shape), written, lambda tensor=tensor: tensor))
 
-    def describe(writer: Any) -> None:
+    def describe(writer: GGUFWriter) -> None:
         writer.add_type("adapter")
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -65,7 +68,7 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
 
 
 def _weights(folder: AdapterFolder, architecture: Architecture) -> AdapterWeights:
-    """Return the adapter's weights if they are pairs of matrices alone, and llama.cpp has a place for all of them."""
+    """Return the adapter's weights if they are pairs of matrices only, and llama.cpp has a place for all of them."""
     remedy = MERGE_WITH_PEFT if beyond_plain(folder.config) else MERGE
     used = [key for key in _NO_PLACE if folder.config.get(key)]
     if used:
@@ -74,12 +77,12 @@ def _weights(folder: AdapterFolder, architecture: Architecture) -> AdapterWeight
     others = [key for key in weights.shapes if not key.endswith((A, B))]
     if others:
         raise UserInputError(
-            f"{folder.source}: a LoRA GGUF holds matrices A and B alone, the adapter has {len(others)} other weights, "
-            f"such as {others[0]}. {remedy}"
+            f"{folder.source}: a LoRA GGUF holds the matrices A and B only, the adapter has {len(others)} other "
+            f"weights, such as {others[0]}. {remedy}"
         )
     if architecture.is_tied and "lm_head" in weights.ranks:
         raise UserInputError(
             f"{folder.source}: has a LoRA on lm_head, which is the embedding in this base. llama.cpp cannot change one "
-            "without the other, nor can they be merged apart. Train without lm_head in lora.target_modules."
+            "without the other, and they cannot be merged separately. Train without lm_head in lora.target_modules."
         )
     return weights
