@@ -17,7 +17,7 @@ from ..noise.streams import stream_key
 from ..run_folder.stop import StopRequest, answered
 from .decode import Continuation, Decoding, context_of
 from .generate import TextStream, answer_ids, text_stream
-from .output import Saved
+from .output import SavedChat
 from .screen import Screen, Write
 
 ADAPTER, BASE = "adapter", "base"
@@ -72,7 +72,7 @@ class Chat:
         max_prompt_tokens = context - min(decoding.max_new_tokens, context // 4)
         self.conversations = {name: Conversation(trained.prompts, max_prompt_tokens, system) for name in names}
         self._num_asked = 0
-        self._saved = Saved()
+        self._saved = SavedChat()
 
     def run(self) -> None:
         """Read and answer until the input ends or the user leaves."""

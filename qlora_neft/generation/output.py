@@ -1,4 +1,4 @@
-"""Answers on standard output or in a file: as text, as JSON lines, or as one JSON list."""
+"""Answers on standard output or in a file: as text, as JSON lines, or as one JSON list; and a chat, saved."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..errors import RunFailed, UserInputError
 from ..files import whole_file, write_text
 from .generate import Reply
 
-Replies = dict[str, Reply]  # of one request, by who answers: ``adapter``, ``base``
+Replies = dict[str, Reply]  # to one request, by who answers: ``adapter``, ``base``
 
 
 def entries(answers: Iterable[Replies], form: str, count: int) -> Iterator[str]:
-    """Each request's answers as text that a line end follows.
+    """Yield each request's answers as text, to be followed by a line end.
 
     Args:
-        answers: In order.
+        answers: The answers, in order.
         form: ``text``, ``lines`` of JSON, or a JSON ``list``.
-        count: How many there are.
+        count: Number of requests.
     """
     for number, found in enumerate(answers, 1):
         if form == "text":
@@ -36,15 +36,8 @@ def entries(answers: Iterable[Replies], form: str, count: int) -> Iterator[str]:
         yield entry
 
 
-def with_progress(answers: Iterable[Replies], count: int) -> Iterator[Replies]:
-    """A bar on the terminal of standard error, where there is one and more than one answer to wait for."""
-    console = Console(stderr=True)
-    is_seen = console.is_terminal and count > 1 and not sys.stdout.isatty()
-    return iter(track(answers, "answers", count, console=console, transient=True, disable=not is_seen))
-
-
 def remarks(found: Replies) -> list[str]:
-    """What is to be said about answers that are not whole."""
+    """Return a line on each answer that is cut or missing."""
     said = []
     for name, reply in found.items():
         where = reply.request.place + (f", {name}" if len(found) > 1 else "")
@@ -56,6 +49,94 @@ def remarks(found: Replies) -> list[str]:
         if reply.finish_reason == "length":
             said.append(f"{where}: cut after {reply.tokens} tokens, at --max-new-tokens or the context's end.")
     return said
+
+
+def with_progress(answers: Iterable[Replies], count: int) -> Iterator[Replies]:
+    """Pass answers on and show a bar on standard error, if that is a terminal and there is more than one answer."""
+    console = Console(stderr=True)
+    is_seen = console.is_terminal and count > 1 and not sys.stdout.isatty()
+    return iter(track(answers, "answers", count, console=console, transient=True, disable=not is_seen))
+
+
+def check_new(path: Path, key: str) -> None:
+    """Refuse an existing file, or a missing folder, before any work is done for it.
+
+    Raises:
+        UserInputError: If the file exists or its folder does not.
+    """
+    if path.exists():
+        raise UserInputError(f"{key}: {str(path)!r} exists. Name a new file.")
+    if not path.absolute().parent.is_dir():
+        raise UserInputError(f"{key}: no folder at {str(path.parent)!r}. Make it first.")
+
+
+def write_as_they_come(path: Path, lines: Iterable[str]) -> int:
+    """Write lines to a hidden file beside ``path`` as they come; it gets its name at the end.
+
+    Returns:
+        The number of lines.
+
+    Raises:
+        RunFailed: If they cannot be written, or on Ctrl-C after the first; the lines so far stay in the hidden file.
+    """
+    count, draft = 0, None
+    try:
+        with (
+            whole_file(path, keep_draft=True) as draft,
+            draft.open("w", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            for line in lines:
+                file.write(line + "\n")
+                file.flush()
+                count += 1
+    except OSError as error:
+        begun = f" Begun: {str(draft)!r}." if draft and draft.exists() else ""
+        raise RunFailed(f"--output: {str(path)!r} cannot be written ({error.strerror}).{begun}") from error
+    except KeyboardInterrupt:
+        if count:
+            raise RunFailed(f"interrupted after {count} prompts. Their answers: {str(draft)!r}.") from None
+        if draft:
+            draft.unlink(missing_ok=True)  # nothing in it is worth keeping
+        raise
+    return count
+
+
+class SavedChat:
+    """Saves a chat, which may be saved to the same file again.
+
+    Files of its own are overwritten, since a chat only grows; any other file is refused.
+    """
+
+    def __init__(self) -> None:
+        self._own: set[Path] = set()
+
+    def write(self, name: str, rows: Mapping[str, list[dict[str, Any]]], *, main: str) -> str:
+        """Write conversations as JSON lines, which ``data.path`` takes, and return a line on what was done.
+
+        Args:
+            name: File name; in a comparison, the other side's file gets the side's name appended.
+            rows: Rows of each side of the chat.
+            main: The side whose file has the given name.
+
+        Raises:
+            UserInputError: If there is nothing to save, or a file exists already or cannot be written.
+        """
+        if not name:
+            raise UserInputError("/save: needs a file, as in /save talk.jsonl.")
+        if not any(rows.values()):
+            raise UserInputError("/save: nothing was said yet.")
+        path = Path(name).expanduser()
+        paths = {side: path if side == main else path.with_stem(f"{path.stem}-{side}") for side in rows}
+        for target in paths.values():
+            if target.exists() and target.resolve() not in self._own:
+                raise UserInputError(f"/save: {str(target)!r} exists. Name a new file.")
+        for side, target in paths.items():
+            try:
+                write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[side]))
+            except OSError as error:
+                raise UserInputError(f"/save: {str(target)!r} cannot be written ({error.strerror}).") from error
+            self._own.add(target.resolve())
+        return f"(saved: {', '.join(map(str, paths.values()))})"
 
 
 def _to_dict(found: Replies) -> dict[str, object]:
@@ -76,85 +157,3 @@ def _text(found: Replies, *, alone: bool) -> str:
 def _quoted(reply: Reply) -> list[str]:
     said = reply.request.to_dict()
     return [f"> {line}" for part in ("prompt", "input") for line in said.get(part, "").splitlines()]
-
-
-class Saved:
-    """Where a chat was saved; it may be saved there again."""
-
-    def __init__(self) -> None:
-        self._own: set[Path] = set()
-
-    def write(self, name: str, rows: Mapping[str, list[dict[str, Any]]], *, main: str) -> str:
-        """Write conversations as JSON, a row a line, which `data.path` takes; gives what was done.
-
-        Args:
-            name: Of the file; that of another side of a comparison gets the side's name behind it.
-            rows: Of each side of the chat.
-            main: The side that the file is named for.
-
-        Raises:
-            UserInputError: If there is nothing to save, or the file is there already or cannot be written.
-        """
-        if not name:
-            raise UserInputError("/save: needs a file, as in /save talk.jsonl.")
-        if not any(rows.values()):
-            raise UserInputError("/save: nothing was said yet.")
-        path = Path(name).expanduser()
-        paths = {side: path if side == main else path.with_stem(f"{path.stem}-{side}") for side in rows}
-        for target in paths.values():
-            if target.exists() and target.resolve() not in self._own:
-                raise UserInputError(f"/save: {str(target)!r} exists. Name a new file.")
-        for side, target in paths.items():
-            _write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[side]), "/save")
-            self._own.add(target.resolve())
-        return f"(saved: {', '.join(map(str, paths.values()))})"
-
-
-def check_new(path: Path, key: str) -> None:
-    """Refuse a file that is there, or whose folder is not, before any work is done for it.
-
-    Raises:
-        UserInputError: If so.
-    """
-    if path.exists():
-        raise UserInputError(f"{key}: {str(path)!r} exists. Name a new file.")
-    if not path.absolute().parent.is_dir():
-        raise UserInputError(f"{key}: no folder at {str(path.parent)!r}. Make it first.")
-
-
-def write_as_they_come(path: Path, lines: Iterable[str]) -> int:
-    """Write lines to a hidden file beside ``path`` as they come, and give it its name at the end.
-
-    Returns:
-        How many.
-
-    Raises:
-        RunFailed: If they cannot be written; what there is so far stays in the hidden file.
-    """
-    count, draft = 0, None
-    try:
-        with (
-            whole_file(path, keep_draft=True) as draft,
-            draft.open("w", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            for line in lines:
-                file.write(line + "\n")
-                file.flush()
-                count += 1
-    except OSError as error:
-        begun = f" Begun: {str(draft)!r}." if draft and draft.exists() else ""
-        raise RunFailed(f"--output: {str(path)!r} cannot be written ({error.strerror}).{begun}") from error
-    except KeyboardInterrupt:
-        if count:
-            raise RunFailed(f"interrupted after {count} prompts. Their answers: {str(draft)!r}.") from None
-        if draft:
-            draft.unlink(missing_ok=True)
-        raise
-    return count
-
-
-def _write_whole(path: Path, text: str, key: str) -> None:
-    try:
-        write_text(path, text)
-    except OSError as error:
-        raise UserInputError(f"{key}: {str(path)!r} cannot be written ({error.strerror}).") from error

@@ -1,4 +1,4 @@
-"""What a model is asked: prompts from a command line, from standard input or from a file of them."""
+"""Requests to a model: prompts from the command line, from standard input or from a file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..errors import UserInputError
 from ..paths import DATA_SUFFIXES
 
 STDIN = "-"
-MOST_PROBLEMS = 10  # named of one file
-NO_MATTER = "?"  # stands in for the response, which a prompt has not and a row of data must have
+MAX_PROBLEMS = 10  # named per file
+PLACEHOLDER = "?"  # stands in for the response, which a prompt lacks and a row of data must have
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Request:
     """One prompt.
 
     Attributes:
-        example: As a row of data would say it; its response, if it has one, is not looked at.
-        place: Where it is from, for messages: ``PROMPT 2``, ``line 7``.
+        example: The prompt as a row of data; a response in it is ignored.
+        place: Where it comes from, for messages: ``PROMPT 2``, ``line 7``.
     """
 
     example: Example
     place: str
 
     def with_system(self, system: str) -> Request:
-        """The same with a system message, unless it has one of its own."""
+        """Return the request with a system message, unless it has its own."""
         messages = self.messages
         if messages[0]["role"] in ("system", "developer"):
             return self
@@ -40,13 +40,13 @@ class Request:
 
     @property
     def messages(self) -> tuple[Message, ...]:
-        """As a conversation that ends with a request."""
+        """The request as a conversation that ends with it."""
         if isinstance(self.example, Dialogue):
             return self.example.messages
         return as_dialogue(self.example).messages[:1]
 
     def to_dict(self) -> dict[str, Any]:
-        """``prompt``, with ``input`` or ``messages`` where there are any."""
+        """Return ``prompt``, and ``input`` or ``messages`` if it has them, for JSON."""
         if isinstance(self.example, Dialogue):
             return {"prompt": self.messages[-1]["content"], "messages": [dict(m) for m in self.messages]}
         if isinstance(self.example, Instruction):
@@ -56,16 +56,16 @@ class Request:
 
 
 def requests_of_texts(texts: Iterable[str]) -> list[Request]:
-    """One request for each text.
+    """Turn texts into requests.
 
     Raises:
-        UserInputError: If one is blank, or no text.
+        UserInputError: If one is blank.
     """
     return _all_good([_request({"prompt": text}, f"PROMPT {number}") for number, text in enumerate(texts, 1)])
 
 
 def requests_of_stdin() -> list[Request]:
-    """All of standard input as one request.
+    """Read all of standard input as one request.
 
     Raises:
         UserInputError: If it is blank.
@@ -74,15 +74,15 @@ def requests_of_stdin() -> list[Request]:
 
 
 def requests_of_file(name: str) -> list[Request]:
-    """The requests of a file.
+    """Read the requests in a file.
 
     Args:
-        name: A ``.txt`` file or ``-`` (standard input) of one prompt a line; or ``.jsonl``, ``.json``, ``.csv`` or
-            ``.parquet`` rows with ``prompt``, or ``instruction`` (and ``input``), or ``messages``. Rows of data that
-            have a response are asked for it.
+        name: A ``.txt`` file or ``-`` (standard input) with one prompt per line; or ``.jsonl``, ``.json``, ``.csv`` or
+            ``.parquet`` rows with ``prompt``, or ``instruction`` (and ``input``), or ``messages``. A row that has a
+            response is a request for it.
 
     Raises:
-        UserInputError: If there is no such file, or it holds anything but prompts; with the lines.
+        UserInputError: If there is no such file, or it holds anything but prompts; the message names the lines.
     """
     suffix = Path(name).suffix.lower()
     if name != STDIN and suffix not in (".txt", *DATA_SUFFIXES):
@@ -115,7 +115,7 @@ def _text_of(name: str) -> str:
 
 
 def _request(row: Mapping[str, Any], place: str) -> Request | str:
-    """What a row asks, or what is wrong with it."""
+    """Return a row's request, or a line on what is wrong with it."""
     try:
         example = _example(row)
         if not as_dialogue(example).messages[0]["content"].strip():
@@ -126,29 +126,35 @@ def _request(row: Mapping[str, Any], place: str) -> Request | str:
 
 
 def _example(row: Mapping[str, Any]) -> Example:
+    """Return a row as an example; one that has no response gets a placeholder.
+
+    Raises:
+        BadRow: If it is not a prompt.
+    """
     if isinstance(row.get("prompt"), list):
         row = {"messages": row["prompt"], "tools": row.get("tools")}
     for column, format in (("messages", "messages"), ("conversations", "sharegpt")):
         if row.get(column) is not None:
             return _conversation(row, column, format)
     if row.get("prompt") is not None:
-        return to_example({"prompt": row["prompt"], "completion": NO_MATTER}, "prompt-completion")[0]
+        return to_example({"prompt": row["prompt"], "completion": PLACEHOLDER}, "prompt-completion")[0]
     if row.get("instruction") is not None:
-        return to_example({**row, "output": NO_MATTER}, "alpaca")[0]
+        return to_example({**row, "output": PLACEHOLDER}, "alpaca")[0]
     names = ", ".join(sorted(map(str, row)))[:200] or "none"
     raise BadRow(f"needs prompt, or instruction, or messages; its fields are {names}")
 
 
 def _conversation(row: Mapping[str, Any], column: str, format: str) -> Dialogue:
-    """A conversation up to its last response, or all of it if it ends with a request."""
+    """Return a conversation without its last response, or all of it if it ends with a request."""
     turns = row[column]
     if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
         if format == "sharegpt" and "from" not in turns[-1]:
             format = "messages"
         role, text = ("from", "value") if format == "sharegpt" else ("role", "content")
         if turns[-1].get(role) not in ("assistant", "gpt"):
-            row = {**row, column: [*turns, {role: "assistant", text: NO_MATTER}]}
+            row = {**row, column: [*turns, {role: "assistant", text: PLACEHOLDER}]}
     example, _ = to_example(row, format)
+    assert isinstance(example, Dialogue)  # as both formats give
     asked = example.messages[:-1]
     if not asked or asked[-1]["role"] not in ("user", "tool"):
         raise BadRow(f"{column} hold no request before the last response")
@@ -158,6 +164,6 @@ def _conversation(row: Mapping[str, Any], column: str, format: str) -> Dialogue:
 def _all_good(found: Sequence[Request | str], where: str = "") -> list[Request]:
     problems = [problem for problem in found if isinstance(problem, str)]
     if problems:
-        more = [f"and {len(problems) - MOST_PROBLEMS} more"] * (len(problems) > MOST_PROBLEMS)
-        raise UserInputError(where + "\n  ".join([*problems[:MOST_PROBLEMS], *more]))
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] * (len(problems) > MAX_PROBLEMS)
+        raise UserInputError(where + "\n  ".join([*problems[:MAX_PROBLEMS], *more]))
     return [request for request in found if isinstance(request, Request)]

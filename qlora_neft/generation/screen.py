@@ -1,9 +1,9 @@
-"""How a chat looks: answers as they come, one after the other, or two in columns on a wide terminal."""
+"""The screen of a chat: answers as they grow, one after the other, or two in columns on a wide terminal."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -13,16 +13,17 @@ from rich.text import Text
 
 from ..display.preview_text import printable
 
-WIDE = 100  # columns of a terminal that do for two answers side by side
+WIDE = 100  # columns that a terminal needs for two answers side by side
 PROMPT = "> "
 Write = Callable[[str], None]
+Begin = Callable[[str], Write]  # begins the answer of a name
 
 
 class Screen:
     """A terminal or a pipe.
 
     Args:
-        console: On standard output.
+        console: A console on standard output.
     """
 
     def __init__(self, console: Console) -> None:
@@ -34,7 +35,9 @@ class Screen:
         return sys.stdin.isatty()
 
     def read(self) -> str | None:
-        """The next line of input, None at its end. From a pipe it is shown behind the prompt, for a whole transcript.
+        """Return the next line of input, None at its end.
+
+        A line from a pipe is shown behind the prompt, so that the output is a complete transcript.
 
         Raises:
             KeyboardInterrupt: On Ctrl-C.
@@ -53,17 +56,17 @@ class Screen:
         return line
 
     def say(self, text: str, style: str | None = None) -> None:
-        """A line of the program's own."""
+        """Print a line of the program's own."""
         self.console.print(Text(self._shown(text)), style=style, soft_wrap=True, highlight=False)
 
     def write(self, text: str) -> None:
-        """A piece of an answer, as it is; on a terminal without what would steer it."""
+        """Write a piece of an answer; on a terminal, control characters are escaped."""
         self.console.file.write(self._shown(text))
         self.console.file.flush()
 
     @contextmanager
-    def answers(self, names: Sequence[str]) -> Iterator[Callable[[str], Write]]:
-        """Room for an answer from each name; gives a function that begins one of them and returns how to write it."""
+    def answers(self, names: Sequence[str]) -> Generator[Begin, None, None]:
+        """Show an answer from each name; gives a function that begins one and returns a function to write it."""
         if len(names) == 1:
             yield lambda _: self.write
             self.write("\n")
@@ -82,7 +85,7 @@ class Screen:
             self.write("\n")
 
     @contextmanager
-    def _columns(self, names: Sequence[str]) -> Iterator[Callable[[str], Write]]:
+    def _columns(self, names: Sequence[str]) -> Generator[Begin, None, None]:
         texts = {name: Text() for name in names}
         table = Table(*names, box=None, padding=(0, 2), expand=True)
         for column in table.columns:
