@@ -1,4 +1,4 @@
-"""The invariants on a CUDA device. Skipped where there is none; run there with: pytest -m gpu"""
+"""The invariants on a CUDA device. Skipped without one; run with: pytest -m gpu"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FreeLB on the injection room: K passes, noise that climbs the loss inside its ball, and NEFTune at K = 1."""
+"""FreeLB: K passes, noise that climbs the loss inside its ball, and NEFTune at K = 1."""
 
 from __future__ import annotations
 

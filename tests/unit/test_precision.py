@@ -1,4 +1,4 @@
-"""Number formats by capability; GPUs are stood in for by what torch would say of them."""
+"""Number formats by capability; GPUs are simulated by what torch would report of them."""
 
 from __future__ import annotations
 
