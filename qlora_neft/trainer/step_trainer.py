@@ -66,7 +66,9 @@ class StepTrainer(CheckpointedTrainer):
 
     # ---- The step ----
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: StepBatch | dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Run forward and backward through the micro-batches of one optimizer step; return the step's loss."""
         step = inputs if isinstance(inputs, StepBatch) else StepBatch.of(inputs)
         if self.tokens_seen == 0:
@@ -82,7 +84,7 @@ class StepTrainer(CheckpointedTrainer):
         self._loss_is_finite = math.isfinite(loss.item())
         return loss
 
-    def _accumulate(self, model: nn.Module, step: StepBatch, num_items: Any) -> Tensor | None:
+    def _accumulate(self, model: nn.Module, step: StepBatch, num_items: Tensor | int | None) -> Tensor | None:
         """Accumulate the gradient of a step and return its loss; None if it did not fit.
 
         If it did not fit, nothing of it is left and `split` is smaller.
@@ -91,7 +93,9 @@ class StepTrainer(CheckpointedTrainer):
             self.current_gradient_accumulation_steps = len(step)  # upstream averages a router loss over these
         first_ordinal, loss = self._first_ordinal(step), torch.zeros((), device=self.args.device)
         passes = self._num_passes()
-        num_items = num_items if passes == 1 else num_items * passes  # the gradient is the mean of the passes
+        if passes > 1:  # the gradient is the mean of the passes
+            assert num_items is not None, "a StepBatch is always counted"
+            num_items = num_items * passes
         for index, micro in enumerate(step):
             # One rank cannot give up alone: the others would wait for its gradients forever.
             if self.stop and self.stop.overdue() and self.args.world_size == 1:
@@ -144,7 +148,7 @@ class StepTrainer(CheckpointedTrainer):
         count = torch.tensor([step.num_sequences()], device=self.args.device)
         return int(self.accelerator.gather(count)[: self.args.process_index].sum())
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """Count the trained tokens of the whole step, of all micro-batches and ranks: every loss is divided by them."""
         if not all(isinstance(batch, StepBatch) for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
@@ -247,7 +251,7 @@ class StepTrainer(CheckpointedTrainer):
 
     # ---- Not finite ----
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
         """Compute the gradient norm; a step whose loss or gradient is not finite loses its gradient and is skipped.
 
         Under fp16 a gradient that overflows is left to the scaler as long as the loss is finite: it skips the step by
@@ -309,7 +313,7 @@ class StepTrainer(CheckpointedTrainer):
         """The epoch under way, counted from 0."""
         return self.state.global_step // max(len(self._steps or ()), 1)
 
-    def rows_of_step(self, step: int) -> list[Any]:
+    def rows_of_step(self, step: int) -> list[int]:
         """Rows that a step takes: the dataset's ``row`` numbers where it has them, else indices; empty if unknown."""
         if self._steps is None:
             return []
@@ -319,13 +323,13 @@ class StepTrainer(CheckpointedTrainer):
 
     # ---- Upstream bookkeeping that reads a batch ----
 
-    def floating_point_ops(self, inputs: Any) -> int:
+    def floating_point_ops(self, inputs: StepBatch | dict[str, Any]) -> int:
         """Sum over the micro-batches of a step."""
         if isinstance(inputs, StepBatch):
             return sum(super(StepTrainer, self).floating_point_ops(micro.inputs) for micro in inputs)
         return super().floating_point_ops(inputs)
 
-    def _track_num_input_tokens(self, inputs: Any) -> None:
+    def _track_num_input_tokens(self, inputs: StepBatch | dict[str, Any]) -> None:
         for batch in (micro.inputs for micro in inputs) if isinstance(inputs, StepBatch) else [inputs]:
             super()._track_num_input_tokens(batch)
 

@@ -39,8 +39,6 @@ from .config import QLoRANeftConfig
 from .memory import Split
 from .step_trainer import StepTrainer
 
-__all__ = ["QLoRANeftConfig", "QLoRANeftTrainer"]
-
 COLLATED = ("input_ids", "labels", "seq_lengths")  # columns that TRL's collator reads
 
 
@@ -233,7 +231,7 @@ class CheckpointSomeBlocks(TrainerCallback):
 # ---- What the trainer is built from ----
 
 
-def _own_arguments(args: Any) -> QLoRANeftConfig:
+def _own_arguments(args: TrainingArguments | None) -> QLoRANeftConfig:
     """A copy of the caller's arguments, or the defaults; refuses a plain `SFTConfig`, which has decided on bf16."""
     if args is None:
         return QLoRANeftConfig()
@@ -296,7 +294,9 @@ def _model_init_kwargs(args: QLoRANeftConfig) -> dict[str, Any]:
     return args.model_init_kwargs or {}
 
 
-def _with_adapters(model: Any, peft_config: LoraConfig | None, seed: int) -> Any:
+def _with_adapters(
+    model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, seed: int
+) -> PreTrainedModel | PeftModel:
     """Add LoRA, its initialization drawn from the seed alone."""
     if isinstance(model, PeftModel):
         if peft_config is not None:
@@ -308,7 +308,7 @@ def _with_adapters(model: Any, peft_config: LoraConfig | None, seed: int) -> Any
     return add_adapters(model, peft_config or default_lora_config(count_parameters(model)))
 
 
-def _quantized_trainable(model: Any) -> dict[str, Tensor]:
+def _quantized_trainable(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
     """Copies of a quantized model's trainable weights, which TRL is about to round; empty for other models."""
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return {}
