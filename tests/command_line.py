@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from forked import environment, quick_python
 
@@ -105,6 +106,12 @@ def cut(output_dir: Path, *overrides: str, step: int = CUT_AT) -> None:
 # ---- Running ----
 
 
+@functools.cache
+def built_app() -> Any:
+    """What calling `app` builds of all verbs, each time anew; the half of a short command's time."""
+    return typer.main.get_command(app)
+
+
 def invoke(*arguments: str) -> tuple[int, str, str]:
     """The command line in this process: exit code, stdout, stderr; a traceback fails the test."""
     with (
@@ -112,7 +119,7 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
         contextlib.redirect_stderr(io.StringIO()) as stderr,
         pytest.raises(SystemExit) as caught,
     ):
-        app(list(arguments))
+        built_app()(list(arguments))
     return caught.value.code or 0, stdout.getvalue(), stderr.getvalue()
 
 

@@ -11,9 +11,9 @@ import types
 
 import pytest
 import yaml
+from command_line import built_app
 
 from qlora_neft import __version__, list_recipes, load_recipe
-from qlora_neft.cli import app
 from qlora_neft.errors import RunFailed, UserInputError
 from qlora_neft.recipe.load import recipe_path
 
@@ -30,7 +30,7 @@ def invoke(*arguments):
         contextlib.redirect_stderr(io.StringIO()) as stderr,
         pytest.raises(SystemExit) as caught,
     ):
-        app(list(arguments))
+        built_app()(list(arguments))
     result = types.SimpleNamespace(stdout=stdout.getvalue(), stderr=stderr.getvalue())
     result.exit_code = caught.value.code or 0
     return result
@@ -46,11 +46,20 @@ def command(*arguments, **kwargs):
     )
 
 
-def cpu_seconds(*arguments):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert command(*arguments).returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def measured(run, *arguments):
+    """The result of a process and its CPU seconds; the best of three, for other work on the machine must fail no test."""
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = run(*arguments)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        if seconds < HELP_SECONDS:
+            break
+    return result, seconds
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -71,17 +80,21 @@ def fake_run(monkeypatch):
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_is_quick_and_imports_nothing_heavy(verb):
-    # CPU time, not wall time, and three attempts: other work on the machine must not fail this.
     arguments = [*verb.split(), "--help"]
-    assert any(cpu_seconds(*arguments) < HELP_SECONDS for _ in range(3))
     code = (
         "import sys; from qlora_neft.cli import app\n"
         f"try: app({arguments!r})\n"
-        f"except SystemExit: sys.exit(' '.join(set(sys.modules) & set({HEAVY!r})))"
+        f"except SystemExit as end: sys.exit(end.code or ' '.join(set(sys.modules) & set({HEAVY!r})))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result, seconds = measured(python, code)
+    assert seconds < HELP_SECONDS
     assert result.stderr == "\n"
     assert "Usage:" in result.stdout
+
+
+def test_the_command_itself_is_quick_too():
+    result, seconds = measured(command, "--help")
+    assert result.returncode == 0 and seconds < HELP_SECONDS
 
 
 @pytest.mark.parametrize("arguments", [["ls"], ["show", "demo"], ["show", "--keys"], ["validate", "demo"]])
