@@ -47,7 +47,7 @@ def command(*arguments, **kwargs):
 
 
 def measured(run, *arguments):
-    """The result of a process and its CPU seconds; the best of three, for other work on the machine must fail no test."""
+    """The result of a process and its CPU seconds: up to three attempts, since other work on the machine slows it."""
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = run(*arguments)
