@@ -200,7 +200,7 @@ def disk_message(output_dir: Path) -> Callable[[str], str]:
         newest = find_checkpoints(output_dir).newest
         state = f"The checkpoint of step {newest.step} is sound" if newest else "There is no checkpoint yet"
         return (
-            f"{str(output_dir)!r} cannot be written to ({cause}). {state}. Free space or mend the folder, and run the "
+            f"{str(output_dir)!r} cannot be written to ({cause}). {state}. Free space or fix the folder, and run the "
             "same command again."
         )
 

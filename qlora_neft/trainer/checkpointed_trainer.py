@@ -180,7 +180,7 @@ class CheckpointedTrainer(SFTTrainer):
         state = f"The checkpoint of step {newest.step} is sound" if newest else "There is no earlier checkpoint"
         return (
             f"the checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir!r} "
-            f"({cause}). {state}. Free space or mend the folder, and run the same command again."
+            f"({cause}). {state}. Free space or fix the folder, and run the same command again."
         )
 
     # ---- Reading ----
