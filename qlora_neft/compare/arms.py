@@ -1,24 +1,26 @@
-"""Runs that differ in their seed alone are an arm; arms are compared pair by pair, seed by seed."""
+"""Runs that differ only in their seed are an arm; arms are compared pair by pair, seed by seed. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from .records import RunRecord
-from .statistics import CONFIDENCE, Difference, difference
+import numpy as np
 
-ALPHA, SEED = "neftune.noise_alpha", "train.seed"
+from .records import RunRecord, read_row_losses
+from .statistics import CONFIDENCE, Difference, Interval, difference, ratio_bootstrap_interval
+
+NOISE, ALPHA, SEED = "neftune.", "neftune.noise_alpha", "train.seed"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of the same settings.
+    """Runs with the same settings.
 
     Attributes:
-        settings: What tells this arm from the others, ``section.key`` to value.
-        runs: By seed.
+        settings: The keys that tell this arm from the others, ``section.key`` to value.
+        runs: In the order of their seeds.
     """
 
     settings: dict[str, Any]
@@ -26,19 +28,19 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """Its settings, each key without its section; of an arm without noise not what kind of noise it has not."""
+        """Its settings, each key without its section; without noise, the kind of noise is left out."""
         told = self.settings
         if ALPHA in told and is_without_noise(self):
-            told = {key: value for key, value in told.items() if key == ALPHA or not key.startswith("neftune.")}
+            told = {key: value for key, value in told.items() if key == ALPHA or not key.startswith(NOISE)}
         return ", ".join(f"{key.split('.')[-1]} {show(value)}" for key, value in told.items()) or "all runs"
 
     def values(self, measure: str) -> dict[int, float]:
-        """A measure by seed, of the runs that have it."""
+        """Return a measure by seed, for the runs that have it."""
         return {run.seed: run.values[measure] for run in self.runs if measure in run.values}
 
 
 def show(value: Any) -> str:
-    """A recipe's value in few characters."""
+    """Return a recipe's value in few characters."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "none"}[value]
     if isinstance(value, float):
@@ -49,11 +51,11 @@ def show(value: Any) -> str:
 
 
 def differing(runs: Sequence[RunRecord]) -> list[str]:
-    """Keys of the recipe in which the runs are not all equal; what kind of noise is asked of runs with noise alone."""
+    """Return the recipe keys in which runs differ; the kind of noise is compared only among runs with noise."""
     settings = [run.settings for run in runs]
     keys = dict.fromkeys(key for found in settings for key in found)
     noisy = [found for found in settings if "neftune.distribution" in found]
-    return [key for key in keys if _differs(key, noisy if key.startswith("neftune.") and key != ALPHA else settings)]
+    return [key for key in keys if _differs(key, noisy if key.startswith(NOISE) and key != ALPHA else settings)]
 
 
 def _differs(key: str, settings: Sequence[dict[str, Any]]) -> bool:
@@ -72,53 +74,77 @@ def arms_by(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[Arm]:
 
 
 def arms_of(runs: Sequence[RunRecord]) -> list[Arm]:
-    """Group runs by all that is learned but the seed."""
+    """Group runs by everything that decides what is learned, except the seed."""
     keys = [key for key in differing(runs) if key != SEED and not key.startswith("machine.")]
     return arms_by(runs, keys)
 
 
 def baseline_of(arm: Arm, arms: Sequence[Arm], *, first: bool = False) -> Arm | None:
-    """The arm to compare with: without noise and otherwise the same.
+    """Return the arm to compare with: without noise and otherwise the same.
 
     Args:
-        arm: To be compared.
-        arms: All.
-        first: Whether, where no arm is that, the first of them is the baseline.
+        arm: The arm to be compared.
+        arms: All arms.
+        first: If there is no such arm, take the first one as the baseline.
 
     Returns:
-        None for the baseline itself, and where there is none.
+        None for the baseline itself, and if there is none.
     """
     if ALPHA in arm.settings:
-        others = {key: value for key, value in arm.settings.items() if not key.startswith("neftune.")}
+        others = {key: value for key, value in arm.settings.items() if not key.startswith(NOISE)}
         for candidate in arms:
-            rest = {key: value for key, value in candidate.settings.items() if not key.startswith("neftune.")}
+            rest = {key: value for key, value in candidate.settings.items() if not key.startswith(NOISE)}
             if rest == others and is_without_noise(candidate):
                 return None if candidate is arm else candidate
     return arms[0] if first and arm is not arms[0] else None
 
 
 def is_without_noise(arm: Arm) -> bool:
-    """Whether its runs add no noise at any step."""
+    """Whether an arm's runs add no noise at any step."""
     settings = arm.runs[0].settings
     return not settings[ALPHA] and not settings.get("neftune.final_alpha")
 
 
 def compare(arm: Arm, other: Arm, measure: str, confidence: float = CONFIDENCE) -> Difference | None:
-    """``arm`` minus ``other``, over the seeds that both have; None without one."""
+    """Return ``arm`` minus ``other`` over the seeds that both have; None if they share none."""
     mine, its = arm.values(measure), other.values(measure)
     pairs = [mine[seed] - its[seed] for seed in mine if seed in its]
     return difference(pairs, confidence) if pairs else None
 
 
+def rows_interval(arm: Arm, other: Arm, confidence: float = CONFIDENCE) -> Interval | None:
+    """Bootstrap over held-out rows the difference of held-out losses, ``arm`` minus ``other``.
+
+    It says how far other rows of the same kind could move the difference between *these* trained models. It knows
+    nothing of how other seeds would have trained them.
+
+    Returns:
+        None if the runs have no losses by row, or not of the same rows.
+    """
+    pairs = [(read_row_losses(a.folder), read_row_losses(b.folder)) for a, b in _pairs(arm, other)]
+    found = [(a, b) for a, b in pairs if a is not None and b is not None and a.rows == b.rows]
+    if not pairs or len(found) < len(pairs) or len({a.rows for a, _ in found}) > 1:
+        return None
+    counts = np.asarray(found[0][0].counts)  # (N,)
+    if len(counts) < 2:
+        return None
+    sums = np.mean([np.subtract(a.sums, b.sums) for a, b in found], axis=0)  # (N,), averaged over seeds
+    return ratio_bootstrap_interval(sums, counts, confidence)
+
+
 def pairing(arm: Arm, other: Arm) -> dict[str, bool]:
-    """What the pairs of two arms really share: ``data``, ``base``, and the clean loss before training (``start``)."""
-    its = {run.seed: run for run in other.runs}
-    pairs = [(run, its[run.seed]) for run in arm.runs if run.seed in its]
+    """Check what the pairs of two arms share: ``data``, ``base``, and the clean loss before training (``start``)."""
+    pairs = _pairs(arm, other)
     return {
         "data": all(_same(a.about.data_sha256, b.about.data_sha256) for a, b in pairs),
         "base": all(_same(a.about.base_sha256, b.about.base_sha256) for a, b in pairs),
         "start": all(_same(_start(a), _start(b)) for a, b in pairs),
     }
+
+
+def _pairs(arm: Arm, other: Arm) -> list[tuple[RunRecord, RunRecord]]:
+    its = {run.seed: run for run in other.runs}
+    return [(run, its[run.seed]) for run in arm.runs if run.seed in its]
 
 
 def _start(run: RunRecord) -> float | None:
@@ -127,61 +153,3 @@ def _start(run: RunRecord) -> float | None:
 
 def _same(a: str | float | None, b: str | float | None) -> bool:
     return a is not None and a == b
-
-
-@dataclass(frozen=True)
-class MeasureName:
-    """A measure as tables and pictures show it.
-
-    Attributes:
-        key: Its name in ``results.json``.
-        label: For people.
-        unit: Empty for a count or a share.
-        better: Which way is better, None where that depends.
-        form: How a value is written.
-    """
-
-    key: str
-    label: str
-    unit: str = ""
-    better: Literal["lower", "higher"] | None = None
-    form: str = ".4g"
-
-    def show(self, value: float | None) -> str:
-        """A value, or a dash for none."""
-        return "-" if value is None else f"{value:{self.form}}"
-
-    def show_difference(self, value: float) -> str:
-        """A signed difference."""
-        return f"{value:+{self.form}}"
-
-    @property
-    def title(self) -> str:
-        """Label and unit."""
-        return f"{self.label} ({self.unit})" if self.unit else self.label
-
-
-_LOSS = "nats per token"
-_KNOWN = (
-    MeasureName("clean_train_loss", "clean train loss", _LOSS, None, ".3f"),
-    MeasureName("held_out_loss", "held-out loss", _LOSS, "lower", ".3f"),
-    MeasureName("lowest_held_out_loss", "lowest held-out loss", _LOSS, "lower", ".3f"),
-    MeasureName("exact_match", "exact answers, held out", "", "higher", ".1%"),
-)
-KNOWN = {name.key: name for name in _KNOWN}
-
-
-def name_of(key: str) -> MeasureName:
-    """How a measure is shown."""
-    if key in KNOWN:
-        return KNOWN[key]
-    measure, _, name = key.rpartition(".")
-    label = f"{measure}: {name}" if measure and measure != name.split("_")[-1] else name
-    if "loss" in (measure, name.split("_")[-1]):
-        return MeasureName(key, label.replace("_", " "), _LOSS, None, ".3f")
-    return MeasureName(key, label.replace("_", " "))
-
-
-def in_order(keys: set[str]) -> list[str]:
-    """Known measures first, in their order; the others by name."""
-    return [key for key in KNOWN if key in keys] + sorted(keys - KNOWN.keys())

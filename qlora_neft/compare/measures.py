@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from datasets import Dataset
+
 from ..adapter.load import Trained, load_trained
 from ..data.prepare import PreparedData
 from ..display.console import quiet_libraries
@@ -27,8 +29,7 @@ from ..run_folder.record import ANSWERS_FILE, MEASURES_FILE
 from ..runner.run_data import recipe_data
 from .folder import missing
 from .plan import check_measures
-from .records import read_run
-from .results import ROWS_FILE
+from .records import ROW_LOSSES_FILE, read_run
 
 ROWS_AT_A_TIME = 4
 NUM_SAMPLES, HELD_OUT_PROMPTS, TRAINING_PROMPTS = 8, 100, 100
@@ -58,11 +59,12 @@ def held_out_rows(folder: Path) -> dict[str, float]:
         No number of its own: their mean per trained token is the run's ``held_out_loss``.
     """
     trained, data = _loaded(folder)
+    rows = _held_out(folder, data)
     prepare_for_losses(trained)
-    found = list(losses_by_row(trained, data.eval, batch_size=ROWS_AT_A_TIME))
+    found = list(losses_by_row(trained, rows, batch_size=ROWS_AT_A_TIME))
     sums = [value for losses in found for value in losses.sums.tolist()]
     counts = [value for losses in found for value in losses.counts.tolist()]
-    write_json(folder / ROWS_FILE, {"rows": data.report["eval"]["sha256"], "sums": sums, "counts": counts})
+    write_json(folder / ROW_LOSSES_FILE, {"rows": data.report["eval"]["sha256"], "sums": sums, "counts": counts})
     return {}
 
 
@@ -114,14 +116,18 @@ def _loaded(folder: Path) -> tuple[Trained, PreparedData]:
         machine = _machine(folder)
         trained = load_trained(folder, device=machine.device, precision=machine.precision)
         data = recipe_data(trained.folder, trained.tokenizer)
+    return trained, data
+
+
+def _held_out(folder: Path, data: PreparedData) -> Dataset:
     if data.eval is None:
         raise UserInputError(f"{folder}: the run has no held-out rows to measure on. Give data.eval_path.")
-    return trained, data
+    return data.eval
 
 
 def _answered(folder: Path, count: int) -> list[Answer]:
     trained, data = _loaded(folder)
-    asked = questions(data.eval, trained.tokenizer, count, data.stop_token_ids)
+    asked = questions(_held_out(folder, data), trained.tokenizer, count, data.stop_token_ids)
     if not asked:
         raise UserInputError(f"{trained.folder.source}: no held-out row has a prompt, so there is nothing to answer.")
     return greedy_answers(

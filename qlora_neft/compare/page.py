@@ -1,197 +1,39 @@
-"""``report.html`` and ``report.md``: any number of runs on one page that needs nothing from outside."""
+"""``report.html`` and ``report.md``: any number of runs on one page that needs no network and no other file."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..display.tables import Table
 from ..errors import UserInputError
 from ..files import write_text
 from ..run_folder.record import RunData, RunSummary, SampleAnswer
-from .arms import Arm, arms_by, arms_of, differing, in_order, name_of, show
+from .arms import Arm, arms_by, arms_of, differing, show
+from .charts import PICTURE, charts, style_of
+from .names import in_order, name_of
 from .records import RunRecord, SweepRecord, find_runs, read_sweep
-from .results import TextTable, differences_table, measures_table, pairing_line, results_of, verdict_lines
+from .results import results_of
+from .tables import differences_table, measures_table, pairing_line, verdict_lines
 
-WIDTH, HEIGHT = 420, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 18, 12, 42
-NUM_COLORS, DASHES = 7, ("", "7 4", "2 3")
-MAX_POINTS, MAX_MARKS = 300, 40
-CURVES = (
-    ("clean_loss", "clean train loss", "no noise, no dropout"),
-    ("eval_loss", "held-out loss", "no noise, no dropout"),
-    ("loss", "train loss", "under noise and dropout"),
-)
-
-Points = list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Style:
-    """How an arm is drawn: the number of its color, and its dashes."""
-
-    color: int
-    dash: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve: its arm's style, ``x,y`` pairs as SVG takes them, marks where it was measured, its name."""
-
-    style: Style
-    path: str
-    marks: tuple[tuple[float, float], ...]
-    name: str
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A place on an axis and its number."""
-
-    place: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A picture of curves: heading, a remark, curves, ticks; all places in SVG units."""
-
-    title: str
-    remark: str
-    lines: tuple[Line, ...]
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-
-
-def style_of(index: int) -> Style:
-    """The style of an arm by its number; colors come again with other dashes."""
-    return Style(index % NUM_COLORS, DASHES[index // NUM_COLORS % len(DASHES)])
-
-
-def charts(arms: Sequence[Arm]) -> list[Chart]:
-    """One chart for each loss that any run logged; a curve a run, of its arm's style."""
-    found = [_chart(arms, *curve) for curve in CURVES]
-    return [chart for chart in found if chart is not None]
-
-
-def curve_of(run: RunRecord, key: str) -> Points:
-    """Steps and finite values of a logged quantity."""
-    points = {entry["step"]: entry[key] for entry in run.metrics if entry.get(key) is not None}
-    return [(float(step), float(value)) for step, value in sorted(points.items()) if math.isfinite(value)]
-
-
-def thinned(points: Points, most: int = MAX_POINTS) -> Points:
-    """At most so many points, each the mean of its neighbors; the first and the last stay as they are."""
-    if len(points) <= most:
-        return points
-    inner, size = points[1:-1], math.ceil((len(points) - 2) / (most - 2))
-    groups = [inner[i : i + size] for i in range(0, len(inner), size)]
-    means = [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-    return [points[0], *means, points[-1]]
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from ``low`` to ``high``, about so many."""
-    rough = (high - low) / count or 1.0
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _chart(arms: Sequence[Arm], key: str, title: str, remark: str) -> Chart | None:
-    curves = [(i, run, curve_of(run, key)) for i, arm in enumerate(arms) for run in arm.runs]
-    curves = [(i, run, points) for i, run, points in curves if points]
-    if not curves:
-        return None
-    xs = [x for _, _, points in curves for x, _ in points]
-    ys = [y for _, _, points in curves for _, y in points]
-    x_range, y_range = (min(0.0, *xs), max(xs)), _padded(min(ys), max(ys))
-
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        x = LEFT + _share(point[0], x_range) * (WIDTH - LEFT - RIGHT)
-        y = HEIGHT - BOTTOM - _share(point[1], y_range) * (HEIGHT - TOP - BOTTOM)
-        return round(x, 1), round(y, 1)
-
-    lines = tuple(_line(style_of(i), run, [place(point) for point in thinned(points)]) for i, run, points in curves)
-    x_ticks = tuple(Tick(place((x, y_range[0]))[0], f"{x:g}") for x in ticks(*x_range))
-    y_ticks = tuple(Tick(place((0.0, y))[1], f"{y:.4g}") for y in ticks(*y_range))
-    return Chart(title, remark, lines, x_ticks, y_ticks)
-
-
-def _line(style: Style, run: RunRecord, places: Points) -> Line:
-    path = " ".join(f"{x},{y}" for x, y in places)
-    return Line(style, path, tuple(places) if len(places) <= MAX_MARKS else (), run.name)
-
-
-def _share(value: float, span: tuple[float, float]) -> float:
-    low, high = span
-    return (value - low) / (high - low) if high > low else 0.5
-
-
-def _padded(low: float, high: float) -> tuple[float, float]:
-    pad = (high - low) * 0.05 or abs(high) * 0.05 or 0.5
-    return low - pad, high + pad
-
-
-MAX_PROMPTS = 5
-
-
-def samples(arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    """For each of the first prompts: what was wanted, and what the base and each arm's first run said.
-
-    Returns:
-        ``prompt``, ``reference`` and ``answers`` (``who``, ``text``) each. A run's answers before training are in its
-        ``run.json``, those after it in ``answers.json``, if it has one.
-    """
-    firsts = [(arm.label, arm.runs[0]) for arm in arms]
-    found: dict[str, dict[str, Any]] = {}
-    for _, run in firsts:
-        for answer in _before(run):
-            entry = found.setdefault(answer.prompt, {**_question(answer), "answers": []})
-            said = {"who": f"{run.recipe['model']['name_or_path']}, before training", "text": visible(answer.text)}
-            if said not in entry["answers"]:
-                entry["answers"].append(said)
-    for label, run in firsts:
-        for answer in run.answers:
-            entry = found.setdefault(answer.prompt, {**_question(answer), "answers": []})
-            entry["answers"].append({"who": f"{label}, after (seed {run.seed})", "text": visible(answer.text)})
-    return list(found.values())[:MAX_PROMPTS]
-
-
-def _before(run: RunRecord) -> list[SampleAnswer]:
-    before = run.about.before
-    return (before.answers if before else None) or []
-
-
-def _question(answer: SampleAnswer) -> dict[str, str]:
-    return {"prompt": visible(answer.prompt), "reference": visible(answer.reference)}
-
-
-def visible(text: str) -> str:
-    """Control characters as the sign for what cannot be shown; a blank text as a word that says so."""
-    return "".join("\ufffd" if c < " " and c not in "\n\t" else c for c in text) if text.strip() else "(blank)"
-
-
-PICTURE = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
+MAX_PROMPTS = 5  # whose answers are shown
 
 
 def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
-    """Compare runs.
+    """Compare runs on a page.
 
     Args:
-        folders: Of runs, or of sweeps.
+        folders: Folders of runs or of sweeps.
         output: The page, ``.html``; a Markdown file of the same name goes beside it.
 
     Returns:
         The files written.
 
     Raises:
-        UserInputError: If a folder holds no run, or the page cannot be written.
+        UserInputError: If a folder does not hold a run, or the page cannot be written.
     """
     content = page_content(folders)
     texts = {output: html(content), output.with_suffix(".md"): markdown(content)}
@@ -204,7 +46,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
 
 
 def page_content(folders: Sequence[Path]) -> dict[str, Any]:
-    """All that both forms of the page show."""
+    """Return everything that both forms of the page show, under the names that the templates use."""
     runs = find_runs(folders)
     sweep = read_sweep(folders[0]) if len(folders) == 1 else None
     arms = arms_by(runs, list(sweep.swept)) if sweep else arms_of(runs)
@@ -231,29 +73,32 @@ def page_content(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def html(content: dict[str, Any]) -> str:
-    """The page; everything that comes from a run is escaped."""
+    """Return the page; everything that comes from a run is escaped."""
     return _environment(autoescape=True).get_template("report.html.jinja").render(content)
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The same as Markdown, without curves."""
+    """Return the page as Markdown, without curves."""
     environment = _environment(autoescape=False)
     environment.filters["fenced"] = _fenced
     environment.filters["inline"] = _inline
     return environment.get_template("report.md.jinja").render(content)
 
 
-def settings_table(runs: Sequence[RunRecord]) -> TextTable | None:
-    """The recipe's keys in which runs differ, a run a line; None without any."""
+# ---- Tables ----
+
+
+def settings_table(runs: Sequence[RunRecord]) -> Table | None:
+    """Return the recipe's keys in which runs differ, one row per run; None if there are none."""
     keys = differing(runs)
     if not keys:
         return None
-    rows = tuple((run.name, *(show(run.settings.get(key)) for key in keys)) for run in runs)
-    return TextTable("Settings that differ", ("run", *keys), rows)
+    rows = [(run.name, *(show(run.settings.get(key)) for key in keys)) for run in runs]
+    return Table(("run", *keys), rows, "Settings that differ")
 
 
-def runs_table(runs: Sequence[RunRecord]) -> TextTable:
-    """Every measure of every run, and what it took."""
+def runs_table(runs: Sequence[RunRecord]) -> Table:
+    """Return every measure of every run, its time and its memory."""
     keys = in_order({key for run in runs for key in run.values})
     columns = ("run", "seed", "steps", *(name_of(key).title for key in keys), "training (s)", "peak memory (GiB)")
     rows = []
@@ -262,11 +107,11 @@ def runs_table(runs: Sequence[RunRecord]) -> TextTable:
         values = (name_of(key).show(run.values.get(key)) for key in keys)
         steps = "not finished" if summary.steps is None else str(summary.steps)
         rows.append((run.name, str(run.seed), steps, *values, _seconds(summary), _memory(summary)))
-    return TextTable("Runs", columns, tuple(rows))
+    return Table(columns, rows, "Runs")
 
 
-def facts_table(runs: Sequence[RunRecord]) -> TextTable:
-    """Model, data, hardware and versions; what all runs share, as far as they have it yet, is said once."""
+def facts_table(runs: Sequence[RunRecord]) -> Table:
+    """Return model, data, hardware and versions; what is the same for all runs that have it is listed once."""
     facts = [_facts(run) for run in runs]
     rows = []
     for key in dict.fromkeys(key for fact in facts for key in fact):
@@ -275,14 +120,14 @@ def facts_table(runs: Sequence[RunRecord]) -> TextTable:
             rows.append((key, next(iter(values.values()))))
         else:
             rows += [(f"{key}, {name}", value) for name, value in values.items()]
-    return TextTable("Data, hardware, versions", ("", ""), tuple(rows))
+    return Table(("", ""), rows, "Data, hardware, versions")
 
 
-def common_table(runs: Sequence[RunRecord]) -> TextTable:
-    """What the recipes have in common."""
+def common_table(runs: Sequence[RunRecord]) -> Table:
+    """Return the settings that all runs have in common."""
     different = set(differing(runs))
-    rows = tuple((key, show(value)) for key, value in runs[0].settings.items() if key not in different)
-    return TextTable("Settings in common", ("key", "value"), rows)
+    rows = [(key, show(value)) for key, value in runs[0].settings.items() if key not in different]
+    return Table(("key", "value"), rows, "Settings in common")
 
 
 def _title(runs: Sequence[RunRecord], sweep: SweepRecord | None) -> str:
@@ -325,6 +170,48 @@ def _memory(summary: RunSummary) -> str:
     return "-" if found is None else f"{found / 2**30:.2f}"
 
 
+# ---- Answers ----
+
+
+def samples(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Return the first prompts with their reference and the answers of the base and of each arm's first run.
+
+    Returns:
+        ``prompt``, ``reference`` and ``answers`` (``who``, ``text``) each. A run's answers before training come from
+        its ``run.json``, those after training from its ``answers.json``.
+    """
+    firsts = [(arm.label, arm.runs[0]) for arm in arms]
+    found: dict[str, dict[str, Any]] = {}
+    for _, run in firsts:
+        for answer in _before(run):
+            entry = found.setdefault(answer.prompt, {**_question(answer), "answers": []})
+            said = {"who": f"{run.recipe['model']['name_or_path']}, before training", "text": visible(answer.text)}
+            if said not in entry["answers"]:
+                entry["answers"].append(said)
+    for label, run in firsts:
+        for answer in run.answers:
+            entry = found.setdefault(answer.prompt, {**_question(answer), "answers": []})
+            entry["answers"].append({"who": f"{label}, after (seed {run.seed})", "text": visible(answer.text)})
+    return list(found.values())[:MAX_PROMPTS]
+
+
+def _before(run: RunRecord) -> list[SampleAnswer]:
+    before = run.about.before
+    return (before.answers if before else None) or []
+
+
+def _question(answer: SampleAnswer) -> dict[str, str]:
+    return {"prompt": visible(answer.prompt), "reference": visible(answer.reference)}
+
+
+def visible(text: str) -> str:
+    """Replace control characters by the replacement character, and a blank text by a word that says so."""
+    return "".join("\ufffd" if c < " " and c not in "\n\t" else c for c in text) if text.strip() else "(blank)"
+
+
+# ---- Rendering ----
+
+
 def _environment(*, autoescape: bool) -> Environment:
     loader = PackageLoader("qlora_neft.compare")
     return Environment(
@@ -333,7 +220,7 @@ def _environment(*, autoescape: bool) -> Environment:
 
 
 def _fenced(text: str) -> str:
-    """A block of code that the text cannot end."""
+    """Return a code block whose fence is longer than any in the text, so that the text cannot end it."""
     ticks = "```"
     while ticks in text:
         ticks += "`"
@@ -341,5 +228,5 @@ def _fenced(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """One line that Markdown takes as it is."""
+    """Return the text as one line, with Markdown's special characters escaped."""
     return " ".join("".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in text).split())

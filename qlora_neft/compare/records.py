@@ -1,4 +1,4 @@
-"""What a run left on disk, read back; a run that has not finished has only part of it. No torch."""
+"""The files of runs and sweeps, read back for a comparison; a run that is not finished has only some. No torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..run_folder.record import (
     SampleAnswer,
 )
 
-SWEEP_FILE = "sweep.json"
+SWEEP_FILE, ROW_LOSSES_FILE = "sweep.json", "row_losses.json"
 LEAVE_OUT, MEASURE_AGAIN = "Leave this folder out.", "Remove it to measure again."
 
 
@@ -46,7 +46,7 @@ class _Train(Record):
 
 
 class _ResolvedRecipe(Record):
-    """What a comparison needs of a recipe; sections beyond these are mappings or null."""
+    """The part of a recipe that a comparison needs; further sections are mappings or null."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, dict[str, Any] | None]  # ty: ignore[incompatible-mutable-override]  narrower, as pydantic documents
@@ -71,13 +71,27 @@ class SweepRecord(Record):
     runs: list[PlannedRunRecord]
 
 
+class RowLosses(Record):
+    """``row_losses.json``: the losses of single held-out rows.
+
+    Attributes:
+        rows: Hash of the rows.
+        sums: Negative log-likelihood of each row, in nats.
+        counts: Trained tokens of each row.
+    """
+
+    rows: str
+    sums: list[float]
+    counts: list[int]
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """A run's folder.
 
     Attributes:
-        name: What to call it beside the others.
-        folder: Where it is.
+        name: Its name beside the others.
+        folder: The folder.
         recipe: Its resolved recipe as it was written down, keys of other versions included.
         about: ``run.json``: hashes of data and base, and what was measured before training.
         summary: ``summary.json``, None before the run's end.
@@ -97,7 +111,7 @@ class RunRecord:
 
     @property
     def seed(self) -> int:
-        """Of order, dropout, noise and LoRA's start."""
+        """Seed of data order, dropout, noise and the initial LoRA weights."""
         return self.recipe["train"]["seed"]
 
     @property
@@ -107,15 +121,15 @@ class RunRecord:
 
     @property
     def values(self) -> dict[str, float]:
-        """Every measure by name, those that are no finite number left out."""
+        """Every measure by name; those that are not finite numbers are left out."""
         found: dict[str, Any] = dict((self.summary.after if self.summary else None) or {})
-        found.pop("answers", None)  # how many an exact match was counted over
+        found.pop("answers", None)  # the number of answers behind exact_match
         held_out = [entry["eval_loss"] for entry in self.metrics if entry.get("eval_loss") is not None]
         if self.summary and len({entry["step"] for entry in self.metrics if "eval_loss" in entry}) > 2 and held_out:
-            found["lowest_held_out_loss"] = min(held_out)  # of a run that was also evaluated on the way
+            found["lowest_held_out_loss"] = min(held_out)  # only if the run was also evaluated on the way
         for measure, numbers in self.measures.items():
             found |= {f"{measure}.{name}": value for name, value in numbers.items()}
-        found.pop("loss.held_out_loss", None)  # the summary's, measured again
+        found.pop("loss.held_out_loss", None)  # the same as the summary's
         numbers = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
@@ -124,7 +138,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     """Read a run's folder.
 
     Raises:
-        UserInputError: If it holds none, or a file of it is damaged.
+        UserInputError: If it does not hold a run, or one of its files is damaged.
     """
     about = RunFile.read(folder / RUN_FILE, LEAVE_OUT) or RunFile()
     summary = RunSummary.read(folder / SUMMARY_FILE, LEAVE_OUT)
@@ -133,7 +147,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         raise UserInputError(
             f"{folder}: holds no run (run.json, recipe.yaml or summary.json). Give the --output-dir of train or sweep."
         )
-    _ResolvedRecipe.checked(recipe, folder, "The recipe in its records is none. Leave this run out.")
+    _ResolvedRecipe.checked(recipe, folder, "Its records hold no usable recipe. Leave this run out.")
     answers = Answers.read(folder / ANSWERS_FILE, MEASURE_AGAIN) or Answers()
     measures = Measures.read(folder / MEASURES_FILE, MEASURE_AGAIN) or Measures()
     return RunRecord(
@@ -142,14 +156,14 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
         recipe=recipe,
         about=about,
         summary=summary,
-        metrics=_lines(folder / "metrics.jsonl"),
+        metrics=_logged(folder / "metrics.jsonl"),
         measures=measures.by_name,
         answers=answers.answers,
     )
 
 
 def find_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Read runs; a sweep's folder stands for those of its runs that have begun. A folder given twice counts once.
+    """Read runs. A sweep's folder stands for those of its runs that have begun; a folder given twice counts once.
 
     Raises:
         UserInputError: If a folder is missing or holds neither.
@@ -165,8 +179,17 @@ def find_runs(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def read_sweep(folder: Path) -> SweepRecord | None:
-    """``sweep.json``, None without one."""
+    """Read ``sweep.json``, None if there is none."""
     return SweepRecord.read(folder / SWEEP_FILE, LEAVE_OUT)
+
+
+def read_row_losses(folder: Path) -> RowLosses | None:
+    """Read a run's losses by held-out row, None if they were not measured.
+
+    Raises:
+        UserInputError: If the file is damaged.
+    """
+    return RowLosses.read(folder / ROW_LOSSES_FILE, MEASURE_AGAIN)
 
 
 def _runs_of(folder: Path) -> list[Path]:
@@ -180,7 +203,7 @@ def _runs_of(folder: Path) -> list[Path]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many of the folders above as tell them apart."""
+    """Return the folders' names, each with as many parent folders as are needed to tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]
@@ -189,8 +212,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The numbers that were logged; the last line may be under way."""
+def _logged(path: Path) -> list[dict[str, Any]]:
+    """Read the numbers that were logged; the last line may be incomplete."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

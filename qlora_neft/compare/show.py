@@ -1,153 +1,35 @@
-"""What a person sees of a sweep: a line when a run begins and ends, its progress on a terminal, tables at the end."""
+"""What a sweep shows: its results in files, a line per run while it goes on, and tables on the terminal at the end."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from ..display.plots import (
-    BLUE,
-    DARK_GREY,
-    GREEN,
-    LIGHT_GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILION,
-    new_picture,
-    save_picture,
-)
+from ..display.tables import Table
 from ..files import write_json, write_text
-from .arms import Arm, arms_by, name_of, show
+from .arms import Arm, arms_by
+from .folder import is_trained
 from .plan import SweepPlan
-from .records import RunRecord, read_run
-from .results import TextTable, differences_table, measures_table, pairing_line, results_of, short_table, verdict_lines
-
-MAX_MEASURES = 5
-NOT_DRAWN = {"lowest_held_out_loss"}  # the curves of report show it better
-COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, DARK_GREY)
-MARKERS = "osD^vPX"
-
-
-def plot_sweep(arms: Sequence[Arm], results: dict[str, Any], path: Path, title: str) -> bool:
-    """Draw seeds as points, their mean and range, and differences to the baseline with Student's interval.
-
-    Args:
-        arms: In the order of ``results``.
-        results: `results_of` them.
-        path: PNG file to write.
-        title: Heading.
-
-    Returns:
-        False if there is nothing to draw, or matplotlib is not installed (extra ``plots``).
-    """
-    keys = [key for key in results["measures"] if key not in NOT_DRAWN][:MAX_MEASURES]
-    drawing = new_picture("", (max(4.2 * len(keys), 6), 6.4)) if keys else None
-    if drawing is None:
-        return False
-    figure, axes = drawing
-    axes.remove()
-    figure.suptitle(title, parse_math=False)
-    panels = figure.subplots(2, len(keys), squeeze=False)
-    key, lines = _lines(arms)
-    for column, name in enumerate(keys):
-        measure = results["measures"][name]
-        _values(panels[0][column], lines, measure, key is not None)
-        _differences(panels[1][column], lines, measure)
-        panels[0][column].set_title(name_of(name).title, fontsize=10)
-    panels[0][0].set_ylabel("value: seeds, mean, range")
-    panels[1][0].set_ylabel("difference to the baseline\nmean, 95% t interval")
-    for panel in panels.flat:
-        _finish(panel, key, arms)
-    if len(lines) > 1:
-        panels[0][0].legend(frameon=False, fontsize=8)
-    return save_picture(figure, path)
-
-
-def _lines(arms: Sequence[Arm]) -> tuple[str | None, dict[str, list[tuple[float, int]]]]:
-    """The numeric key that is the x axis, None for one place an arm; and by line, places and indices of its arms."""
-    key = next(iter(arms[0].settings), None)
-    numbers = [arm.settings.get(key) for arm in arms]
-    if key is None or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
-        return None, {"": [(float(i), i) for i in range(len(arms))]}
-    lines: dict[str, list[tuple[float, int]]] = {}
-    for i, arm in enumerate(arms):
-        rest = ", ".join(f"{k.split('.')[-1]} {show(v)}" for k, v in arm.settings.items() if k != key)
-        lines.setdefault(rest, []).append((float(arm.settings[key]), i))
-    return key, {name: sorted(line) for name, line in lines.items()}
-
-
-def _values(panel: Any, lines: dict[str, list[tuple[float, int]]], measure: dict[str, Any], is_numeric: bool) -> None:
-    for i, (label, line) in enumerate(lines.items()):
-        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        found = [(x, measure["arms"][arm]) for x, arm in line if measure["arms"][arm]["values"]]
-        seeds = [(x, value) for x, row in found for value in row["values"].values()]
-        if not found:
-            continue
-        panel.plot(*zip(*seeds, strict=True), marker, color=color, markersize=4, alpha=0.5, linestyle="none")
-        places, means = [x for x, _ in found], [row["mean"] for _, row in found]
-        below = [row["mean"] - row["min"] for _, row in found]
-        above = [row["max"] - row["mean"] for _, row in found]
-        style = {"color": color, "capsize": 3, "linewidth": 1.6, "label": label or None}
-        joined = "-" if is_numeric else "none"
-        panel.errorbar(places, means, (below, above), marker="_", markersize=12, linestyle=joined, **style)
-
-
-def _differences(panel: Any, lines: dict[str, list[tuple[float, int]]], measure: dict[str, Any]) -> None:
-    panel.axhline(0, color=LIGHT_GREY, linewidth=1)
-    for i, line in enumerate(lines.values()):
-        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        found = [(x, measure["arms"][arm]["difference"]) for x, arm in line if "difference" in measure["arms"][arm]]
-        for x, row in found:
-            panel.plot([x] * len(row["values"]), row["values"], marker, color=color, markersize=4, alpha=0.5)
-            low, high = row["t_interval"] or (row["mean"], row["mean"])
-            error = ([row["mean"] - low], [high - row["mean"]])
-            panel.errorbar([x], [row["mean"]], error, marker="_", markersize=12, color=color, capsize=3, linewidth=1.6)
-
-
-def _finish(panel: Any, key: str | None, arms: Sequence[Arm]) -> None:
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(alpha=0.25)
-    if key is None:
-        labels = [arm.label for arm in arms]
-        panel.set_xticks(range(len(labels)), labels, rotation=30, ha="right", parse_math=False, fontsize=8)
-        panel.set_xlim(-0.5, len(labels) - 0.5)
-        return
-    panel.set_xlabel(key)
-    places = sorted({float(arm.settings[key]) for arm in arms})
-    if places[0] > 0 and places[-1] / places[0] >= 30:
-        panel.set_xscale("log")
-        panel.set_xlim(places[0] / 1.5, places[-1] * 1.5)
-        return
-    margin = 0.08 * (places[-1] - places[0]) or 1
-    panel.set_xlim(places[0] - margin, places[-1] + margin)
-    if len(places) <= 8:
-        panel.set_xticks(places, [f"{place:g}" for place in places])
-
+from .plot import plot_sweep
+from .records import read_run
+from .results import results_of
+from .tables import differences_table, measures_table, pairing_line, short_table, verdict_lines
 
 RESULTS_FILE, MARKDOWN_FILE, PICTURE_FILE = "results.json", "sweep.md", "sweep.png"
 
 
-def finished_arms(plan: SweepPlan, output_dir: Path) -> list[Arm]:
-    """Arms of the runs that are finished, in the order of the plan's settings."""
-    runs: list[RunRecord] = [
-        read_run(output_dir / run.name) for run in plan.runs if (output_dir / run.name / "summary.json").exists()
-    ]
-    return arms_by(runs, plan.keys)
+# ---- Files ----
 
 
 def write_results(plan: SweepPlan, output_dir: Path) -> dict[str, Any]:
-    """Write the results of what is finished.
+    """Write the results of the runs that are finished.
 
     Returns:
-        The content of ``results.json``.
+        The content of ``results.json``, and ``picture``, whether one was drawn.
     """
     arms = finished_arms(plan, output_dir)
     planned = {"recipe": plan.recipe, "keys": plan.keys, "seeds": plan.seeds, "runs": len(plan.runs)}
@@ -158,25 +40,20 @@ def write_results(plan: SweepPlan, output_dir: Path) -> dict[str, Any]:
     return results
 
 
-def tables_of(results: dict[str, Any]) -> list[TextTable]:
-    """Measures, and differences where there is a baseline."""
-    found = [measures_table(results), differences_table(results)]
-    return [table for table in found if table is not None and table.rows]
-
-
-def lines_of(results: dict[str, Any]) -> list[str]:
-    """What may be said of the results."""
-    return [line for line in (*verdict_lines(results), pairing_line(results)) if line]
+def finished_arms(plan: SweepPlan, output_dir: Path) -> list[Arm]:
+    """Return the arms of the runs that are finished, in the order of the plan's settings."""
+    folders = [output_dir / run.name for run in plan.runs]
+    return arms_by([read_run(folder) for folder in folders if is_trained(folder)], plan.keys)
 
 
 def markdown(plan: SweepPlan, results: dict[str, Any]) -> str:
-    """``sweep.md``."""
+    """Return the content of ``sweep.md``."""
     unfinished = "" if results["finished"] == results["runs"] else f"; {results['finished']} of them finished"
     parts = [
         f"# {_title(plan)}",
         f"{results['runs']} runs{unfinished}, seeds {', '.join(map(str, plan.seeds))}.",
-        *(f"## {table.title}\n\n{table.markdown()}" for table in tables_of(results)),
-        "## What may be said\n\n" + "\n".join(f"- {line}" for line in lines_of(results)),
+        *(f"## {table.title}\n\n{table.markdown()}" for table in _tables(results)),
+        "## What the results show\n\n" + "\n".join(f"- {line}" for line in _sentences(results)),
         *(["![measures and differences](sweep.png)"] if results["picture"] else []),
         results["method"],
     ]
@@ -187,11 +64,20 @@ def _title(plan: SweepPlan) -> str:
     return f"{plan.recipe}: {' and '.join(plan.keys)}"
 
 
-NARROW: dict[str, Any] = {"show_edge": False, "pad_edge": False}
+def _tables(results: dict[str, Any]) -> list[Table]:
+    found = [measures_table(results), differences_table(results)]  # without a baseline there are no differences
+    return [table for table in found if table is not None and table.rows]
+
+
+def _sentences(results: dict[str, Any]) -> list[str]:
+    return [line for line in (*verdict_lines(results), pairing_line(results)) if line]
+
+
+# ---- Terminal ----
 
 
 class SweepDisplay:
-    """`sweep.Display` on a console.
+    """A `sweep.Display` on a console.
 
     Args:
         quiet: Write on stderr.
@@ -210,21 +96,21 @@ class SweepDisplay:
         if self._status:
             self._status.stop()
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, /) -> None:
         """Print a line."""
         self.console.print(line, markup=False)
 
-    def progress(self, name: str, line: str) -> None:
-        """Show a line until the next; nothing in a pipe, where the logs have it."""
+    def progress(self, name: str, line: str, /) -> None:
+        """Show a line until the next; in a pipe do nothing, since the logs have it."""
         if self._status and line.strip():
             self._status.update(Text(f"{name}: {line.strip()}"))
 
 
 def show_results(results: dict[str, Any], output_dir: Path) -> None:
-    """A table on stdout, what may be said of them, and where everything is."""
+    """Print a table, what the results show, and where everything is."""
     console = Console(highlight=False)
-    console.print(_rich(short_table(results)))
-    for line in lines_of(results):
+    console.print(short_table(results).rich(framed=False))
+    for line in _sentences(results):
         console.print(line, markup=False, soft_wrap=True)
     drawn = "sweep.png" if results["picture"] else "no sweep.png: pip install 'qlora-neft[plots]'"
     console.print(f"{output_dir}: sweep.md, results.json, {drawn}", markup=False, soft_wrap=True)
@@ -232,21 +118,11 @@ def show_results(results: dict[str, Any], output_dir: Path) -> None:
 
 
 def show_plan(report: dict[str, Any], *, as_json: bool) -> None:
-    """A dry run's answer on stdout."""
+    """Print the answer of a dry run."""
     if as_json:
         print(json.dumps(report, indent=2))
         return
     rows = [(run["name"], str(run["steps"]), f"{run['tokens']:,}", run["state"]) for run in report["runs"]]
-    table = TextTable("Runs, in order", ("", "steps", "tokens", ""), tuple(rows))
     console = Console(highlight=False)
-    console.print(_rich(table))
+    console.print(Table(("", "steps", "tokens", ""), rows, "Runs, in order").rich(framed=False))
     console.print(f"{len(rows)} runs, {report['tokens']:,} tokens still to train; nothing was written", markup=False)
-
-
-def _rich(table: TextTable) -> Table:
-    shown = Table(title=Text(table.title) if table.title else None, title_justify="left", box=SIMPLE_HEAD, **NARROW)
-    for i, column in enumerate(table.columns):
-        shown.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*(Text(cell) for cell in row))
-    return shown

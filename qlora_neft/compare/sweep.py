@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from ..errors import RunFailed, RunInterrupted
 from ..run_folder.lock import run_lock
 from ..runner.run import run
-from .arms import name_of
 from .folder import is_begun, is_done, is_trained, open_sweep
+from .names import name_of
 from .plan import PlannedRun, SweepPlan
 from .queue import Outcome, Runner, run_queue
 from .records import read_run
@@ -147,7 +147,7 @@ def check_runs(plan: SweepPlan, output_dir: Path) -> dict[str, Any]:
     """
     open_sweep(plan, output_dir, write=False)
     checked: dict[str, dict[str, Any]] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for planned in plan.runs:
         key = _key(planned)
         if key not in checked:

@@ -1,4 +1,4 @@
-"""Capability: lm-eval's tasks on an adapter and on its base alone, question by question on the same NF4 weights.
+"""Capability: lm-eval's tasks on an adapter and on its base alone, both on the same NF4 weights.
 
 Jain et al. 2023, NEFTune, Figure 3 and "Effect on Capabilities", arXiv:2310.05914: tasks of the Open LLM Leaderboard
 (ARC, HellaSwag, MMLU, TruthfulQA) by the LM Evaluation Harness. Needs the extra ``harness``.
@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from typing import Any
 from ..adapter.folder import find_adapter
 from ..adapter.load import Trained, load_trained
 from ..display.console import quiet_libraries
-from ..display.tables import plain_table
+from ..display.tables import Table
 from ..errors import RunFailed, UserInputError, first_line
 from ..paths import shown_path
 
-# Examples before each question on the Open LLM Leaderboard that the paper reports; other tasks: as lm-eval has them.
+# Examples before each question on the Open LLM Leaderboard, which the paper reports. Other tasks: lm-eval's default.
 LEADERBOARD_SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0}
 SIDES = ("base", "adapter")
 
@@ -47,21 +47,21 @@ def evaluate_adapter(
         source: As in `find_adapter`.
         tasks: Names of tasks, groups or tags.
         num_fewshot: Examples before each question. Default: `LEADERBOARD_SHOTS`. Tasks that fix 0 keep 0.
-        limit: Questions of each task at most.
+        limit: Maximum number of questions of each task.
         include_path: Folder with more task files.
-        base_alone: Measure the base as well.
+        base_alone: Also measure the base without the adapter.
         batch_size: Requests at a time.
         base, revision, device, precision: As in `load_trained`.
 
     Returns:
-        ``adapter``, ``base`` (names), ``lm_eval`` (version), ``limit`` and ``results``: per task and metric an entry
+        ``adapter``, ``base`` (names), ``lm_eval`` (version), ``limit`` and ``results``: one entry per task and metric
         with ``task``, ``part_of`` (its group, or null), ``metric``, ``num_fewshot``, ``questions``, and for ``base``
         and ``adapter`` each ``value`` and ``stderr``; with both, ``difference`` (adapter - base) and
         ``difference_stderr``, paired by question.
 
     Raises:
         UserInputError: If lm-eval is missing, a task is unknown, or the adapter cannot be loaded.
-        RunFailed: If a task's data cannot be read.
+        RunFailed: If the data of a task cannot be read.
     """
     lm_eval = _import()
     folder = find_adapter(source, revision=revision, base=base)
@@ -82,7 +82,11 @@ def evaluate_adapter(
 
 
 def side_by_side(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Entries of `evaluate_adapter` from what lm-eval returned for ``adapter`` and ``base``."""
+    """Return the entries of `evaluate_adapter`.
+
+    Args:
+        measured: What lm-eval returned for ``adapter`` and, if it was measured, ``base``.
+    """
     return [
         _entry(task, key, {side: found[i] for side, found in measured.items()})
         for i, result in enumerate(measured["adapter"])
@@ -120,9 +124,14 @@ def _entry(task: str, key: str, results: Mapping[str, Mapping[str, Any]]) -> dic
 
 
 def paired_stderr(a: Sequence[float], b: Sequence[float], difference: float) -> float | None:
-    """Standard error of the mean difference of two measurements of the same questions.
+    """Return the standard error of the mean difference between two measurements of the same questions.
 
-    None where ``difference`` is not the mean over questions (a metric of another kind), or of fewer than two of them.
+    Args:
+        a, b: Values by question, in the same order.
+        difference: Of the two metrics.
+
+    Returns:
+        None if ``difference`` is not the mean over questions (a metric of another kind), or for fewer than two.
     """
     if len(a) != len(b) or len(a) < 2:
         return None
@@ -133,13 +142,13 @@ def paired_stderr(a: Sequence[float], b: Sequence[float], difference: float) -> 
 
 
 def _leaves(task: str, result: Mapping[str, Any]) -> list[str]:
-    """The tasks below a group, through groups of groups; a task itself."""
+    """Return the tasks in a group, through groups of groups; for a task, itself."""
     below = result.get("group_subtasks", {}).get(task) or []
     return [leaf for name in below for leaf in _leaves(name, result)] if below else [task]
 
 
 def _per_question(task: str, metric: str, filter_name: str, result: Mapping[str, Any]) -> list[float]:
-    """Values of a metric in the order of questions; empty where it has none, or not as numbers."""
+    """Return a metric's values in the order of questions; empty if it has none, or they are not numbers."""
     samples = [one for leaf in _leaves(task, result) for one in result["samples"].get(leaf, ())]
     values = [one.get(metric) for one in samples if one["filter"] == filter_name]
     return [float(value) for value in values] if all(isinstance(value, (int, float)) for value in values) else []
@@ -154,17 +163,17 @@ def _import() -> Any:
 
 
 def _task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
-    """lm-eval's own tasks and those of a folder; all names are known."""
+    """Find lm-eval's own tasks and those of a folder, and check that all names are known."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
-        raise UserInputError(f"--include-path: no folder at {str(include_path)!r}. Name the folder of your YAML tasks.")
+        raise UserInputError(f"--include-path: no folder at {str(include_path)!r}. Name the folder of your task files.")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown or not tasks:
         raise UserInputError(
             f"--tasks: lm-eval has no task {', '.join(unknown) or 'without a name'}. `lm-eval ls tasks` lists them; "
-            "tasks of your own lie in the folder --include-path."
+            "for tasks of your own, name their folder with --include-path."
         )
     return manager
 
@@ -172,7 +181,7 @@ def _task_manager(tasks: Sequence[str], include_path: Path | None) -> Any:
 def _measured(
     trained: Trained, tasks: Sequence[str], manager: Any, num_fewshot: int | None, limit: int | None, batch_size: int
 ) -> list[dict[str, Any]]:
-    """What lm-eval returns, once for each number of examples."""
+    """Run lm-eval once for each number of examples; return what it returns."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -183,14 +192,14 @@ def _measured(
             found = simple_evaluate(
                 model, tasks=names, num_fewshot=shots, limit=limit, task_manager=manager, log_samples=True
             )
-        except OSError as error:  # a data set that is not there, or the network
+        except OSError as error:  # a missing data set, or the network
             raise RunFailed(f"{', '.join(names)}: the data of a task cannot be read. ({first_line(error)})") from error
         results.append(found)
     return results
 
 
 def _by_shots(tasks: Sequence[str], num_fewshot: int | None) -> dict[int | None, list[str]]:
-    """Tasks by the examples they are given; None: lm-eval's own number."""
+    """Group tasks by their number of examples; None: lm-eval's own."""
     groups: dict[int | None, list[str]] = {}
     for name in dict.fromkeys(tasks):
         shots = LEADERBOARD_SHOTS.get(name) if num_fewshot is None else num_fewshot
@@ -199,8 +208,8 @@ def _by_shots(tasks: Sequence[str], num_fewshot: int | None) -> dict[int | None,
 
 
 @contextmanager
-def _quiet_lm_eval() -> Iterator[None]:
-    """lm-eval warns of what is meant here: a model handed over loaded, and other numbers of examples."""
+def _quiet_lm_eval() -> Generator[None, None, None]:
+    """Silence lm-eval's warnings about what is intended here: a loaded model, and other numbers of examples."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -211,7 +220,7 @@ def _quiet_lm_eval() -> Iterator[None]:
 
 
 def lines(report: dict[str, Any]) -> str:
-    """A report as a table, in percent; of a group its own line alone."""
+    """Return a report as a table, in percent; a group is shown without its parts."""
     has_base = any("base" in entry for entry in report["results"])
     sides = SIDES if has_base else ("adapter",)
     rows = []
@@ -226,7 +235,7 @@ def lines(report: dict[str, Any]) -> str:
     heading = ("task", "metric", "shots", "n", *sides, *(["difference"] if has_base else []))
     note = "in percent; ± is one standard error" + (", of the difference paired by question" if has_base else "")
     limit = "" if report["limit"] is None else f"; the first {report['limit']} questions of each task only"
-    return f"{plain_table(heading, rows)}\n{note}{limit}"
+    return f"{Table(heading, rows).plain()}\n{note}{limit}"
 
 
 def _shown(value: float, stderr: float | None, sign: str = "") -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset
@@ -21,6 +21,9 @@ from ..run_folder.record import keep_measures
 from ..runner.run_data import other_data, recipe_data
 from ..steps.losses import RowLosses, row_losses
 from .runs import HELD_OUT, TRAIN, Machine, Progress, Say, folders_of, no_progress, progress_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SLICE = 1024  # sequences held in memory at a time; those of similar length share a batch
 
@@ -128,7 +131,8 @@ def _measure_name(set_name: str) -> str:
 
 def prepare_for_losses(trained: Trained) -> None:
     """Give the model TRL's fused head, as in training, so that full logits are never built. Once per model."""
-    add_fused_lm_head(trained.model.get_base_model())
+    # PEFT types the base as any module; load_trained made it from a PreTrainedModel.
+    add_fused_lm_head(cast("PreTrainedModel", trained.model.get_base_model()))
 
 
 def set_loss(trained: Trained, rows: Dataset, *, batch_size: int, progress: Progress = no_progress) -> SetLoss:

@@ -15,8 +15,8 @@ from qlora_neft.compare import one_run
 from qlora_neft.compare.arms import arms_by
 from qlora_neft.compare.measures import MEASURES, measure_run
 from qlora_neft.compare.plan import MEASURES as CHECKED
-from qlora_neft.compare.records import read_run
-from qlora_neft.compare.results import read_rows, results_of
+from qlora_neft.compare.records import read_row_losses, read_run
+from qlora_neft.compare.results import results_of
 from qlora_neft.errors import RunFailed, RunInterrupted, UserInputError
 from qlora_neft.fit import card_of
 from qlora_neft.runner.run import run
@@ -201,8 +201,8 @@ def test_losses_of_rows_are_the_held_out_loss(swept, workplace, monkeypatch):
     monkeypatch.chdir(workplace)  # the recipe names its data from there
     for name in NAMES:
         measure_run(swept[0] / name, ["rows", "answers"])
-        rows = read_rows(swept[0] / name)
-        mean = sum(rows["sums"]) / sum(rows["counts"])
+        rows = read_row_losses(swept[0] / name)
+        mean = sum(rows.sums) / sum(rows.counts)
         assert mean == pytest.approx(summary(swept[0] / name)["after"]["held_out_loss"], rel=1e-5)
     record = read_run(swept[0] / NAMES[0])
     assert record.measures == {"rows": {}, "answers": {}} and record.answers[0].reference == "77"

@@ -8,9 +8,10 @@ import yaml
 from command_line import invoke
 
 from qlora_neft.compare.arms import arms_by
-from qlora_neft.compare.page import curve_of, style_of, thinned, ticks, write_report
+from qlora_neft.compare.charts import curve_of, style_of, thinned, ticks
+from qlora_neft.compare.page import write_report
 from qlora_neft.compare.records import find_runs, read_run
-from qlora_neft.compare.results import TextTable
+from qlora_neft.display.tables import Table
 from qlora_neft.errors import UserInputError
 
 EVIL = '<script>alert("x")</script>'
@@ -126,7 +127,7 @@ def test_answers_stand_side_by_side(tmp_path):
     page, _, markdown = report(tmp_path, one, two)
     shown = page.text.split(" Answers ")[1]
     assert shown.startswith(
-        "Prompt Say a|b Wanted wanted base, before training before noise_alpha 0, after (seed 0) first"
+        "Prompt Say a|b Expected wanted base, before training before noise_alpha 0, after (seed 0) first"
     )
     assert "noise_alpha 5, after (seed 0) sec\ufffdond line" in shown
     assert "sec\ufffdond\nline" in markdown
@@ -260,7 +261,7 @@ def test_what_is_no_number_is_no_point(tmp_path):
 
 
 def test_bars_and_line_ends_stay_in_their_cell():
-    table = TextTable("", ("a", "b"), (("x|y", "1\n2"),))
+    table = Table(("a", "b"), (("x|y", "1\n2"),))
     assert table.markdown().splitlines()[-1] == r"| x\|y | 1 2 |"
-    picture = TextTable("", ("a",), (("![x](http://elsewhere/x.png)",), ("[1, 2]",))).markdown()
+    picture = Table(("a",), (("![x](http://elsewhere/x.png)",), ("[1, 2]",))).markdown()
     assert "](" not in picture and "| [1, 2] |" in picture

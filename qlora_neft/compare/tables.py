@@ -1,0 +1,94 @@
+"""Tables and sentences from the results of `results_of`, for a terminal, Markdown and a page. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..display.tables import Table
+from .names import MeasureName, name_of
+
+# What "measurable" reads as, in full and in a narrow table.
+SAYS = {True: "measurable", False: "not measurable", None: "one seed"}
+SHORT = {True: "yes", False: "no", None: "one seed"}
+
+
+def measures_table(results: dict[str, Any]) -> Table:
+    """Return mean and range over seeds of every measure, one row per arm."""
+    keys = list(results["measures"])
+    rows = []
+    for i, arm in enumerate(results["arms"]):
+        found = [results["measures"][key]["arms"][i] for key in keys]
+        num_runs = str(max((len(row["values"]) for row in found), default=0))
+        rows.append((arm["label"], num_runs, *(_spread_text(name_of(k), r) for k, r in zip(keys, found, strict=True))))
+    return Table(("", "runs", *(name_of(k).title for k in keys)), rows, "Measures, mean [range over seeds]")
+
+
+def differences_table(results: dict[str, Any]) -> Table | None:
+    """Return every paired difference with its intervals; None without a baseline."""
+    rows: list[tuple[str, ...]] = []
+    for key, measure in results["measures"].items():
+        name = name_of(key)
+        for arm in measure["arms"]:
+            if "difference" in arm:
+                rows.append((name.label, arm["arm"], arm["difference"]["to"], *_difference(name, arm)))
+    columns: tuple[str, ...] = ("measure", "", "against", "difference", "t interval", "bootstrap", "over rows", "")
+    if not any(row[6] != "-" for row in rows):
+        columns, rows = _without(columns, 6), [_without(row, 6) for row in rows]
+    title, others = "Paired differences", {row[2] for row in rows}
+    if len(others) == 1:
+        title += f" to {others.pop()}"
+        columns, rows = _without(columns, 2), [_without(row, 2) for row in rows]
+    return Table(columns, rows, f"{title}, 95% intervals") if rows else None
+
+
+def short_table(results: dict[str, Any]) -> Table:
+    """Return a narrow table: every measure of every arm, and its difference with Student's interval."""
+    rows: list[tuple[str, ...]] = []
+    for key, measure in results["measures"].items():
+        name = name_of(key)
+        rows.append((name.label, "", "", ""))
+        for arm in measure["arms"]:
+            found = arm.get("difference")
+            change = f"{name.show_difference(found['mean'])} {_interval(name, found['t_interval'])}" if found else ""
+            rows.append(
+                (f"  {arm['arm']}", _spread_text(name, arm), change, SHORT[found["measurable"]] if found else "")
+            )
+    return Table(("", "mean [range]", "difference [95%]", "measurable"), rows)
+
+
+def verdict_lines(results: dict[str, Any]) -> list[str]:
+    """Return one sentence on each measure, and one on the best arm."""
+    said = [f"{name_of(key).label}: {m['verdict']}" for key, m in results["measures"].items() if m["verdict"]]
+    return [*said, results["best"]["sentence"]]
+
+
+def pairing_line(results: dict[str, Any]) -> str:
+    """Say what the runs of a pair share, as found in their own records."""
+    if not results["pairing"]:
+        return ""
+    words = {"data": "training rows", "base": "base weights", "start": "loss before training"}
+    shared = [word for key, word in words.items() if all(pair[key] for pair in results["pairing"])]
+    other = [word for word in words.values() if word not in shared]
+    line = "Pairs share the seed" + "".join(f", {word}" for word in shared) + " (checked in their records)."
+    return line + (f" Not shared: {', '.join(other)}." if other else "")
+
+
+def _difference(name: MeasureName, arm: dict[str, Any]) -> tuple[str, ...]:
+    found = arm["difference"]
+    intervals = (_interval(name, found.get(k)) for k in ("t_interval", "bootstrap_interval", "rows_interval"))
+    return (name.show_difference(found["mean"]), *intervals, SAYS[found["measurable"]])
+
+
+def _interval(name: MeasureName, interval: Sequence[float] | None) -> str:
+    return "-" if interval is None else f"[{', '.join(name.show_difference(end) for end in interval)}]"
+
+
+def _spread_text(name: MeasureName, row: dict[str, Any]) -> str:
+    if len(row["values"]) < 2:
+        return name.show(row["mean"])
+    return f"{name.show(row['mean'])} [{name.show(row['min'])}, {name.show(row['max'])}]"
+
+
+def _without(row: tuple[str, ...], i: int) -> tuple[str, ...]:
+    return (*row[:i], *row[i + 1 :])
