@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,9 @@ def write_text(path: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, content: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+def write_json(
+    path: Path, content: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, sort_keys: bool = False
+) -> None:
     """Write a JSON file whole or not at all.
 
     Raises:
