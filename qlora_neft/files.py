@@ -123,6 +123,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def visible(folder: Path) -> list[Path]:
+    """Return what is in a folder except hidden names, which are drafts, locks, and what killed processes left."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
 def sync(path: Path) -> None:
     """Return when a file, or the names in a folder, are on the disk; at once where a file system cannot say."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError
-from ..files import write_json, write_text
+from ..files import visible, write_json, write_text
 from ..recipe.settings import flat
 from ..run_folder.record import RUN_FILE, SUMMARY_FILE
 from .plan import SweepPlan
@@ -87,7 +87,7 @@ def missing(folder: Path, measures: Sequence[str]) -> list[str]:
 def _check_empty(output_dir: Path) -> None:
     if not output_dir.is_dir():
         raise UserInputError(f"--output-dir: {str(output_dir)!r} is a file. Give a new folder.")
-    if any(not path.name.startswith(".") for path in output_dir.iterdir()):
+    if visible(output_dir):
         raise UserInputError(
             f"--output-dir: {str(output_dir)!r} is not empty and holds no sweep. Give a new folder, so that nothing "
             "in this one is lost."

@@ -1,7 +1,8 @@
-"""Checkpoints as folders on disk: whole or not there, and known by a checksum of every file.
+"""Checkpoints as folders on disk: whole or absent, with a checksum of every file.
 
-A checkpoint is written into a hidden folder and renamed when all of it has reached the disk; it is removed by being
-renamed to a hidden name first. So whatever bears a good name was once whole, wherever a process was killed.
+A checkpoint is written into a hidden folder, which is renamed when all of it has reached the disk. To remove a
+checkpoint, it is first renamed to a hidden name. A folder named ``checkpoint-N`` was therefore whole once, wherever a
+process was killed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _HIDDEN = re.compile(rf"\.({_NAME.pattern})\.(partial|replaced|removed)-.+")
 
 @dataclass(frozen=True)
 class FileSum:
-    """What a file of a checkpoint must be."""
+    """What a file of a checkpoint must be, to be the one that was written."""
 
     sha256: str
     bytes: int
@@ -41,12 +42,12 @@ class FileSum:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``manifest.json``: what a checkpoint is, and every file of it.
+    """The content of ``manifest.json``: what a checkpoint is, and all of its files.
 
     Attributes:
-        step: Optimizer steps made.
-        about: What the writer said of the run; of a run's checkpoint, the content of its ``run.json``.
-        files: By path from the checkpoint's folder.
+        step: Optimizer steps taken.
+        about: What the writer says of the run; in a run's checkpoint, the content of its ``run.json``.
+        files: By path inside the checkpoint's folder.
     """
 
     step: int
@@ -54,12 +55,12 @@ class Manifest:
     files: dict[str, FileSum]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of the file."""
+        """Return the content of the file as plain values."""
         return {"manifest_version": VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, content: Any) -> Self:
-        """Take the content of a file.
+        """Make a manifest from the content of its file.
 
         Raises:
             ValueError: If it is not a manifest of this version.
@@ -76,7 +77,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A sound checkpoint: its folder, the optimizer steps made, what its writer said of the run."""
+    """A sound checkpoint: its folder, the optimizer steps taken, and what its writer says of the run."""
 
     path: Path
     step: int
@@ -85,7 +86,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Search:
-    """The newest sound checkpoint of a folder, and newer damaged ones (all, if none is sound) with what is wrong."""
+    """The newest sound checkpoint of a folder, and the damaged ones that are newer, each with its problems."""
 
     newest: Checkpoint | None
     damaged: list[tuple[Path, list[str]]]
@@ -93,15 +94,17 @@ class Search:
 
 @contextmanager
 def new_checkpoint(output_dir: Path, step: int, about: dict[str, Any]) -> Generator[Path, None, None]:
-    """A hidden folder to write into; a checkpoint at the end of the block, nothing if an exception leaves it.
+    """Give a hidden folder to write into, which becomes a checkpoint at the end of the block.
+
+    If an exception leaves the block, nothing remains.
 
     Args:
-        output_dir: Folder of the run; made if it is missing.
-        step: Optimizer steps made. An older checkpoint of this step is replaced.
-        about: What the manifest says of the run; values of JSON.
+        output_dir: The run's folder, made if it is missing.
+        step: Optimizer steps taken. An older checkpoint of the same step is replaced.
+        about: What the manifest is to say of the run; JSON values.
 
     Raises:
-        OSError: If it cannot be written, for instance for want of space. Nothing is left of it.
+        OSError: If it cannot be written, for instance on a full disk.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     with whole_folder(output_dir / f"{PREFIX}{step}", synced=True) as folder:
@@ -112,17 +115,17 @@ def new_checkpoint(output_dir: Path, step: int, about: dict[str, Any]) -> Genera
 
 
 def files_in(folder: Path) -> list[str]:
-    """Every file below a folder, by its path from there."""
+    """Return the path of every file below a folder, relative to it."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with a checkpoint; nothing if it is sound. Files beyond those of its manifest are allowed."""
+    """Return what is wrong with a checkpoint, nothing if it is sound. Files that its manifest omits are allowed."""
     return _examine(path)[1]
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint, verified.
+    """Verify a checkpoint and return it.
 
     Raises:
         UserInputError: If it is not sound.
@@ -130,13 +133,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     checkpoint, wrong = _examine(path)
     if checkpoint is None:
         raise UserInputError(
-            f"{path}: not a checkpoint that can be used: {'; '.join(wrong)}. Name another one, or start anew."
+            f"{path}: not a checkpoint that can be used: {'; '.join(wrong)}. Name another one, or start over."
         )
     return checkpoint
 
 
 def find_checkpoints(output_dir: Path) -> Search:
-    """The newest sound checkpoint of a folder by its step; older ones are not looked at."""
+    """Find the newest sound checkpoint of a folder, by step; older ones are not examined."""
     damaged: list[tuple[Path, list[str]]] = []
     for path in _newest_first(output_dir):
         checkpoint, wrong = _examine(path)
@@ -153,7 +156,7 @@ def _newest_first(output_dir: Path) -> list[Path]:
 
 
 def _examine(path: Path) -> tuple[Checkpoint | None, list[str]]:
-    """A checkpoint, or what is wrong with it."""
+    """Return a checkpoint, or what is wrong with it."""
     try:
         manifest = read_manifest(path)
     except ValueError as error:
@@ -165,10 +168,10 @@ def _examine(path: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read what a checkpoint is to be.
+    """Read the manifest of a checkpoint's folder.
 
     Raises:
-        ValueError: If there is no manifest, or none that can be used.
+        ValueError: If there is no manifest, or none that can be used; the message says which.
     """
     try:
         content = read_json(path / MANIFEST)
@@ -180,27 +183,26 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _problem(path: Path, name: str, wanted: FileSum) -> str | None:
-    """Return what is wrong with one file; the size is looked at first, since it costs nothing."""
+    """Return what is wrong with one file. Its size is compared first, since that costs nothing."""
     try:
         if not path.is_file():
             return f"{name} is missing"
         if (found := path.stat().st_size) != wanted.bytes:
             return f"{name} has {found} bytes instead of {wanted.bytes}"
-        return (
-            None if sha256_of_file(path) == wanted.sha256 else f"{name} has another content than was written (SHA-256)"
-        )
+        is_same = sha256_of_file(path) == wanted.sha256
+        return None if is_same else f"{name} has another content than was written (SHA-256)"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
 
 
 def prune(output_dir: Path, keep: int) -> None:
-    """Remove all but the newest sound checkpoints, and damaged ones among and before them.
+    """Remove all but the newest sound checkpoints; damaged ones among the kept and before them go too.
 
-    Nothing is removed that is newer than the newest sound one, nor anything where none is sound.
+    Nothing newer than the newest sound checkpoint is removed, and nothing at all if none is sound.
 
     Args:
-        output_dir: Folder of the run.
-        keep: Sound ones to keep; one stays in any case.
+        output_dir: The run's folder.
+        keep: Number of sound checkpoints to keep, at least one.
     """
     kept = 0
     for path in _newest_first(output_dir):
@@ -213,23 +215,26 @@ def prune(output_dir: Path, keep: int) -> None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Clear away what killed processes left half written or half removed. The caller alone writes there."""
+    """Remove what killed processes left half written or half removed. Only the caller may be writing there."""
     for path in list(output_dir.iterdir()) if output_dir.is_dir() else []:
         if hidden := _HIDDEN.fullmatch(path.name):
             final = path.with_name(hidden[1])
             if hidden[3] == "replaced" and not os.path.lexists(final) and not verify(path):
-                path.rename(final)  # killed after it was moved aside, before the new one was in place
+                path.rename(final)  # the process was killed between moving the old one aside and placing the new one
             else:
                 remove(path)
 
 
+# ---- The adapter ----
+
+
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, output_dir: str | Path) -> None:
-    """Write an adapter so that the same training writes the same bytes; no pickle is written.
+    """Write an adapter, so that the same training writes the same bytes. No pickle is written.
 
     Args:
         model: The trained model; only its adapter is written, in the dtype it was trained in (float32).
-        tokenizer: Saved beside it, None to leave it out.
-        output_dir: Folder to write to, made if missing.
+        tokenizer: Saved beside the adapter; None to omit it.
+        output_dir: The folder to write to, made if it is missing.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -242,7 +247,7 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, ou
 
 
 def _sort_config(path: Path) -> None:
-    """PEFT writes sets, in an order that changes from run to run."""
+    """Sort the lists and keys: PEFT writes sets, in an order that changes from run to run."""
     config = read_json(path)
     for key in ("target_modules", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):

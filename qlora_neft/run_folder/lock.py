@@ -1,7 +1,7 @@
 """One run at a time in a folder.
 
-The operating system's file lock where there is one: it ends with the process that holds it, however that ended. On
-file systems without, the file itself is the lock, and whether its owner is still there is judged by its content.
+Where the operating system locks files, that lock is used: it ends with the process that holds it, however that process
+ends. On file systems without such locks the file itself is the lock, and its content tells whether its owner is alive.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -26,15 +26,15 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".run.lock"
-STALE_SECONDS = 24 * 60 * 60  # a lock of another machine, which cannot be asked whether the process is still there
+STALE_SECONDS = 24 * 60 * 60  # for a lock of another machine, whose processes cannot be looked up from here
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-_held: dict[int, Path] = {}  # of this process, by descriptor
+_held: dict[int, Path] = {}  # the locks this process holds, by descriptor
 
 
 @contextmanager
-def run_lock(output_dir: Path) -> Iterator[None]:
-    """Hold a folder for the time of a block. A forked child does not hold it, and does not release it.
+def run_lock(output_dir: Path) -> Generator[None, None, None]:
+    """Hold a folder during a block. A forked child neither holds the lock nor releases it.
 
     Args:
         output_dir: An existing folder.
@@ -65,7 +65,7 @@ def _acquire(path: Path) -> int:
 
 
 def _try_once(path: Path) -> int | None:
-    """A descriptor of the file, which is ours; None if the file was removed meanwhile."""
+    """Return a descriptor of the lock file, which is ours now; None if the file was removed in the meantime."""
     descriptor, is_new = _open(path)
     is_ours = False
     try:
@@ -77,20 +77,20 @@ def _try_once(path: Path) -> int | None:
 
 
 def _release(descriptor: int) -> None:
-    """Remove the file while it is still locked: afterwards it could be another's."""
+    """Remove the file while it is still locked: afterwards it could be another run's."""
     path = _held.pop(descriptor)
     try:
         if _is_same_file(path, descriptor):
             path.unlink(missing_ok=True)
     finally:
-        # A child forked outside of Python may have the descriptor still: closing ours would not end the lock.
+        # A child forked outside Python may still have the descriptor, and then closing ours would not end the lock.
         if fcntl is not None:
             _flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """A descriptor, which Python closes in programs that are started, and whether the file was made now."""
+    """Open the lock file; return a descriptor, which started programs do not inherit, and whether the file is new."""
     while True:
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
@@ -101,13 +101,13 @@ def _open(path: Path) -> tuple[int, bool]:
         try:
             return os.open(path, os.O_RDWR), False
         except FileNotFoundError:
-            continue  # released between the two
+            continue  # released between the two calls
         except PermissionError as error:
             raise _cannot_lock(path, error) from error
 
 
 def _is_ours(path: Path, descriptor: int, is_new: bool) -> bool:
-    """Whether the lock is held now; False to open the file again.
+    """Return whether the lock is held now; False means to open the file again.
 
     Raises:
         UserInputError: If another run holds it.
@@ -117,7 +117,7 @@ def _is_ours(path: Path, descriptor: int, is_new: bool) -> bool:
     except BlockingIOError as error:
         raise _refusal(path, _read(descriptor)) from error
     if supported:
-        return _is_same_file(path, descriptor)  # whoever held it may have removed it after it was opened here
+        return _is_same_file(path, descriptor)  # whoever held it may have removed it after we opened it
     if is_new:
         return True
     _remove_stale(path, descriptor)
@@ -125,7 +125,8 @@ def _is_ours(path: Path, descriptor: int, is_new: bool) -> bool:
 
 
 def _flock(descriptor: int, operation: int) -> bool:
-    """Whether the file system has such locks."""
+    """Lock or unlock the file; return False if its file system has no such locks."""
+    assert fcntl is not None, "callers look before"
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:
@@ -142,7 +143,7 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
         return False
 
 
-# ---- What the file says ----
+# ---- The file's content ----
 
 
 def _write(descriptor: int) -> None:
@@ -154,7 +155,7 @@ def _write(descriptor: int) -> None:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """Empty where there is nothing to read, as in the moment between the file's making and its writing."""
+    """Return the content; empty if there is none to read, as in the moment between making the file and writing it."""
     os.lseek(descriptor, 0, os.SEEK_SET)
     try:
         body = json.loads(os.read(descriptor, 4096))
@@ -178,14 +179,14 @@ def _cannot_lock(path: Path, error: OSError) -> UserInputError:
     )
 
 
-# ---- Without locks of the operating system ----
+# ---- File systems without locks ----
 
 
 def _remove_stale(path: Path, descriptor: int) -> None:
-    """Make way for a new file if the owner of this one is gone.
+    """Remove a lock file whose owner is gone.
 
     Raises:
-        UserInputError: If it is not.
+        UserInputError: If the owner is not gone.
     """
     body = _read(descriptor)
     if not _is_stale(path, body, time.time() - os.fstat(descriptor).st_mtime):
@@ -194,11 +195,11 @@ def _remove_stale(path: Path, descriptor: int) -> None:
     try:
         path.rename(aside)
     except FileNotFoundError:
-        return  # another process found it stale too
+        return  # another process found it stale as well
     if _is_same_file(aside, descriptor):
         aside.unlink()
     else:
-        aside.rename(path)  # that other process was faster, and what was moved is its new lock
+        aside.rename(path)  # that process was faster, and what we moved is its new lock
 
 
 def _is_stale(path: Path, body: dict[str, Any], age: float) -> bool:
@@ -206,20 +207,20 @@ def _is_stale(path: Path, body: dict[str, Any], age: float) -> bool:
     if body.get("host") != socket.gethostname() or type(pid) is not int or not 0 < pid < 2**31:
         return age > STALE_SECONDS
     if pid == os.getpid():
-        return path not in _held.values()  # in a container, a process often gets the number of its predecessor
+        return path not in _held.values()  # in containers a process often gets the number of its predecessor
     if os.name == "nt":
-        return False  # there, os.kill ends the process instead of asking after it
+        return False  # on Windows, os.kill ends the process instead of looking for it
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
-        return False  # another user's
+        return False  # alive, and another user's
     return False
 
 
 def _let_go_in_child() -> None:
-    """An orphaned child (a data loader's worker) would keep the lock of a killed run."""
+    """Close the locks in a forked child: an orphan, such as a data loader's worker, would keep a killed run's lock."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

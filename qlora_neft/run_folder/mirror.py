@@ -1,6 +1,6 @@
-"""A second folder, such as a mounted Google Drive, that gets a copy of a run's checkpoints and results.
+"""A second folder, such as a mounted Google Drive, that receives copies of a run's checkpoints and results.
 
-Copies are made in a background thread. A mirror that fails is reported and tried again; it never stops a run.
+A background thread makes the copies. A mirror that fails is reported and tried again; it never stops a run.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserInputError
-from ..files import whole_file, whole_folder
+from ..files import visible, whole_file, whole_folder
 from .checkpoints import Checkpoint, files_in, find_checkpoints, prune, remove_leftovers, verify
 
 
 class Mirror:
-    """Keeps a folder in step with a run's.
+    """Keeps a folder up to date with a run's folder.
 
-    What could not be copied stays queued, and every later call tries it again.
+    What cannot be copied stays queued, and every later call tries it again.
 
     Args:
-        output_dir: Folder of the run.
-        mirror_dir: Folder for the copies, of this run alone. It is made once: a folder that is gone later is a drive
-            that is gone, and its mount point on the local disk would be no mirror.
-        on_problem: Told once of each kind of failure, from the background thread.
+        output_dir: The run's folder.
+        mirror_dir: The folder for the copies, for this run alone. It is made once: if it is gone later, the drive is
+            gone, and copies into its mount point on the local disk would not be a mirror.
+        on_problem: Called once for each kind of failure, from the background thread.
 
     Raises:
         UserInputError: If both are the same folder.
@@ -37,20 +37,21 @@ class Mirror:
         if output_dir.resolve() == mirror_dir.resolve():
             raise UserInputError(f"{mirror_dir}: the mirror is the folder of the run itself. Give another one.")
         self.output_dir, self.mirror_dir, self.on_problem = output_dir.absolute(), mirror_dir.absolute(), on_problem
-        self._changed = threading.Condition()  # guards the four below
+        self._changed = threading.Condition()  # guards the four attributes below
         self._checkpoint: Path | None = None
         self._files: dict[str, None] = {}  # in the order asked for
         self._calls = 0
         self._is_working = False
-        self._reported: set[int | str] = set()  # what follows is of the thread alone
+        # Only the background thread uses the following.
+        self._reported: set[int | str] = set()
         self._is_made = self._was_mount = False
         self._attempt(self._make)
 
     def checkpoint(self, path: Path) -> None:
-        """Queue a finished checkpoint. Of several that wait, only the last is copied; the mirror keeps the newest.
+        """Queue a finished checkpoint. If several are waiting, only the last is copied; the mirror keeps the newest.
 
         Args:
-            path: Its folder, which may vanish at any time: then a newer one is queued or about to be.
+            path: The checkpoint's folder. It may vanish at any time, because a newer one is queued or soon will be.
         """
         with self._changed:
             self._checkpoint = path.absolute()
@@ -60,17 +61,17 @@ class Mirror:
         """Queue files.
 
         Args:
-            names: Files directly in the run's folder. Missing ones are skipped, and hidden ones, such as its lock.
+            names: Files directly in the run's folder. Missing and hidden ones, such as the lock, are skipped.
         """
         with self._changed:
             self._files.update(dict.fromkeys(name for name in names if not name.startswith(".")))
             self._start()
 
     def close(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is queued, after a last attempt at what could not be copied before.
+        """Try once more what could not be copied, and wait until nothing is queued.
 
         Args:
-            timeout: Seconds to wait at most.
+            timeout: Maximum seconds to wait, None for no limit.
 
         Returns:
             Whether everything is in the mirror: False if time ran out, or if something could not be copied.
@@ -89,7 +90,7 @@ class Mirror:
         self._calls += 1
         if self._has_work() and not self._is_working:
             self._is_working = True
-            # A daemon: a drive that does not answer must not keep the process from ending.
+            # A daemon, because a drive that does not answer must not keep the process alive.
             threading.Thread(target=self._work, name="mirror", daemon=True).start()
 
     def _work(self) -> None:
@@ -106,7 +107,7 @@ class Mirror:
             self._changed.notify_all()
 
     def _copy_queued(self) -> bool:
-        """Copy what is queued now; whether to look again. If not, the next call starts a new thread."""
+        """Copy what is queued now, and return whether to look again. If not, the next call starts a new thread."""
         with self._changed:
             calls, checkpoint, files = self._calls, self._checkpoint, list(self._files)
             self._checkpoint, self._files = None, {}
@@ -154,7 +155,7 @@ class Mirror:
         except OSError:
             if path.is_dir():
                 raise
-            return  # removed while it was copied, as older checkpoints are
+            return  # pruned while it was being copied
         prune(self.mirror_dir, 1)
 
     def _make(self) -> None:
@@ -162,7 +163,7 @@ class Mirror:
         self._is_made, self._was_mount = True, os.path.ismount(self.mirror_dir)
 
     def _check(self) -> None:
-        """Refuse the local folder that is left where a drive was mounted."""
+        """Refuse the empty local folder that remains where a drive was mounted."""
         if not self._is_made:
             self._make()
         elif not self.mirror_dir.is_dir() or (self._was_mount and not os.path.ismount(self.mirror_dir)):
@@ -170,7 +171,7 @@ class Mirror:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file whole or not at all.
+    """Copy a file whole or not at all, and bring it to the disk.
 
     Raises:
         OSError: If it cannot be copied.
@@ -180,10 +181,10 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def copy_tree(source: Path, folder: Path) -> None:
-    """Copy the files of a checkpoint into a folder, and verify them there.
+    """Copy a checkpoint's files into a folder, and verify them there.
 
     Raises:
-        OSError: If they cannot be copied, or if the copy is not sound.
+        OSError: If they cannot be copied, or the copy is not sound.
     """
     for name in files_in(source):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -195,24 +196,24 @@ def copy_tree(source: Path, folder: Path) -> None:
 def restore(mirror_dir: Path, output_dir: Path) -> Checkpoint | None:
     """Bring back the newest sound checkpoint of a mirror, and the files beside it.
 
-    The checkpoint gets its name last: before it has it, nothing of a run seems to be there to go on from.
+    The checkpoint gets its name last: until then the folder does not look like a run that could be resumed.
 
     Args:
-        mirror_dir: What a `Mirror` kept.
-        output_dir: A new folder, or one that holds nothing but hidden files.
+        mirror_dir: A folder that a `Mirror` kept.
+        output_dir: A new folder, or one with nothing but hidden files.
 
     Returns:
-        The checkpoint in ``output_dir``; None if the mirror holds none, and then nothing is copied.
+        The checkpoint in ``output_dir``; None if the mirror holds none, in which case nothing is copied.
 
     Raises:
         UserInputError: If ``output_dir`` holds files.
-        OSError: If something cannot be copied. Nothing is left of it.
+        OSError: If something cannot be copied; then nothing of it is left.
     """
     found = find_checkpoints(mirror_dir).newest
     if found is None:
         return None
     output_dir.mkdir(parents=True, exist_ok=True)
-    if any(_shown(output_dir)):
+    if any(visible(output_dir)):
         raise UserInputError(f"{output_dir}: not empty, and nothing in it may be lost. Give a new folder.")
     final = output_dir / found.path.name
     prefix = f".{final.name}.partial-"  # a name that `remove_leftovers` knows
@@ -221,13 +222,9 @@ def restore(mirror_dir: Path, output_dir: Path) -> Checkpoint | None:
         whole_folder(final, synced=True) as folder,
     ):
         copy_tree(found.path, folder)
-        names = [path.name for path in _shown(mirror_dir) if path.is_file()]
+        names = [path.name for path in visible(mirror_dir) if path.is_file()]
         for name in names:
             copy_file(mirror_dir / name, Path(staged) / name)
         for name in names:
             (Path(staged) / name).replace(output_dir / name)
     return Checkpoint(final, found.step, found.about)
-
-
-def _shown(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]

@@ -1,17 +1,18 @@
-"""Whether a run begins, goes on, or is over: what a folder holds against what a recipe states."""
+"""Decide whether a run starts, resumes, or is over: what its folder holds, compared with what the recipe states."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError
-from ..files import read_json, write_json
+from ..files import read_json, visible, write_json
+from ..recipe import Recipe
 from ..recipe.settings import learned
 from .checkpoints import MANIFEST, Checkpoint, find_checkpoints, read_checkpoint
 from .lock import run_lock
@@ -24,8 +25,8 @@ class Beginning:
     """How a run starts.
 
     Attributes:
-        checkpoint: To go on from, None to begin at step 0.
-        earlier: What ``run.json`` says of the run so far, None for a new one.
+        checkpoint: The checkpoint to resume from, None to begin at step 0.
+        earlier: What ``run.json`` says of the run so far, None for a new run.
         finished: Whether there is nothing left to do.
         notes: Lines for the user.
     """
@@ -36,28 +37,28 @@ class Beginning:
     notes: list[str] = field(default_factory=list)
 
 
-def find_beginning(output_dir: Path, recipe: Mapping[str, Any], resume: str = "auto") -> Beginning:
-    """Look at a folder; nothing is written.
+def find_beginning(output_dir: Path, recipe: Recipe, resume: str = "auto") -> Beginning:
+    """Find out how a run starts. Nothing is written.
 
     Args:
-        output_dir: Where the run writes.
-        recipe: `Recipe.to_dict`.
-        resume: ``auto`` goes on with this recipe's run if the folder holds one; ``never`` wants a new folder; else a
-            run's folder or a checkpoint to go on from in a new folder.
+        output_dir: The run's folder.
+        recipe: What the run is to learn.
+        resume: ``auto`` resumes this recipe's run if the folder holds one; ``never`` accepts a new folder only;
+            anything else is the folder of a run, or a checkpoint, to start from in a new folder.
 
     Raises:
         UserInputError: If the folder holds anything else, or another recipe's run (the difference is shown).
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserInputError(f"--output-dir: {str(output_dir)!r} is a file. Give a new folder.")
-    if not _is_occupied(output_dir):
+    if not output_dir.exists() or not visible(output_dir):
         _check_writable(output_dir)
         return Beginning() if resume in ("auto", "never") else _from_elsewhere(Path(resume), recipe)
     earlier = read_run_file(output_dir)
     if earlier is None and (output_dir / RECIPE_FILE).exists():
         raise UserInputError(
-            f"--output-dir: {str(output_dir)!r} holds {_state(output_dir)}, without {RUN_FILE} to go on from. Give a "
-            "new folder, or remove this one."
+            f"--output-dir: {str(output_dir)!r} holds {_state(output_dir)} without {RUN_FILE}, so it cannot be "
+            "resumed. Give a new folder, or remove this one."
         )
     if earlier is None:
         raise UserInputError(
@@ -67,51 +68,85 @@ def find_beginning(output_dir: Path, recipe: Mapping[str, Any], resume: str = "a
         raise UserInputError(
             f"--resume never: {str(output_dir)!r} holds {_state(output_dir)}. Give a new folder, or remove this one."
         )
-    check_same(earlier.recipe or {}, recipe, output_dir)
+    check_same(earlier, recipe, output_dir)
     if (output_dir / SUMMARY_FILE).exists():
         return Beginning(earlier=earlier, finished=True)
     _check_writable(output_dir)
+    # A place outside this folder is where the run began, given again: by now it has steps of its own.
     if Path(resume).resolve() not in (output_dir.resolve(), *output_dir.resolve().glob("*")):
-        resume = "auto"  # auto, or a place this run went on from when it began: it has steps of its own by now
+        resume = "auto"
     return _continued(output_dir, earlier, resume)
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path, key: str = "--output-dir") -> None:
-    """Refuse to go on with a run under a recipe that learns something else.
+def _continued(output_dir: Path, earlier: RunFile, resume: str) -> Beginning:
+    named = Path(resume)
+    found = find_checkpoints(output_dir)
+    if resume != "auto" and named.resolve() != output_dir.resolve():
+        checkpoint = read_checkpoint(named)
+        if found.newest and found.newest.step > checkpoint.step:
+            raise UserInputError(
+                f"--resume: {named.name} is not the newest checkpoint of {str(output_dir)!r}, which is "
+                f"{found.newest.path.name}. To go back to it, give a new --output-dir."
+            )
+        return Beginning(checkpoint, earlier)
+    notes = [f"{path.name} is damaged and skipped: {'; '.join(reasons)}" for path, reasons in found.damaged]
+    if found.newest is None:
+        notes.append(f"{output_dir}: no sound checkpoint there; this run begins at step 0")
+    return Beginning(found.newest, earlier, notes=notes)
+
+
+def _from_elsewhere(source: Path, recipe: Recipe) -> Beginning:
+    if not source.is_dir():
+        raise UserInputError(f"--resume: must be auto, never or a folder, and there is no folder {str(source)!r}.")
+    if (source / MANIFEST).exists():
+        checkpoint, notes = read_checkpoint(source), []
+    else:
+        found = find_checkpoints(source)
+        checkpoint, notes = found.newest, [f"{path.name} is damaged and skipped" for path, _ in found.damaged]
+    if checkpoint is None:
+        raise UserInputError(
+            f"--resume: {str(source)!r} holds no sound checkpoint. Name a run's folder or a checkpoint."
+        )
+    earlier = RunFile.of(checkpoint.about)  # a checkpoint says the same of its run as run.json does
+    check_same(earlier, recipe, source, key="--resume")
+    return Beginning(checkpoint, earlier, notes=notes)
+
+
+def _state(output_dir: Path) -> str:
+    return "a finished run" if (output_dir / SUMMARY_FILE).exists() else "an unfinished run"
+
+
+# ---- The same run ----
+
+
+def check_same(before: RunFile, recipe: Recipe, where: Path, key: str = "--output-dir") -> None:
+    """Refuse to continue a run under a recipe that learns something else.
+
+    Args:
+        before: What is recorded of the run. Its recipe is compared as it was written: a key that only another version
+            knows makes another run.
+        recipe: What is to be learned now.
+        where: The folder of the run.
+        key: The option that names the folder.
 
     Raises:
         UserInputError: With every key that differs.
     """
-    old, new = learned(before), learned(now)
-    different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    old, new = learned(before.recipe or {}), recipe.learned()
+    different = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     if different:
-        lines = [f"  {key}: {json.dumps(old.get(key))} before, {json.dumps(new.get(key))} now" for key in different]
+        lines = [f"  {name}: {json.dumps(old.get(name))} before, {json.dumps(new.get(name))} now" for name in different]
         raise UserInputError(
             f"{key}: {str(where)!r} holds a run that learns something else:\n" + "\n".join(lines) + "\n"
-            f"Only the machine section may change on the way. Take the recipe of that run, or give a new {key}."
+            f"Only the machine section may change during a run. Use that run's recipe, or give a new {key}."
         )
 
 
-def read_run_file(output_dir: Path) -> RunFile | None:
-    """Return what ``run.json`` says of a run, as far as it can be read; None if it names no recipe."""
-    try:
-        content = read_json(output_dir / RUN_FILE)
-    except (OSError, ValueError):
-        return None
-    found = RunFile.of(content) if isinstance(content, dict) else RunFile()
-    return None if found.recipe is None else found
-
-
-def write_run_file(output_dir: Path, content: dict[str, Any]) -> None:
-    """Note what a run is, before it trains."""
-    write_json(output_dir / RUN_FILE, content)
-
-
 def check_identity(earlier: RunFile | None, *, data_sha256: str, base_sha256: str) -> None:
-    """See that data and base are still those the run began with.
+    """Refuse to continue a run with other data or another base than it began with.
 
     Raises:
-        UserInputError: If one is another.
+        UserInputError: If one of them has changed.
     """
     if earlier is None:
         return
@@ -126,116 +161,26 @@ def check_identity(earlier: RunFile | None, *, data_sha256: str, base_sha256: st
             )
 
 
-def _continued(output_dir: Path, earlier: RunFile, resume: str) -> Beginning:
-    named = Path(resume)
-    found = find_checkpoints(output_dir)
-    if resume != "auto" and named.resolve() != output_dir.resolve():
-        checkpoint = read_checkpoint(named)
-        if found.newest and found.newest.step > checkpoint.step:
-            raise UserInputError(
-                f"--resume: {named.name} is not the newest checkpoint of {str(output_dir)!r}, which is "
-                f"{found.newest.path.name}. To go back, give a new --output-dir."
-            )
-        return Beginning(checkpoint, earlier)
-    notes = [f"{path.name} is damaged and left out: {'; '.join(reasons)}" for path, reasons in found.damaged]
-    if found.newest is None:
-        notes.append(f"{output_dir}: no sound checkpoint there; this run begins at step 0")
-    return Beginning(found.newest, earlier, notes=notes)
+# ---- Records ----
 
 
-def _from_elsewhere(source: Path, recipe: Mapping[str, Any]) -> Beginning:
-    if not source.is_dir():
-        raise UserInputError(f"--resume: must be auto, never or a folder, and there is no folder {str(source)!r}.")
-    if (source / MANIFEST).exists():
-        checkpoint, notes = read_checkpoint(source), []
-    else:
-        found = find_checkpoints(source)
-        checkpoint, notes = found.newest, [f"{path.name} is damaged and left out" for path, _ in found.damaged]
-    if checkpoint is None:
-        raise UserInputError(
-            f"--resume: {str(source)!r} holds no sound checkpoint. Name a run's folder or a checkpoint."
-        )
-    earlier = RunFile.of(checkpoint.about)  # a checkpoint says what its run's file does
-    check_same(earlier.recipe or {}, recipe, source, key="--resume")
-    return Beginning(checkpoint, earlier, notes=notes)
-
-
-def _is_occupied(output_dir: Path) -> bool:
-    return output_dir.exists() and any(not path.name.startswith(".") for path in output_dir.iterdir())
-
-
-def _state(output_dir: Path) -> str:
-    return "a finished run" if (output_dir / SUMMARY_FILE).exists() else "a run that did not finish"
-
-
-def _check_writable(output_dir: Path) -> None:
-    """Find out before hours of training, without making anything."""
-    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "cannot be written to" if nearest.is_dir() else "is a file"
-        raise UserInputError(f"--output-dir: {str(output_dir)!r} cannot be made: {str(nearest)!r} {what}.")
-
-
-@contextmanager
-def claimed(output_dir: Path) -> Iterator[None]:
-    """Hold a folder for this run alone; folders made for it go again if nothing was written.
-
-    Raises:
-        UserInputError: If another run is writing there.
-    """
-    made = _make(output_dir)
+def read_run_file(output_dir: Path) -> RunFile | None:
+    """Return what ``run.json`` says of a run, as far as it can be read; None if it names no recipe."""
     try:
-        with run_lock(output_dir):
-            yield
-    finally:
-        for folder in made:  # the innermost first
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+        content = read_json(output_dir / RUN_FILE)
+    except (OSError, ValueError):
+        return None
+    found = RunFile.of(content) if isinstance(content, dict) else RunFile()
+    return None if found.recipe is None else found
 
 
-def disk_message(output_dir: Path) -> Callable[[str], str]:
-    """What to say of a run whose disk fails, by the cause."""
-
-    def message(cause: str) -> str:
-        newest = find_checkpoints(output_dir).newest
-        state = f"The checkpoint of step {newest.step} is sound" if newest else "There is no checkpoint yet"
-        return (
-            f"{str(output_dir)!r} cannot be written to ({cause}). {state}. Free space or fix the folder, and run the "
-            "same command again."
-        )
-
-    return message
-
-
-def restore_from_mirror(
-    mirror_dir: str | None, output_dir: Path, recipe: Mapping[str, Any], say: Callable[[str], None]
-) -> None:
-    """Bring back what a mirror holds, where the folder itself is gone: the session that had it vanished.
-
-    Raises:
-        UserInputError: If the mirror is that of another recipe's run.
-    """
-    if mirror_dir is None or not Path(mirror_dir).expanduser().is_dir():
-        return
-    mirrored = read_run_file(Path(mirror_dir).expanduser())
-    if mirrored is not None:
-        check_same(mirrored.recipe or {}, recipe, Path(mirror_dir), key="machine.mirror_dir")
-    if output_dir.exists() and (not output_dir.is_dir() or _visible(output_dir)):
-        return
-    with claimed(output_dir):
-        try:
-            found = restore(Path(mirror_dir).expanduser(), output_dir)
-        except OSError as error:
-            raise UserInputError(
-                f"machine.mirror_dir: {mirror_dir!r} cannot be restored to {str(output_dir)!r} ({error}). Free the "
-                "cause, and run the same command again."
-            ) from error
-    if found is not None:
-        say(f"restored from the mirror {mirror_dir}: checkpoint of step {found.step}")
+def write_run_file(output_dir: Path, content: Mapping[str, Any]) -> None:
+    """Write down what a run is, before it trains."""
+    write_json(output_dir / RUN_FILE, content)
 
 
 def read_summary(output_dir: Path) -> dict[str, Any]:
-    """The summary of a finished run.
+    """Return the content of a finished run's ``summary.json``.
 
     Raises:
         UserInputError: If it is damaged.
@@ -248,16 +193,78 @@ def read_summary(output_dir: Path) -> dict[str, Any]:
         ) from error
 
 
-def _visible(folder: Path) -> list[Path]:
-    """What is in a folder, leftovers of a process that was killed not counted."""
-    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+# ---- The folder ----
+
+
+@contextmanager
+def claimed(output_dir: Path) -> Generator[None, None, None]:
+    """Hold a folder for this run alone. Folders made for it are removed again if nothing was written.
+
+    Raises:
+        UserInputError: If another run is writing there, or the folder cannot be made.
+    """
+    made = _make(output_dir)
+    try:
+        with run_lock(output_dir):
+            yield
+    finally:
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _make(output_dir: Path) -> list[Path]:
-    """Folders that had to be made, the innermost first."""
+    """Make a folder and return those that had to be made for it, innermost first."""
     missing = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserInputError(f"--output-dir: {str(output_dir)!r} cannot be made ({error.strerror}).") from error
     return missing
+
+
+def _check_writable(output_dir: Path) -> None:
+    """Refuse a folder that cannot be written to before hours are spent on it; nothing is made."""
+    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise UserInputError(f"--output-dir: {str(output_dir)!r} cannot be made: {str(nearest)!r} {what}.")
+
+
+def disk_message(output_dir: Path) -> Callable[[str], str]:
+    """Return what makes the message for a run whose disk fails, from the cause."""
+
+    def message(cause: str) -> str:
+        newest = find_checkpoints(output_dir).newest
+        state = f"The checkpoint of step {newest.step} is sound" if newest else "There is no checkpoint yet"
+        return (
+            f"{str(output_dir)!r} cannot be written to ({cause}). {state}. Free space or fix the folder, and run the "
+            "same command again."
+        )
+
+    return message
+
+
+def restore_from_mirror(mirror_dir: str | None, output_dir: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Bring back what a mirror holds if the run's own folder is gone, as after a session whose disk vanished.
+
+    Raises:
+        UserInputError: If the mirror is that of another recipe's run, or cannot be copied back.
+    """
+    if mirror_dir is None or not Path(mirror_dir).expanduser().is_dir():
+        return
+    mirrored = read_run_file(Path(mirror_dir).expanduser())
+    if mirrored is not None:
+        check_same(mirrored, recipe, Path(mirror_dir), key="machine.mirror_dir")
+    if output_dir.exists() and (not output_dir.is_dir() or visible(output_dir)):
+        return
+    with claimed(output_dir):
+        try:
+            found = restore(Path(mirror_dir).expanduser(), output_dir)
+        except OSError as error:
+            raise UserInputError(
+                f"machine.mirror_dir: {mirror_dir!r} cannot be restored to {str(output_dir)!r} ({error}). Remove the "
+                "cause, and run the same command again."
+            ) from error
+    if found is not None:
+        say(f"restored from the mirror {mirror_dir}: checkpoint of step {found.step}")

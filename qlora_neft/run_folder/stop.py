@@ -1,28 +1,31 @@
-"""SIGINT and SIGTERM as a request that training can answer when it suits; the second one is an order."""
+"""When to stop and when to save: SIGINT and SIGTERM as requests that training answers between steps, and a clock."""
 
 from __future__ import annotations
 
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether someone asked training to stop, and since when.
+    """Whether training was asked to stop, and since when. The first signal asks; a second one stops at once.
 
     Args:
-        grace_seconds: Time to finish the step and to write a checkpoint. A step that takes more than half of it is
-            given up; the checkpoint is then of the step before.
-        on_request: Told the signal, once.
+        grace_seconds: Time to finish the step and write a checkpoint. A step that takes more than half of it is
+            abandoned; the checkpoint is then that of the step before.
+        on_request: Called once, with the signal's name.
+
+    Attributes:
+        signal: The signal that asked, None as long as none did.
     """
 
     def __init__(self, grace_seconds: float, on_request: Callable[[str], None] | None = None) -> None:
@@ -37,14 +40,14 @@ class StopRequest:
         return self.signal is not None
 
     def overdue(self) -> bool:
-        """Whether the step has to be given up for the checkpoint to be written in time."""
+        """Return whether the step has to be abandoned for the checkpoint to be written in time."""
         return self.requested and time.monotonic() - self._since > self.grace_seconds / 2
 
     def request(self, number: int) -> None:
-        """Ask; asked a second time, stop at once.
+        """Take a signal.
 
         Raises:
-            KeyboardInterrupt: The second time.
+            KeyboardInterrupt: If it is the second one.
         """
         if self._is_heard:
             raise KeyboardInterrupt
@@ -54,16 +57,16 @@ class StopRequest:
             self.on_request(signal.Signals(number).name)
 
     def agree(self, number: int) -> None:
-        """Stop because another process of this run was asked to; the first signal here is then no order yet."""
+        """Stop because another process of this run was asked to. A first signal in this process is still a request."""
         if not self.requested:
             self.signal, self._since = signal.Signals(number), time.monotonic()
 
 
 @contextmanager
-def answered(stop: StopRequest) -> Iterator[StopRequest]:
-    """Let signals ask ``stop`` for the time of a block; afterwards they do what they did before.
+def answered(stop: StopRequest) -> Generator[StopRequest, None, None]:
+    """Direct signals to ``stop`` during a block, and restore their handlers afterwards.
 
-    Python hears signals in its main thread only: elsewhere the block runs as it is.
+    Python handles signals in its main thread only: in other threads the block runs as it is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -81,32 +84,34 @@ def answered(stop: StopRequest) -> Iterator[StopRequest]:
 
 
 class WhenToSave(TrainerCallback):
-    """Asks the trainer for checkpoints; all ranks ask at the same step.
+    """Asks the trainer for checkpoints, on all ranks at the same step.
 
     Args:
-        save_every_minutes: Longest time between two; None for none by the clock.
-        stop: Answered with a checkpoint and the end of training.
+        save_every_minutes: Longest time between two checkpoints; None for no checkpoints by the clock.
+        stop: The request that a checkpoint and the end of training answer.
     """
 
     def __init__(self, save_every_minutes: float | None = None, stop: StopRequest | None = None) -> None:
         self.save_every_minutes, self.stop = save_every_minutes, stop
         self._saved = time.monotonic()
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the clock."""
         self._saved = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a checkpoint if one is due."""
         number, due = self._agreed(args, self._stop_signal(), self._is_due())
         if number:
             control.should_training_stop, control.should_evaluate = True, False
             if self.stop is not None:
-                self.stop.agree(number)  # else a rank that heard nothing would take the run for finished
+                self.stop.agree(number)  # otherwise a rank without a signal would take the run for finished
         control.should_save = bool(control.should_save or number or due)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock anew."""
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Restart the clock."""
         self._saved = time.monotonic()
 
     def _stop_signal(self) -> int:
@@ -116,8 +121,8 @@ class WhenToSave(TrainerCallback):
         minutes = self.save_every_minutes
         return minutes is not None and time.monotonic() - self._saved >= 60 * minutes
 
-    def _agreed(self, args: Any, *wishes: int) -> list[int]:
-        """What any rank wishes of each: signals and clocks reach ranks at different steps."""
+    def _agreed(self, args: TrainingArguments, *wishes: int) -> list[int]:
+        """Return the maximum of each wish over all ranks: signals and clocks reach ranks at different steps."""
         if args.world_size == 1:
             return list(wishes)
         asked = torch.tensor(wishes, dtype=torch.int32, device=args.device)

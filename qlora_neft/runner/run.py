@@ -101,8 +101,8 @@ def run(
     with quiet_libraries():
         if main and not dry_run:
             mirror_dir = recipe.machine.mirror_dir
-            restore_from_mirror(mirror_dir, output_dir, recipe.to_dict(), lambda line: say(console, [line]))
-        beginning = find_beginning(output_dir, recipe.to_dict(), resume)
+            restore_from_mirror(mirror_dir, output_dir, recipe, lambda line: say(console, [line]))
+        beginning = find_beginning(output_dir, recipe, resume)
         if beginning.finished:
             return _finished(output_dir, console)
         # Before rows are prepared and weights loaded, so that a wrong token costs no time.
@@ -123,7 +123,7 @@ def run(
         with failing_with_the_disk(disk_message(output_dir)), claimed(output_dir) if main else nullcontext():
             if main:
                 remove_leftovers(output_dir)
-            beginning = find_beginning(output_dir, recipe.to_dict(), resume)  # again: now the folder is ours alone
+            beginning = find_beginning(output_dir, recipe, resume)  # again: now the folder is ours alone
             if beginning.finished:  # by another process in the meantime
                 return _finished(output_dir, console)
             trainer = trainer_of(decided, trainer_class)

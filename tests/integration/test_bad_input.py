@@ -292,7 +292,7 @@ def test_what_this_machine_cannot_do(workplace, monkeypatch, override, rule):
     ("files", "said"),
     [
         ({"recipe.yaml": "a", "summary.json": "b", "adapter_model.safetensors": "c"}, "holds a finished run"),
-        ({"recipe.yaml": "a", "metrics.jsonl": "b"}, "holds a run that did not finish"),
+        ({"recipe.yaml": "a", "metrics.jsonl": "b"}, "holds an unfinished run"),
         ({"thesis.txt": "years of work"}, "is not empty, and nothing in it may be lost"),
         ({"sub/notes.txt": "a"}, "is not empty"),
     ],

@@ -65,7 +65,7 @@ def test_the_same_command_goes_on(interrupted, whole):
 
 
 def test_resume_never_refuses_a_folder_that_holds_a_run(interrupted):
-    assert refused(*TRAIN, "--resume", "never").startswith("--resume never: 'out' holds a run that did not finish.")
+    assert refused(*TRAIN, "--resume", "never").startswith("--resume never: 'out' holds an unfinished run.")
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_damage_is_seen_and_the_one_before_is_used(tmp_path, harm, words):
     assert len(problems) == 1 and problems[0].startswith(words)
     with pytest.raises(UserInputError) as error:
         read_checkpoint(path)
-    assert str(path) in str(error.value) and words in str(error.value) and "start anew" in str(error.value)
+    assert str(path) in str(error.value) and words in str(error.value) and "start over" in str(error.value)
     search = find_checkpoints(tmp_path)
     assert search.newest.step == 5 and search.damaged == [(path, problems)]
 
