@@ -81,7 +81,7 @@ def uniform_by_tensors(counts: Sequence[int], keys: Sequence[Key], device: torch
 
 
 def _parts(counts: Sequence[int]) -> Iterator[slice]:
-    """Runs of neighbours whose scratch memory stays bounded: few kernel launches, and no burst of memory."""
+    """Runs of neighbors whose scratch memory stays bounded: few kernel launches, and no burst of memory."""
     start, size = 0, 0
     for i, count in enumerate(counts):
         if i > start and size + count > FLOATS_AT_ONCE:
