@@ -32,12 +32,14 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train an adapter from a recipe."""
+    from ..imports import imports_that_stay
     from ..recipe import load_recipe
 
     pushing = {"machine.push_to": push_to, "machine.push_every": push_every}
     pushed = [f"{key}={value}" for key, value in pushing.items() if value is not None]
     recipe = load_recipe(name, [*(overrides or ()), *pushed])  # before the slow imports: a typo is reported at once
-    from ..runner.run import run
+    with imports_that_stay():
+        from ..runner.run import run
 
     with json_only(as_json):
         summary = run(recipe, output_dir, resume=resume, dry_run=dry_run, quiet=as_json)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RunFailed, RunInterrupted, UserInputError
+from ..imports import imports_that_stay
 from .folder import is_trained
 
 
@@ -30,8 +31,9 @@ def train_and_measure(folder: Path, recipe: Path, names: Sequence[str]) -> None:
         RunInterrupted: If a signal asked training to stop; nothing is measured then.
     """
     # Imported here, so that an interruption while they load is answered by `main` as well.
-    from ..recipe import load_recipe
-    from ..runner.run import run
+    with imports_that_stay():
+        from ..recipe import load_recipe
+        from ..runner.run import run
 
     if not is_trained(folder):
         run(load_recipe(recipe), folder)

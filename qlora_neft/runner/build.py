@@ -14,6 +14,7 @@ import torch
 
 from ..base.precision import PrecisionPolicy, resolve_precision
 from ..data.prepare import PreparedData, Progress, prepare_data
+from ..data.report import padding_waste, sequence_lengths
 from ..errors import UserInputError
 from ..fit import Card, Choice, choose
 from ..fit.cards import GIB, host
@@ -164,3 +165,12 @@ def _card(policy: PrecisionPolicy) -> Card:
         return host()
     device = torch.cuda.get_device_properties(policy.device)
     return Card(device.name, device.total_memory, has_bf16=policy.compute_dtype == torch.bfloat16)
+
+
+def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> dict[str, Any]:
+    """Return the data report, extended by what padding costs under a plan."""
+    batch = recipe.train.effective_batch_size
+    rows, tokens = plan.per_device_train_batch_size, plan.max_tokens_per_micro_batch
+    lengths = sequence_lengths(data.train)
+    waste = padding_waste(lengths, batch, rows, tokens, padding_free=plan.padding_free, seed=recipe.train.seed)
+    return {**data.report, "train": {**data.report["train"], "padding_waste": waste}}

@@ -13,18 +13,16 @@ from peft import PeftModel
 
 from ..base.lora import count_parameters, count_trainable
 from ..data.prepare import PreparedData
-from ..data.report import padding_waste, sequence_lengths
 from ..display.console import title
 from ..display.plots import plot_lengths, plot_losses
 from ..files import finite, sha256_of_text, write_json, write_text
 from ..generation.answers import Answer
-from ..recipe import Recipe
 from ..run_folder.metrics import MetricsFile, hardware, peak_memory, versions
 from ..run_folder.mirror import Mirror
 from ..run_folder.record import ANSWERS_FILE, RECIPE_FILE, RUN_FILE, SUMMARY_FILE
 from ..run_folder.resume import Beginning, write_run_file
 from ..trainer import QLoRANeftTrainer
-from .build import Run
+from .build import Run, report_of
 from .measure import Measurement
 from .plan import RunPlan, is_main_process
 
@@ -54,15 +52,6 @@ def facts_of(run: Run) -> dict[str, Any]:
         "hardware": hardware(run.policy.device),
         "base_commit": getattr(run.config, "_commit_hash", None),
     }
-
-
-def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> dict[str, Any]:
-    """Return the data report, extended by what padding costs under a plan."""
-    batch = recipe.train.effective_batch_size
-    rows, tokens = plan.per_device_train_batch_size, plan.max_tokens_per_micro_batch
-    lengths = sequence_lengths(data.train)
-    waste = padding_waste(lengths, batch, rows, tokens, padding_free=plan.padding_free, seed=recipe.train.seed)
-    return {**data.report, "train": {**data.report["train"], "padding_waste": waste}}
 
 
 def data_sha256(data: PreparedData) -> str:

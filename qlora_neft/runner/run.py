@@ -17,9 +17,7 @@ from rich.console import Console
 from ..base.config import check_base_config, check_context, check_vocabulary, load_tokenizer
 from ..base.nf4 import base_fingerprint, frozen_fingerprints
 from ..display.console import (
-    ProgressLines,
     RowsProgress,
-    SpeedLine,
     data_lines,
     lines_after,
     make_console,
@@ -29,6 +27,7 @@ from ..display.console import (
     show_answers,
     show_result,
 )
+from ..display.progress import ProgressLines, SpeedLine
 from ..errors import RunFailed, RunInterrupted
 from ..files import failing_with_the_disk
 from ..recipe import Recipe

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserInputError
 from . import IGNORE_INDEX
-from .rows import GHOST
 from .sequences import SequenceSpan, UnknownSequenceBoundaries, count_tokens, find_sequences
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+
+GHOST = "_ghost"  # key of a row that is here only because a rank without a row must take part in the step
 
 Row = Mapping[str, Any]
 Collator = Callable[[list], dict[str, Any]]

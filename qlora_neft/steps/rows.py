@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerate.data_loader import SeedableRandomSampler
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
-from transformers import TrainingArguments
 
-GHOST = "_ghost"  # key of a row that is here only because a rank without a row must take part in the step
+from .batch import GHOST
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 class Order(Protocol):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from qlora_neft import list_recipes, load_recipe
 from qlora_neft.cli import app
-from qlora_neft.display.console import SpeedLine
+from qlora_neft.display.progress import SpeedLine
 from qlora_neft.errors import UserInputError
 from qlora_neft.fit import card_of, choose, fit_report
 from qlora_neft.fit.cards import CARDS, GIB, this_machine

@@ -15,7 +15,7 @@ PACKAGE = Path(qlora_neft.__file__).parent
 
 # Lowest first, one line a layer. A name is a package with all its modules, or a module at the top level.
 LAYERS = (
-    {"errors"},
+    {"errors", "imports"},
     {"files", "paths", "steps"},
     {"noise", "recipe"},
     {"base", "data", "display", "run_folder"},
