@@ -1,1 +1,1 @@
-"""The model that is trained: its configuration, NF4 weights, LoRA, number formats and files."""
+"""The model being trained: its configuration, NF4 weights, LoRA, number formats and files."""

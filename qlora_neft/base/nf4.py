@@ -140,6 +140,20 @@ def base_fingerprint(fingerprints: dict[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def to_nf4(weight: Tensor, double_quant: bool) -> Params4bit:
+    """Quantize a weight as `load_nf4_base` does, from the dtype it comes in."""
+    nf4 = Params4bit.__new__(
+        Params4bit, weight, requires_grad=False, compress_statistics=double_quant, quant_type="nf4"
+    )  # by __new__: type checkers take the arguments of Parameter's __init__ for those of the constructor
+    return nf4.cpu()  # quantizes
+
+
+def from_nf4(weight: Params4bit) -> Tensor:
+    """Return the float32 values that a quantized weight stands for, (out, in)."""
+    weight.quant_state.dtype = torch.float32
+    return dequantize_4bit(weight.data, weight.quant_state)
+
+
 def _stored_tensors(param: Tensor) -> Iterator[Tensor]:
     yield param.detach()
     state = getattr(param, "quant_state", None)
@@ -156,17 +170,3 @@ def _sha256(tensors: Iterator[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
-
-
-def to_nf4(weight: Tensor, double_quant: bool) -> Params4bit:
-    """Quantize a weight as `load_nf4_base` does, from the dtype it comes in."""
-    nf4 = Params4bit.__new__(
-        Params4bit, weight, requires_grad=False, compress_statistics=double_quant, quant_type="nf4"
-    )  # by __new__: type checkers take the arguments of Parameter's __init__ for those of the constructor
-    return nf4.cpu()  # quantizes
-
-
-def from_nf4(weight: Params4bit) -> Tensor:
-    """Return the float32 values that a quantized weight stands for, (out, in)."""
-    weight.quant_state.dtype = torch.float32
-    return dequantize_4bit(weight.data, weight.quant_state)

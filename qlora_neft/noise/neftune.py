@@ -57,9 +57,11 @@ def lookup_scale(embedding: nn.Module) -> float:
     The Gemma family scales by sqrt(d) inside its embedding module. Noise belongs at the lookup, before that, so
     that alpha means the same for every model; noise on the output must therefore carry the factor.
     """
-    scale, weight = getattr(embedding, "embed_scale", 1.0), embedding.weight
-    # transformers keeps the factor as a float32 buffer and rounds it to the weight's dtype in its forward.
-    return float(scale.to(weight.dtype)) if isinstance(scale, Tensor) and isinstance(weight, Tensor) else float(scale)
+    scale = getattr(embedding, "embed_scale", 1.0)
+    if isinstance(scale, Tensor):  # transformers rounds it to the weight's dtype in its forward
+        assert isinstance(embedding.weight, Tensor)
+        scale = scale.to(embedding.weight.dtype)
+    return float(scale)
 
 
 @dataclass
