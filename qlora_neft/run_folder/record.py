@@ -1,12 +1,12 @@
-"""The records of a run as they are read back: ``run.json``, ``summary.json``, ``answers.json``, ``measures.json``.
+"""The records of a run, typed once for every reader: ``run.json``, ``summary.json``, ``answers.json``, ``measures.json``.
 
-They are typed here once, for every reader. Two ways to read one:
+There are two ways to read one:
 
-- `Record.read` refuses a damaged file by name, and gives None for a missing one.
-- `Record.of` takes what it can from plain values: what has another type is left out. An adapter's record may come
-  from an older or newer version, or from another program.
+- `Record.read` reads a file, None if it is missing, and refuses a damaged one by name.
+- `Record.of` takes plain values and drops what has another type: the record of an adapter may have been written by an
+  older or newer version, or by another program.
 
-No torch: reports and exports read records without it.
+No torch, which reports and exports read records without.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 class Record(BaseModel):
-    """Part of a record. Keys that this version does not know are dropped; those that are not there have a default."""
+    """A record, or a part of one. Unknown keys, of another version, are dropped; missing keys have a default."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -41,23 +41,23 @@ class Record(BaseModel):
 
         Args:
             path: The file.
-            remedy: What to do about a damaged one, a sentence.
+            remedy: What to do about a damaged file, a sentence.
 
         Returns:
-            The record; None if there is no such file.
+            The record, None if there is no such file.
 
         Raises:
-            UserInputError: If the file is damaged: it cannot be read, or holds something else.
+            UserInputError: If the file is damaged: it cannot be read, or has another shape.
         """
         content = read_record_if_there(path, remedy)
         return None if content is None else cls.checked(content, path, remedy)
 
     @classmethod
     def checked(cls, content: Mapping[str, Any], path: Path, remedy: str) -> Self:
-        """Return the record in a file's content.
+        """Make a record from a file's content.
 
         Raises:
-            UserInputError: If it has another shape; names the path, the first place that is wrong and the remedy.
+            UserInputError: If it has another shape; the message names the path, the first wrong place and the remedy.
         """
         try:
             return cls.model_validate(content)
@@ -68,20 +68,23 @@ class Record(BaseModel):
 
     @classmethod
     def of(cls, content: Mapping[str, Any] | None) -> Self:
-        """Return what can be used of a record: values of another type are left out, with what they would be part of."""
+        """Make a record from what can be used of its content.
+
+        Values of another type are dropped; so is a mapping that lacks a required key.
+        """
         values = copy.deepcopy(dict(content or {}))
         while True:
             try:
                 return cls.model_validate(values)
             except ValidationError as error:
-                first = error.errors()[0]  # one at a time: an error may go with what another one is in
+                first = error.errors()[0]  # one at a time, since removing one value may settle other errors too
                 place = first["loc"][:-1] if first["type"] == "missing" else first["loc"]
                 if not _remove(values, list(place)):
                     return cls.model_construct()
 
 
 def _remove(values: Any, place: list[int | str]) -> bool:
-    """Take out the value at a place; pydantic ends some places with the name of a type, which is passed over."""
+    """Remove the value at a place, and return whether there was one."""
     while place:
         owner = values
         try:
@@ -89,7 +92,7 @@ def _remove(values: Any, place: list[int | str]) -> bool:
                 owner = owner[part]
             del owner[place[-1]]
         except (KeyError, IndexError, TypeError):
-            place.pop()
+            place.pop()  # pydantic ends the place of a union's member with the name of a type
         else:
             return True
     return False
@@ -104,7 +107,7 @@ class SampleAnswer(Record):
 
 
 class Before(Record):
-    """What was measured before training. Losses in nats per trained token; None for NaN, or without held-out rows."""
+    """Measurements before training: losses in nats per trained token, None for NaN or without held-out rows."""
 
     clean_train_loss: float | None = None
     held_out_loss: float | None = None
@@ -112,14 +115,14 @@ class Before(Record):
 
 
 class RunFile(Record):
-    """``run.json``: what a run is, written before it trains; a checkpoint's manifest says the same.
+    """The content of ``run.json``: what a run is, written before it trains. Its checkpoints' manifests say the same.
 
     Attributes:
-        recipe: `Recipe.to_dict`, as it was written; None in a damaged record.
-        data_sha256: Of what the training rows say and the chat template.
-        base_sha256: Of the frozen base's NF4 bytes.
-        before: Measured before the first step.
-        measured_on: On what: the held-out rows' hash, and how many answers were asked for.
+        recipe: `Recipe.to_dict` as it was written; None in a damaged record.
+        data_sha256: Hash of what the training rows say and of the chat template.
+        base_sha256: Hash of the frozen base's NF4 bytes.
+        before: Measurements before the first step.
+        measured_on: What they were made on: the hash of the held-out rows, and how many answers were asked for.
     """
 
     recipe: dict[str, Any] | None = None
@@ -130,7 +133,7 @@ class RunFile(Record):
 
 
 class Rows(Record):
-    """One part of the data, in numbers; see ``data_report.json``."""
+    """One part of the data in numbers, as in ``data_report.json``."""
 
     rows: int
     tokens: int
@@ -151,7 +154,7 @@ class Rows(Record):
 
 
 class DataSource(Record):
-    """Where rows came from, and how they were read."""
+    """A source of rows, and how they were read; ``end`` is the token that ends a response."""
 
     path: str
     rows: int | None = None
@@ -162,7 +165,7 @@ class DataSource(Record):
 
 
 class RunData(Record):
-    """What a run trained on and was measured on."""
+    """The data that a run trained on and was measured on."""
 
     train: Rows | None = None
     eval: Rows | None = None
@@ -171,7 +174,7 @@ class RunData(Record):
 
 
 class Hardware(Record):
-    """The machine of a run; a published record names device and kind alone."""
+    """The machine of a run; a published record has only device and name."""
 
     device: str
     name: str
@@ -180,7 +183,7 @@ class Hardware(Record):
 
 
 class MemoryUse(Record):
-    """The planner's estimate beside what was measured, in bytes."""
+    """The planner's estimate and the measured peak, in bytes."""
 
     estimated_peak_bytes: int | None = None
     measured_peak_bytes: int | None = None
@@ -188,20 +191,21 @@ class MemoryUse(Record):
 
 
 class RunSummary(Record):
-    """``summary.json``: what a run was and what came of it; a published adapter's ``training_summary.json`` has part.
+    """The content of ``summary.json``: what a run was and what it led to.
 
-    A dry run's summary ends with ``base_commit``: it is what is known before a weight is loaded.
+    A dry run has the keys up to ``base_commit``, which are known before any weight is loaded. The
+    ``training_summary.json`` of a published adapter has some of the keys.
 
     Attributes:
         status: ``done`` or ``dry run``.
-        recipe: `Recipe.to_dict`, as it was written.
-        precision: The arithmetic, in words.
+        recipe: `Recipe.to_dict` as it was written.
+        precision: The arithmetic in words.
         plan: The resolved machine settings.
-        resumed_from_step: Of the last session, None if it began at step 0.
-        parameters, lora_parameters: Counted on the loaded model.
-        before, after: Measures by name, for instance ``held_out_loss``.
-        latest: Of a published checkpoint: the last measures logged, each with its ``step`` and ``value``.
-        peak_memory: In bytes, by kind.
+        resumed_from_step: Where the last session began, None for step 0.
+        parameters, lora_parameters: Counts of the loaded model.
+        before, after: Measures by name, such as ``held_out_loss``.
+        latest: The last logged measures of a published checkpoint, each with its ``step`` and ``value``.
+        peak_memory: Bytes by kind of memory.
     """
 
     summary_version: int | None = None
@@ -238,20 +242,20 @@ class RunSummary(Record):
 
 
 class Answers(Record):
-    """``answers.json``: sample answers after training."""
+    """The content of ``answers.json``: sample answers after training."""
 
     answers: list[SampleAnswer] = []
 
 
 class Measures(Record):
-    """``measures.json``: what verbs measured of a finished run, numbers by name under each measure's name."""
+    """The content of ``measures.json``: measurements of a finished run, under each measure's name numbers by name."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, dict[str, Any]]  # ty: ignore[incompatible-mutable-override]  narrower, as pydantic documents
 
     @property
     def by_name(self) -> dict[str, dict[str, Any]]:
-        """Every measure."""
+        """All measures, by name."""
         return dict(self.__pydantic_extra__)
 
 
@@ -259,15 +263,15 @@ class Measures(Record):
 
 
 def keep_measures(folder: str | Path, name: str, numbers: Mapping[str, Any]) -> None:
-    """Put numbers under a measure's name, in place of earlier ones; do nothing for what is not a run's folder.
+    """Store numbers under a measure's name in a run's folder, in place of earlier ones.
 
     Args:
-        folder: What the user named; a Hub id or another program's adapter has no such file.
-        name: The measure.
-        numbers: By name; what is not a finite number is left out.
+        folder: What the user named. Nothing is stored for a Hub id or another program's adapter.
+        name: The measure's name.
+        numbers: Numbers by name; those that are not finite are dropped.
 
     Raises:
-        UserInputError: If the file that is there is damaged.
+        UserInputError: If the existing file is damaged.
     """
     folder = Path(folder).expanduser()
     if not (folder / RECIPE_FILE).is_file():
