@@ -1,4 +1,4 @@
-"""The records of a run, typed once for every reader: ``run.json``, ``summary.json``, ``answers.json``, ``measures.json``.
+"""The records of a run, typed for every reader: ``run.json``, ``summary.json``, ``answers.json``, ``measures.json``.
 
 There are two ways to read one:
 
