@@ -7,38 +7,63 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..base.precision import PrecisionPolicy
+from ..data.prepare import PreparedData
+from ..errors import UserInputError
+from ..fit import Card, Choice, choose
+from ..fit.cards import GIB, host
 from ..fit.choose import CPU_TOKENS
+from ..fit.geometry import geometry_of
+from ..recipe import Recipe
 from ..recipe.schema import Auto, Machine, Train
 
-LOG_LINES = 50  # per run, roughly
-EVALUATIONS = 5  # per run, roughly
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+LOG_LINES, EVALUATIONS = 50, 5  # per run, roughly
 EVAL_ROWS = 8  # per evaluation pass
-TOKENS_PER_MICRO_BATCH = 4096  # padded; the NF4 dequantization is then a small part of a matrix product
+TOKENS_PER_MICRO_BATCH = 4096  # padding included; unpacking NF4 is then a small part of a matrix product
 SMALL_GPU_BYTES = 20 * 2**30
 PLAIN_OPTIMIZERS = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit"}
 
 
 @dataclass(frozen=True)
+class MemoryEstimate:
+    """The planner's estimate of a run's peak memory.
+
+    Attributes:
+        peak_bytes: All terms together, less what is paged out.
+        paged_out_bytes: Optimizer states that a paged optimizer leaves on the host between steps.
+        terms: Bytes by name.
+    """
+
+    peak_bytes: int
+    paged_out_bytes: int
+    terms: dict[str, int]
+
+
+@dataclass(frozen=True)
 class RunPlan:
-    """Resolved machine settings.
+    """A run's machine settings, with nothing left to ``auto``.
 
     Attributes:
         num_steps: Optimizer steps of the whole run.
-        per_device_train_batch_size: Largest micro-batch, in rows.
-        max_tokens_per_micro_batch: Largest micro-batch, in tokens with padding; None for no such limit.
+        per_device_train_batch_size: Maximum rows of a micro-batch.
+        max_tokens_per_micro_batch: Maximum tokens of a micro-batch, padding included; None for no such limit.
         per_device_eval_batch_size: Rows per evaluation pass.
         activation_checkpointing: Whether blocks recompute their activations.
-        checkpointed_blocks: How many do, from the first; None for all.
-        padding_free: Whether rows are flattened instead of padded.
-        optim: Optimizer, its states paged only where there is a GPU to page from.
+        checkpointed_blocks: How many of them do, counted from the first; None for all.
+        padding_free: Whether rows are joined instead of padded.
+        optim: The optimizer; its states are paged only where there is a GPU to page from.
         logging_steps, eval_steps, clean_loss_steps: Optimizer steps between two of each; 0 for never.
         notes: What was decided and why, one line each.
-        memory_estimate: ``peak_bytes`` and ``terms`` by the planner, None where it was not asked.
+        memory_estimate: None if the planner was not asked, or does not know the base.
     """
 
     num_steps: int
@@ -53,7 +78,24 @@ class RunPlan:
     eval_steps: int
     clean_loss_steps: int
     notes: tuple[str, ...]
-    memory_estimate: dict[str, Any] | None = None
+    memory_estimate: MemoryEstimate | None = None
+
+
+def plan_of(
+    recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, config: PretrainedConfig | None = None
+) -> RunPlan:
+    """Return how a recipe is carried out on this machine.
+
+    Args:
+        recipe: What is learned.
+        policy: How this machine computes.
+        data: The sequences to train on.
+        config: The base's configuration; without it nothing is planned by memory.
+    """
+    planned = Planned() if config is None else planned_for(recipe, config.to_dict(), _card(policy))
+    machine = recipe.machine.model_copy(update=planned.machine)
+    plan = plan_run(recipe.train, machine, num_rows=len(data.train), device=policy.device)
+    return replace(plan, notes=(*planned.notes, *plan.notes), memory_estimate=planned.estimate)
 
 
 def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.device) -> RunPlan:
@@ -130,25 +172,93 @@ def _optimizer(asked: str, device: torch.device) -> tuple[str, str]:
     return plain, f"optimizer: {plain}, the same update as {asked}; there is no GPU memory to page out of"
 
 
+# ---- By memory ----
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What the planner chose for a run, by the memory of its card.
+
+    Attributes:
+        machine: Its choices for keys of the machine section that were ``auto``.
+        notes: Its decisions, one line each.
+        estimate: None for a base the planner does not know.
+    """
+
+    machine: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    estimate: MemoryEstimate | None = None
+
+
+def planned_for(recipe: Recipe, config: Mapping[str, Any], card: Card) -> Planned:
+    """Plan a run for a card.
+
+    Args:
+        recipe: What is learned.
+        config: The base's ``config.json``.
+        card: The device, with the memory it really has.
+    """
+    try:
+        geometry = geometry_of(config)
+        choice, fits = choose(recipe, geometry, card)
+    except UserInputError as error:
+        return Planned(notes=(f"memory: not planned ({error})",))
+    estimate = MemoryEstimate(choice.peak_bytes, choice.paged_out, choice.terms)
+    return Planned(_machine(recipe, choice, card), _notes(choice, card, fits=fits), estimate)
+
+
+def _machine(recipe: Recipe, choice: Choice, card: Card) -> dict[str, Any]:
+    if not card.is_gpu:  # on a CPU there is one way only
+        return {}
+    chosen = {
+        "max_tokens_per_micro_batch": choice.tokens,
+        "activation_checkpointing": choice.step.checkpointing,
+        "per_device_eval_batch_size": choice.eval_rows or None,
+    }
+    machine = recipe.machine
+    return {key: value for key, value in chosen.items() if getattr(machine, key) == "auto" and value is not None}
+
+
+def _notes(choice: Choice, card: Card, *, fits: bool) -> tuple[str, ...]:
+    if not card.is_gpu:
+        return ()
+    peak = f"memory: {choice.peak_bytes / GIB:.1f} of {card.memory / GIB:.1f} GiB by the estimate"
+    paged = f"; {choice.paged_out / GIB:.1f} GiB of optimizer states are paged to the host" if choice.paged_out else ""
+    doubt = "" if fits else "; it may not fit, and would end with a plan of what to change (qlora-neft fit says more)"
+    on = "on" if choice.step.checkpointing else "off"
+    return (
+        peak + paged + doubt,
+        f"planned, the fastest that fits: micro-batches of up to {choice.step.tokens} tokens, checkpointing {on}",
+    )
+
+
+def _card(policy: PrecisionPolicy) -> Card:
+    """Return the device of this run, with the memory it really has."""
+    if policy.device.type != "cuda":
+        return host()
+    device = torch.cuda.get_device_properties(policy.device)
+    return Card(device.name, device.total_memory, has_bf16=policy.compute_dtype == torch.bfloat16)
+
+
 # ---- Processes ----
 
 
 def num_processes() -> int:
-    """Processes that train together."""
+    """Return the number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main_process() -> bool:
-    """Whether this one writes and speaks for all."""
+    """Tell whether this process writes and speaks for all."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def uses_fsdp() -> bool:
-    """Whether ``accelerate launch`` asks for fully sharded data parallelism."""
+    """Tell whether ``accelerate launch`` asks for fully sharded data parallelism."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
 
 
 def choose_gpu() -> None:
-    """Make this process's own GPU the current one, where there are several processes on a machine."""
+    """Make this process's own GPU the current one if several processes share a machine."""
     if num_processes() > 1 and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

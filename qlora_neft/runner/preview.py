@@ -15,7 +15,8 @@ from ..display.plots import plot_lengths
 from ..display.preview_text import LEGEND, TokenView, render_example, render_summary, token_views
 from ..files import write_json
 from ..recipe import Recipe
-from .build import data_of, model_path, plan_of, policy_of, report_of
+from .build import data_of, model_path, policy_of, report_of
+from .plan import plan_of
 
 
 @dataclass(frozen=True)

@@ -194,9 +194,12 @@ def summary_of(
 
 def _memory(plan: RunPlan, peak: dict[str, int]) -> dict[str, Any]:
     """Put estimate and measurement side by side; on a CPU the measurement includes Python and its libraries."""
-    estimate = plan.memory_estimate or {"peak_bytes": None, "terms": None}
-    measured = peak.get("cuda_reserved_bytes", peak["host_bytes"])
-    return {"estimated_peak_bytes": estimate["peak_bytes"], "measured_peak_bytes": measured, "terms": estimate["terms"]}
+    estimate = plan.memory_estimate
+    return {
+        "estimated_peak_bytes": estimate.peak_bytes if estimate else None,
+        "measured_peak_bytes": peak.get("cuda_reserved_bytes", peak["host_bytes"]),
+        "terms": estimate.terms if estimate else None,
+    }
 
 
 def write_result(run: Run, after: Measurement, summary: dict[str, Any]) -> None:

@@ -45,10 +45,10 @@ from ..run_folder.resume import (
 from ..run_folder.stop import StopRequest, WhenToSave, answered
 from ..trainer import QLoRANeftTrainer
 from ..trainer.memory import cuda_probe
-from .build import Run, data_of, model_path, plan_of, policy_of
+from .build import Run, data_of, model_path, policy_of
 from .build_trainer import trainer_of
 from .measure import ANSWERS_SHOWN, Measurement, measure
-from .plan import is_main_process
+from .plan import is_main_process, plan_of
 from .push import CheckpointPusher, pushing, ready_to_push
 from .records import (
     about_run,
@@ -181,7 +181,7 @@ def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: M
         metrics,
         progress,
         SpeedLine(lambda: trainer.tokens_seen, lambda line: say(console, [line])),
-        cuda_probe(trainer, estimate["peak_bytes"] if estimate else None),
+        cuda_probe(trainer, estimate.peak_bytes if estimate else None),
     ]
     for callback in callbacks:
         if callback is not None:

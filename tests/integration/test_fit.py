@@ -25,7 +25,7 @@ from qlora_neft.fit.cards import CARDS, GIB, this_machine
 from qlora_neft.fit.choose import USABLE, candidates
 from qlora_neft.fit.geometry import geometry_of, shipped_config
 from qlora_neft.fit.report import picture
-from qlora_neft.runner.build import planned_for
+from qlora_neft.runner.plan import planned_for
 from qlora_neft.trainer.memory import MemoryProbe, Split
 
 LLAMA_7B = geometry_of(shipped_config("meta-llama/Llama-2-7b-hf"))
