@@ -8,7 +8,9 @@ Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong, 128 + signal 
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -80,8 +82,15 @@ def _options(
     pass
 
 
-def main() -> None:
-    """Run the command line."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line, and exit.
+
+    Args:
+        arguments: Its words; None for those of this process.
+    """
     # On some CPUs bitsandbytes logs on import that an optional kernel package is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    app()
+    # Not app(...), which would also replace the interpreter's excepthook, of a notebook's kernel too.
+    run = typer.main.get_command(app)
+    run(arguments) if arguments is None else run(list(arguments), prog_name="python -m qlora_neft")
+    sys.exit()

@@ -13,6 +13,7 @@ from .options import (
     OverridesArgument,
     PictureOption,
     RecipeArgument,
+    console,
     draw_or_refuse,
     json_only,
     print_json,
@@ -37,15 +38,13 @@ def preview(
     from ..recipe import load_recipe
 
     recipe = load_recipe(name, overrides or ())  # before the slow imports: a typo is reported at once
-    from rich.console import Console
-
     from ..data.gate import DataRefused
     from ..display.console import RowsProgress
     from ..runner import preview as shown
 
     try:
         with json_only(as_json):
-            found = shown.preview(recipe, rows, None if as_json else RowsProgress(Console(stderr=True)))
+            found = shown.preview(recipe, rows, None if as_json else RowsProgress(console(stderr=True, highlight=True)))
     except UserInputError as error:
         if as_json:  # a program finds this problem where it finds all others
             print_json({"rows": 0, "tokens": 0, "trained_tokens": 0, "truncated": 0, "problems": [str(error)]})
@@ -53,7 +52,7 @@ def preview(
     if as_json:
         print_json(shown.to_json(found))
     elif found.report["rows"]:
-        shown.render(found, Console(highlight=False), show_tokens=tokens)
+        shown.render(found, console(), show_tokens=tokens)
     if output_dir is not None:
         say(*(f"written: {path}" for path in shown.save(found, output_dir)))
     if found.report["problems"]:  # last, so that all that can be shown is shown
@@ -95,8 +94,6 @@ def noise(
     from ..recipe import load_recipe
 
     recipe = load_recipe(name, overrides or ())
-    from rich.console import Console
-
     from ..runner.noise_report import noise_report, render
 
     with json_only(as_json):
@@ -104,7 +101,7 @@ def noise(
     if as_json:
         print_json(report)
     else:
-        render(report, Console())
+        render(report, console(highlight=True))
 
 
 def doctor(as_json: JsonOption = False) -> None:

@@ -14,6 +14,8 @@ import typer
 from ..errors import UserInputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..generation.decode import Decoding
 
 # ---- Completion in the shell ----
@@ -171,6 +173,13 @@ def print_json(content: Any) -> None:
     from ..files import finite
 
     typer.echo(json.dumps(finite(content) if isinstance(content, dict) else content, indent=2))
+
+
+def console(*, stderr: bool = False, highlight: bool = False) -> Console:
+    """Return a console that prints text, also in a notebook, where rich would show HTML beside the captured output."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=highlight, force_jupyter=False)
 
 
 def draw_or_refuse(draw: Callable[[], bool], path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserInputError
-from .options import AdapterArgument, BaseOption, JsonOption, RevisionOption, print_json, say
+from .options import AdapterArgument, BaseOption, JsonOption, RevisionOption, console, print_json, say
 
 if TYPE_CHECKING:
     from ..adapter.folder import AdapterFolder
@@ -123,13 +123,12 @@ def check(
 
 
 def _show_verdicts(facts: Facts, verdicts: list[Verdict]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    screen = console()
     ranks = sorted(set(facts.ranks.values()))
-    console.print(
+    screen.print(
         f"{facts.source}: LoRA of rank {', '.join(map(str, ranks))} on {len(facts.ranks)} modules, "
         f"{'/'.join(facts.dtypes)}, base {facts.base}",
         markup=False,
@@ -139,12 +138,12 @@ def _show_verdicts(facts: Facts, verdicts: list[Verdict]) -> None:
     for verdict in verdicts:
         cells = (verdict.consumer, verdict.verdict, "; ".join(verdict.reasons), verdict.flag or verdict.remedy or "")
         table.add_row(*(Text(cell) for cell in cells))
-    console.print(table)
+    screen.print(table)
     for verdict in verdicts:
         if verdict.command is not None:
-            console.print(f"{verdict.consumer}: {verdict.command}", markup=False, soft_wrap=True)
+            screen.print(f"{verdict.consumer}: {verdict.command}", markup=False, soft_wrap=True)
     for line in _notes(verdicts):
-        console.print(line, markup=False, soft_wrap=True)
+        screen.print(line, markup=False, soft_wrap=True)
 
 
 def _notes(verdicts: list[Verdict]) -> list[str]:
@@ -353,13 +352,11 @@ def _show_card(card: Path) -> None:
     if not sys.stdout.isatty():
         typer.echo(text, nl=False)
         return
-    from rich.console import Console
     from rich.markdown import Markdown
     from rich.syntax import Syntax
 
     _, front, body = text.split("---\n", 2)
-    console = Console()
-    console.print(Syntax(front, "yaml", background_color="default"), Markdown(body))
+    console(highlight=True).print(Syntax(front, "yaml", background_color="default"), Markdown(body))
 
 
 def _who(public: bool) -> str:

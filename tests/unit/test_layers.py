@@ -19,13 +19,13 @@ LAYERS = (
     {"files", "paths", "steps"},
     {"noise", "recipe"},
     {"base", "data", "display", "run_folder"},
-    {"adapter", "fit", "notebook"},
+    {"adapter", "fit"},
     {"export", "generation", "trainer"},
     {"runner"},
     {"evaluation"},
     {"compare"},
     {"cli"},
-    {"__main__"},
+    {"__main__", "notebook"},
 )
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
