@@ -24,6 +24,12 @@ def trained(model, folder, **overrides):
     return trainer
 
 
+@pytest.fixture(scope="module")
+def whole(llama, tmp_path_factory):
+    """Steps in one piece."""
+    return trained(llama, tmp_path_factory.mktemp("whole"), max_tokens_per_micro_batch=10_000, **FREELB)
+
+
 def perturbation(step_size=2.0, scale=1.0):
     spans = [SequenceSpan(0, slice(0, 5), 5, 0), SequenceSpan(1, torch.tensor([0, 2, 3]), 3, 1)]
     return Perturbation(NEFTuneNoise(spans, ALPHA, seed=1, step=0, scale=scale), step_size)
@@ -118,8 +124,7 @@ def test_it_trains_on_a_higher_loss_than_neftune(llama, tmp_path):
     ],
     ids=str,
 )
-def test_how_it_is_run_changes_nothing(llama, tmp_path, way):
-    whole = trained(llama, tmp_path / "whole", max_tokens_per_micro_batch=10_000, **FREELB)
+def test_how_it_is_run_changes_nothing(llama, tmp_path, whole, way):
     split = trained(llama, tmp_path / "split", **{"max_tokens_per_micro_batch": 10_000, **FREELB, **way})
     assert losses(split) == pytest.approx(losses(whole), abs=1e-4)
     assert max_difference(adapter_weights(split), adapter_weights(whole)) < 1e-4

@@ -66,9 +66,15 @@ HOW_IT_IS_RUN = {
 }
 
 
+@pytest.fixture(scope="module")
+def in_one_piece(llama, tmp_path_factory):
+    """The noise of a run whose steps are not split."""
+    return noise_of_run(llama, tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.parametrize("how", HOW_IT_IS_RUN.values(), ids=HOW_IT_IS_RUN.keys())
-def test_noise_is_the_same_however_it_is_run(llama, tmp_path, how):
-    assert_same_noise(noise_of_run(llama, tmp_path), noise_of_run(llama, tmp_path, **how))
+def test_noise_is_the_same_however_it_is_run(llama, tmp_path, in_one_piece, how):
+    assert_same_noise(in_one_piece, noise_of_run(llama, tmp_path, **how))
 
 
 def test_noise_has_the_published_scale_for_each_sequence_alone(llama, tmp_path):

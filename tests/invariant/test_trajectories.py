@@ -31,6 +31,12 @@ def trained(model, tmp_path, **overrides):
     return trainer
 
 
+@pytest.fixture(scope="module")
+def whole(llama, tmp_path_factory):
+    """Steps of 16 in one piece."""
+    return trained(llama, tmp_path_factory.mktemp("whole"), **STEP_OF_16)
+
+
 def assert_one_trajectory(a, b, atol=1e-5):
     assert losses(a) == pytest.approx(losses(b), rel=1e-5)
     assert gradient_norms(a) == pytest.approx(gradient_norms(b), rel=1e-4)
@@ -84,8 +90,7 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS.keys())
-def test_effective_batch_of_16_is_one_trajectory_however_it_is_split(llama, tmp_path, split):
-    whole = trained(llama, tmp_path, **STEP_OF_16)
+def test_effective_batch_of_16_is_one_trajectory_however_it_is_split(llama, tmp_path, whole, split):
     assert_one_trajectory(whole, trained(llama, tmp_path, **split))
 
 
@@ -124,8 +129,15 @@ def test_the_fingerprint_sees_a_single_bit(llama, tmp_path):
     assert base_fingerprint(frozen_fingerprints(trainer.model)) != before
 
 
+@pytest.fixture(scope="module")
+def quiet(llama, tmp_path_factory):
+    """Two epochs with next to nothing beside the training."""
+    folder = tmp_path_factory.mktemp("quiet")
+    return trained(llama, folder, lora_dropout=0.2, num_train_epochs=2, max_steps=-1, logging_steps=100)
+
+
 @pytest.mark.parametrize("cadence", [1, 2])
-def test_evaluation_logging_and_sampling_leave_the_weights_alone(llama, tmp_path, cadence):
+def test_evaluation_logging_and_sampling_leave_the_weights_alone(llama, tmp_path, quiet, cadence):
     from transformers import TrainerCallback
 
     class Sample(TrainerCallback):
@@ -135,7 +147,6 @@ def test_evaluation_logging_and_sampling_leave_the_weights_alone(llama, tmp_path
             model.generate(input_ids=torch.tensor([[257, 40]]), max_new_tokens=3, do_sample=True)
             torch.rand(5)
 
-    quiet = trained(llama, tmp_path, lora_dropout=0.2, num_train_epochs=2, max_steps=-1, logging_steps=100)
     busy = trained(
         llama,
         tmp_path,
@@ -152,14 +163,22 @@ def test_evaluation_logging_and_sampling_leave_the_weights_alone(llama, tmp_path
     assert max_difference(adapter_weights(quiet), adapter_weights(busy)) == 0
 
 
+def stored_as(dtype, model, folder):
+    """The base's fingerprint, the losses and the adapter of a run whose NF4 bytes are held in a dtype."""
+    config = nf4_config(Quantization(), torch.float32, quant_storage=dtype)
+    trainer = tiny_trainer(model, folder, quantization_config=config)
+    trainer.train()
+    return base_fingerprint(frozen_fingerprints(trainer.model)), losses(trainer), adapter_weights(trainer)
+
+
+@pytest.fixture(scope="module")
+def stored_as_bytes(llama, tmp_path_factory):
+    return stored_as(torch.uint8, llama, tmp_path_factory.mktemp("uint8"))
+
+
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
-def test_the_dtype_that_nf4_bytes_are_stored_as_changes_no_bit(llama, tmp_path, storage):
+def test_the_dtype_that_nf4_bytes_are_stored_as_changes_no_bit(llama, tmp_path, stored_as_bytes, storage):
     """FSDP needs a float dtype; the bytes, the losses and the adapter are those of uint8."""
-    found = []
-    for dtype in ("uint8", storage):
-        config = nf4_config(Quantization(), torch.float32, quant_storage=getattr(torch, dtype))
-        trainer = tiny_trainer(llama, tmp_path / dtype, quantization_config=config)
-        trainer.train()
-        found.append((base_fingerprint(frozen_fingerprints(trainer.model)), losses(trainer), adapter_weights(trainer)))
+    found = [stored_as_bytes, stored_as(getattr(torch, storage), llama, tmp_path)]
     assert found[0][:2] == found[1][:2]
     assert max_difference(found[0][2], found[1][2]) == 0
