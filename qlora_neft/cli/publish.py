@@ -300,21 +300,20 @@ def _build(
     from ..display.console import quiet_libraries
     from ..export.hub.base import ask_about_base, public_base
     from ..export.hub.folder import Export, build_folder, license_of
-    from ..recipe.yaml_text import dump_yaml
 
     with quiet_libraries():
         base = public_base(folder, base_id, base_revision)
         facts = ask_about_base(*base)
         if facts.is_missing:
             raise UserInputError(
-                f"--base-id: the Hub shows no model {base[0]!r}, so nobody could load the adapter. Check the name; if "
+                f"--base-id: the Hub shows no model {base.id!r}, so nobody could load the adapter. Check the name; if "
                 "it is private, log in with `hf auth login`."
             )
         stated = license_of(license, facts)
         wanted = None if dtype is None else dtype.value
-        build_folder(folder, place, Export(repo_id, base, wanted, stated, license is None, dump_yaml))
-    if base[1] is None:
-        say(f"the commit of {base[0]} is not known and not pinned; state it with --base-revision COMMIT")
+        build_folder(folder, place, Export(repo_id, base, wanted, stated, license is None))
+    if base.commit is None:
+        say(f"the commit of {base.id} is not known and not pinned; state it with --base-revision COMMIT")
     return facts
 
 

@@ -23,7 +23,6 @@ from ..export.hub.failures import Patience
 from ..export.hub.folder import Export, build_folder, license_of
 from ..export.hub.push import check_push, push_folder
 from ..recipe import recipe_of_record
-from ..recipe.yaml_text import dump_yaml
 
 BRANCH = "checkpoints"
 END_SECONDS = 600  # at the end, for what is still to be pushed
@@ -173,7 +172,7 @@ def ready_to_push(
     check_push(repo_id, BRANCH, say=say, resume_command=command, patience=patience)
     license = license_of(None, ask_about_base(*base))
     say(f"checkpoints are pushed to {repo_id}, branch {BRANCH}" + (f", one of {every}" if every > 1 else ""))
-    return CheckpointPusher(repo_id, every, Export(repo_id, base, None, license, True, dump_yaml), say, patience)
+    return CheckpointPusher(repo_id, every, Export(repo_id, base, None, license, True), say, patience)
 
 
 @contextmanager

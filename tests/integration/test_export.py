@@ -193,7 +193,7 @@ def test_what_cannot_be_published_is_refused(llama, run_dir, tmp_path):
     Path("full").mkdir()
     Path("full/thesis.txt").write_text("years of work")
     assert "nothing in it may be lost" in message(*BASE, "--output", "full")
-    assert "is no folder" in message(*BASE, "--output", "full/thesis.txt")
+    assert "is not a folder" in message(*BASE, "--output", "full/thesis.txt")
     assert "cannot be written" in message(*BASE, "--output", "full/thesis.txt/x")
     shutil.copytree(cut_off(llama) / "out", "unfinished")
     assert "not finished" in message(*BASE, source="unfinished")

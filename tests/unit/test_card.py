@@ -3,14 +3,16 @@
 import re
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 
 from qlora_neft.export.consumers import Facts, verdict_for
-from qlora_neft.export.hub.card import card_data, render_card, snippets
-from qlora_neft.export.hub.records import Records, public_recipe, training_summary
-from qlora_neft.recipe import load_recipe
-from qlora_neft.recipe.yaml_text import dump_yaml
+from qlora_neft.export.hub.card import card_data, render_card
+from qlora_neft.export.hub.public import PublicBase, public_recipe, public_recipe_text
+from qlora_neft.export.hub.records import Records, Training
+from qlora_neft.export.hub.usage import snippets
+from qlora_neft.recipe import load_recipe, recipe_of_record
+from qlora_neft.recipe.schema import Quantization
+from qlora_neft.run_folder.record import RunSummary
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {"r": 64, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["m.0.q_proj", "m.1.q_proj", "m.0.k_proj"]}
@@ -37,23 +39,22 @@ FACTS = {
 
 def made(*overrides, facts=FACTS, log=(), config=CONFIG, license=None, recipe="llama2-7b-alpaca", step=None):
     """A card, parsed, and the summary it was made from."""
-    stated = load_recipe(recipe, overrides).to_dict() if recipe else None
-    base = ("meta-llama/Llama-2-7b-hf", COMMIT)
-    weights = {"dtype": "bfloat16", "trained_dtype": "float32"}
-    summary = training_summary(Records(facts, list(log), step), stated, base, weights)
-    public = public_recipe(stated, *base) if stated else None
+    stated = load_recipe(recipe, overrides) if recipe else None
+    base = PublicBase("meta-llama/Llama-2-7b-hf", COMMIT)
+    training = Training(base, stated, Records(RunSummary.of(facts), list(log), step), "bfloat16", "float32")
+    public = public_recipe(stated, base) if stated else None
     text = render_card(
         "ann/my-adapter",
-        card_data("ann/my-adapter", summary, public, license or {}),
-        summary,
+        training,
         public,
         config,
-        snippets("ann/my-adapter", summary, config, None, None),
+        snippets("ann/my-adapter", base, config, Quantization(), None, None),
+        license or {},
         has_curves=True,
         license_is_bases=True,
     )
     assert "Undefined" not in text and "None" not in text and "\n\n\n\n" not in text
-    return ModelCard(text), summary
+    return ModelCard(text), training.summary()
 
 
 def test_the_front_matter_is_what_the_hub_reads():
@@ -138,24 +139,26 @@ def test_a_checkpoint_says_its_step():
     ],
 )
 def test_of_a_local_path_the_name_alone_is_published(path, published, on_hub, tmp_path):
-    stated = load_recipe("llama2-7b-alpaca").to_dict()
-    stated["data"] |= {"path": path, "mixture": [{"path": path, "prompt_template": "/home/ann/mine.jinja"}]}
-    stated["machine"]["mirror_dir"] = "/mnt/drive/ann"
-    public = public_recipe(stated, "a/b", COMMIT)
-    assert public["data"]["path"] == published and public["data"]["mixture"][0]["path"] == published
-    assert public["data"]["mixture"][0]["prompt_template"] == "chat_template.jinja"
-    assert "ann" not in yaml.safe_dump(public) and "mirror_dir" not in public["machine"]
-    (tmp_path / "recipe.yaml").write_text(dump_yaml(public))
+    values = load_recipe("llama2-7b-alpaca").to_dict()
+    values["data"] |= {"path": path, "mixture": [{"path": path, "prompt_template": "/home/ann/mine.jinja"}]}
+    values["machine"]["mirror_dir"] = "/mnt/drive/ann"
+    stated = recipe_of_record(values)
+    public = public_recipe(stated, PublicBase("a/b", COMMIT))
+    text = public_recipe_text(public)
+    assert public.data.path == published and public.data.mixture[0].path == published
+    assert public.data.mixture[0].prompt_template == "chat_template.jinja"
+    assert "ann" not in text and "mirror_dir" not in text
+    (tmp_path / "recipe.yaml").write_text(text)
     again = load_recipe(tmp_path / "recipe.yaml")
     assert (again.model.name_or_path, again.model.revision) == ("a/b", COMMIT)
-    summary = training_summary(Records({}, []), stated, ("a/b", None), {"dtype": "float32"})
-    tagged = card_data("ann/x", summary, public, {}).datasets
+    training = Training(PublicBase("a/b", None), stated, Records(RunSummary(), []), "float32", "float32")
+    tagged = card_data("ann/x", training, public, {}).datasets
     assert (tagged == [path]) == on_hub and (tagged is None) != on_hub
 
 
 def vllm(**config):
     """The card's command for vLLM, in a list that is empty without one."""
-    found = snippets("ann/x", {"base": {"id": "a/b", "revision": COMMIT}}, {**CONFIG, **config}, None, None)
+    found = snippets("ann/x", PublicBase("a/b", COMMIT), {**CONFIG, **config}, Quantization(), None, None)
     return [snippet.code for snippet in found if snippet.title == "vLLM"]
 
 
@@ -177,7 +180,7 @@ def test_card_and_check_give_vllm_the_same_flag_for_every_rank():
 
 def test_the_card_advises_no_merge_that_is_refused():
     def titles(**config):
-        found = snippets("ann/x", {"base": {"id": "a/b", "revision": COMMIT}}, {**CONFIG, **config}, None, None)
+        found = snippets("ann/x", PublicBase("a/b", COMMIT), {**CONFIG, **config}, Quantization(), None, None)
         return {snippet.title.split(",")[0]: snippet.note for snippet in found}
 
     assert "The adapter alone" in titles()["GGUF"] and "Merged into a plain 16-bit model" in titles()

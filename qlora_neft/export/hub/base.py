@@ -2,25 +2,61 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...adapter.folder import AdapterFolder
-from ...errors import UserInputError
-from ...files import sha256_of_file
+from ...errors import UserInputError, first_line
+from ...files import read_json, sha256_of_file
 from ...paths import kind_of, resolve_bundled
+from ...run_folder.record import RunSummary
+from .public import PublicBase, Published
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+IN_CACHE = re.compile(r"models--(?P<id>.+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
+
+
+def public_base(folder: AdapterFolder, base_id: str | None = None, base_revision: str | None = None) -> PublicBase:
+    """Find the Hub id of the base and the commit it was trained on.
+
+    A base in the Hub's download cache says itself what it is. Any other folder is recognized if its configuration names
+    a model on the Hub whose weights have the same SHA-256.
+
+    Args:
+        folder: The adapter.
+        base_id: ``--base-id``, in place of the recorded base.
+        base_revision: ``--base-revision``, a commit in place of the recorded one.
+
+    Returns:
+        The base; without a commit if none is recorded and the Hub cannot be asked.
+
+    Raises:
+        UserInputError: If the base is local and of unknown origin, or an argument is malformed.
+    """
+    if base_revision is not None and not COMMIT.fullmatch(base_revision):
+        raise UserInputError(f"--base-revision: must be a commit, 40 hexadecimal digits, got {base_revision!r}.")
+    recorded = folder.own_base or folder.recorded_base
+    if base_id is not None:
+        _check_form(base_id)
+    elif not recorded:
+        raise UserInputError(f"{folder.source}: adapter_config.json names no base. Give its Hub id with --base-id.")
+    elif kind_of(recorded) != "hub":
+        found = _recognized(folder, recorded)
+        return PublicBase(found.id, base_revision or found.commit)
+    chosen = base_id or recorded
+    assert chosen is not None, "without either the function has ended"
+    known = _commit_of_run(folder) if chosen == recorded else None
+    return PublicBase(chosen, base_revision or known or _commit_on_hub(chosen, folder.recorded_revision))
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What a base model's page says.
+    """What the Hub says of a base model.
 
     Attributes:
-        commit: That a branch or tag stands for.
+        commit: The commit that a branch or tag stands for.
         license: ``license``, ``license_name``, ``license_link`` as its card has them; empty without one.
         is_missing: Whether the Hub shows no such model to the token in use.
         why_not: Why the Hub was not asked or gave no answer; None if it did.
@@ -33,7 +69,7 @@ class BaseFacts:
 
 
 def ask_about_base(base_id: str, revision: str | None) -> BaseFacts:
-    """Ask the Hub once; without a network, offline, or without access the reason is in ``why_not``."""
+    """Ask the Hub once. Without a network, offline, or without access, ``why_not`` has the reason."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -42,9 +78,8 @@ def ask_about_base(base_id: str, revision: str | None) -> BaseFacts:
     except OfflineModeIsEnabled:
         return BaseFacts(why_not="HF_HUB_OFFLINE is set")
     except (HTTPError, OSError) as error:  # the Hub's refusals, and the network's
-        first_line = str(error).strip().splitlines()[:1] or [type(error).__name__]
         is_missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
-        return BaseFacts(is_missing=is_missing, why_not=first_line[0])
+        return BaseFacts(is_missing=is_missing, why_not=first_line(error))
     card = info.card_data
     license = {key: card[key] for key in LICENSE_KEYS if card and isinstance(card.get(key), str)}
     if "://" not in license.get("license_link", "://"):  # a file of the base's repository
@@ -52,68 +87,10 @@ def ask_about_base(base_id: str, revision: str | None) -> BaseFacts:
     return BaseFacts(info.sha, license)
 
 
-def sha256_on_hub(base_id: str, revision: str | None) -> dict[str, str]:
-    """SHA-256 of the large files of a model by name; empty if the Hub gives no answer."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        entries = list(HfApi().list_repo_tree(base_id, revision=revision))
-    except (HTTPError, OSError):
-        return {}
-    return {entry.path: entry.lfs.sha256 for entry in entries if getattr(entry, "lfs", None)}
-
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
-IN_CACHE = re.compile(r"models--(?P<id>.+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
-
-
-def public_base(
-    folder: AdapterFolder, base_id: str | None = None, base_revision: str | None = None
-) -> tuple[str, str | None]:
-    """Hub id of the base and the commit it was trained on.
-
-    A base that is a folder of the Hub's cache says itself what it is. Any other folder is recognised if its
-    configuration names a model on the Hub whose weights have the same SHA-256.
-
-    Args:
-        folder: The adapter.
-        base_id: ``--base-id``, in place of the recorded base.
-        base_revision: ``--base-revision``, a commit in place of the recorded one.
-
-    Returns:
-        The id, and the commit; None for one that is not recorded where the Hub cannot be asked.
-
-    Raises:
-        UserInputError: If the base is local and of unknown origin, or an argument is not of its form.
-    """
-    if base_revision is not None and not COMMIT.fullmatch(base_revision):
-        raise UserInputError(f"--base-revision: must be a commit, 40 hexadecimal digits, got {base_revision!r}.")
-    recorded = _recorded(folder)
-    if base_id is not None:
-        _check_form(base_id)
-        known = _commit_of_run(folder) if base_id == recorded else None
-        return base_id, base_revision or known or _commit_on_hub(base_id, folder.recorded_revision)
-    if _is_local(recorded):
-        found, commit = _recognised(folder, recorded)
-        return found, base_revision or commit
-    return recorded, base_revision or _commit_of_run(folder) or _commit_on_hub(recorded, folder.recorded_revision)
-
-
-def _recorded(folder: AdapterFolder) -> str:
-    recorded = folder.own_base or folder.recorded_base
-    if not recorded:
-        raise UserInputError(f"{folder.source}: adapter_config.json names no base. Give its Hub id with --base-id.")
-    return str(recorded)
-
-
-def _is_local(base: str) -> bool:
-    return kind_of(base) != "hub"
-
-
 def _commit_of_run(folder: AdapterFolder) -> str | None:
-    """The commit that was trained on: as the run recorded it, else a revision that is one."""
-    stated = (folder.summary or {}).get("base_commit") or (folder.summary or {}).get("base", {}).get("revision")
+    """Return the commit that was trained on: as the run recorded it, else a revision that is a commit."""
+    published = Published.of(folder.summary).base
+    stated = RunSummary.of(folder.summary).base_commit or (published.revision if published else None)
     revision = folder.recorded_revision
     return stated or (revision if revision and COMMIT.fullmatch(revision) else None)
 
@@ -130,19 +107,22 @@ def _check_form(base_id: str) -> None:
         validate_repo_id(base_id)
     except HFValidationError as error:
         raise UserInputError(f"--base-id: must be a Hub id (owner/name), got {base_id!r}.") from error
-    if _is_local(base_id):
+    if kind_of(base_id) != "hub":
         raise UserInputError(f"--base-id: must be a Hub id (owner/name), got the folder {base_id!r}.")
 
 
-def _recognised(folder: AdapterFolder, recorded: str) -> tuple[str, str | None]:
-    """Id and commit of a local base that is known to be a model on the Hub."""
+# ---- A local base ----
+
+
+def _recognized(folder: AdapterFolder, recorded: str) -> PublicBase:
+    """Return the model on the Hub that a local base is known to be."""
     path = Path(resolve_bundled(recorded)).expanduser()
     cached = IN_CACHE.search(path.absolute().as_posix())
     if cached:
-        return cached["id"].replace("--", "/"), cached["commit"]
+        return PublicBase(cached["id"].replace("--", "/"), cached["commit"])
     named = _name_in_config(path)
-    if named and not _is_local(named) and _same_weights(path, sha256_on_hub(named, None)):
-        return named, ask_about_base(named, None).commit
+    if named and kind_of(named) == "hub" and _same_weights(path, _sha256_on_hub(named)):
+        return PublicBase(named, ask_about_base(named, None).commit)
     hint = f" (its config.json names {named!r}; the weights there differ, or cannot be seen)" if named else ""
     raise UserInputError(
         f"{folder.source}: it was trained on the local base {recorded!r}{hint}, and the Hub needs one that others can "
@@ -152,12 +132,25 @@ def _recognised(folder: AdapterFolder, recorded: str) -> tuple[str, str | None]:
 
 def _name_in_config(path: Path) -> str | None:
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("_name_or_path") or None
+        return read_json(path / "config.json").get("_name_or_path") or None
     except (OSError, ValueError):
         return None
 
 
 def _same_weights(path: Path, on_hub: dict[str, str]) -> bool:
-    """Whether every weight file of a folder is on the Hub, byte for byte."""
+    """Return whether every weight file of a folder is on the Hub, byte for byte."""
     files = sorted(path.glob("*.safetensors"))
     return bool(files) and all(sha256_of_file(file) == on_hub.get(file.name) for file in files)
+
+
+def _sha256_on_hub(base_id: str) -> dict[str, str]:
+    """Return the SHA-256 of a model's large files by name; empty if the Hub gives no answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.hf_api import RepoFile
+
+    try:
+        entries = list(HfApi().list_repo_tree(base_id))
+    except (HTTPError, OSError):
+        return {}
+    return {entry.path: entry.lfs.sha256 for entry in entries if isinstance(entry, RepoFile) and entry.lfs}

@@ -18,16 +18,14 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from ...adapter.folder import CONFIG, RECIPE, WEIGHTS
 from ...errors import RunFailed, UserInputError
 from ...run_folder.checkpoints import files_in
 from .failures import Patience, Place, keep_trying, token_source
+from .public import CURVES, SUMMARY, TOKENIZER_FILES
 
 # Files of an earlier push that are removed if this folder lacks them: beside a newer adapter they would be wrong.
-OURS = frozenset(
-    """adapter_config.json adapter_model.safetensors added_tokens.json chat_template.jinja generation_config.json
-    lengths.png loss.png merges.txt recipe.yaml sentencepiece.bpe.model special_tokens_map.json spiece.model
-    tokenizer.json tokenizer.model tokenizer_config.json training_summary.json vocab.json vocab.txt""".split()
-)
+OURS = {CONFIG, CURVES, RECIPE, SUMMARY, WEIGHTS, "generation_config.json", "lengths.png", *TOKENIZER_FILES}
 CHUNK = 1 << 20  # bytes read at a time
 LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or add a Colab secret HF_TOKEN: a token with write access."
 

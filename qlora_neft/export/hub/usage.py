@@ -1,0 +1,162 @@
+"""How others use a published adapter: programs and commands to copy, each only if it holds for this adapter."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...adapter.folder import beyond_plain
+from ...adapter.prompts import Prompts
+from ...recipe.schema import Quantization
+from ..consumers import vllm_rank_flag
+from .public import PublicBase
+
+QUESTION = "Give three tips for staying healthy."
+TEXT = "Once upon a time"  # for a model that was trained on plain text
+
+TRANSFORMERS = """\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+{nf4}
+model = AutoModelForCausalLM.from_pretrained(
+    "{base}",{revision}
+    quantization_config=nf4,
+    device_map="auto",
+)
+model.load_adapter("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
+{ask}"""
+PEFT = """\
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+{nf4}
+model = AutoPeftModelForCausalLM.from_pretrained("{repo}", quantization_config=nf4, device_map="auto").eval()
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
+{ask}"""
+NF4 = """\
+nf4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant={double_quant},
+    bnb_4bit_compute_dtype=torch.{dtype},
+)"""
+ASK = """\
+inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False{special}).to(model.device)
+output = model.generate(**inputs, max_new_tokens=256, do_sample=False, repetition_penalty=1.2{end})
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
+
+PROMPT_NOTE = "The prompt template of the training run is applied automatically."
+VLLM_NOTE = (
+    "`--quantization bitsandbytes` makes vLLM quantize the base to NF4. Without it, vLLM serves the adapter on the "
+    "16-bit base, which is a different model from the one trained; a merged model avoids the question."
+)
+MERGE_NOTE = (
+    "The adapter is added to the dequantized NF4 base, which is the model that was trained; the result needs neither "
+    "bitsandbytes nor PEFT."
+)
+GGUF_NOTE = "Made from the merged model above."
+LORA_GGUF_NOTE = " The adapter alone, for a base in GGUF: `qlora-neft gguf {repo} adapter.gguf`."
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """Something to copy.
+
+    Attributes:
+        title: The program it is for.
+        note: What to know before, empty for nothing.
+        language: ``bash`` or ``python``.
+        code: The text.
+    """
+
+    title: str
+    note: str
+    language: str
+    code: str
+
+
+def snippets(
+    repo_id: str,
+    base: PublicBase,
+    config: Mapping[str, Any],
+    quantization: Quantization,
+    prompts: Prompts | None,
+    eos_token_id: int | None,
+) -> list[Snippet]:
+    """Return every way to use the adapter that holds for it.
+
+    Args:
+        repo_id: Repository of the adapter.
+        base: Its base on the Hub.
+        config: Content of ``adapter_config.json``.
+        quantization: How the base was stored in training.
+        prompts: Prompts of the training; None if no tokenizer is published.
+        eos_token_id: End token of that tokenizer.
+    """
+    dtype = quantization.bnb_4bit_compute_dtype
+    nf4 = NF4.format(
+        double_quant=quantization.bnb_4bit_use_double_quant, dtype="bfloat16" if dtype == "auto" else dtype
+    )
+    parts = {
+        "repo": repo_id,
+        "base": base.id,
+        "revision": f'\n    revision="{base.commit}",' if base.commit else "",
+        "tokenizer": repo_id if prompts is not None else base.id,
+        "nf4": nf4,
+        "ask": _ask(prompts, eos_token_id),
+    }
+    return [
+        Snippet("qlora_neft", PROMPT_NOTE, "bash", f"qlora-neft generate {repo_id} {shlex.quote(QUESTION)}"),
+        Snippet("PEFT, on the NF4 base it was trained on", "", "python", PEFT.format(**parts)),
+        Snippet("transformers, 4-bit", "", "python", TRANSFORMERS.format(**parts)),
+        *_vllm(repo_id, base, config),
+        *_merged(repo_id, config),
+    ]
+
+
+def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:
+    """Return code from a request to its answer, with the prompt of the training."""
+    if prompts is None:
+        return f'prompt = "{QUESTION}"\n' + ASK.format(special="", end="")
+    end, special = "", ""
+    if prompts.name == "none":
+        prompt = json.dumps(TEXT)
+    elif prompts.name in ("alpaca", "vicuna"):
+        prompt = json.dumps(prompts.text([{"role": "user", "content": QUESTION}]), ensure_ascii=False)
+    else:
+        messages = f'[{{"role": "user", "content": {json.dumps(QUESTION)}}}]'
+        prompt = f"tokenizer.apply_chat_template(\n    {messages}, add_generation_prompt=True, tokenize=False\n)"
+        special = ", add_special_tokens=False"  # the template writes them
+    if prompts.stop_token_ids != (eos_token_id,):
+        end = f", eos_token_id={list(prompts.stop_token_ids)}"
+    return f"prompt = {prompt}\n" + ASK.format(special=special, end=end)
+
+
+def _vllm(repo_id: str, base: PublicBase, config: Mapping[str, Any]) -> list[Snippet]:
+    """Return the command for vLLM, which takes the matrices A and B only, of one rank and one alpha."""
+    rank_flag = vllm_rank_flag(int(config.get("r", 0)))
+    others = [key for key in ("modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
+    if others or beyond_plain(config) or rank_flag is None:
+        return []
+    words = ["vllm", "serve", base.id, *(["--revision", base.commit] if base.commit else [])]
+    words += ["--quantization", "bitsandbytes", "--enable-lora", *rank_flag.split()]
+    words += ["--lora-modules", f"{repo_id.split('/')[-1]}={repo_id}"]
+    return [Snippet("vLLM", VLLM_NOTE, "bash", shlex.join(words))]
+
+
+def _merged(repo_id: str, config: Mapping[str, Any]) -> list[Snippet]:
+    """Return the ways over a merged model; `qlora-neft merge` accepts plain LoRA only."""
+    if beyond_plain(config):
+        return []
+    whole_modules = config.get("modules_to_save")  # a LoRA GGUF has no place for them
+    note = GGUF_NOTE + ("" if whole_modules else LORA_GGUF_NOTE.format(repo=repo_id))
+    return [
+        Snippet("Merged into a plain 16-bit model", MERGE_NOTE, "bash", f"qlora-neft merge {repo_id} merged"),
+        Snippet("GGUF, for llama.cpp and Ollama", note, "bash", "qlora-neft gguf merged model.gguf --modelfile"),
+    ]
