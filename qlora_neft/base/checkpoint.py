@@ -13,7 +13,7 @@ from bitsandbytes.nn import Params4bit
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -26,8 +26,8 @@ from .nf4 import from_nf4
 STATE = ".quant_state.bitsandbytes__nf4"  # follows the name of a weight stored in NF4
 
 
-def skeleton(config: Any) -> PreTrainedModel:
-    """The model of a configuration without its weights: parameters on the meta device, buffers computed."""
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model of a configuration without weights: parameters on the meta device, buffers computed."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -38,26 +38,26 @@ def skeleton(config: Any) -> PreTrainedModel:
 class Checkpoint:
     """The safetensors files of a causal language model.
 
-    Every tensor is read when it is asked for, and its file closed again, so that nothing stays in memory.
+    A tensor is read only when it is asked for, and its file is closed again, so that nothing stays in memory.
 
     Args:
-        folder: Where ``model.safetensors`` or its shards are.
+        folder: Folder of ``model.safetensors`` or its shards.
         config: The model's configuration.
-        source: What messages call it.
+        source: The model's name in messages.
 
     Attributes:
         folder: As given.
         model: The model without weights; its parameter names are those used here.
-        key_of: The name in the files, by parameter; of a tied parameter that is not stored, that of the one it shares.
+        key_of: By parameter, its name in the files; a tied parameter that is not stored has that of its twin.
         shapes: By parameter.
         stored_nf4: Parameters stored in NF4.
-        dtype: What unquantized weights are loaded in: the configuration's dtype, else the first stored one.
+        dtype: Dtype that unquantized weights are loaded in: the configuration's, else that of the first stored weight.
 
     Raises:
         UserInputError: If there are no such files, or they do not hold the model's parameters one by one.
     """
 
-    def __init__(self, folder: Path, config: Any, source: str) -> None:
+    def __init__(self, folder: Path, config: PreTrainedConfig, source: str) -> None:
         self.folder, self.source = folder, source
         files = tensor_files(source, file_in(folder))
         self._file_of = {key: folder / name for key, name in files.items()}
@@ -71,21 +71,20 @@ class Checkpoint:
         self.dtype = getattr(config, "dtype", None) or self._first_dtype()
 
     def parameters(self) -> dict[str, str]:
-        """Stored parameters and their names in the files; tied ones once. In the model's order."""
+        """Return the stored parameters and their names in the files, tied ones once, in the model's order."""
         stored = {key: name for name, key in reversed(self.key_of.items())}
         return {name: key for name, key in self.key_of.items() if stored[key] == name}
 
     def weight(self, name: str) -> Tensor:
-        """A parameter as it is loaded: in ``dtype``, one stored in NF4 dequantized to float32."""
-        key = self.key_of[name]
-        with self._opened(key) as file:
-            stored = file.get_tensor(key)
+        """Read a parameter as it is loaded: in ``dtype``; one stored in NF4 is dequantized to float32."""
         if name in self.stored_nf4:
             return from_nf4(self.packed(name))
-        return stored.to(self.dtype)
+        key = self.key_of[name]
+        with self._opened(key) as file:
+            return file.get_tensor(key).to(self.dtype)
 
     def packed(self, name: str) -> Params4bit:
-        """A parameter stored in NF4 as its bytes and their state."""
+        """Read a parameter stored in NF4 as its bytes and their quantization state."""
         key = self.key_of[name]
         parts = {}
         for part in [k for k in self._file_of if k.startswith(f"{key}.")]:
@@ -99,7 +98,7 @@ class Checkpoint:
         try:
             return safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
-            raise UserInputError(f"{self.source}: {path.name} cannot be read ({error}). Fetch it anew.") from error
+            raise UserInputError(f"{self.source}: {path.name} cannot be read ({error}). Fetch it again.") from error
 
     def _first_dtype(self) -> torch.dtype:
         key = next(key for name, key in self.parameters().items() if name not in self.stored_nf4)
@@ -107,7 +106,7 @@ class Checkpoint:
             return file.get_tensor(key).dtype
 
     def _names(self) -> dict[str, str]:
-        """Which stored tensor each parameter is, by the rules that transformers loads with."""
+        """Match parameters with stored tensors by the rules that transformers loads with."""
         transforms = get_model_conversion_mapping(self.model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
@@ -135,7 +134,7 @@ class Checkpoint:
         return {name: found[name] for name in self.shapes}
 
     def _add_tied(self, found: dict[str, str]) -> None:
-        """Tied parameters of which one is stored; the configuration says which are tied."""
+        """Add tied parameters whose twin is stored; the configuration says which are tied."""
         for name, other in self.model.all_tied_weights_keys.items():
             for one, two in ((name, other), (other, name)):
                 if one not in found and two in found:
@@ -146,8 +145,8 @@ class ShardWriter:
     """Collects tensors and writes them whenever a shard is full.
 
     Args:
-        folder: Where the shards go.
-        max_bytes: Of a shard; a larger tensor gets a shard of its own.
+        folder: Folder to write to.
+        max_bytes: Maximum size of a shard; a larger tensor gets a shard of its own.
         wrote: Called with the number of bytes written so far.
     """
 
@@ -158,7 +157,7 @@ class ShardWriter:
         self.total_bytes = 0
 
     def add(self, key: str, weight: Tensor | Params4bit) -> None:
-        """Take a weight; one in NF4 with its constants, which stay in the same shard."""
+        """Add a weight; one in NF4 is stored with its constants in the same shard."""
         parts = {key: weight.detach().contiguous()}
         if isinstance(weight, Params4bit):
             state = weight.quant_state.as_dict(packed=True)
@@ -168,7 +167,7 @@ class ShardWriter:
         self._pending |= parts
 
     def close(self) -> None:
-        """Write what is left, and the index if there is more than one shard."""
+        """Write the last shard, and the index if there is more than one."""
         self._flush()
         count = len(self._shards)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
@@ -197,14 +196,14 @@ def _size(tensors: dict[str, Tensor]) -> int:
 def read_embedding(name_or_path: str, *, revision: str | None = None) -> Tensor:
     """Read the input embedding of a causal language model.
 
-    Of a checkpoint in shards only the shard that holds it is read, and fetched from the Hub.
+    Only the shard that holds it is read, or downloaded from the Hub.
 
     Args:
         name_or_path: Hub id or directory.
         revision: Hub branch, tag or commit.
 
     Returns:
-        The table (V, D), in the dtype it is stored in, on the CPU.
+        The table (V, D), in its stored dtype, on the CPU.
 
     Raises:
         UserInputError: If there is no such model, no safetensors file, or no such tensor in it.
@@ -231,7 +230,7 @@ def read_embedding(name_or_path: str, *, revision: str | None = None) -> Tensor:
 
 
 def _name_and_shape(name_or_path: str, revision: str | None) -> tuple[str, torch.Size]:
-    """As transformers calls the embedding of this architecture; the model is built without memory for weights."""
+    """Return name and shape of the embedding in this architecture; the model is built without memory for weights."""
     config = check_base_config(name_or_path, **({"revision": revision} if revision else {}))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -240,7 +239,7 @@ def _name_and_shape(name_or_path: str, revision: str | None) -> tuple[str, torch
 
 
 def _stored_name(name: str, files: Mapping[str, str], source: str) -> str:
-    """What the checkpoint calls it: old ones lack the outermost module's name, multimodal ones order it otherwise."""
+    """Return the name in the files: old ones lack the outermost module's name, multimodal ones order it otherwise."""
     if name in files:
         return name
     ending = ".".join(name.split(".")[-2:])

@@ -1,132 +1,90 @@
-"""What a person sees of a run before and after it trains; what it shows meanwhile is in `progress`."""
+"""What a user sees of a run before and after it trains; what it shows meanwhile is in `progress`.
+
+Messages of libraries that are meant for developers are kept out.
+"""
 
 from __future__ import annotations
 
 import logging
 import shlex
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
-import transformers
+from datasets.utils import logging as datasets_logging
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
+from transformers.utils import logging as transformers_logging
 
 from ..noise.neftune import expected_norm
 from ..paths import kind_of
 from .tables import Table
 
+if TYPE_CHECKING:
+    from ..recipe.schema import Neftune
+
 
 def make_console(*, quiet: bool = False, silent: bool = False) -> Console:
-    """A console on stdout, on stderr where stdout is kept for a program (``quiet``), or nowhere (``silent``)."""
+    """Return a console that writes to stdout.
+
+    Args:
+        quiet: Write to stderr instead, since a program reads stdout.
+        silent: Write nowhere.
+    """
     return Console(stderr=quiet, highlight=False, soft_wrap=True, quiet=silent)
 
 
 def say(console: Console, lines: Iterable[str]) -> None:
-    """Print lines as they are, square brackets included."""
+    """Print lines as they are; square brackets are not markup."""
     for line in lines:
         console.print(line, markup=False)
 
 
-def show_result(console: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A table of what training changed."""
-    measures = (
-        ("held-out loss (nats per token)", "held_out_loss", "{:.3f}"),
-        ("exact answers, held out", "exact_match", "{:.1%}"),
-        ("clean train loss (nats per token)", "clean_train_loss", "{:.3f}"),
-    )
-    rows = [
-        (label, form.format(before[key]), form.format(after[key]))
-        for label, key, form in measures
-        if before.get(key) is not None and after.get(key) is not None
-    ]
-    console.print(Table(("", "before", "after"), rows, title="what was learned", align="l").rich())
-
-
-def show_answers(console: Console, answers: Iterable[tuple[str, str, str, str]]) -> None:
-    """Sample answers: a prompt, its answers before and after training, and the reference."""
-    for prompt, before, after, reference in answers:
-        grid = RichTable.grid(padding=(0, 2))
-        grid.add_row("prompt", Text(_request(prompt), style="bold"))
-        grid.add_row("before", Text(_one_line(before), style="dim"))
-        grid.add_row("after", Text(_one_line(after)))
-        grid.add_row("wanted", Text(_one_line(reference)))
-        console.print(grid)
-        console.print()
-
-
-def _request(prompt: str) -> str:
-    """The part of a prompt that differs from row to row."""
-    if "### Instruction:\n" in prompt:
-        body = prompt.split("### Instruction:\n")[-1].removesuffix("### Response:")
-        return _one_line(body.replace("### Input:\n", ""), 200)
-    flat = " ".join(prompt.split())
-    return flat if len(flat) <= 200 else "..." + flat[-197:]  # a conversation's last request stands at its end
-
-
-def _one_line(text: str, width: int = 110) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 3] + "..."
-
-
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Inside the block: no upstream progress bars, no deprecation notes meant for developers, warnings kept."""
-    verbosity = datasets.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
-    bars = datasets.utils.is_progress_bar_enabled(), transformers.utils.logging.is_progress_bar_enabled()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs an error, then raises it: once is enough
-    transformers.utils.logging.set_verbosity_error()
+def quiet_libraries() -> Generator[None, None, None]:
+    """Inside the block, hide progress bars and deprecation notes of libraries; their warnings stay."""
+    verbosity = datasets_logging.get_verbosity(), transformers_logging.get_verbosity()
+    bars = datasets.utils.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    datasets_logging.set_verbosity(logging.CRITICAL)  # it logs an error, then raises it: once is enough
+    transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        datasets.logging.set_verbosity(verbosity[0])
-        transformers.utils.logging.set_verbosity(verbosity[1])
+        datasets_logging.set_verbosity(verbosity[0])
+        transformers_logging.set_verbosity(verbosity[1])
         if bars[0]:
             datasets.enable_progress_bars()
         if bars[1]:
-            transformers.utils.logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
-class RowsProgress:
-    """Counts rows while data is prepared; on a terminal only, since a pipe gets the result in a moment.
-
-    Args:
-        console: Where to write.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self.console, self.rows = console, 0
-
-    def __call__(self, rows: int) -> None:
-        """So many rows more."""
-        self.rows += rows
-        if self.console.is_terminal:
-            self.console.print(f"preparing data: {self.rows:,} rows", end="\r")
-
-
-def noise_line(noise: Mapping[str, Any] | None) -> str:
-    """What noise the run adds; ``noise`` holds ``noise_alpha``, ``distribution``, ``schedule``, ``final_alpha``."""
-    if noise is None or not (noise["noise_alpha"] or noise["final_alpha"]):
+def noise_line(noise: Neftune | None) -> str:
+    """Return a line on the noise that a run adds."""
+    if noise is None or not (noise.noise_alpha or noise.final_alpha):
         return "noise: none"
-    way = "" if noise["schedule"] == "constant" else f", {noise['schedule']} to {noise['final_alpha']:g}"
-    norm = expected_norm(noise["noise_alpha"], noise["distribution"])
-    drawn = f"alpha {noise['noise_alpha']:g}{way}, {noise['distribution']}, norm {norm:.2f} per sequence"
-    passes, size = noise["adversarial_steps"], noise["adversarial_step_size"]
+    way = "" if noise.schedule == "constant" else f", {noise.schedule} to {noise.final_alpha:g}"
+    norm = expected_norm(noise.noise_alpha, noise.distribution)
+    drawn = f"alpha {noise.noise_alpha:g}{way}, {noise.distribution}, norm {norm:.2f} per sequence"
+    passes, size = noise.adversarial_steps, noise.adversarial_step_size
     if passes == 1:
         return f"noise: NEFTune {drawn}"
     return f"noise: FreeLB {drawn}, climbing by {size:g}: {passes} passes a step, which costs {passes} times as much"
 
 
 def data_lines(report: Mapping[str, Any]) -> list[str]:
-    """Sources, rows and tokens of each part of the data, what was cut or left out, and what is suspicious."""
+    """Return lines on the data: sources, rows and tokens, what was truncated or dropped, and warnings.
+
+    Args:
+        report: As `prepare_data` made it.
+    """
     lines = [
         f"data: {source['path']}, {source['format']}, prompt template {source['prompt_template']}"
         for source in report["sources"]
@@ -142,7 +100,15 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def lines_after(output_dir: Path, base: str, steps: int, seconds: float, *, drawn: bool) -> list[str]:
-    """Where everything is, and what to do next."""
+    """Return lines on where everything is, and what to do next.
+
+    Args:
+        output_dir: Folder of the run.
+        base: The base's Hub id or path.
+        steps: Optimizer steps trained.
+        seconds: Time they took.
+        drawn: Whether ``loss.png`` was drawn.
+    """
     curves = f"loss curves: {output_dir / 'loss.png'}"
     here = shlex.quote(str(output_dir))
     base_id = " --base-id owner/base" * (kind_of(base) != "hub")  # a local base is never published
@@ -160,6 +126,64 @@ def lines_after(output_dir: Path, base: str, steps: int, seconds: float, *, draw
 
 
 def title(recipe: Mapping[str, Any]) -> str:
-    """Over a picture: which base learned what, under how much noise."""
+    """Return the heading of a picture: base, data and noise of a recipe, given as plain values."""
     alpha = (recipe["neftune"] or {}).get("noise_alpha", 0)
     return f"{recipe['model']['name_or_path']} on {recipe['data']['path']}, alpha {alpha:g}"
+
+
+def show_result(console: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Print a table of the measures before and after training."""
+    measures = (
+        ("held-out loss (nats per token)", "held_out_loss", "{:.3f}"),
+        ("exact answers, held out", "exact_match", "{:.1%}"),
+        ("clean train loss (nats per token)", "clean_train_loss", "{:.3f}"),
+    )
+    rows = [
+        (label, form.format(before[key]), form.format(after[key]))
+        for label, key, form in measures
+        if before.get(key) is not None and after.get(key) is not None
+    ]
+    console.print(Table(("", "before", "after"), rows, title="what was learned", align="l").rich())
+
+
+def show_answers(console: Console, answers: Iterable[tuple[str, str, str, str]]) -> None:
+    """Print sample answers: for each a prompt, the answers before and after training, and the reference."""
+    for prompt, before, after, reference in answers:
+        grid = RichTable.grid(padding=(0, 2))
+        grid.add_row("prompt", Text(_request(prompt), style="bold"))
+        grid.add_row("before", Text(_one_line(before), style="dim"))
+        grid.add_row("after", Text(_one_line(after)))
+        grid.add_row("wanted", Text(_one_line(reference)))
+        console.print(grid)
+        console.print()
+
+
+def _request(prompt: str) -> str:
+    """Return the part of a prompt that differs from row to row."""
+    if "### Instruction:\n" in prompt:
+        body = prompt.split("### Instruction:\n")[-1].removesuffix("### Response:")
+        return _one_line(body.replace("### Input:\n", ""), 200)
+    flat = " ".join(prompt.split())
+    return flat if len(flat) <= 200 else "..." + flat[-197:]  # a conversation ends with its last request
+
+
+def _one_line(text: str, width: int = 110) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= width else flat[: width - 3] + "..."
+
+
+class RowsProgress:
+    """Shows the number of rows prepared so far, on a terminal; a pipe gets the result in a moment.
+
+    Args:
+        console: Console to write to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.rows = console, 0
+
+    def __call__(self, rows: int) -> None:
+        """Count more rows."""
+        self.rows += rows
+        if self.console.is_terminal:
+            self.console.print(f"preparing data: {self.rows:,} rows", end="\r")

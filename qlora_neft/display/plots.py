@@ -1,4 +1,4 @@
-"""``loss.png``: train loss (under noise), clean train loss and held-out loss of one run."""
+"""Pictures of a run: its losses (``loss.png``) and the lengths of its sequences (``lengths.png``)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,23 @@ BLUE, SKY, GREEN, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#E69F00"
 VERMILION, PURPLE, YELLOW = "#D55E00", "#CC79A7", "#F0E442"
 LIGHT_GREY, DARK_GREY = "#999999", "#555555"
 
+CURVES = (  # log key, label, color, style
+    ("loss", "train, under noise", LIGHT_GREY, "-"),
+    ("clean_loss", "train, clean (no noise, no dropout)", BLUE, "o-"),
+    ("eval_loss", "held out", VERMILION, "s-"),
+)
+TRAIN, HELD_OUT, MARK = SKY, VERMILION, "#000000"  # held-out data has the color it has in loss.png
+PERCENTILES = (("p50", "median", ":"), ("p95", "95% of rows at most", "--"))
+FAR = 1.5  # a max_length beyond this multiple of the longest row would squeeze the bars: it is named below the axis
+
 
 def new_picture(title: str, size: tuple[float, float] = (8, 4.5)) -> tuple[Any, Any] | None:
-    """A figure of so many inches and its axes; None if matplotlib is not installed (extra ``plots``)."""
+    """Return a new figure and its axes; None if matplotlib is not installed (extra ``plots``).
+
+    Args:
+        title: Heading.
+        size: Width and height in inches.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -29,24 +43,17 @@ def new_picture(title: str, size: tuple[float, float] = (8, 4.5)) -> tuple[Any, 
 
 
 def save_picture(figure: Any, path: Path) -> bool:
-    """Write a PNG; true, for callers that say whether there is one."""
+    """Write a PNG. Returns True, for callers that report whether there is a picture."""
     figure.savefig(path, format="png")
     return True
 
 
-CURVES = (
-    ("loss", "train, under noise", LIGHT_GREY, "-"),
-    ("clean_loss", "train, clean (no noise, no dropout)", BLUE, "o-"),
-    ("eval_loss", "held out", VERMILION, "s-"),
-)
-
-
 def plot_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> bool:
-    """Draw the curves of a run.
+    """Draw the loss curves of a run.
 
     Args:
         log_history: Log entries with ``step`` and any of ``loss``, ``clean_loss``, ``eval_loss`` (nats per token).
-        path: PNG file to write.
+        path: The PNG file.
         title: Heading.
 
     Returns:
@@ -71,17 +78,12 @@ def _has_noise(log_history: Sequence[dict[str, Any]]) -> bool:
     return any("neftune_norm" in entry for entry in log_history)
 
 
-TRAIN, HELD_OUT, MARK = SKY, VERMILION, "#000000"  # held-out data has the color it has in loss.png
-PERCENTILES = (("p50", "median", ":"), ("p95", "95% of rows at most", "--"))
-FAR = 1.5  # a maximum so many times the longest row would squeeze the bars: it is named below the axis instead
-
-
 def plot_lengths(report: dict[str, Any], path: Path, title: str) -> bool:
-    """Draw the lengths of a prepared data set.
+    """Draw the sequence lengths of a prepared data set.
 
     Args:
-        report: As the data preparation makes it; ``train``, ``eval`` and ``settings`` are read.
-        path: PNG file to write.
+        report: As `prepare_data` made it; ``train``, ``eval`` and ``settings`` are read.
+        path: The PNG file.
         title: Heading.
 
     Returns:
@@ -97,7 +99,7 @@ def plot_lengths(report: dict[str, Any], path: Path, title: str) -> bool:
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)  # below: bars may stand anywhere above
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)  # below the axes, where it covers no bar
     return save_picture(figure, path)
 
 
@@ -118,7 +120,7 @@ def _draw_parts(axes: Any, report: dict[str, Any]) -> None:
         axes.stairs(*_heights(held_out, width, both), color=HELD_OUT, linewidth=1.8, label=label)
     unit = "token" if width == 1 else f"{width:,.4g} tokens"
     axes.set(ylabel=f"{'% of rows' if both else 'rows'} per {unit}")
-    axes.margins(x=max(0.02, 0.5 / len(edges)))  # a lone bar keeps air beside it
+    axes.margins(x=max(0.02, 0.5 / len(edges)))  # a single bar keeps space beside it
     axes.set_ylim(bottom=0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -126,7 +128,7 @@ def _draw_parts(axes: Any, report: dict[str, Any]) -> None:
 
 
 def _heights(part: dict[str, Any], width: float, share: bool) -> tuple[list[float], list[float]]:
-    """Heights and edges; two parts are comparable as shares, whatever their sizes and the widths of their bins."""
+    """Return heights and edges of the bars; as shares, parts of any size and bin width can be compared."""
     edges, counts = part["histogram"]["edges"], part["histogram"]["counts"]
     scale = 100 / sum(counts) if share else 1.0
     widths = (after - before for before, after in pairwise(edges))

@@ -1,11 +1,11 @@
-"""What the model will see, in a terminal: one example token by token, and what a whole data set comes to."""
+"""A preview on a terminal: single examples token by token, and a summary of the whole data set."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -13,22 +13,29 @@ from rich.text import Text
 from ..steps import IGNORE_INDEX
 from .tables import Table
 
-LEGEND = "⟦ ⟧ the loss is taken here   ⏎ newline   ⇥ tab"  # for whoever shows examples
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-BROKEN = "\ufffd"  # what a decoder puts in place of bytes that are no character
-MAX_GROUP = 8  # tokens of one view; a character has at most four bytes
-CONTEXT = 2  # groups decoded ahead of the next, so that its leading space survives
-JOINERS = "\u200c\u200d"  # invisible, but emoji and several scripts fall apart without them
+LEGEND = "⟦ ⟧ the loss is taken here   ⏎ newline   ⇥ tab"  # for callers that show examples
+
+BROKEN = "\ufffd"  # what a decoder puts in place of bytes that are not a character
+MAX_GROUP = 8  # tokens per view; a character has at most four bytes
+CONTEXT = 2  # groups decoded before each group, so that its leading space survives
+JOINERS = "\u200c\u200d"  # invisible, but needed by emoji and several scripts
 BLOCKS = " ▏▎▍▌▋▊▉█"
-BARS, WIDTH = 12, 80  # of the histogram, at most
+BARS, WIDTH = 12, 80  # maximum size of the histogram
 LENGTHS = {"min": "shortest", **{f"p{n}": f"{n}th percentile" for n in (5, 25, 50, 75, 95, 99)}, "max": "longest"}
 
 
 @dataclass(frozen=True)
 class TokenView:
-    """A token and its text as decoded in its place; several tokens where one character takes several.
+    """A token with its text as decoded in context; several tokens if one character takes several.
 
-    ``trained``: the loss is taken here. ``special``: a special token, such as an end token.
+    Attributes:
+        text: The text; the texts of all views together are that of the sequence.
+        ids: Token ids.
+        trained: Whether the loss is taken here.
+        special: Whether it is a special token, such as an end token.
     """
 
     text: str
@@ -37,15 +44,15 @@ class TokenView:
     special: bool
 
 
-def token_views(tokenizer: Any, input_ids: Sequence[int], labels: Sequence[int]) -> list[TokenView]:
-    """Split what the tokenizer decodes a sequence to into the texts of its tokens.
+def token_views(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int]) -> list[TokenView]:
+    """Split the decoded text of a sequence into the texts of its tokens.
 
-    Where training begins or ends inside a character, the character stands in the later part; the earlier is empty.
+    If training begins or ends inside a character, the character belongs to the later part; the earlier one is empty.
 
     Args:
         tokenizer: Any tokenizer of transformers.
-        input_ids: The sequence.
-        labels: As long; -100 where no loss is taken.
+        input_ids: Token ids of the sequence.
+        labels: A label per token; -100 where no loss is taken.
     """
     ids = [int(token) for token in input_ids]
     specials = _special_ids(tokenizer)
@@ -62,10 +69,10 @@ def render_example(console: Console, title: str, views: list[TokenView], *, show
     """Print a sequence as the model sees it, trained stretches between ⟦ and ⟧.
 
     Args:
-        console: Where to.
-        title: Line above.
-        views: From ``token_views``.
-        show_tokens: Put │ between tokens; where a bracket stands between two, it does for both.
+        console: Console to print to.
+        title: Line above the sequence.
+        views: Tokens, from `token_views`.
+        show_tokens: Put │ between tokens, unless a bracket already separates them.
     """
     console.print(Text(printable(title), style="bold"), soft_wrap=True, highlight=False)
     line, inside = Text(), False
@@ -82,11 +89,11 @@ def render_example(console: Console, title: str, views: list[TokenView], *, show
 
 
 def render_summary(console: Console, report: dict[str, Any]) -> None:
-    """Print the sizes of a prepared data set, its lengths as bars, and what is wrong with it.
+    """Print the sizes of a prepared data set, its lengths as bars, and its problems.
 
     Args:
-        console: Where to.
-        report: Of the data preparation: ``train``, ``eval`` (or None), ``settings``, ``warnings``, ``problems``.
+        console: Console to print to.
+        report: As `prepare_data` made it: ``train``, ``eval`` (or None), ``settings``, ``warnings``, ``problems``.
     """
     parts = {"train": report["train"]} | ({"held out": report["eval"]} if report.get("eval") else {})
     cells = [_cells(part) for part in parts.values()]
@@ -103,43 +110,48 @@ def render_summary(console: Console, report: dict[str, Any]) -> None:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal shows and does not obey: control characters and invisible ones become escapes."""
+    """Escape control characters and invisible ones, so that a terminal shows them instead of obeying them."""
     return "".join(map(_printable_character, text))
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 row``, ``2,000 rows``."""
+    """Return a count with its noun: ``1 row``, ``2,000 rows``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 class _Walk:
-    """Goes along a sequence once and hands out its text, group by group.
+    """Walks along a sequence once and yields its text, group by group.
 
-    A token decoded alone loses its leading space or is part of a character, so each group is decoded behind the few
-    before it, and checked against the text of the whole.
+    A token decoded alone may lose its leading space or be part of a character, so each group is decoded together with
+    a few groups before it, and checked against the decoded whole.
     """
 
-    def __init__(self, tokenizer: Any, ids: list[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
         self.tokenizer, self.ids = tokenizer, ids
         self.whole = self.decode(0, len(ids))
-        self.place = 0  # characters handed out
-        self.bounds = [0]  # tokens handed out at the end of each group; the text is whole at each
+        self.place = 0  # characters taken so far
+        self.bounds = [0]  # token index at the end of each group; no character is cut there
 
     def decode(self, first: int, last: int) -> str:
-        """Text of some tokens alone."""
+        """Decode tokens ``first`` to ``last`` alone."""
         ids = self.ids[first:last]
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
+        if not ids:
+            return ""
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return cast("str", text)  # a list of texts for a batch alone
 
     def take(self, start: int, limit: int) -> tuple[int, str]:
-        """End and text of the group that begins at ``start`` and goes no further than ``limit``."""
-        for context in dict.fromkeys((self.bounds[-CONTEXT - 1 :][0], 0)):  # few decoders look further: they get all
+        """Return end and text of the group that begins at ``start`` and ends at ``limit`` at the latest."""
+        for context in dict.fromkeys(
+            (self.bounds[-CONTEXT - 1 :][0], 0)
+        ):  # then, for the few decoders that look further back, the whole
             before = self.decode(context, self.bounds[-1])
             for end in range(start + 1, limit + 1):
                 seen = self.decode(context, end)
                 if seen.startswith(before) and self._fits(seen[len(before) :], end):
                     return self._give(end, seen[len(before) :])
         if limit < len(self.ids):
-            return limit, ""  # a character that ends behind a change of kind comes with what follows
+            return limit, ""  # a character that ends after a change of kind comes with the next group
         return self._give(limit, "")
 
     def _fits(self, piece: str, end: int) -> bool:
@@ -147,7 +159,7 @@ class _Walk:
             return False
         if not piece.endswith(BROKEN) or end == len(self.ids):
             return True
-        # Half a character, or broken (or U+FFFD itself) in the data? If half, the rest alone reads differently.
+        # Half a character, or U+FFFD in the data itself? After half a character the rest alone decodes differently.
         rest = self.decode(end, len(self.ids))
         return self.whole[self.place + len(piece) :] in (rest, f" {rest}")
 
@@ -158,7 +170,7 @@ class _Walk:
         return end, text
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     # Chat markers are special without being named as end, begin or pad token.
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
@@ -166,7 +178,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 def _group_limit(kinds: list[tuple[bool, bool]], start: int) -> int:
     if kinds[start][1]:
-        return start + 1  # special tokens stand alone
+        return start + 1  # a special token is a group of its own
     end = start + 1
     while end < min(len(kinds), start + MAX_GROUP) and kinds[end] == kinds[start]:
         end += 1
@@ -181,7 +193,7 @@ def _style(view: TokenView, *, odd: bool) -> str:
 def _printable_character(character: str) -> str:
     if character in "\n\t":
         return "⏎\n" if character == "\n" else "⇥"
-    # Format characters turn text around or hide in it; lone surrogates cannot be written to a file at all.
+    # Format characters reverse text or hide in it; lone surrogates cannot be written to a file at all.
     if character in JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return character
     code = ord(character)
@@ -202,7 +214,7 @@ def _cells(part: dict[str, Any]) -> dict[str, str]:
         "dropped": f"{part['dropped']:,}",
         "duplicates": f"{part['duplicates']:,}",
     }
-    lengths, waste = part["lengths"], part.get("padding_waste") or {}  # padding is known once batches are planned
+    lengths, waste = part["lengths"], part.get("padding_waste") or {}  # known once batches are planned
     cells |= {name: _or_dash(lengths[key], ",.0f") for key, name in LENGTHS.items()}
     cells["mean length"] = _or_dash(lengths["mean"], ",.1f")
     names = {"as_run": "padding, as run", "random_batches": "padding, random batches"}
@@ -223,23 +235,23 @@ def _histogram_lines(part: dict[str, Any], width: int) -> list[str]:
         return ["no rows, so no lengths to show"]
     used = [i for i, count in enumerate(counts) if count]
     step = -(-(used[-1] - used[0] + 1) // BARS)
-    starts = range(used[0], used[-1] + 1, step)  # nothing to see outside
+    starts = range(used[0], used[-1] + 1, step)  # the bins outside are empty
     sums = [sum(counts[i : i + step]) for i in starts]
     labels = [_bin_label(edges[i], edges[min(i + step, len(counts))]) for i in starts]
-    labels[-1] = _bin_label(edges[starts[-1]], part["lengths"]["max"] + 1)  # whether the last edge is in it or not
+    labels[-1] = _bin_label(edges[starts[-1]], part["lengths"]["max"] + 1)  # the last bin may include its edge
     names, numbers = max(map(len, labels)), len(f"{max(sums):,}")
-    room = max(width - names - numbers - 4, 8)
+    bar_width = max(width - names - numbers - 4, 8)
     lines = [f"lengths in tokens ({plural(sum(counts), 'row')})"]
     for label, n in zip(labels, sums, strict=True):
-        lines.append(f"{label:>{names}}  {n:>{numbers},}  {_bar(n / max(sums) * room)}".rstrip())
+        lines.append(f"{label:>{names}}  {n:>{numbers},}  {_bar(n / max(sums) * bar_width)}".rstrip())
     return lines
 
 
 def _bin_label(lower: float, upper: float) -> str:
-    first, last = -int(-lower // 1), -int(-upper // 1) - 1  # whole numbers, the upper edge left out
+    first, last = -int(-lower // 1), -int(-upper // 1) - 1  # integers, without the upper edge
     return f"{first:,}" if last <= first else f"{first:,} to {last:,}"
 
 
 def _bar(cells: float) -> str:
-    eighths = max(round(cells * 8), int(cells > 0))  # what is there is seen
+    eighths = max(round(cells * 8), int(cells > 0))  # even the smallest count is visible
     return BLOCKS[8] * (eighths // 8) + BLOCKS[eighths % 8].strip()

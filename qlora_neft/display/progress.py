@@ -1,49 +1,58 @@
-"""What a person sees while a run trains: a progress bar or a line per log, and once its speed.
-
-Apart from `console`, since `TrainerCallback` brings PEFT and bitsandbytes with it, which no other display needs.
-"""
+"""What a user sees of a run while it trains: a progress bar on a terminal, plain lines in a pipe, and its speed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-SHOWN = (("loss", "loss"), ("clean_loss", "clean"), ("eval_loss", "held out"))
-WARM_UP, MEASURED = 1, 4  # steps: the first is slower, with caches and kernels still to be made
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+LOSSES = (("loss", "loss"), ("clean_loss", "clean"), ("eval_loss", "held out"))  # log key and what a user reads
+WARM_UP, MEASURED = 1, 4  # steps: the first is slower, as caches and kernels are made in it
 
 
 class ProgressLines(TrainerCallback):
-    """A progress bar on a terminal; in a pipe one plain line per log.
+    """Shows training as a progress bar on a terminal, as one line per log entry in a pipe.
 
     Args:
-        console: Where to write.
+        console: Console to write to.
     """
 
     def __init__(self, console: Console) -> None:
-        self.console, self.latest = console, {}
+        self.console, self.latest = console, dict[str, float]()
         self.bar: Progress | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the bar, if anyone is looking."""
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar if the console is a terminal."""
         if self.console.is_terminal and state.is_world_process_zero:
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console)
             self.task = self.bar.add_task("", total=state.max_steps)
             self.bar.start()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar."""
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the losses just measured."""
-        news = {name: logs[key] for key, name in SHOWN if logs and key in logs}
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the losses of a log entry."""
+        news = {name: logs[key] for key, name in LOSSES if logs and key in logs}
         if not news or not state.is_world_process_zero:
             return
         self.latest |= news
@@ -53,31 +62,36 @@ class ProgressLines(TrainerCallback):
             values = "  ".join(f"{name} {value:.4f}" for name, value in news.items())
             self.console.print(f"step {state.global_step}/{state.max_steps}  {values}")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Stop the bar."""
         self.close()
 
     def close(self) -> None:
-        """Give the terminal back, also after an exception."""
+        """Stop the bar; also called after an exception, which skips `on_train_end`."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
 
 
 class SpeedLine(TrainerCallback):
-    """Times a few steps at the start of a session and says tokens a second and time left; once.
+    """Times a few steps at the start of a session and says once how fast it is and how long it will take.
 
     Args:
-        tokens_seen: Gives the tokens trained on so far.
-        say: Told the line.
+        tokens_seen: Returns the number of tokens trained on so far.
+        say: Receives the line.
+
+    Attributes:
+        tokens_per_second: The measured speed, None until it is measured.
     """
 
     def __init__(self, tokens_seen: Callable[[], int], say: Callable[[str], None]) -> None:
         self.tokens_seen, self.say, self.steps = tokens_seen, say, 0
         self.tokens_per_second: float | None = None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time after the warm-up, and speak after the measured steps."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the time after the warm-up, and say the speed after the measured steps."""
         self.steps += 1
         if self.steps == WARM_UP:
             self._began, self._tokens = time.monotonic(), self.tokens_seen()

@@ -222,7 +222,7 @@ def _lines_before(run: Run) -> list[str]:
     return [
         f"model: {recipe.model.name_or_path}, NF4 base, LoRA r {recipe.lora.r}",
         str(run.policy),
-        noise_line(None if recipe.neftune is None else recipe.neftune.model_dump()),
+        noise_line(recipe.neftune),
         *data_lines(run.data.report),
         *run.plan.notes,
         f"{run.plan.num_steps} optimizer steps of {recipe.train.effective_batch_size} sequences",
