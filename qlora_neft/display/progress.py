@@ -1,4 +1,7 @@
-"""What a user sees of a run while it trains: a progress bar on a terminal, plain lines in a pipe, and its speed."""
+"""What a user sees of a run while it trains: a progress bar on a terminal, plain lines in a pipe, and its speed.
+
+A module apart from `console`, since `TrainerCallback` imports PEFT and bitsandbytes, which no other display needs.
+"""
 
 from __future__ import annotations
 
