@@ -1,8 +1,8 @@
-"""Which stretches of a rendered conversation are the assistant's, found with characters that texts do not have.
+"""Which stretches of a rendered conversation are the assistant's, found with characters that texts do not contain.
 
-Prefixes of a conversation are not always prefixes of its rendering: templates trim contents, drop the reasoning of
-earlier turns, move the system message. So the messages are rendered once more with a private-use character at either
-end of their strings; where these land, the strings land, whatever else the text says.
+Rendering the first messages of a conversation does not always give the beginning of its rendering: templates trim
+contents, drop the reasoning of earlier turns, move the system message. So the messages are rendered once more with a
+private-use character at either end of their strings. Where these land, the strings land, whatever else the text says.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .formats import BadRow, Message
 Span = tuple[int, int]
 FIRST = 0x100000  # private use, plane 16; two characters to a message. Icon fonts use plane 15.
 MARKER = re.compile("[\U00100000-\U0010ffff]")
-# As different templates name an assistant's reasoning.
+# Names that templates have for an assistant's reasoning.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 AMBIGUOUS = (
     "the chat template rewrites this conversation so that its responses cannot be told apart; "
@@ -29,13 +29,13 @@ AMBIGUOUS = (
 
 @dataclass(frozen=True)
 class Wording:
-    """What a template writes around every turn.
+    """The text a template writes around every turn.
 
     Attributes:
-        after_request: From the end of a request to where its response shall be generated.
-        header: The part of it that ``add_generation_prompt=True`` adds; empty if nothing.
-        header_start: How much of the header stands before responses of earlier turns too.
-        ends: The special tokens after a response, mostly one; those after the last first; empty if none.
+        after_request: From the end of a request to where its response is generated.
+        header: The part of ``after_request`` that ``add_generation_prompt=True`` adds; may be empty.
+        header_start: The part of the header that also precedes responses of earlier turns.
+        ends: The special tokens after a response, mostly one, beginning with those after the last response.
         special: Matches any special token of the tokenizer.
     """
 
@@ -48,7 +48,7 @@ class Wording:
 
 @dataclass(frozen=True)
 class Marker:
-    """Where a marker was in the rendering, the number of the message it is of, and at which end of a string."""
+    """A marker's place in the rendering, the number of its message, and at which end of a string it was."""
 
     position: int
     owner: int
@@ -56,12 +56,13 @@ class Marker:
 
 
 def mark(messages: Sequence[Message], *, blanks: bool = True, requests: bool = True) -> list[dict]:
-    """Messages with markers around their strings.
+    """Return messages with markers around their strings.
 
     Args:
-        messages: With contents that are strings, None or missing.
-        blanks: Whether to mark contents of nothing but white space; a template that tests for them writes others then.
-        requests: Whether to mark the messages of other roles than the assistant.
+        messages: Messages whose contents are strings, None or missing.
+        blanks: Whether to mark contents of nothing but white space; a template that tests for blank contents then
+            takes another branch.
+        requests: Whether to mark messages of other roles than the assistant.
     """
     if len(messages) > 0x8000:
         raise BadRow("has more than 32,768 messages")
@@ -73,7 +74,7 @@ def mark(messages: Sequence[Message], *, blanks: bool = True, requests: bool = T
 
 
 def read_marks(marked: str) -> tuple[str, list[Marker]]:
-    """A rendering without its markers, and the markers in the order of the text."""
+    """Return a rendering without its markers, and the markers in the order of the text."""
     markers = []
     for number, found in enumerate(MARKER.finditer(marked)):
         owner, is_end = divmod(ord(found.group()) - FIRST, 2)
@@ -87,10 +88,11 @@ class TurnFinder:
 
     Attributes:
         text: The rendering.
-        messages: What was rendered.
-        markers: Where their strings are in it.
-        wording: See `Wording`.
-        first_messages: Renders a count of the messages, ``prompt`` or not; None if the template refuses them.
+        messages: The messages rendered.
+        markers: The places of their strings in the text.
+        wording: What the template writes around turns.
+        first_messages: Renders the first so many messages, with or without generation prompt (``prompt``); gives None
+            if the template refuses them.
     """
 
     text: str
@@ -100,10 +102,10 @@ class TurnFinder:
     first_messages: Callable[..., str | None]
 
     def spans(self) -> list[Span]:
-        """Character ranges of the turns, end token included.
+        """Return the character ranges of the assistant's turns, end tokens included.
 
         Raises:
-            BadRow: If a turn is missing, or cannot be told from its neighbours.
+            BadRow: If a turn is missing or cannot be told from its neighbours.
         """
         numbers = [number for number, message in enumerate(self.messages) if message.get("role") == "assistant"]
         spans = [self._turn(number) for number in numbers]
@@ -131,7 +133,7 @@ class TurnFinder:
         return self._begin(number, start, begins), self._end(number, ends.position, stop)
 
     def _bare_turn(self, number: int) -> Span:
-        """A turn without any string to mark: an empty response, or a call without arguments."""
+        """Find a turn without any string to mark: an empty response, or a tool call without arguments."""
         start = max((marker.position for marker in self.markers if marker.owner < number), default=0)
         later = (marker.position for marker in self.markers if marker.owner > number)
         stop = min(later, default=len(self.text))
@@ -142,10 +144,10 @@ class TurnFinder:
         return begin, self._end(number, begin, stop)
 
     def _begin(self, number: int, start: int, first: Marker) -> int:
-        """Where a turn begins, between the string before it and its own first."""
+        """Return where a turn begins, between the string before it and its own first string."""
         between = (start, first.position)
         begin = self._after_request(*between)
-        if begin is None:  # the last header: the one before may be the request's text
+        if begin is None:  # the last one: an earlier one may be part of the request
             begin = self._after(self.wording.header, self.text.rfind, *between)
         if begin is not None:
             return begin
@@ -155,12 +157,12 @@ class TurnFinder:
         message, content = self.messages[number], self.messages[number].get("content") or ""
         thinks = "</think>" in content or any(message.get(key) for key in REASONING)
         if thinks or not first.is_begin or (message.get("tool_calls") and not content.strip()):
-            return _known(after_start)  # what the template writes first is not the string it was given
+            return _known(after_start)  # the template writes something of its own before the string
         leading = content[: len(content) - len(content.lstrip())]
         return first.position - len(leading) * self.text[start : first.position].endswith(leading)
 
     def _after_request(self, start: int, stop: int) -> int | None:
-        """Right after what stands between every request and its response, and any white space before it."""
+        """Return the place after ``after_request``, which may follow white space."""
         between, wanted = self.text[start:stop], self.wording.after_request.lstrip()
         trimmed = between.lstrip()
         found = wanted and trimmed.startswith(wanted)
@@ -176,18 +178,19 @@ class TurnFinder:
         return len(prompt) if fits else None
 
     def _end(self, number: int, position: int, stop: int) -> int:
-        """Where a turn ends whose last string ends at a position, and whose next message's begins at another."""
+        """Return where a turn ends, from the end of its last string to the begin of the next message's first."""
         found = [at + len(end) for end in self.wording.ends if (at := self.text.find(end, position, stop)) >= 0]
         if found:
             return min(found)
-        if self.messages[number].get("tool_calls"):  # a call may have an end of its own
+        if self.messages[number].get("tool_calls"):  # a tool call may end in its own way
             return self._end_of_call(number, position, stop)
         content = self.messages[number].get("content") or ""
-        trailing = content[len(content.rstrip()) :] if content.strip() else ""  # a blank one's is before its marker
+        # A blank content's white space is before its marker.
+        trailing = content[len(content.rstrip()) :] if content.strip() else ""
         return position + len(trailing) * self.text.startswith(trailing, position, stop)
 
     def _end_of_call(self, number: int, position: int, stop: int) -> int:
-        """Where the turn's rendering without what follows ends, or the last special token that is in both."""
+        """Return where the rendering up to this turn ends, or the last special token that it shares with the text."""
         alone = (self.first_messages(number + 1, prompt=False) or "").rstrip()
         stop = min(stop, len(commonprefix([alone, self.text])))  # noqa: RUF071
         found = [token.end() for token in self.wording.special.finditer(self.text, position, stop)]
@@ -205,7 +208,7 @@ def _known(position: int | None) -> int:
 def _mark_message(message: Message, pair: tuple[str, str], blanks: bool) -> dict[str, Any]:
     marked = dict(message)
     content = message.get("content")
-    # Whether a call comes with words decides about line breaks in most templates: never turn none into some.
+    # Most templates break lines depending on whether a call comes with words: never turn no words into some.
     if isinstance(content, str) and (content.strip() or (blanks and not message.get("tool_calls"))):
         marked["content"] = _wrap(content, pair)
     if message.get("role") == "assistant":
@@ -216,7 +219,7 @@ def _mark_message(message: Message, pair: tuple[str, str], blanks: bool) -> dict
 
 
 def _mark_call(call: Any, pair: tuple[str, str]) -> Any:
-    """A tool call with its arguments marked; not its id, whose length is tested, nor its name, which results repeat."""
+    """Mark a tool call's arguments; not its id, whose length templates test, nor its name, which results repeat."""
     if not isinstance(call, Mapping):
         return call
     marked = dict(call)
@@ -236,11 +239,11 @@ def _wrap_all(value: Any, pair: tuple[str, str]) -> Any:
 
 
 def _wrap(text: str, pair: tuple[str, str]) -> str:
-    """Markers inside the outer white space, so that a template that trims leaves the same text as without them."""
+    """Put markers inside the outer white space, so that a template that trims leaves the same text as without them."""
     begin, end = pair
     core = text.strip()
     leading = len(text) - len(text.lstrip())
-    if "</think>" in core:  # templates cut there and write what follows
+    if "</think>" in core:  # templates cut here and write what follows
         core = re.sub(r"(</think>\s*)(?=\S)", lambda found: found.group() + begin, core)
     return text[:leading] + begin + core + end + text[leading + len(text.strip()) :]
 

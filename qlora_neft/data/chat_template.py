@@ -1,18 +1,18 @@
-"""Conversations as a tokenizer's own chat template writes them, or a user's, and which of that is trained.
+"""Conversations rendered by a chat template, the tokenizer's own or the user's, and which of that text is trained.
 
-Trained is every assistant turn, from where the generation prompt ends through the token that ends the turn: what the
-model has to write itself. Stock templates do not mark it, so it is found (see `chat_markers`); a template with
-``{% generation %}`` marks says itself what is trained.
+Every assistant turn is trained, from the end of the generation prompt through the token that ends the turn: what the
+model will have to write. Stock templates do not mark that text, so it is searched for (see `chat_markers`); a template
+with ``{% generation %}`` marks says itself what is trained.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from os.path import commonprefix
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -21,25 +21,31 @@ from ..errors import UserInputError
 from .chat_markers import AMBIGUOUS, Span, TurnFinder, Wording, mark, read_marks
 from .formats import BadRow, Message, Piece
 
-# What a template raises about a conversation it was not written for; transformers raises ValueError itself.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Raised by templates about conversations they were not written for; ValueError by transformers itself.
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-PROBE = [{"role": role, "content": text} for text in ("one", "two") for role in ("user", "assistant")]
+Messages = list[dict[str, Any]]
+PROBE: Messages = [{"role": role, "content": text} for text in ("one", "two") for role in ("user", "assistant")]
 
 
 class ChatTemplate:
-    """Renders conversations and tells their responses apart.
+    """Renders conversations and finds the responses in them.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        chat_template: Jinja text of the user's; None for the tokenizer's own.
-        name: What the recipe wrote, ``chat`` or a path; for messages.
+        chat_template: The user's Jinja text; None for the tokenizer's own template.
+        name: ``chat`` or a path, as the recipe says; for messages.
 
     Raises:
         UserInputError: If there is no template, it does not compile, or it cannot write a plain exchange.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None, name: str = "chat") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, name: str = "chat"
+    ) -> None:
         self.tokenizer, self.chat_template, self.name = tokenizer, chat_template, name
         if chat_template is None and not tokenizer.chat_template:
             raise UserInputError(
@@ -54,52 +60,55 @@ class ChatTemplate:
 
     @property
     def end_of_turn(self) -> str | None:
-        """The special token that the template puts after an assistant turn; None if it puts none.
+        """The special token that the template writes after an assistant turn; None if it writes none.
 
-        That of the last turn, where the model stops, if turns end differently, and the last if there are several.
-        Turns before it that end with no special token are trained to the end of their contents.
+        If turns end differently, the last turn's, where the model stops; of several tokens, the last. Earlier turns
+        that end without a special token are trained to the end of their contents.
         """
         ends = self._wording.ends
         return self._wording.special.findall(ends[0])[-1] if ends else None
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[Piece]:
-        """The conversation's text, byte for byte that of ``apply_chat_template``, in pieces trained and not in turn.
+        """Return the conversation's text in pieces, trained and untrained ones alternating.
 
-        Contents that are lists of text parts are joined.
+        Joined, the pieces are byte for byte the text of ``apply_chat_template``. Contents that are lists of text parts
+        are joined first.
 
         Raises:
-            BadRow: If there is no assistant turn, the template refuses the conversation, or hides a response.
+            BadRow: If there is no assistant turn, or the template refuses the conversation or hides a response.
         """
-        plain, tools = plain_messages(messages), list(tools) if tools else None
+        plain, described = plain_messages(messages), _listed(tools)
         if not any(message.get("role") == "assistant" for message in plain):
             raise BadRow("has no assistant turn")
-        text = self._apply(plain, tools)
-        template = self.tokenizer.get_chat_template(self.chat_template, tools)
+        text = self._apply(plain, described)
+        template = self.tokenizer.get_chat_template(self.chat_template, described)
         find = self._spans_marked if GENERATION_MARK.search(template) else self._spans_found
-        return _pieces(text, find(text, plain, tools))
+        return _pieces(text, find(text, plain, described))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-        """The text of a conversation up to where the next assistant turn begins.
+        """Return the text of a conversation up to where the next assistant turn begins.
 
         Raises:
             BadRow: If the template refuses the conversation.
         """
-        return self._apply(plain_messages(messages), list(tools) if tools else None, prompt=True)
+        return self._apply(plain_messages(messages), _listed(tools), prompt=True)
 
-    def _apply(self, messages: Sequence[Message], tools: list | None = None, *, prompt: bool = False) -> str:
+    def _apply(self, messages: Messages, tools: list[Any] | None = None, *, prompt: bool = False) -> str:
         with _refusals():
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tools, chat_template=self.chat_template, tokenize=False, add_generation_prompt=prompt
             )
+        assert isinstance(text, str)  # since it is not tokenized
+        return text
 
-    def _spans_found(self, text: str, messages: list[dict], tools: list | None) -> list[Span]:
+    def _spans_found(self, text: str, messages: Messages, tools: list[Any] | None) -> list[Span]:
         def first_messages(count: int, *, prompt: bool) -> str | None:
-            with suppress(BadRow):  # half a conversation need not make sense to a template
+            with suppress(BadRow):  # a template may refuse half a conversation
                 return self._apply(messages[:count], tools, prompt=prompt)
             return None
 
         for options in _ways_to_mark(messages):
-            with suppress(BadRow):  # it may take the messages as they are, and refuse the marked ones
+            with suppress(BadRow):  # it may accept the messages and refuse them marked
                 marked, markers = read_marks(self._apply(mark(messages, **options), tools))
                 if marked == text:
                     break
@@ -107,9 +116,9 @@ class ChatTemplate:
             raise BadRow(AMBIGUOUS)
         return TurnFinder(text, messages, markers, self._wording, first_messages).spans()
 
-    def _spans_marked(self, text: str, messages: list[dict], tools: list | None) -> list[Span]:
-        """The stretches that the template marks, with the end token behind each where the marks leave it out."""
-        # transformers leaves out keys without a value before it renders, from some version on.
+    def _spans_marked(self, text: str, messages: Messages, tools: list[Any] | None) -> list[Span]:
+        """Return the stretches the template marks, each extended by its end token if the marks leave it out."""
+        # Newer versions of transformers drop keys without a value before rendering; older ones do not.
         dense = [{key: value for key, value in message.items() if value is not None} for message in messages]
         for conversation in (dense, messages):
             with suppress(BadRow):
@@ -125,38 +134,43 @@ class ChatTemplate:
             raise BadRow("the chat template's {% generation %} marks cover nothing of it")
         return spans
 
-    def _render_marked(self, conversation: list[dict], tools: list | None) -> tuple[str, list[Span]]:
+    def _render_marked(self, conversation: Messages, tools: list[Any] | None) -> tuple[str, list[Span]]:
+        tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         with _refusals():
-            [rendered], [spans] = render_jinja_template(
-                conversations=[conversation],
-                tools=tools,
-                chat_template=self.tokenizer.get_chat_template(self.chat_template, tools),
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+            # Both are lists with an entry per conversation; upstream annotates the second as text.
+            rendered, spans = cast(
+                "tuple[list[str], list[list[Span]]]",
+                render_jinja_template(
+                    conversations=[conversation],
+                    tools=tools,
+                    chat_template=self.tokenizer.get_chat_template(self.chat_template, tools),
+                    return_assistant_tokens_mask=True,
+                    **tokens,
+                ),
             )
-        return rendered, spans
+        return rendered[0], spans[0]
 
     def _learn(self) -> Wording:
-        """What the template writes around turns, from an exchange or two.
+        """Learn what the template writes around turns, from an exchange or two.
 
         Raises:
             BadRow: If it cannot write one, or leaves out what was said.
         """
         around, before = self._probe(PROBE[:2]), PROBE[:1]
-        with suppress(BadRow):  # a template for one exchange
+        with suppress(BadRow):  # a template for a single exchange
             around, before = self._probe(PROBE), PROBE[:-1]
         after_request = self._probe(before, prompt=True)[-1]
         prompt, without = self._apply(before, prompt=True), self._apply(before)
         header = prompt.removeprefix(without) if prompt.startswith(without) else ""
         special = special_tokens(self.tokenizer)
         common = commonprefix([after_request, around[1]]).removeprefix(after_request.removesuffix(header))  # noqa: RUF071
-        # Up to a token or a line's end: "<think>" and "<tool_call>" have a bracket in common, and no more.
+        # Up to a token or a line's end: "<think>" and "<tool_call>" share a bracket, which means nothing.
         whole = re.match(rf"(?s:.*)(?:{special.pattern}|\n)", common)
         start = common if common == header else whole.group() if whole else ""
         return Wording(after_request, header, start, _end_texts(around, header, special), special)
 
-    def _probe(self, messages: Sequence[Message], *, prompt: bool = False) -> list[str]:
-        """What the template writes before, between and behind the contents of messages."""
+    def _probe(self, messages: Messages, *, prompt: bool = False) -> list[str]:
+        """Return what the template writes before, between and after the contents of messages."""
         text, markers = read_marks(self._apply(mark(messages), prompt=prompt))
         if [marker.owner for marker in markers] != [number for number in range(len(messages)) for _ in range(2)]:
             raise BadRow("it does not write each message's content once, in order")
@@ -174,8 +188,8 @@ class ChatTemplate:
         return f"data.prompt_template: {what} {rule} ({reason}). {remedy}"
 
 
-def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as dictionaries whose contents are strings, None or missing; text parts are joined.
+def plain_messages(messages: Sequence[Message]) -> Messages:
+    """Return messages as dictionaries whose contents are strings, None or missing, text parts joined.
 
     Raises:
         BadRow: If a content is anything else.
@@ -188,15 +202,15 @@ def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return plain
 
 
-def special_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """Matches any special token of a tokenizer, the longest first."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return a pattern that matches any special token of a tokenizer, the longest first."""
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
     tokens = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # (?!) matches nothing
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals() -> Generator[None, None, None]:
     try:
         yield
     except REFUSALS as error:
@@ -204,24 +218,31 @@ def _refusals() -> Iterator[None]:
 
 
 def _end_texts(probe: list[str], header: str, special: re.Pattern[str]) -> tuple[str, ...]:
-    """What special tokens stand behind responses (see `_probe`): behind the last, and behind others if that differs."""
+    """Return the special tokens after the last response of a probe, and those after others if they differ."""
     first = special.search(probe[-1])
     if first is None:
         return ()
-    several = re.match(f"(?:{special.pattern})+", probe[-1][first.start() :]).group()
+    run = re.match(f"(?:{special.pattern})+", probe[-1][first.start() :])
+    assert run is not None  # at least ``first``
+    several = run.group()
     between = probe[2] if len(probe) > 3 else several
     if several in between:
         return (several,)
     found = special.findall(between)
-    # Where the turn before the last has another token, it must not be the one that opens the next turn.
+    # Another token after the turn before the last counts, unless it is the one that opens the next turn.
     other = len(found) > 1 and first.group() not in found and found[0] not in header
     return (first.group(), found[0]) if other else (first.group(),)
 
 
 def _ways_to_mark(messages: Sequence[Message]) -> list[dict[str, bool]]:
-    """Options of `mark`, the most telling first; only few rows need more than the first."""
+    """Return options of `mark`, the most informative first; few rows need more than the first."""
     has_blank = any(not message["content"].strip() for message in messages if message.get("content") is not None)
     return [{}] * has_blank + [{"blanks": False}, {"blanks": False, "requests": False}]
+
+
+def _listed(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
+    """Return the tools as upstream takes them: a list, None for none."""
+    return list(tools) if tools else None
 
 
 def _joined(content: Any, number: int) -> str:
@@ -233,11 +254,11 @@ def _joined(content: Any, number: int) -> str:
 
 
 def _pieces(text: str, spans: Sequence[Span]) -> list[Piece]:
-    """The text cut at the ends of stretches in the order of the text; those that touch become one."""
+    """Cut the text at the ends of trained stretches, which are in order; stretches that touch become one."""
     pieces: list[Piece] = []
     position = 0
     for begin, end in [*spans, (len(text), len(text))]:
-        begin = max(begin, position)  # an end token that one stretch was extended over may begin the next
+        begin = max(begin, position)  # the end token that extended one stretch may begin the next
         for stretch, trained in ((text[position:begin], False), (text[begin:end], True)):
             if stretch and pieces and pieces[-1].trained == trained:
                 pieces[-1] = Piece(pieces[-1].text + stretch, trained)

@@ -1,9 +1,9 @@
-"""Pieces of text to token ids, and which of them are trained.
+"""From pieces of text to token ids, and which of them are trained.
 
-A sequence's text is tokenized whole, as the papers' code does it, and a token is trained if it begins inside a
-trained piece. Where a token would reach across the beginning of a response, the text is cut there and both sides are
-tokenized apart, so that generation meets exactly the prompt that training saw. A tokenizer that would then put a space
-between them (SentencePiece) keeps the token, which is not trained: part of it is prompt.
+A sequence's text is tokenized as a whole, as in the papers' code, and a token is trained if it begins inside a trained
+piece. If a token would reach across the beginning of a response, the text is cut there and both sides are tokenized
+separately, so that generation starts from exactly the prompt that training saw. With a tokenizer that would then put a
+space between them (SentencePiece) the token stays, untrained: part of it is prompt.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..steps import IGNORE_INDEX
 from .formats import Piece
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Encoded:
 
     Attributes:
         ids: Token ids, int32 (L,).
-        trained: Whether the loss is on each, bool (L,).
-        crossed: Where a token would have reached across the beginning of a response: ``"cut apart"`` there, or
-            ``"across"``, left as it is and not trained, where cutting would have changed the text; else None.
+        trained: Whether each token is trained, bool (L,).
+        crossed: None, unless a token would have reached across the beginning of a response: ``"cut apart"`` if the
+            text was cut there, ``"across"`` if the token was kept and not trained, as cutting would change the text.
     """
 
     ids: np.ndarray
@@ -35,11 +38,11 @@ class Encoded:
     crossed: str | None = None
 
     def num_trained(self) -> int:
-        """Trained tokens as a causal LM counts them: nothing predicts the first."""
+        """Count the trained tokens as a causal LM does: nothing predicts the first token."""
         return int(self.trained[1:].sum())
 
     def labels(self) -> np.ndarray:
-        """The ids where trained, -100 elsewhere, int32 (L,)."""
+        """Return the ids where trained and -100 elsewhere, int32 (L,)."""
         return np.where(self.trained, self.ids, np.int32(IGNORE_INDEX))
 
 
@@ -48,28 +51,29 @@ class Encoder:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        adds_special_tokens: Whether it shall add its begin token.
+        adds_special_tokens: Whether the tokenizer has to add its begin token.
     """
 
-    def __init__(self, tokenizer: Any, *, adds_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, adds_special_tokens: bool) -> None:
         self.tokenizer, self.adds_special_tokens = tokenizer, adds_special_tokens
         self._joins = joins_cleanly(tokenizer)
 
     def encode(self, sequences: Sequence[Sequence[Piece]]) -> list[Encoded]:
         """Tokenize sequences, each of at least one piece."""
-        if not self.tokenizer.is_fast:  # without offsets, only the pieces themselves can be told apart
+        if not self.tokenizer.is_fast:  # it gives no offsets, so pieces are tokenized one by one
             return [self._apart([(p.text, p.trained) for p in pieces], cut=False) for pieces in sequences]
         texts = ["".join(piece.text for piece in pieces) for pieces in sequences]
         if not texts:
             return []
-        batch = self._tokenize(texts)
-        return [self._encoded(p, t, e) for p, t, e in zip(sequences, texts, batch.encodings, strict=True)]
+        encodings = self._tokenize(texts).encodings
+        assert encodings is not None  # every fast tokenizer's
+        return [self._encoded(p, t, e) for p, t, e in zip(sequences, texts, encodings, strict=True)]
 
     def lengths(self, sequences: Sequence[Sequence[Piece]]) -> list[int]:
-        """Tokens of each sequence."""
+        """Return the number of tokens of each sequence."""
         return [len(encoded.ids) for encoded in self.encode(sequences)]
 
-    def _tokenize(self, texts: list[str]) -> Any:
+    def _tokenize(self, texts: list[str]) -> BatchEncoding:
         return self.tokenizer(
             texts, add_special_tokens=self.adds_special_tokens, return_attention_mask=False, verbose=False
         )
@@ -87,7 +91,7 @@ class Encoder:
         return Encoded(np.asarray(ids, dtype=np.int32), trained, "across" if crossed else None)
 
     def _apart(self, parts: list[tuple[str, bool]], *, cut: bool) -> Encoded:
-        """Tokenize stretches of text one by one; the flag says whether a stretch is trained."""
+        """Tokenize stretches of text one by one, each given with whether it is trained."""
         ids: list[int] = []
         trained: list[bool] = []
         for number, (text, is_trained) in enumerate(parts):
@@ -97,7 +101,7 @@ class Encoder:
         return Encoded(np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=bool), "cut apart" if cut else None)
 
     def _part(self, text: str, *, is_first: bool) -> tuple[list[int], list[int]]:
-        """What the tokenizer adds in front of a sequence, and the text's own tokens."""
+        """Return what the tokenizer adds before the text, and the text's own tokens."""
         own = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not (is_first and self.adds_special_tokens):
             return [], own
@@ -105,8 +109,8 @@ class Encoder:
         return added[: _find(own, added)], own
 
 
-def joins_cleanly(tokenizer: Any) -> bool:
-    """Whether texts tokenized apart read as one: SentencePiece tokenizers put a space before each."""
+def joins_cleanly(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether texts tokenized separately decode as one: SentencePiece tokenizers put a space before each."""
     ids = [i for text in ("ab", "cd") for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
     return tokenizer.decode(ids) == "abcd"
 
@@ -114,8 +118,8 @@ def joins_cleanly(tokenizer: Any) -> bool:
 def cut_to_length(encoded: Encoded, max_length: int, *, keep_end_token: bool) -> tuple[Encoded, bool]:
     """Cut a sequence to ``max_length`` tokens.
 
-    A cut inside a response takes its last place for the response's end token, if that is to be kept; a cut behind a
-    response leaves nothing of the request after it.
+    If the cut is inside a response, its last place goes to the response's end token, unless that is not to be kept. If
+    the cut is in the request after a response, nothing of that request is left.
 
     Returns:
         The sequence, and whether trained tokens were lost.
@@ -128,7 +132,7 @@ def cut_to_length(encoded: Encoded, max_length: int, *, keep_end_token: bool) ->
         return Encoded(ids, trained, encoded.crossed), False
     inside_response = trained[-1] and encoded.trained[max_length]
     if inside_response and keep_end_token:
-        if max_length >= 2 and not trained[-2]:  # nothing of this response would be left but its end
+        if max_length >= 2 and not trained[-2]:  # only the end token of this response would be left
             return _up_to_last_trained(Encoded(ids[:-1], trained[:-1], encoded.crossed)), True
         ids = np.concatenate([ids[:-1], encoded.ids[[_end_of_stretch(encoded.trained, max_length)]]])
         return Encoded(ids, trained, encoded.crossed), True
@@ -142,13 +146,13 @@ def _up_to_last_trained(encoded: Encoded) -> Encoded:
 
 
 def _end_of_stretch(trained: np.ndarray, inside: int) -> int:
-    """Index of the last token of the trained stretch that holds index ``inside``."""
+    """Return the index of the last token of the trained stretch around index ``inside``."""
     after = np.flatnonzero(~trained[inside:])
     return inside + int(after[0]) - 1 if len(after) else len(trained) - 1
 
 
 def _bounds(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
-    """Character ranges of the trained pieces."""
+    """Return the character ranges of the trained pieces."""
     found, position = [], 0
     for piece in pieces:
         if piece.trained and piece.text:
@@ -158,17 +162,17 @@ def _bounds(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
 
 
 def _cut(text: str, bounds: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
-    """The text between all ends of trained pieces, each with whether it is trained."""
+    """Cut the text at both ends of every trained piece; return the parts, each with whether it is trained."""
     edges = sorted({0, len(text), *(edge for bound in bounds for edge in bound)})
     begins = {begin for begin, _ in bounds}
     return [(text[a:b], a in begins) for a, b in pairwise(edges)]
 
 
 def _ranges(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Where each token begins and ends in the text, int64 (L,) each.
+    """Return where each token begins and ends in the text, int64 (L,) each.
 
-    Byte-level tokenizers may trim offsets: the spaces in front of a word are left out of its token's range, and a token
-    of spaces alone has an empty one. Spaces that belong to no token belong to the one behind them.
+    Byte-level tokenizers may trim offsets: a token's range then excludes the spaces before its word, and a token of
+    only spaces has an empty range. Spaces in no token's range are given to the token after them.
     """
     starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T.copy()
     before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
@@ -179,10 +183,10 @@ def _ranges(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, 
 
 
 def _may_differ(text: str, begin: int) -> bool:
-    """Whether the text before a place may be tokenized otherwise with what follows than without it.
+    """Tell whether the text before a place may be tokenized differently if what follows is missing.
 
-    No token need reach across for that: pre-tokenizers give the last of several spaces to the word behind them, and
-    within a word, a number or a run of signs the merges depend on all of it.
+    No token need reach across the place for that: pre-tokenizers give the last of several spaces to the word after
+    them, and merges depend on the whole of a word, a number or a run of punctuation.
     """
     if begin == 0 or begin == len(text):
         return False
@@ -193,7 +197,7 @@ def _may_differ(text: str, begin: int) -> bool:
 
 
 def _without_added_end(ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Leave away what the tokenizer adds at the end on its own: the text has its end token already."""
+    """Drop what the tokenizer adds at the end of its own accord: the text has its end token already."""
     count = len(ids)
     while count and offsets[count - 1] == (0, 0):
         count -= 1
@@ -201,6 +205,6 @@ def _without_added_end(ids: list[int], offsets: list[tuple[int, int]]) -> tuple[
 
 
 def _find(part: list[int], whole: list[int]) -> int:
-    """Where a list stands in another; 0 if nowhere."""
+    """Return where a list occurs in another, 0 if nowhere."""
     starts = range(len(whole) - len(part) + 1)
     return next((start for start in starts if whole[start : start + len(part)] == part), 0)

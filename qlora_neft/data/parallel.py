@@ -1,4 +1,4 @@
-"""Rows through a worker in several processes, in order, a bounded number of them at a time."""
+"""Rows worked on by several processes, in order and with a bounded number of rows under way."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import RunFailed
 
-CHUNK = 500  # rows handed over at once
-MIN_ROWS_PER_PROCESS = 4 * CHUNK  # fewer are done sooner than a process is started
+CHUNK = 500  # rows passed to a process at once
+MIN_ROWS_PER_PROCESS = 4 * CHUNK  # fewer take less time than starting a process
 CHUNKS_AHEAD = 4  # per process
 
 Work = Callable[[Sequence[Any]], list[Any]]
-_work: Work | None = None  # in a worker process: what it does
+_work: Work | None = None  # in a worker process: what it does to each chunk
 
 
-def map_rows(work: Work, rows: Iterable[Any], num_proc: int | str = "auto") -> Iterator[list[Any]]:
+def map_rows(work: Work, rows: Iterable[Any], num_proc: int | Literal["auto"] = "auto") -> Iterator[list[Any]]:
     """Apply ``work`` to chunks of rows; results come in the order of the rows whatever the number of processes.
 
     Args:
         work: From a list of rows to a list of results; picklable.
-        rows: Any number of them; read no further ahead than a few chunks.
-        num_proc: Processes, or ``"auto"``: one per core for data that is worth it, else none but this one.
+        rows: Any number of rows, read at most a few chunks ahead.
+        num_proc: Number of processes; ``"auto"`` is one per core for enough rows, and this one alone for fewer.
 
     Raises:
         RunFailed: If a process dies.
@@ -41,12 +41,12 @@ def map_rows(work: Work, rows: Iterable[Any], num_proc: int | str = "auto") -> I
     if num_proc == 1:
         yield from map(work, chunks)
         return
-    with ProcessPoolExecutor(num_proc, _context(), _begin, (work,)) as pool:
+    with ProcessPoolExecutor(num_proc, _context(), initializer=_begin, initargs=(work,)) as pool:
         try:
-            yield from _in_order(pool, chunks, CHUNKS_AHEAD * int(num_proc))
+            yield from _in_order(pool, chunks, CHUNKS_AHEAD * num_proc)
         except BrokenProcessPool as error:
             raise RunFailed(
-                "a process that prepares data died, most likely for want of memory. Set machine.dataset_num_proc=1."
+                "a process that prepares data died, most likely because memory ran out. Set machine.dataset_num_proc=1."
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -89,6 +89,6 @@ def _cores() -> int:
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    # A forked process has the tokenizer and the libraries already; elsewhere it must import them first.
+    # A forked process has the tokenizer and all libraries already; a spawned one has to import them.
     can_fork = "fork" in multiprocessing.get_all_start_methods()
     return multiprocessing.get_context("fork") if can_fork else multiprocessing.get_context()

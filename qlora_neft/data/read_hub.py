@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import chain, count
+from typing import cast
 
 from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
 from datasets.exceptions import DatasetsError
@@ -15,17 +16,17 @@ from pyarrow import ArrowException
 from ..errors import UserInputError, first_line
 from .sources import Row, Source, split_key
 
-# HTTPError: what the Hub's client lets through is no OSError. RuntimeError: a dataset that is a script.
+# HTTPError: the Hub client lets some through, and they are not OSErrors. RuntimeError: a dataset that is a script.
 HUB_ERRORS = (DatasetsError, HTTPError, ArrowException, OSError, ValueError, RuntimeError)
 NUMBERED_PART = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?:\[(?P<begin>\d*):(?P<end>\d*)\])?")
 
 
 def hub_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
-    """The rows of a Hub dataset, numbered as in its split before the slice.
+    """Yield the rows of a Hub dataset, numbered as in its split before slicing.
 
     Args:
         source: A Hub id, and which of its rows.
-        streaming: Fetch rows as they are asked for; the dataset is not downloaded first.
+        streaming: Whether to fetch rows as they are asked for, without downloading the dataset first.
 
     Raises:
         UserInputError: If there is no such dataset, revision, file or split, the Hub cannot be reached (also between
@@ -41,8 +42,8 @@ def hub_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
 
 
 def hub_version(source: Source) -> str:
-    """What identifies a Hub dataset's content: the commit of its revision, or `datasets`' fingerprint of the local
-    copy where the Hub cannot be reached.
+    """Identify a Hub dataset's content: by the commit of its revision, or, if the Hub cannot be reached, by the
+    fingerprint that `datasets` gives the local copy.
 
     Raises:
         UserInputError: If there is neither.
@@ -52,7 +53,7 @@ def hub_version(source: Source) -> str:
     except (HTTPError, OSError, ValueError):
         commit = None
     if commit is None:
-        local = _load(source, source.split, streaming=False)
+        local = _load(source, source.split)
         return "no rows" if local is None else f"local {local._fingerprint}"
     return f"commit {commit}"
 
@@ -61,20 +62,20 @@ def hub_version(source: Source) -> str:
 
 
 def _downloaded(source: Source) -> Iterator[Row]:
-    dataset = _load(source, source.split, streaming=False)
+    dataset = _load(source, source.split)
     if dataset is not None:
         yield from _numbered(dataset, _numbers(dataset, source.split), source)
 
 
 def _numbers(dataset: Dataset, split: str) -> Iterator[int]:
-    """The number of each row in its split before the slice, from 1."""
+    """Return the number of each row in its split before slicing, from 1."""
     lengths = {name: info.num_examples for name, info in (dataset.info.splits or {}).items()}
     try:
         parts = ReadInstruction.from_spec(split).to_absolute(lengths)
-    except ValueError:  # "all", or a dataset that does not say how long its splits are
+    except ValueError:  # "all", or a dataset whose splits have no recorded length
         parts = []
     spans = [range(part.from_, part.to) for part in parts]
-    # Of several splits each has a row 1: counted through instead.
+    # Each of several splits has a row 1, so their rows are counted through.
     if len({part.splitname for part in parts}) == 1 and sum(map(len, spans)) == len(dataset):
         return (index + 1 for index in chain.from_iterable(spans))
     return iter(range(1, len(dataset) + 1))
@@ -87,7 +88,7 @@ def _streamed(source: Source) -> Iterator[Row]:
     parts = [_numbered_part(part, source) for part in re.split(r"\s*\+\s*", source.split)]
     through = count(1) if len({name for name, _, _ in parts}) > 1 else None
     for name, begin, end in parts:
-        dataset = _load(source, name, streaming=True)
+        dataset = _load_streamed(source, name)
         if dataset is None:
             continue
         dataset = dataset.skip(begin) if begin else dataset
@@ -96,7 +97,7 @@ def _streamed(source: Source) -> Iterator[Row]:
 
 
 def _numbered_part(part: str, source: Source) -> tuple[str, int, int | None]:
-    """The split's name, the first row and the row after the last, counted from 0; None is to the end."""
+    """Return the split's name, its first row and the row after its last, counted from 0; None means to the end."""
     match = NUMBERED_PART.fullmatch(part)
     if match is None:
         raise UserInputError(
@@ -110,8 +111,17 @@ def _numbered_part(part: str, source: Source) -> tuple[str, int, int | None]:
 # ---- Both ----
 
 
-def _load(source: Source, split: str, *, streaming: bool) -> Dataset | IterableDataset | None:
-    """One split or slice; None if it takes no rows."""
+def _load(source: Source, split: str) -> Dataset | None:
+    """Download one split or slice; None if it takes no rows."""
+    return cast("Dataset | None", _loaded(source, split, streaming=False))
+
+
+def _load_streamed(source: Source, split: str) -> IterableDataset | None:
+    """Open one split or slice for reading row by row; None if it takes no rows."""
+    return cast("IterableDataset | None", _loaded(source, split, streaming=True))
+
+
+def _loaded(source: Source, split: str, *, streaming: bool) -> object:
     try:
         return load_dataset(
             source.path,
@@ -121,7 +131,7 @@ def _load(source: Source, split: str, *, streaming: bool) -> Dataset | IterableD
             revision=source.revision,
             streaming=streaming,
         )
-    except StopIteration:  # what `datasets` raises for a JSON file without rows
+    except StopIteration:  # raised by `datasets` for a JSON file without rows
         return None
     except HUB_ERRORS as error:
         detail = first_line(error.__cause__ or error)
@@ -147,7 +157,7 @@ def _refusal(source: Source, detail: str) -> str:
 def _numbered(dataset: Dataset | IterableDataset, numbers: Iterator[int], source: Source) -> Iterator[Row]:
     number = None
     try:
-        # The rows first: zip() asks them for one more at the end, and a number taken then would be lost.
+        # The rows come first: zip() asks them for one more at the end, and a number taken before that would be lost.
         for values, number in zip(dataset, numbers, strict=False):
             yield Row(number, f"row {number}", values)
     except HUB_ERRORS as error:

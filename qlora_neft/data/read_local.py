@@ -1,7 +1,7 @@
 """The rows of one local file, one at a time.
 
-Parsed here and not by `datasets`, which turns a number among texts into text, goes by the columns of the first rows,
-and ends the process on a row that is ``null``.
+Files are parsed here rather than by `datasets`, which turns a number among texts into text, takes the columns of the
+first rows for all, and ends the process on a row that is ``null``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -22,9 +22,9 @@ from ..errors import UserInputError
 from .sources import LocalFile, Row
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-LONGEST_CSV_FIELD = 2**24  # characters; a quote that is never closed must not take in the rest of the file
+LONGEST_CSV_FIELD = 2**24  # characters; a quote that is never closed must not swallow the rest of the file
 PARQUET_ROWS = 256  # held in memory at a time
-DEEPEST_ROW = 100  # levels; Python hands no row of many hundred to another process
+DEEPEST_ROW = 100  # levels; Python cannot pass a row of many hundreds of levels to another process
 ONE_A_LINE = "The file needs one object per line, or one array of objects."
 QUOTING = "A field that holds a comma, a quote or a line end stands in double quotes, and quotes in it are doubled."
 
@@ -38,12 +38,12 @@ class Line(NamedTuple):
 
 
 def file_rows(path: Path, key: str) -> Iterator[Row]:
-    """The rows of a file, numbered from 1, those that cannot be read with their problem.
+    """Yield the rows of a file, numbered from 1; a row that cannot be read comes with its problem.
 
-    Only a JSON array is in memory as a whole.
+    Only a JSON array is held in memory as a whole.
 
     Raises:
-        UserInputError: If the file cannot be read at all, is empty, or breaks off such that what follows is no row.
+        UserInputError: If the file cannot be read at all, is empty, or breaks off in the middle of a row.
     """
     file, kind, row = LocalFile(path, key), path.suffix.lower(), None
     for row in {".csv": _csv_rows, ".parquet": _parquet_rows}.get(kind, _json_rows)(file):
@@ -54,7 +54,7 @@ def file_rows(path: Path, key: str) -> Iterator[Row]:
 
 
 def count_rows(path: Path, key: str) -> int:
-    """How many rows `file_rows` gives, without parsing the lines of a JSON file or the rows of a Parquet file.
+    """Count the rows that `file_rows` gives, without parsing the lines of a JSON file or the rows of a Parquet file.
 
     Raises:
         UserInputError: As `file_rows`.
@@ -71,7 +71,7 @@ def count_rows(path: Path, key: str) -> int:
 
 
 def _lines(file: LocalFile) -> Iterator[Line]:
-    """Ended by a line feed alone: JSON allows U+2028 and its like inside a text."""
+    """Yield lines, ended by a line feed only: JSON allows U+2028 and the like inside a text."""
     offset = 0
     try:
         with file.path.open("rb") as stream:
@@ -96,7 +96,7 @@ def _text(line: Line, file: LocalFile) -> str:
 
 
 def _json_rows(file: LocalFile) -> Iterator[Row]:
-    """A JSON array of objects, or one object a line."""
+    """Read a JSON array of objects, or one object per line."""
     lines = _filled(_lines(file))
     first = next(lines, None)
     if first is None:
@@ -123,7 +123,7 @@ def _opens_array(line: Line) -> bool:
 def _json_row(number: int, place: str, value: Any) -> Row:
     if isinstance(value, dict):
         return Row(number, place, None, "is nested too deep") if _is_too_deep(value) else Row(number, place, value)
-    # reprlib: a list may be nested deeper than repr() goes.
+    # reprlib, since a list may be nested deeper than repr() can go.
     shown = (value if isinstance(value, str) else reprlib.repr(value))[:40]
     problem = f"is {type(value).__name__} {shown!r}. Every example must be a JSON object with named fields"
     return Row(number, place, None, problem)
@@ -140,7 +140,7 @@ def _is_too_deep(row: dict[str, Any]) -> bool:
 
 
 def _parsed(text: str) -> tuple[Any, str | None]:
-    """The value and None, or None and why the text is not JSON."""
+    """Return the value and None, or None and the reason why the text is not JSON."""
     try:
         return json.loads(text), None
     except (RecursionError, ValueError) as error:
@@ -150,7 +150,7 @@ def _parsed(text: str) -> tuple[Any, str | None]:
 def _why(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return error.msg
-    # Python reads no whole number of more than 4300 digits.
+    # Python refuses whole numbers of more than 4300 digits.
     return "nested too deep" if isinstance(error, RecursionError) else "a number has too many digits"
 
 
@@ -168,7 +168,7 @@ def _array(file: LocalFile) -> list[Any]:
 
 
 def _not_lines(file: LocalFile, place: str, why: str) -> UserInputError:
-    """For a file that may be one object over several lines, its rows under one of the keys."""
+    """Return the error for a file that may be a single object, with its rows under one of the keys."""
     value, _ = _parsed(_whole(file))
     fields = value if isinstance(value, dict) else {}
     lists = [name for name, items in fields.items() if isinstance(items, list) and items and isinstance(items[0], dict)]
@@ -181,7 +181,7 @@ def _not_lines(file: LocalFile, place: str, why: str) -> UserInputError:
 
 
 def _csv_rows(file: LocalFile) -> Iterator[Row]:
-    """Every field is text: ``NA`` stays ``NA``, and ``007`` stays ``007``."""
+    """Read CSV. Every field is text: ``NA`` stays ``NA``, and ``007`` stays ``007``."""
     records = _records(file)
     names = _column_names(next(records, None), file)
     for number, (line, fields) in enumerate(records, 1):
@@ -195,15 +195,15 @@ def _csv_rows(file: LocalFile) -> Iterator[Row]:
 
 
 def _records(file: LocalFile) -> Iterator[tuple[int, list[str]]]:
-    """Each record with the line it begins on; blank lines are none."""
+    """Yield each record with the line it begins on, skipping blank lines."""
     reader = csv.reader((_text(line, file) for line in _lines(file)), strict=True)
     while True:
         begin = reader.line_num + 1
-        limit = csv.field_size_limit(LONGEST_CSV_FIELD)  # one for the whole process: only for as long as it takes
+        limit = csv.field_size_limit(LONGEST_CSV_FIELD)  # process-wide, so changed only for as long as it takes
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            # What follows may be the middle of a field, so no row after it can be trusted.
+            # The next line may be the middle of a field, so no later row can be trusted.
             raise file.refused(f", line {begin}, is not CSV ({error}). {QUOTING}") from error
         finally:
             csv.field_size_limit(limit)
@@ -245,11 +245,12 @@ def _parquet_rows(file: LocalFile) -> Iterator[Row]:
 
 
 @contextmanager
-def _parquet(file: LocalFile) -> Iterator[pq.ParquetFile]:
+def _parquet(file: LocalFile) -> Generator[pq.ParquetFile, None, None]:
     try:
-        with pq.ParquetFile(file.path, buffer_size=2**20) as parquet:  # buffered: else a row group is read whole
+        # Without a buffer, a whole row group would be read at once.
+        with pq.ParquetFile(file.path, buffer_size=2**20) as parquet:
             yield parquet
-    except UserInputError:  # a ValueError too
+    except UserInputError:  # which is a ValueError too
         raise
     except (pa.ArrowException, OSError, ValueError, ArithmeticError) as error:
         detail = str(error).strip().partition("\n")[0]

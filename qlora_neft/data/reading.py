@@ -1,4 +1,4 @@
-"""The rows of a source, wherever it is, and what identifies them."""
+"""The rows of a source, local or on the Hub, and the fingerprint that identifies them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ HASH_BLOCK = 2**20  # bytes
 
 
 def read_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
-    """The rows of a source in order, read as they are asked for; only a JSON array is in memory as a whole.
+    """Yield the rows of a source in order, read as they are asked for; only a JSON array is in memory as a whole.
 
     Args:
         source: Which rows.
-        streaming: Do not download a Hub dataset first. Local files are never read otherwise.
+        streaming: Whether to read a Hub dataset without downloading it first; local files are always read that way.
 
     Yields:
-        Every row of the split; one that cannot be read with its problem, so that all of them can be named at once.
+        Every row of the split. A row that cannot be read comes with its problem, so that all can be named at once.
 
     Raises:
-        UserInputError: While rows are asked for, if there is no such file or dataset, it cannot be read as rows at
+        UserInputError: While rows are asked for: if there is no such file or dataset, it cannot be read as rows at
             all, or the split does not fit or takes no rows.
     """
     if not _is_local(source):
@@ -47,8 +47,8 @@ def read_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
 
 
 def source_fingerprint(source: Source) -> str:
-    """SHA-256 in hex of what a source's rows come from: of local files the bytes, whatever they are called; of a Hub
-    dataset its name and commit; and the split.
+    """Return the SHA-256, as hex, of what a source's rows follow from: the split, and the bytes of local files,
+    whatever their names, or the name and commit of a Hub dataset.
 
     Raises:
         UserInputError: If there is no such file or dataset, or it cannot be read.
@@ -68,7 +68,7 @@ def _rows_of(files: Sequence[Path], key: str) -> Iterator[Row]:
     if len(files) == 1:
         yield from file_rows(files[0], key)
         return
-    # The name alone, unless two folders hold files of one name.
+    # A file's name is its path below the folder that all of them share.
     folder = os.path.commonpath([file.parent for file in files])
     number = 0
     for file in files:
@@ -79,7 +79,7 @@ def _rows_of(files: Sequence[Path], key: str) -> Iterator[Row]:
 
 
 def _slices(files: Sequence[Path], source: Source) -> list[tuple[int, int]]:
-    """The first row and the row after the last of each part of a split, counted from 0."""
+    """Return the first row and the row after the last of each part of a split, counted from 0."""
     total = sum(count_rows(file, source.key) for file in files)
     where = f"{split_key(source.key)}: {source.split!r}"
     try:
@@ -98,7 +98,7 @@ def _slices(files: Sequence[Path], source: Source) -> list[tuple[int, int]]:
 
 
 def _file_hash(file: Path, key: str) -> str:
-    """The kind is part of it: the same bytes are other rows as CSV than as JSON."""
+    """Hash a file with its kind: the same bytes give other rows as CSV than as JSON."""
     digest = hashlib.sha256()
     try:
         with file.open("rb") as stream:
