@@ -111,3 +111,15 @@ def pictures(tmp_path_factory):
 
     draw_all(folder := tmp_path_factory.mktemp("pictures"))
     return folder
+
+
+# ---- Architecture ----
+
+
+def test_the_architecture_page_names_what_is_there_and_every_package():
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    package = ROOT / "qlora_neft"
+    named = {path.strip("/") for path in re.findall(r"`([\w/]+(?:\.py|/))`", page)}
+    missing = [path for path in named if not (ROOT / path).exists() and not any(package.rglob(path))]
+    assert not missing
+    assert {path.parent.name for path in package.glob("*/__init__.py")} <= named
