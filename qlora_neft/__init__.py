@@ -6,6 +6,7 @@ All public names are here. Each is imported on first use, so that ``import qlora
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,6 +45,19 @@ __all__ = [
     "run",
     "train_live",
 ]
+
+
+def _let_idle_threads_sleep() -> None:
+    """Set ``OMP_WAIT_POLICY=PASSIVE``, unless the user has set it: idle OpenMP threads sleep instead of spinning.
+
+    Between two parallel regions the threads of libgomp, which torch ships, spin by default. Beside other busy programs
+    they take the cores from the threads they wait for, and a run becomes many times slower. libgomp reads the variable
+    when it is loaded with torch, so it is set here, before any torch of ours; processes started later inherit it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+_let_idle_threads_sleep()
 
 
 def __getattr__(name: str) -> object:
