@@ -1,4 +1,4 @@
-"""The formats that rows come in, and what a row of each means."""
+"""The formats that rows come in, and the example that a row of each format states."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Message = Mapping[str, Any]
 
 
 class BadRow(ValueError):
-    """A row that cannot be an example. The message says why, without naming the row."""
+    """A row that is not an example. The message says why, without naming the row."""
 
 
 class EmptyRow(BadRow):
-    """A row in which there is nothing to learn: no text, or no response."""
+    """A row with nothing to learn in it: no text, or no response."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Piece:
     """A stretch of a sequence's text.
 
     Attributes:
-        text: As the model reads it, end tokens spelled out.
-        trained: Whether the loss is on it.
+        text: The text as the model reads it, with end tokens spelled out.
+        trained: Whether the loss is taken on it.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A request, what it is about (may be empty), and the response."""
+    """A request, its input (may be empty), and the response."""
 
     instruction: str
     input: str
@@ -45,10 +45,10 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Messages with ``role`` and ``content``, in order, as OpenAI spells them; the loss is on the assistant's.
+    """Messages with ``role`` and ``content``, as OpenAI spells them; the loss is taken on the assistant's.
 
     Attributes:
-        messages: At least one.
+        messages: The messages in order, at least one.
         tools: Descriptions of the functions the assistant may call, None without any.
     """
 
@@ -58,7 +58,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Passage:
-    """Text that comes ready: no template is put around it. The loss is on ``completion``."""
+    """Text without a template around it; the loss is taken on ``completion``."""
 
     prompt: str
     completion: str
@@ -68,7 +68,7 @@ Example = Instruction | Dialogue | Passage
 
 
 def content_hash(example: Example) -> bytes:
-    """16 bytes of SHA-256 over what an example says, whatever template is put around it later."""
+    """Return 16 bytes of SHA-256 over an example's content, which no template changes."""
     if isinstance(example, Dialogue):
         said: Any = [[dict(message) for message in example.messages], list(example.tools or ())]
     elif isinstance(example, Instruction):
@@ -80,18 +80,22 @@ def content_hash(example: Example) -> bytes:
 
 
 def as_dialogue(example: Example) -> Dialogue:
-    """One exchange as messages; an instruction's input follows it on a line of its own."""
+    """Return an example as messages; an instruction's input follows it on a line of its own."""
     if isinstance(example, Dialogue):
         return example
     if isinstance(example, Passage):
-        request, response = example.prompt.strip(), example.completion.strip()  # spaces for the joint, not of the turn
+        # White space joins the two and is of neither turn.
+        request, response = (
+            example.prompt.strip(),
+            example.completion.strip(),
+        )
     else:
         request = f"{example.instruction}\n{example.input}" if example.input else example.instruction
         response = example.output
     return Dialogue(({"role": "user", "content": request}, {"role": "assistant", "content": response}))
 
 
-# Column names that make a format; the first whose columns are there is the one.
+# Columns of each format. A source has the first format whose columns are all there.
 REQUIRED_COLUMNS = {
     "alpaca": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
@@ -99,7 +103,7 @@ REQUIRED_COLUMNS = {
     "sharegpt": ("conversations",),
     "text": ("text",),
 }
-# Names of the speakers in shared conversations, as the field's public files spell them.
+# Names of speakers in shared conversations, as published data sets spell them.
 ROLES = {
     "human": "user",
     "user": "user",
@@ -118,15 +122,15 @@ MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def detect_format(rows: Sequence[Mapping[str, Any]], key: str = "data.path", path: str | None = None) -> str:
-    """Name the format that the columns of some rows fit.
+    """Return the format that fits the columns of some rows.
 
     Args:
-        rows: Of one source.
-        key: What the caller wrote, for messages.
-        path: Where they are from, for messages.
+        rows: Rows of one source.
+        key: The name the caller wrote for the source, for messages.
+        path: Where the rows are from, for messages.
 
     Raises:
-        UserInputError: If they fit none.
+        UserInputError: If none fits.
     """
     columns = {str(name) for row in rows for name in row}
     for name, required in REQUIRED_COLUMNS.items():
@@ -138,10 +142,10 @@ def detect_format(rows: Sequence[Mapping[str, Any]], key: str = "data.path", pat
 
 
 def check_columns(rows: Sequence[Mapping[str, Any]], format: str, key: str = "data.path") -> None:
-    """See that a named format's columns are there at all.
+    """Check that the columns of a stated format are there.
 
     Raises:
-        UserInputError: If one is in none of the rows.
+        UserInputError: If one is missing from all rows.
     """
     columns = {str(name) for row in rows for name in row}
     required = REQUIRED_COLUMNS[format]
@@ -158,16 +162,16 @@ def to_example(row: Mapping[str, Any], format: str) -> tuple[Example, int]:
     """Read one row.
 
     Args:
-        row: Column names to values.
+        row: Values by column name.
         format: One of `REQUIRED_COLUMNS`.
 
     Returns:
-        What it says, and how many turns were left out: those before the first request of a shared conversation (as
+        The example, and how many turns were left out: those before the first request of a shared conversation (as
         in FastChat's training code), and those after the last response.
 
     Raises:
-        BadRow: If it is not what the format says.
-        EmptyRow: If there is nothing in it to learn.
+        BadRow: If the row does not fit the format.
+        EmptyRow: If there is nothing to learn in it.
     """
     return _READERS[format](row)
 
@@ -244,7 +248,7 @@ def _turns(value: Any, column: str) -> list[Mapping[str, Any]]:
 
 
 def _message(turn: Mapping[str, Any], number: int) -> Message:
-    """One message as OpenAI spells it. Absent fields that a table stores as null are left away."""
+    """Read one message as OpenAI spells it, without the absent fields that tables store as null."""
     role = turn.get("role")
     if role not in MESSAGE_ROLES:
         raise BadRow(f"turn {number}: role is {_shown(role)}, not one of {', '.join(MESSAGE_ROLES)}")
@@ -280,7 +284,7 @@ def _joined_parts(parts: list[Any], number: int) -> str:
 
 
 def _up_to_the_last_response(messages: list[Message]) -> list[Message]:
-    """What follows the last response trains nothing, and is left away."""
+    """Drop the messages after the last response, which would train nothing."""
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
     if last is None:
         raise EmptyRow("has no response")
@@ -291,7 +295,7 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...] | None:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
+        except (ValueError, RecursionError) as error:  # too many digits in a number give a ValueError
             raise BadRow("tools is text that is not JSON") from error
     if not value:
         return None
@@ -310,13 +314,13 @@ def _text(value: Any, name: str) -> str:
         raise BadRow(f"{name} is {_shown(value)}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer accepts
         raise BadRow(f"{name} is {_shown(value)}, with half of a surrogate pair") from error
     return value
 
 
 def _listed(columns: Iterable[str]) -> str:
-    """Column names on one line. Those of a table without a header are its first row, of any length."""
+    """List column names on one line, each cut short: in a table without a header they are a row of data."""
     names = [name if name.isprintable() and len(name) <= LONGEST_NAME else _cut(name) for name in sorted(columns)]
     more = len(names) - COLUMNS_NAMED
     return ", ".join(names[:COLUMNS_NAMED] + [f"and {more} more"] * (more > 0)) or "(none)"

@@ -1,25 +1,28 @@
 """The text around a request: Alpaca's prompt, Vicuna's, the tokenizer's own, or a Jinja file.
 
-A template turns an example into pieces of text, those that are trained marked; their concatenation is what the
-model reads, byte for byte as in the code the template comes from.
+A template turns an example into pieces of text, trained and untrained. Joined, they are what the model reads, byte for
+byte as in the code the template comes from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import UserInputError
 from ..paths import JINJA_SUFFIXES
 from .chat_template import ChatTemplate
 from .formats import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
 
-# Which template a format means, where the recipe says auto.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The template of each format if the recipe says auto.
 TEMPLATE_OF_FORMAT = {"alpaca": "alpaca", "sharegpt": "vicuna", "messages": "chat", "prompt-completion": "none"}
 
 # PROMPT_DICT in train.py of github.com/tatsu-lab/stanford_alpaca; dataset.py of github.com/neelsjain/NEFTune has
-# the same. The NEFTune paper trains on every data set but ShareGPT with it (section 4, "Experimental Set-up").
+# the same. The NEFTune paper uses it for every data set but ShareGPT (section 4, "Experimental Set-up").
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -31,7 +34,7 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 # vicuna_v1.1 in fastchat/conversation.py of github.com/lm-sys/FastChat: roles USER and ASSISTANT, separated by a
-# space, and the end token with nothing after it behind each response.
+# space; each response is followed by the end token, and nothing by that.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -57,7 +60,7 @@ class Template(Protocol):
 
 
 class NoTemplate:
-    """Text that comes ready: a prompt and its completion, or a completion alone."""
+    """No text around a prompt and its completion, or a completion alone."""
 
     adds_special_tokens = True
 
@@ -65,14 +68,14 @@ class NoTemplate:
         self.end = end
 
     def render(self, example: Example) -> list[Piece]:
-        """The text as it is, and the end token."""
+        """Return the text unchanged, and the end token."""
         if not isinstance(example, Passage):
             raise BadRow("is a conversation, and its text needs a template; set data.prompt_template: vicuna or chat")
         pieces = ((example.prompt, False), (example.completion + self.end, True))
         return [Piece(text, trained) for text, trained in pieces if text]
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The request as it is."""
+        """Return the request unchanged."""
         [message] = messages
         return message["content"]
 
@@ -86,20 +89,20 @@ class AlpacaTemplate:
         self.end = end
 
     def render(self, example: Example) -> list[Piece]:
-        """Prompt and response."""
+        """Return prompt and response."""
         if not isinstance(example, Instruction):
             example = _single_exchange(as_dialogue(example))
         prompt = alpaca_prompt(example.instruction, example.input)
         return [Piece(prompt, False), Piece(example.output + self.end, True)]
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The prompt of one request."""
+        """Return the prompt of one request."""
         [message] = messages
         return alpaca_prompt(message["content"])
 
 
 class VicunaTemplate:
-    """Vicuna v1.1: a system line, then USER and ASSISTANT in turn. A system message replaces the line."""
+    """Vicuna v1.1: a system line, which a system message replaces, then USER and ASSISTANT in turn."""
 
     adds_special_tokens = True
 
@@ -107,7 +110,7 @@ class VicunaTemplate:
         self.end = end
 
     def render(self, example: Example) -> list[Piece]:
-        """System line, requests and responses."""
+        """Return system line, requests and responses."""
         dialogue = as_dialogue(example)
         if dialogue.tools:
             raise BadRow("has tools, and Vicuna's prompt has no place for them; set data.prompt_template: chat")
@@ -122,14 +125,14 @@ class VicunaTemplate:
         return pieces
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation that ends with a request."""
+        """Return the text of a conversation that ends with a request."""
         placeholder = {"role": "assistant", "content": ""}
         pieces = self.render(Dialogue((*messages, placeholder)))
         return "".join(piece.text for piece in pieces[:-1])
 
 
 class JinjaTemplate:
-    """The tokenizer's own chat template, or one of the user's."""
+    """The tokenizer's own chat template, or the user's."""
 
     adds_special_tokens = False
 
@@ -137,25 +140,25 @@ class JinjaTemplate:
         self.chat, self.end = chat, chat.end_of_turn
 
     def render(self, example: Example) -> list[Piece]:
-        """The conversation as the template writes it."""
+        """Return the conversation as the template writes it."""
         dialogue = as_dialogue(example)
         return self.chat.render(dialogue.messages, dialogue.tools)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation that ends with a request."""
+        """Return the text of a conversation that ends with a request."""
         return self.chat.prompt(messages)
 
 
-def make_template(name: str, format: str, tokenizer: Any) -> Template:
-    """The template a recipe names.
+def make_template(name: str, format: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Make the template that a recipe names.
 
     Args:
         name: ``auto``, ``alpaca``, ``vicuna``, ``chat``, or the path of a Jinja file.
-        format: Of the rows; decides what ``auto`` is.
-        tokenizer: With an end token; for ``chat``, with a chat template.
+        format: The format of the rows, which decides what ``auto`` is.
+        tokenizer: A tokenizer with an end token; for ``chat``, with a chat template.
 
     Raises:
-        UserInputError: If there is no such file, or no usable template.
+        UserInputError: If the file does not exist, or the template cannot be used.
     """
     name = resolve_template(name, format)
     if name == "chat":
@@ -167,10 +170,10 @@ def make_template(name: str, format: str, tokenizer: Any) -> Template:
 
 
 def resolve_template(name: str, format: str) -> str:
-    """What a recipe's template means for rows of a format: ``none``, ``alpaca``, ``vicuna``, ``chat`` or a file.
+    """Return the template that rows of a format get: ``none``, ``alpaca``, ``vicuna``, ``chat`` or a file.
 
-    Plain text has no request to put anything around. A prompt that comes with its completion is taken as it is,
-    unless a conversation's template is asked for by name: Alpaca's is around an instruction.
+    Plain text has no request to put anything around. A prompt with its completion stays unchanged unless the recipe
+    names a template for conversations; Alpaca's is not one, it goes around an instruction.
     """
     if format == "text" or (format == "prompt-completion" and name == "alpaca"):
         return "none"
@@ -178,7 +181,7 @@ def resolve_template(name: str, format: str) -> str:
 
 
 def read_jinja(path: str) -> str:
-    """A template file's text.
+    """Return the text of a template file.
 
     Raises:
         UserInputError: If it cannot be read.
@@ -195,7 +198,7 @@ def read_jinja(path: str) -> str:
 
 
 def alpaca_prompt(instruction: str, input: str | None = None) -> str:
-    """Stanford Alpaca's prompt, with or without its input section; ends where the response begins."""
+    """Return Stanford Alpaca's prompt, with its input section if there is an input, up to the response."""
     if input:
         return ALPACA_WITH_INPUT.format(instruction=instruction, input=input)
     return ALPACA_WITHOUT_INPUT.format(instruction=instruction)

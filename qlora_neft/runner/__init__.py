@@ -1,1 +1,1 @@
-"""Carrying out a recipe: plan, data, trainer, measurements and record of one run."""
+"""Carrying out a recipe: the plan, data, trainer, measurements and records of one run."""

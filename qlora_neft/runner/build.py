@@ -5,6 +5,7 @@ Nothing here imports PEFT, TRL or bitsandbytes, which a look at the data does no
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from ..data.prepare import PreparedData, Progress, prepare_data
 from ..data.report import padding_waste, sequence_lengths
 from ..paths import resolve_bundled
 from ..recipe import Recipe
+from ..run_folder.record import RECIPE_FILE
 from .plan import RunPlan, choose_gpu
 
 if TYPE_CHECKING:
@@ -87,3 +89,8 @@ def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> dict[str, An
     lengths = sequence_lengths(data.train)
     waste = padding_waste(lengths, batch, rows, tokens, padding_free=plan.padding_free, seed=recipe.train.seed)
     return {**data.report, "train": {**data.report["train"], "padding_waste": waste}}
+
+
+def command_to_continue(output_dir: Path) -> str:
+    """Return the shell command that continues a run."""
+    return shlex.join(["qlora-neft", "train", str(output_dir / RECIPE_FILE), "--output-dir", str(output_dir)])

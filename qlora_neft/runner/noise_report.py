@@ -1,6 +1,6 @@
-"""What NEFTune adds to each sequence of a recipe's data, beside what upstream's hook would add.
+"""The noise that NEFTune adds to each sequence of a recipe's data, beside the noise that upstream's hook would add.
 
-Needs the tokenizer, the data and the model's configuration; no weights.
+This needs the tokenizer, the data and the model's configuration, but no weights.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ UPSTREAM_ROWS = 4  # rows padded or packed together in the comparison
 
 
 def noise_report(recipe: Recipe, rows: int = 8) -> dict[str, Any]:
-    """Effective noise of the first sequences of a recipe's data.
+    """Return the effective noise of the first sequences of a recipe's data.
 
     Args:
         recipe: What is learned.
-        rows: How many sequences.
+        rows: Number of sequences.
 
     Returns:
         ``alpha``, ``distribution``, ``width`` (d), ``expected_norm`` and ``sequences``: for each its ``length``, the
         ``published`` bound alpha / sqrt(L * d) on one component, and the bound that transformers' hook would use if
-        the row were ``padded`` with, or ``packed`` behind, the rows beside it.
+        the row were ``padded`` or ``packed`` together with its neighbors.
 
     Raises:
         UserInputError: If model or data cannot be read.
@@ -52,10 +52,10 @@ def noise_report(recipe: Recipe, rows: int = 8) -> dict[str, Any]:
 
 
 def compare_scales(lengths: Sequence[int], width: int, alpha: float) -> list[dict[str, Any]]:
-    """Bounds on one component of the noise, per sequence: as published, and as transformers' hook has them.
+    """Return bounds on one noise component per sequence: as published, and as transformers' hook computes them.
 
     The hook divides by the width of the row it sees (``transformers/integrations/neftune.py``): the longest row of a
-    padded batch, or everything that is packed into one row (huggingface/transformers#34659).
+    padded batch, or everything packed into one row (huggingface/transformers#34659).
     """
     report = []
     for start in range(0, len(lengths), UPSTREAM_ROWS):

@@ -1,15 +1,16 @@
-"""What a recipe's data looks like to the model: its first sequences, its numbers, what the gate says. No weights."""
+"""A recipe's data as the model would see it: first sequences, numbers and the gate's verdict. No weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ..base.config import load_tokenizer
+from ..data.prepare import Progress
 from ..display.console import quiet_libraries
 from ..display.plots import plot_lengths
 from ..display.preview_text import LEGEND, TokenView, render_example, render_summary, token_views
@@ -18,27 +19,30 @@ from ..recipe import Recipe
 from .build import data_of, model_path, policy_of, report_of
 from .plan import plan_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Preview:
     """The first sequences, and the report on all.
 
     Attributes:
-        report: As in ``data_report.json``.
-        examples: The title of each, and its tokens.
+        report: The content of ``data_report.json``.
+        examples: The title and the tokens of each sequence.
     """
 
     report: dict[str, Any]
     examples: list[tuple[str, list[TokenView]]]
 
 
-def preview(recipe: Recipe, rows: int = 3, progress: Any = None) -> Preview:
-    """Prepare a recipe's data and look at it. Problems of the gate are in the report; they do not raise.
+def preview(recipe: Recipe, rows: int = 3, progress: Progress | None = None) -> Preview:
+    """Prepare a recipe's data and look at it. The report lists problems of the gate; they do not raise.
 
     Args:
         recipe: What is learned.
-        rows: Sequences to show.
-        progress: Called with the number of rows done since its last call.
+        rows: Number of sequences to show.
+        progress: Called with the number of rows finished since its last call.
 
     Raises:
         UserInputError: If the data or the tokenizer cannot be read at all.
@@ -54,22 +58,22 @@ def preview(recipe: Recipe, rows: int = 3, progress: Any = None) -> Preview:
 
 
 def render(found: Preview, console: Console, *, show_tokens: bool = False) -> None:
-    """Print sequences and summary."""
+    """Print the sequences and the summary."""
     if found.examples:
         console.print(LEGEND, markup=False)
     for title, views in found.examples:
         render_example(console, title, views, show_tokens=show_tokens)
-    render_summary(console, {**found.report, "problems": []})  # those are said once, as the error
+    render_summary(console, {**found.report, "problems": []})  # the error reports them
 
 
 def to_json(found: Preview) -> dict[str, Any]:
-    """The report, and under ``examples`` the text of each sequence with its trained stretches."""
+    """Return the report, and under ``examples`` the text of each sequence in pieces, trained or not."""
     examples = [{"title": title, "pieces": _pieces(views)} for title, views in found.examples]
     return {**found.report, "examples": examples}
 
 
 def save(found: Preview, output_dir: Path) -> list[Path]:
-    """Write ``data_report.json`` and ``lengths.png`` into a folder; returns what was written."""
+    """Write ``data_report.json`` and ``lengths.png`` into a folder; return the files written."""
     output_dir.mkdir(parents=True, exist_ok=True)
     report, picture = output_dir / "data_report.json", output_dir / "lengths.png"
     write_json(report, found.report)
@@ -77,7 +81,7 @@ def save(found: Preview, output_dir: Path) -> list[Path]:
     return [report, picture] if drawn else [report]
 
 
-def _views(tokenizer: Any, row: dict[str, Any]) -> list[TokenView]:
+def _views(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[TokenView]:
     return token_views(tokenizer, row["input_ids"], row["labels"])
 
 
@@ -88,7 +92,7 @@ def _title(row: dict[str, Any], sources: Sequence[dict[str, Any]]) -> str:
 
 
 def _pieces(views: Sequence[TokenView]) -> list[dict[str, Any]]:
-    """Neighbouring tokens of one kind joined."""
+    """Join neighboring tokens of one kind."""
     pieces: list[dict[str, Any]] = []
     for view in views:
         if pieces and pieces[-1]["trained"] == view.trained:

@@ -1,7 +1,7 @@
-"""Checkpoints on the Hub while training goes on: a run on a borrowed machine loses no more than it has not pushed.
+"""Checkpoints pushed to the Hub during training, so that a run on a borrowed machine loses little if that vanishes.
 
-Each is a whole adapter repository of its own, as `export` makes it, in one commit on a branch; no optimizer, no pickle.
-Pushing is done in a background thread. A push that fails is reported and tried again; it never stops a run.
+Each is a whole adapter repository, as `export` makes it, in one commit on a branch; no optimizer state, no pickle.
+A background thread pushes. A push that fails is reported and tried again; it never stops a run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapter.folder import AdapterFolder, find_adapter
 from ..errors import RunFailed, UserInputError
@@ -22,41 +22,43 @@ from ..export.hub.base import ask_about_base, public_base
 from ..export.hub.failures import Patience
 from ..export.hub.folder import Export, build_folder, license_of
 from ..export.hub.push import check_push, push_folder
-from ..recipe import recipe_of_record
+from ..recipe import Recipe
+from .build import command_to_continue
 
 BRANCH = "checkpoints"
-END_SECONDS = 600  # at the end, for what is still to be pushed
+END_SECONDS = 600  # to wait at the end for what is still to be pushed
 
 
 class CheckpointPusher(TrainerCallback):
-    """Pushes checkpoints, one at a time, in a background thread. Of several that wait, only the last is pushed.
+    """Pushes checkpoints one at a time in a background thread; of several that wait, only the last.
 
     Args:
-        repo_id: On the Hub, with the branch `BRANCH`.
-        every: Of how many checkpoints one is pushed.
-        export: What of a checkpoint is published.
+        repo_id: A repository on the Hub that has the branch `BRANCH`.
+        every: Push every n-th checkpoint.
+        export: What is published of a checkpoint.
         say: Told once of each kind of failure, from the background thread.
-        patience: How long one push goes on trying.
+        patience: How long one push keeps trying.
     """
 
     def __init__(
         self, repo_id: str, every: int, export: Export, say: Callable[[str], None], patience: Patience | None = None
     ) -> None:
         self.repo_id, self.every, self.export, self.say, self.patience = repo_id, every, export, say, patience
-        self._changed = threading.Condition()  # guards the two below
+        self._changed = threading.Condition()  # guards the next two
         self._waiting: Path | None = None
         self._is_working = False
         self._num_saved = 0
         self._reported: set[str] = set()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Queue every n-th checkpoint."""
+        assert args.output_dir is not None  # TrainingArguments fills it in
         self._num_saved += 1
         if self._num_saved % self.every == 0:
             self.push(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def push(self, checkpoint: Path) -> None:
-        """Queue a checkpoint, which may vanish at any time: then a newer one is queued or about to be."""
+        """Queue a checkpoint. It may vanish at any time: then a newer one is queued or about to be."""
         with self._changed:
             self._waiting = checkpoint
             self._start()
@@ -65,7 +67,7 @@ class CheckpointPusher(TrainerCallback):
         """Wait until nothing is queued, after a last attempt at what could not be pushed before.
 
         Args:
-            timeout: Seconds to wait at most.
+            timeout: Maximum seconds to wait; None for no limit.
 
         Returns:
             Whether everything is on the Hub.
@@ -78,7 +80,7 @@ class CheckpointPusher(TrainerCallback):
     def _start(self) -> None:
         if self._waiting is not None and not self._is_working:
             self._is_working = True
-            # A daemon: a Hub that does not answer must not keep the process from ending.
+            # A daemon, since a Hub that does not answer must not keep the process from ending.
             threading.Thread(target=self._work, name="push", daemon=True).start()
 
     # ---- In the background ----
@@ -93,7 +95,7 @@ class CheckpointPusher(TrainerCallback):
                 self._changed.notify_all()
 
     def _push_next(self) -> bool:
-        """Push what is queued; whether to look again. After a failure the next call starts anew."""
+        """Push what is queued and return whether to look again; after a failure, `push` and `close` try it again."""
         with self._changed:
             checkpoint, self._waiting = self._waiting, None
         if checkpoint is None:
@@ -102,7 +104,7 @@ class CheckpointPusher(TrainerCallback):
             self._push(checkpoint)
         except (UserInputError, RunFailed, OSError) as error:
             if not checkpoint.is_dir():
-                return True  # removed while it was read, as older checkpoints are
+                return True  # removed while it was read, as old checkpoints are
             self._report(error)
             with self._changed:
                 if self._waiting is None:
@@ -127,7 +129,7 @@ class CheckpointPusher(TrainerCallback):
             )
 
     def _say_of_try(self, line: str) -> None:
-        """Waits between attempts are not told: a progress bar is on the screen, and training goes on anyway."""
+        """Say nothing of waits between attempts: a progress bar is on the screen, and training goes on anyway."""
 
     def _report(self, error: Exception) -> None:
         cause = error.__cause__ or error
@@ -139,37 +141,35 @@ class CheckpointPusher(TrainerCallback):
 
 
 def ready_to_push(
-    repo_id: str,
-    every: int,
-    recipe: dict[str, Any],
-    output_dir: Path,
-    say: Callable[[str], None],
-    patience: Patience | None = None,
-) -> CheckpointPusher:
-    """Make sure, before a weight is loaded, that checkpoints can be pushed; repository and branch are made if missing.
+    recipe: Recipe, output_dir: Path, say: Callable[[str], None], patience: Patience | None = None
+) -> CheckpointPusher | None:
+    """Check that checkpoints can be pushed, and create repository and branch if they are missing.
 
     Args:
-        repo_id: ``machine.push_to``.
-        every: ``machine.push_every``.
-        recipe: `Recipe.to_dict`.
-        output_dir: Of the run.
+        recipe: The run's recipe; its machine section says where to, and how often.
+        output_dir: The run's folder.
         say: Takes a line for the user.
-        patience: How long to go on trying.
+        patience: How long one push keeps trying.
+
+    Returns:
+        What pushes the checkpoints; None if the recipe names no repository.
 
     Raises:
-        UserInputError: If the token, the name or the account does not allow it, or the base is a local one.
-        RunFailed: If the network did not come back.
+        UserInputError: If the token, the name or the account does not allow it, or the base is local.
+        RunFailed: If the network does not come back.
     """
+    repo_id, every = recipe.machine.push_to, recipe.machine.push_every
+    if repo_id is None:
+        return None
     try:
-        base = public_base(AdapterFolder("machine.push_to", output_dir, {}, recipe_of_record(recipe)))
+        base = public_base(AdapterFolder("machine.push_to", output_dir, {}, recipe))
     except UserInputError as error:
         raise UserInputError(
-            f"machine.push_to: the base {recipe['model']['name_or_path']!r} is a local one, and an adapter on the Hub "
+            f"machine.push_to: the base {recipe.model.name_or_path!r} is a local one, and an adapter on the Hub "
             "needs one that others can load. Name it by its Hub id in model.name_or_path; or train without push_to, "
             "and publish the result with `qlora-neft export DIR --repo-id ID --base-id ID`."
         ) from error
-    command = shlex.join(["qlora-neft", "train", str(output_dir / "recipe.yaml"), "--output-dir", str(output_dir)])
-    check_push(repo_id, BRANCH, say=say, resume_command=command, patience=patience)
+    check_push(repo_id, BRANCH, say=say, resume_command=command_to_continue(output_dir), patience=patience)
     license = license_of(None, ask_about_base(*base))
     say(f"checkpoints are pushed to {repo_id}, branch {BRANCH}" + (f", one of {every}" if every > 1 else ""))
     return CheckpointPusher(repo_id, every, Export(repo_id, base, None, license, True), say, patience)
@@ -177,17 +177,17 @@ def ready_to_push(
 
 @contextmanager
 def pushing(pusher: CheckpointPusher | None, trainer: Any) -> Generator[None, None, None]:
-    """Inside the block a trainer's checkpoints are pushed; at its end there is a bounded wait for the last one."""
+    """Push a trainer's checkpoints inside the block, and wait at its end for the last one, within bounds."""
     if pusher is None:
         yield
         return
     trainer.add_callback(pusher)
-    pusher.say = lambda line: trainer.say(line)  # written down with what else happens
+    pusher.say = lambda line: trainer.say(line)  # so that the run records it
     seconds = END_SECONDS
     try:
         yield
     except KeyboardInterrupt:
-        seconds = 0  # a second signal: at once
+        seconds = 0  # a second signal: stop at once
         raise
     finally:
         if not pusher.close(seconds):

@@ -5,7 +5,6 @@ Every part it calls takes its own section of the recipe, and serves from a noteb
 
 from __future__ import annotations
 
-import shlex
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -45,11 +44,11 @@ from ..run_folder.resume import (
 from ..run_folder.stop import StopRequest, WhenToSave, answered
 from ..trainer import QLoRANeftTrainer
 from ..trainer.memory import cuda_probe
-from .build import Run, data_of, model_path, policy_of
+from .build import Run, command_to_continue, data_of, model_path, policy_of
 from .build_trainer import trainer_of
 from .measure import ANSWERS_SHOWN, Measurement, measure
 from .plan import is_main_process, plan_of
-from .push import CheckpointPusher, pushing, ready_to_push
+from .push import pushing, ready_to_push
 from .records import (
     about_run,
     data_sha256,
@@ -105,7 +104,7 @@ def run(
         if beginning.finished:
             return _finished(output_dir, console)
         # Before rows are prepared and weights loaded, so that a wrong token costs no time.
-        pusher = _ready_to_push(recipe, output_dir, console) if main and not dry_run else None
+        pusher = ready_to_push(recipe, output_dir, lambda line: say(console, [line])) if main and not dry_run else None
 
         policy = policy_of(recipe)
         config = check_base_config(model_path(recipe), revision=recipe.model.revision)
@@ -199,16 +198,6 @@ def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: M
         raise RunInterrupted(stop.signal, _how_to_go_on(run, trainer))
 
 
-def _ready_to_push(recipe: Recipe, output_dir: Path, console: Console) -> CheckpointPusher | None:
-    """Return what pushes checkpoints to the Hub, None if the recipe names no repository."""
-    machine = recipe.machine
-    if machine.push_to is None:
-        return None
-    return ready_to_push(
-        machine.push_to, machine.push_every, recipe.to_dict(), output_dir, lambda line: say(console, [line])
-    )
-
-
 # ---- Lines for the user ----
 
 
@@ -241,9 +230,8 @@ def _stopping(name: str) -> str:
 
 
 def _how_to_go_on(run: Run, trainer: QLoRANeftTrainer) -> str:
-    state, folder = trainer.state, run.output_dir
-    command = shlex.join(["qlora-neft", "train", str(folder / "recipe.yaml"), "--output-dir", str(folder)])
+    state = trainer.state
     return (
         f"stopped after step {state.global_step} of {state.max_steps}; the checkpoint is written. To go on:\n"
-        f"  {command}"
+        f"  {command_to_continue(run.output_dir)}"
     )

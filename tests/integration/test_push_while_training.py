@@ -130,8 +130,8 @@ class Said(list):
 @pytest.fixture
 def pusher(hub, llama):
     shutil.copytree(cut_off(llama) / "out", "out")
-    recipe = load_recipe("mine.yaml").to_dict()
-    return ready_to_push("ann/tuned", 1, recipe, Path("out"), Said(), Patience(attempts=2, sleep=lambda _: None))
+    recipe = load_recipe("mine.yaml", ["machine.push_to=ann/tuned"])
+    return ready_to_push(recipe, Path("out"), Said(), Patience(attempts=2, sleep=lambda _: None))
 
 
 def test_of_several_that_wait_only_the_newest_is_pushed(hub, pusher):
