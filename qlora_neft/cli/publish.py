@@ -123,8 +123,7 @@ def check(
 
 
 def _show_verdicts(facts: Facts, verdicts: list[Verdict]) -> None:
-    from rich.table import Table
-    from rich.text import Text
+    from ..display.tables import Table
 
     screen = console()
     ranks = sorted(set(facts.ranks.values()))
@@ -134,11 +133,8 @@ def _show_verdicts(facts: Facts, verdicts: list[Verdict]) -> None:
         markup=False,
         soft_wrap=True,
     )
-    table = Table("for", "verdict", "why", "what helps")
-    for verdict in verdicts:
-        cells = (verdict.consumer, verdict.verdict, "; ".join(verdict.reasons), verdict.flag or verdict.remedy or "")
-        table.add_row(*(Text(cell) for cell in cells))
-    screen.print(table)
+    rows = [(v.consumer, v.verdict, "; ".join(v.reasons), v.flag or v.remedy or "") for v in verdicts]
+    screen.print(Table(("for", "verdict", "why", "what helps"), rows, align="l").rich())
     for verdict in verdicts:
         if verdict.command is not None:
             screen.print(f"{verdict.consumer}: {verdict.command}", markup=False, soft_wrap=True)

@@ -96,13 +96,3 @@ def _escaped(text: str) -> str:
 
 def _padded(cell: str, width: int, side: str) -> str:
     return cell.rjust(width) if side == "r" else cell.ljust(width)
-
-
-def plain_table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return `Table.plain`. Goes when its callers make a `Table`."""
-    return Table(heading, rows).plain()
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> str:
-    """Return `Table.plain` without a heading. Goes when its callers make a `Table`."""
-    return Table((), rows, align="l").plain()

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from ..base.config import check_base_config, load_tokenizer
 from ..data.report import sequence_lengths
 from ..display.console import quiet_libraries
+from ..display.tables import Table
 from ..noise.neftune import expected_norm, noise_scale
 from ..recipe import Recipe
 from .build import data_of, model_path
@@ -74,22 +74,21 @@ def render(report: dict[str, Any], console: Console) -> None:
         f"NEFTune alpha {report['alpha']:g}, {report['distribution']}, d = {report['width']}: "
         f"norm {report['expected_norm']:.3f} per sequence, padding gets none"
     )
-    table = Table(title=f"{bound} noise component per sequence", title_justify="left")
     columns = (
         "tokens",
         "published",
         f"transformers, padded in {UPSTREAM_ROWS}s",
         f"transformers, packed in {UPSTREAM_ROWS}s",
     )
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row in report["sequences"]:
-        table.add_row(
+    rows = [
+        (
             str(row["length"]),
             f"{row['published']:.5f}",
             *(f"{row[way]:.5f} ({_share(row[way], row['published'])})" for way in ("padded", "packed")),
         )
-    console.print(table)
+        for row in report["sequences"]
+    ]
+    console.print(Table(columns, rows, f"{bound} noise component per sequence", align="r").rich())
     console.print("Percentages: of the published noise. Every row is one training sequence, in the order of the data.")
 
 
