@@ -190,6 +190,13 @@ class MemoryUse(Record):
     terms: dict[str, Any] | None = None
 
 
+class PublishedBase(Record):
+    """The base of a published adapter: its Hub id and commit."""
+
+    id: str | None = None
+    revision: str | None = None
+
+
 class RunSummary(Record):
     """The content of ``summary.json``: what a run was and what it led to.
 
@@ -204,6 +211,7 @@ class RunSummary(Record):
         resumed_from_step: Where the last session began, None for step 0.
         parameters, lora_parameters: Counts of the loaded model.
         before, after: Measures by name, such as ``held_out_loss``.
+        base: The base of a published adapter.
         latest: The last logged measures of a published checkpoint, each with its ``step`` and ``value``.
         peak_memory: Bytes by kind of memory.
     """
@@ -218,6 +226,7 @@ class RunSummary(Record):
     versions: dict[str, str] | None = None
     hardware: Hardware | None = None
     base_commit: str | None = None
+    base: PublishedBase | None = None
     steps: int | None = None
     tokens_seen: int | None = None
     trained_tokens_seen: int | None = None

@@ -1,4 +1,4 @@
-"""What can go wrong around a run: other recipes, other data, full and read-only disks. Nothing on disk is lost."""
+"""Things that go wrong around a run: other recipes, other data, full and read-only disks. Nothing on disk is lost."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def whole(llama):
 
 @pytest.fixture
 def interrupted(llama, tmp_path, monkeypatch):
-    """A current directory with recipe, data, and the folder ``out`` of a run that was interrupted."""
+    """A current directory with a recipe, data, and the folder ``out`` of an interrupted run."""
     monkeypatch.chdir(copied(cut_off(llama), tmp_path))
     return tmp_path
 
 
 def goes_on(whole: Path, *arguments: str, output_dir: Path = OUT) -> str:
-    """The command ends with the adapter of the run that was never stopped; its stdout."""
+    """Check that the command ends with the adapter of the run that was never stopped, and return its stdout."""
     code, stdout, stderr = invoke("train", "mine.yaml", "--output-dir", str(output_dir), *arguments)
     assert code == 0, stderr
     assert adapter(output_dir) == adapter(whole)
@@ -59,7 +59,7 @@ def goes_on(whole: Path, *arguments: str, output_dir: Path = OUT) -> str:
 
 
 def test_the_same_command_goes_on(interrupted, whole):
-    """Else every refusal below would be one for the wrong reason."""
+    """Otherwise every refusal below could have the wrong reason."""
     assert f"going on from step {CUT_AT}: out/checkpoint-{CUT_AT}" in goes_on(whole)
     assert summary(OUT)["resumed_from_step"] == CUT_AT and logged(OUT) == logged(whole)
 
@@ -172,7 +172,7 @@ def test_data_of_another_content_is_refused(interrupted):
 def test_weights_of_another_content_are_refused(llama, interrupted):
     other = copied(llama, Path("llama"))
     recipe, run_file = Path("mine.yaml"), OUT / "run.json"
-    for path in (recipe, run_file, *OUT.glob("checkpoint-*/manifest.json")):  # as if it had been that folder always
+    for path in (recipe, run_file, *OUT.glob("checkpoint-*/manifest.json")):  # as if it had always been that folder
         path.write_text(path.read_text().replace(str(llama), "llama"))
     weights = other / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -186,7 +186,7 @@ def test_weights_of_another_content_are_refused(llama, interrupted):
 
 @pytest.fixture
 def disk(llama, tmp_path, monkeypatch):
-    """A current directory with recipe and data, and an empty disk at ``disk``: call it with its size in bytes."""
+    """A current directory with a recipe and data; a call with a size in bytes mounts an empty disk at ``disk``."""
     monkeypatch.chdir(make_workplace(tmp_path, llama))
     Path("disk").mkdir()
 
@@ -203,7 +203,7 @@ def disk(llama, tmp_path, monkeypatch):
 
 
 def size(*paths: Path) -> int:
-    """What files take on a disk, in whole pages."""
+    """Return the size of files on a disk, in whole pages."""
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in paths if path.is_file())
 
 

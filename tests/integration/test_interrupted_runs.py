@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or lose their disk, as real processes: each ends as if nothing had happened."""
+"""Runs that are stopped, killed or lose their disk, as real processes. Each ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from qlora_neft.run_folder.checkpoints import read_checkpoint
 
 OUT = Path("out")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-# Five rows a step of thirteen: neither the rows nor a step divide by two processes.
+# Steps of five out of thirteen rows: neither number is divisible by two processes.
 UNEVEN = ("train.effective_batch_size=5", "lora.lora_dropout=0", "train.max_steps=20")
 
 
 @pytest.fixture
 def whole(llama):
     """The folder of the run that was never stopped."""
-    start_fork_server()  # for later: its imports take the other core
+    start_fork_server()  # ahead of time: its imports run on the other core
     return never_stopped(llama)
 
 
@@ -62,7 +62,7 @@ def workplace(tmp_path, llama, monkeypatch):
 
 
 def table(stdout: str) -> list[str]:
-    """The lines of the table of losses before and after."""
+    """Return the lines of the table of losses before and after."""
     return [line for line in stdout.splitlines() if "(nats per token)" in line]
 
 
@@ -101,7 +101,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_printed_command_goes_on(workpl
 
 
 def run_in_a_shell(command: str) -> str:
-    """Exactly what a user would paste, with ``qlora-neft`` on the path."""
+    """Run exactly what a user would paste, with ``qlora-neft`` on the path."""
     Path("bin").mkdir()
     Path("bin/qlora-neft").write_text(f'#!/bin/sh\nexec {shlex.quote(quick_python())} -m qlora_neft "$@"\n')
     Path("bin/qlora-neft").chmod(0o755)
@@ -117,7 +117,7 @@ def test_a_second_signal_ends_the_process_at_once(workplace, whole):
         started.send_signals(signal.SIGINT, signal.SIGTERM)
         assert started.ended() == (130, "interrupted\n")
     left = sound_steps(OUT)
-    assert left and all(step % SAVE_STEPS == 0 for step in left)  # none was made for the signal
+    assert left and all(step % SAVE_STEPS == 0 for step in left)  # no checkpoint was made for the signal
     assert invoke(*TRAIN)[0] == 0
     assert adapter(OUT) == adapter(whole)
 
@@ -163,7 +163,7 @@ def test_two_writers_and_the_lock_of_a_killed_one(workplace, whole):
         first.send_signals(signal.SIGCONT)
         assert code == 2
         assert f"another run (process {first.pid} on " in stderr and "is writing there" in stderr
-        until(lambda: len(logged(OUT)) >= 7, first)  # it was not disturbed
+        until(lambda: len(logged(OUT)) >= 7, first)  # it was not affected
         first.send_signals(signal.SIGKILL)
         assert first.ended()[0] == -signal.SIGKILL
     assert (OUT / ".run.lock").exists()
@@ -210,21 +210,21 @@ def test_two_processes_learn_what_one_does_and_take_over_from_each_other(workpla
     write_rows(13)
     assert invoke("train", "mine.yaml", "--output-dir", "one", *UNEVEN)[0] == 0
     arguments = ("train", "mine.yaml", "--output-dir", "two", *UNEVEN)
-    with socket.create_server(("127.0.0.1", 0)) as server:  # as torchrun does, to know its children
+    with socket.create_server(("127.0.0.1", 0)) as server:  # as torchrun does, but with access to its children
         variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
     with Forked(*arguments, RANK="0", **variables) as first, Forked(*arguments, RANK="1", **variables) as second:
         until(lambda: len(logged("two")) >= 6, first)
-        second.send_signals(signal.SIGTERM)  # the first hears of it through the second
+        second.send_signals(signal.SIGTERM)  # the first learns of it from the second
         ends = [rank.ended() for rank in (first, second)]
     step = sound_steps("two")[-1]
     assert all((code, f"stopped after step {step} of 20" in said) == (143, True) for code, said in ends)
     assert 6 <= step < 20 and not Path("two/summary.json").exists()
 
-    assert invoke(*arguments)[0] == 0  # what two began, one ends
+    assert invoke(*arguments)[0] == 0  # one process finishes what two began
     assert_same_run("two", "one")
     assert summary("two")["resumed_from_step"] == step
 
-    cut(Path("three"), *UNEVEN, step=14)  # what one began, two end
+    cut(Path("three"), *UNEVEN, step=14)  # two processes finish what one began
     with process("train", "mine.yaml", "--output-dir", "three", *UNEVEN, launcher=TORCHRUN) as started:
         stdout, stderr = started.communicate(timeout=90)
     assert started.returncode == 0, stderr[-3000:]
@@ -239,7 +239,7 @@ def assert_same_run(output_dir: str, other: str) -> None:
     weights = [load_file(Path(folder, "adapter_model.safetensors")) for folder in (output_dir, other)]
     assert max_difference(*weights) < 1e-5
     assert logged(output_dir) == pytest.approx(logged(other), abs=1e-4)
-    # To 1e-4 every step had the same thirteen rows, none of them twice: a row more moves the loss by far more.
+    # Equal to 1e-4: every step had the same thirteen rows, none twice, for one more row moves the loss by far more.
     assert max(logged(other).values()) - min(logged(other).values()) > 0.01
     for key in ("before", "after"):
         assert summary(output_dir)[key] == pytest.approx(summary(other)[key], abs=1e-4)

@@ -1,4 +1,4 @@
-"""Invariant 5: stopped at any step, any way, and resumed is bit for bit the run that was never stopped."""
+"""Invariant 5: a run stopped at any step, in any way, and resumed is bit for bit the run that was never stopped."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def stopped_after(model, folder, step, **overrides):
 def test_stopped_after_any_step(llama, tmp_path, never_stopped, step):
     stopped_after(llama, tmp_path, step)
     assert find_checkpoints(tmp_path).newest.step == step
-    torch.manual_seed(999)  # whatever the next process begins with
+    torch.manual_seed(999)  # the next process may begin with any state
     resumed = trainer_for(llama, tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert same_bits(adapter_weights(resumed), never_stopped[0])
@@ -69,7 +69,7 @@ def test_stopped_after_the_last_step_and_before_the_end(llama, tmp_path, never_s
     assert find_checkpoints(tmp_path).newest.step == STEPS
     resumed = trainer_for(llama, tmp_path)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == STEPS  # upstream takes one step more
+    assert resumed.state.global_step == STEPS  # upstream would take one step more
     assert same_bits(adapter_weights(resumed), never_stopped[0])
     assert losses(resumed) == never_stopped[1] and resumed.tokens_seen > 0
 

@@ -1,4 +1,4 @@
-"""A base is asked for no more than it has: positions and token ids."""
+"""A run that needs more positions or token ids than its base has is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there, whatever happens to the process, the disk or the files."""
+"""Checkpoints on disk are whole or absent, whatever happens to the process, the disk or the files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def names(output_dir):
 
 
 def python(script, *args, **kwargs):
-    """A process of its own that runs a script."""
+    """Start a process that runs a script."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
@@ -268,11 +268,11 @@ def test_nothing_sound(tmp_path):
         (0, [], [5]),
         (-3, [], [5]),
         (9, [], [1, 2, 3, 4, 5]),
-        (2, [5], [3, 4, 5]),  # a newer damaged one stays, and does not count
-        (2, [4], [3, 5]),  # one between sound ones goes, and does not count
+        (2, [5], [3, 4, 5]),  # a newer damaged one stays and does not count
+        (2, [4], [3, 5]),  # one between sound ones is removed and does not count
         (1, [4, 5], [3, 4, 5]),
         (9, [1, 3], [2, 4, 5]),
-        (1, [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),  # none is sound: nothing goes
+        (1, [1, 2, 3, 4, 5], [1, 2, 3, 4, 5]),  # none is sound: nothing is removed
         (1, [2, 3, 4, 5], [1, 2, 3, 4, 5]),
     ],
 )
@@ -345,16 +345,16 @@ while True:
 
 
 def test_killed_at_any_instant(tmp_path):
-    """20 processes in turn, each killed while it writes; the next goes on from what is there."""
+    """20 processes in turn, each killed while it writes; the next continues from what it finds."""
     chance, step = random.Random(3), 1
     for _ in range(20):
         process = python(WRITER, tmp_path, step)
-        finished = int(process.stdout.readline())  # it has begun
+        finished = int(process.stdout.readline())  # the process has begun
         time.sleep(chance.uniform(0, 0.06))
         os.kill(process.pid, signal.SIGKILL)
         finished = int((process.communicate()[0].split() or [finished])[-1])
         search = find_checkpoints(tmp_path)
-        # One more than it could tell: the kill can fall between the rename and the print.
+        # One more than it could report: the kill may come between the rename and the print.
         assert search.newest is not None and search.newest.step in (finished, finished + 1)
         assert search.newest.about == {"step": search.newest.step}
         assert search.damaged == []
@@ -364,7 +364,10 @@ def test_killed_at_any_instant(tmp_path):
 
 
 def killed_at(event, work):
-    """Whether a forked child was killed at its n-th system call that opens, makes, renames or removes something."""
+    """Fork a child that is killed at its n-th system call that opens, makes, renames or removes something.
+
+    Returns whether it got that far.
+    """
     child = os.fork()
     if child:
         return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -386,7 +389,7 @@ def killed_at(event, work):
 
 @pytest.mark.parametrize("step", [2, 1], ids=["a further step", "the same step again"])
 def test_killed_at_every_system_call(tmp_path, step):
-    """With a single checkpoint kept, the next process always finds one: the old or the new."""
+    """With a single checkpoint kept, the next process always finds one, the old or the new."""
 
     def work():
         write(run, step, b"newer..")
@@ -407,7 +410,7 @@ def test_killed_at_every_system_call(tmp_path, step):
     assert (run / f"checkpoint-{step}" / "model.bin").read_bytes() == b"newer.."
 
 
-# ---- No space ----
+# ---- Full disks ----
 
 FULL = """
 import resource, signal, sys
@@ -429,7 +432,7 @@ except OSError as error:
 
 @pytest.fixture(params=["tmpfs", "limit"])
 def small_disk(request, tmp_path):
-    """A folder with room for a small checkpoint but not for a large one, and how it is made so."""
+    """A folder with space for a small checkpoint but not for a large one, and how that is achieved."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if request.param == "limit":

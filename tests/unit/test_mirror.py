@@ -1,4 +1,4 @@
-"""A second folder kept in step with a run's: in the background, and whatever becomes of either."""
+"""A second folder is kept up to date with a run's in the background, whatever happens to either."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def names(folder):
 
 @pytest.fixture
 def gate(run_dir, monkeypatch):
-    """A file whose copy tells that it began, goes on when told to, and then fails with what the list holds."""
+    """A file whose copy reports its start, continues when told to, and then fails with what the list holds."""
     started, opened, failures = threading.Event(), threading.Event(), []
     copyfile = shutil.copyfile
 
@@ -146,7 +146,7 @@ def test_both_the_same_folder(run_dir, problems):
 
 
 def test_copying_while_the_run_writes_and_prunes(run_dir, drive, mirror, problems):
-    """Sources vanish under the copy all the time; the last one is there in the end, and every copy is sound."""
+    """Sources keep vanishing during the copy; in the end the last one is there, and every copy is sound."""
     done = threading.Event()
     seen: set[int] = set()
 
@@ -249,7 +249,7 @@ def test_a_mirror_that_cannot_be_made(run_dir, drive, problems):
 
 
 def test_what_is_queued_during_a_failing_copy_is_not_left_lying(run_dir, drive, mirror, gate, problems):
-    """The call came while the thread worked, and no other call comes."""
+    """The call came while the thread was working, and no other call follows."""
     started, opened, failures = gate
     failures.append(OSError(107, "Transport endpoint is not connected"))
     mirror.files(["gate.txt"])

@@ -1,4 +1,4 @@
-"""Overrides beat the file, and what is wrong in one is said of the override, not of the file."""
+"""Overrides take precedence over the file, and problems with one name the override, not the file."""
 
 import pytest
 

@@ -242,7 +242,7 @@ HELD_OUT = "data.eval_fraction=0.1"
 
 @pytest.fixture
 def here(write, tmp_path):
-    """A folder with one in it, in the current directory."""
+    """Make the folders ``here`` and ``here/deep`` in the current directory."""
     (tmp_path / "here" / "deep").mkdir(parents=True)
 
 
@@ -356,7 +356,7 @@ def test_every_key_is_described():
         (b"a: \x00\n", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe_gives_one_clear_error(write, content, message):
+def test_a_file_that_is_not_a_recipe_gives_one_clear_error(write, content, message):
     [problem] = problems_of(write(content))
     assert problem.startswith("mine.yaml")
     assert message in problem
@@ -369,7 +369,7 @@ def test_a_key_written_twice_is_refused_with_both_lines(write):
     assert problem == "mine.yaml:13: lora: already set in line 3. Keep one of the two."
 
 
-def test_a_byte_order_mark_is_no_problem(write):
+def test_a_byte_order_mark_is_accepted(write):
     load_recipe(write(b"\xef\xbb\xbf" + MINIMAL.encode()))
 
 

@@ -20,12 +20,12 @@ def by_name(path):
 
 
 def header(path):
-    """The comment a recipe begins with."""
+    """Return the comment at the top of a recipe."""
     return path.read_text().split("\n\n")[0]
 
 
 def column_of_table_3(path):
-    """alpha -> win rate, from the header; alpha 0 is the base without noise."""
+    """Return win rates by alpha, from the header; alpha 0 is the base without noise."""
     rows = re.findall(r"^#   (Base|alpha \d+) +([\d.]+)$", header(path), flags=re.MULTILINE)
     return {0 if name == "Base" else int(name.split()[1]): float(rate) for name, rate in rows}
 

@@ -1,4 +1,4 @@
-"""One run at a time in a folder, also after a kill, with forks, and without locks of the operating system."""
+"""One run at a time in a folder, also after a kill, with forks, and on file systems without locks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ with run_lock(Path(sys.argv[1])):
 
 @pytest.fixture(params=["flock", "no flock here", "no fcntl"])
 def kind(request, monkeypatch):
-    """What the machine has: locks, a file system without them, no module for them."""
+    """What the machine offers: file locks, a file system without them, or no module for them."""
     if request.param == "no fcntl":
         monkeypatch.setattr(module, "fcntl", None)
     if request.param == "no flock here":
@@ -99,7 +99,7 @@ def gone_pid():
     return process.pid
 
 
-# ---- Both ways ----
+# ---- With and without flock ----
 
 
 @pytest.mark.usefixtures("kind")
@@ -173,7 +173,7 @@ while got < 60:
 
 @pytest.mark.parametrize("kind", ["flock", "no fcntl"], indirect=True)
 def test_never_two_at_once(tmp_path, kind, processes):
-    """Three processes that take and release it as fast as they can: openers meet files that are just removed."""
+    """Three processes take and release the lock as fast as they can, so that some open a file just being removed."""
     processes += [python(CONTEND, tmp_path, kind) for _ in range(3)]
     for process in processes:
         process.stdout.readline()
@@ -259,8 +259,8 @@ def test_an_orphaned_child_does_not_hold_it(tmp_path, processes, way):
         assert not is_free(tmp_path)
         processes[0].kill()
         processes[0].wait()
-        os.kill(child, 0)  # it lives
-        end = time.monotonic() + 30  # a forked child lets go as it begins to run
+        os.kill(child, 0)  # it is alive
+        end = time.monotonic() + 30  # a forked child closes the lock when it begins to run
         while not is_free(tmp_path):
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -277,7 +277,7 @@ def test_two_threads(tmp_path):
     assert free == [False]
 
 
-# ---- With flock, what the file says does not matter ----
+# ---- With flock, the file's content does not matter ----
 
 
 @pytest.mark.parametrize("body", [b"", b"\xff\x00", b"[]", b'{"pid": 1, "host": "elsewhere"}' * 500])
@@ -309,9 +309,9 @@ def test_other_errors_are_not_taken_for_missing_locks(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("body", "age", "free"),
     [
-        ({"pid": 1}, 10 * 86400, False),  # process 1 lives, however old the file is
+        ({"pid": 1}, 10 * 86400, False),  # process 1 is alive, however old the file is
         ({"pid": gone_pid()}, 0, True),
-        ({"pid": os.getpid()}, 0, True),  # a predecessor's with the same number: this process knows that it holds none
+        ({"pid": os.getpid()}, 0, True),  # a predecessor with the same number: this process knows that it holds no lock
         ({"host": "elsewhere"}, 3600, False),
         ({"host": "elsewhere"}, 86400 + 60, True),
         ({"pid": "?"}, 3600, False),
@@ -336,7 +336,7 @@ def test_what_to_do_about_one_that_only_seems_held(tmp_path, monkeypatch):
 
 
 def test_a_stale_lock_is_taken_by_one_of_many(tmp_path, monkeypatch):
-    """The rename of a stale file can catch a new one, just made by a faster process: it is put back."""
+    """Moving a stale file aside may catch a new one, just made by a faster process, which is put back."""
     monkeypatch.setattr(module, "fcntl", None)
     leave(tmp_path, pid=gone_pid())
     judged = os.open(tmp_path / LOCK, os.O_RDWR)
