@@ -29,6 +29,7 @@ from typing import Any, TextIO
 
 from .display.plots import plot_losses
 from .errors import RunFailed, UserInputError
+from .files import read_json
 
 SECONDS_BETWEEN_PICTURES = 2.0
 WIDTH = "120"  # columns of the tables in a cell's output
@@ -111,7 +112,7 @@ def train_live(name: str | Path, *overrides: str, output_dir: str | Path) -> dic
     code = _follow(words, picture.refresh)
     picture.refresh(now=True)
     _check(words, code)
-    return json.loads(Path(output_dir, "summary.json").read_text(encoding="utf-8"))
+    return read_json(Path(output_dir, "summary.json"))
 
 
 class _Picture:

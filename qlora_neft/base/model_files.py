@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserInputError, first_line
+from ..files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -52,7 +52,7 @@ def tensor_files(source: str, find: Callable[[str], Path | None]) -> dict[str, s
     name = INDEX
     try:
         if (index := find(INDEX)) is not None:
-            return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return read_json(index)["weight_map"]
         name = SINGLE
         if (single := find(SINGLE)) is not None:
             return dict.fromkeys(stored_tensors(single), SINGLE)

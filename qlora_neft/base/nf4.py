@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ..errors import UserInputError, first_line
+from ..files import sha256_of_text
 from ..recipe.schema import Quantization
 from .config import NOT_RUN, check_base_config
 
@@ -137,7 +138,7 @@ def frozen_fingerprints(model: nn.Module) -> dict[str, str]:
 def base_fingerprint(fingerprints: dict[str, str]) -> str:
     """Hash the result of `frozen_fingerprints` as a whole: one SHA-256 as hex."""
     lines = "\n".join(f"{name} {digest}" for name, digest in sorted(fingerprints.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return sha256_of_text(lines)
 
 
 def to_nf4(weight: Tensor, double_quant: bool) -> Params4bit:

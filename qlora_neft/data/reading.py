@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -12,13 +11,13 @@ from pathlib import Path
 from datasets import ReadInstruction
 
 from ..errors import UserInputError
+from ..files import sha256_of_file, sha256_of_text
 from ..paths import DATA_SUFFIXES, kind_of
 from .read_hub import hub_rows, hub_version
 from .read_local import count_rows, file_rows
 from .sources import Row, Source, local_files, split_key
 
 EVERY_ROW = "train"
-HASH_BLOCK = 2**20  # bytes
 
 
 def read_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
@@ -57,7 +56,7 @@ def source_fingerprint(source: Source) -> str:
         parts = [_file_hash(file, source.key) for file in local_files(source)]
     else:
         parts = [source.path, str(source.data_files), str(source.name), hub_version(source)]
-    return hashlib.sha256(repr([*parts, source.split]).encode()).hexdigest()
+    return sha256_of_text(repr([*parts, source.split]))
 
 
 def _is_local(source: Source) -> bool:
@@ -99,12 +98,9 @@ def _slices(files: Sequence[Path], source: Source) -> list[tuple[int, int]]:
 
 def _file_hash(file: Path, key: str) -> str:
     """Hash a file with its kind: the same bytes give other rows as CSV than as JSON."""
-    digest = hashlib.sha256()
     try:
-        with file.open("rb") as stream:
-            while block := stream.read(HASH_BLOCK):
-                digest.update(block)
+        digest = sha256_of_file(file)
     except OSError as error:
         raise UserInputError(f"{key}: {str(file)!r} cannot be read. ({error.strerror})") from error
     kind = file.suffix.lower()
-    return f"{'.json' if kind == '.jsonl' else kind} {digest.hexdigest()}"
+    return f"{'.json' if kind == '.jsonl' else kind} {digest}"

@@ -8,7 +8,6 @@ The rules for vLLM were read from ``vllm/lora/peft_helper.py`` and ``vllm/config
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from ..adapter.folder import AdapterFolder, beyond_plain
 from ..adapter.weights import AdapterWeights
 from ..errors import UserInputError
+from ..files import read_json
 from ..fit import read_config
 from ..paths import kind_of
 
@@ -147,7 +147,7 @@ def _largest_token(path: Path) -> int | None:
     if not path.is_file():
         return None
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         vocab = stored["model"]["vocab"]
         ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))  # Unigram lists its tokens in order
         return max([*ids, *(token["id"] for token in stored["added_tokens"])])

@@ -6,12 +6,12 @@ each takes a noticeable part of the time in which a shipped recipe is answered.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError, first_line
+from ..files import read_json
 from .geometry import shipped_config
 
 
@@ -48,7 +48,7 @@ def stored_parameters(name_or_path: str, revision: str, origin: str) -> int | No
 
 def _local_config(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return read_json(folder / "config.json")
     except (OSError, ValueError) as error:
         raise UserInputError(
             f"model.name_or_path: no model configuration could be read from {str(folder)!r} ({error})."
@@ -60,7 +60,7 @@ def _hub_config(name: str, revision: str) -> dict[str, Any]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text(encoding="utf-8"))
+        return read_json(Path(hf_hub_download(name, "config.json", revision=revision)))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise UserInputError(
             f"model.name_or_path: the configuration of {name!r} cannot be read from the Hub. Check its name, your "

@@ -6,7 +6,6 @@ families of `families` are counted without torch; any other from transformers' o
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ..errors import UserInputError, first_line
+from ..files import read_json
 from .families import FAMILIES, Linear
 
 __all__ = ["FAMILIES", "Geometry", "Linear", "geometry_of", "shipped_config"]
@@ -134,7 +134,7 @@ def _is_named(target: str, module: str) -> bool:
 def shipped_config(name: str) -> dict[str, Any] | None:
     """Return the keys that matter of a well-known base, by its Hub id, or None. For planning without a download."""
     path = Path(__file__).with_name("base_configs.json")
-    return json.loads(path.read_text(encoding="utf-8")).get(name)
+    return read_json(path).get(name)
 
 
 def geometry_of(config: Mapping[str, Any]) -> Geometry:

@@ -25,7 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from ..errors import RunFailed, UserInputError
-from ..files import disk_problem
+from ..files import disk_problem, read_json
 from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import find_checkpoints, new_checkpoint, prune, read_checkpoint, save_adapter
 from ..run_folder.stop import StopRequest
@@ -204,7 +204,7 @@ class CheckpointedTrainer(SFTTrainer):
         """Go on counting; a split found by running out of memory is kept unless this run's is smaller still."""
         if not (checkpoint / PROGRESS).exists():
             return
-        progress = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        progress = read_json(checkpoint / PROGRESS)
         self.train_seconds = progress["train_seconds"]
         self.tokens_seen, self.trained_tokens_seen = progress["tokens_seen"], progress["trained_tokens_seen"]
         self.bad_steps, self._bad_in_a_row = progress["bad_steps"], progress["bad_in_a_row"]

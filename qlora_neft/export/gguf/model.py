@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ...base.config import load_tokenizer
 from ...base.model_files import stored_tensors
 from ...errors import UserInputError
+from ...files import read_json
 from .architecture import Architecture, add_hyper_parameters, architecture_of, notes_on, read_model_config, rope_factors
 from .file import GgufTensor, check_dtype, gguf_library, write_gguf
 from .vocabulary import vocabulary_of
@@ -61,7 +61,7 @@ def write_model_gguf(model_dir: Path, path: Path, dtype: str = "f16") -> list[st
 def _add_end_of_turn(writer: GGUFWriter, model_dir: Path, eos: int) -> None:
     """Add a second token that ends a response, if the model's generation config lists one."""
     path = model_dir / "generation_config.json"
-    stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    stated = read_json(path).get("eos_token_id") if path.is_file() else None
     others = [token for token in stated if token != eos] if isinstance(stated, list) else []
     if others:
         writer.add_eot_token_id(others[0])

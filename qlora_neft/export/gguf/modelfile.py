@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ...base.config import load_tokenizer
 from ...data.formats import BadRow
 from ...data.templates import VICUNA_SYSTEM, alpaca_prompt
 from ...errors import UserInputError
+from ...files import read_json
 
 _ROLES = ("system", "user", "assistant")
 
@@ -177,7 +177,7 @@ def modelfile_of_model(model_dir: Path, gguf: Path, prompt_template: str | None 
 
 def _template_of_model(model_dir: Path, tokenizer: Any) -> str:
     report = model_dir / "merge_report.json"
-    adapter = json.loads(report.read_text(encoding="utf-8")).get("adapter") if report.is_file() else None
+    adapter = read_json(report).get("adapter") if report.is_file() else None
     if adapter is not None and (Path(adapter) / CONFIG).is_file():
         folder = find_adapter(adapter)
         return template_of(folder, tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,7 @@ from ...base.checkpoint import ShardWriter
 from ...base.nf4 import nf4_config
 from ...base.precision import resolve_precision
 from ...errors import RunFailed, UserInputError
-from ...files import failing_with_the_disk, put_folder, write_json
+from ...files import failing_with_the_disk, put_folder, read_json, write_json
 from ...recipe.schema import Quantization
 from ...run_folder.lock import LOCK
 from ...run_folder.resume import claimed
@@ -133,7 +132,7 @@ def _write_companions(
     quantization: BitsAndBytesConfig | None,
 ) -> None:
     """Write what belongs beside the weights: configuration, generation settings, tokenizer with its chat template."""
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers before 4.56 reads torch_dtype only
     config |= {key: str(dtype).removeprefix("torch.")}
     config.pop("quantization_config", None)
