@@ -1,1 +1,1 @@
-"""What a person sees of recipes and runs: lines, progress, tables, pictures. And what libraries say, kept out of it."""
+"""What a user sees of recipes and runs: lines, progress, tables, pictures."""

@@ -32,7 +32,7 @@ NAMES = {
         "qlora_neft.adapter.folder.find_adapter",
         "qlora_neft.adapter.load.load_trained",
         "qlora_neft.adapter.load.Trained",
-        "qlora_neft.generation.Decoding",
+        "qlora_neft.generation.decode.Decoding",
         "qlora_neft.generation.generate.generate",
         "qlora_neft.generation.generate.Reply",
         "qlora_neft.generation.chat.Chat",
