@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -16,11 +17,12 @@ def imports_that_stay() -> Generator[None, None, None]:
     takes, and its part of every later collection. For the command line and its child processes alone: in a user's own
     process, what is alive is not ours to exempt.
     """
-    was_enabled = gc.isenabled()
+    was_enabled, known = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if len(sys.modules) > known:  # a later run in the same process would exempt the garbage of those before
+            gc.freeze()
         if was_enabled:
             gc.enable()

@@ -196,10 +196,9 @@ def _code_of(end: SystemExit) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.disable()  # else it walks again and again over what is there to stay
     import_everything()
-    # Children share the server's memory for as long as neither writes there, which a garbage collection would do; and
-    # what they need more is to be seen by those that measure it.
-    gc.collect()
-    gc.freeze()
-    ctypes.CDLL(None).malloc_trim(0)
+    gc.freeze()  # children share the server's memory for as long as neither writes there, which a collection would do
+    gc.enable()
+    ctypes.CDLL(None).malloc_trim(0)  # what a child needs more is to be seen by a test that measures it
     serve(Path(sys.argv[1]), int(sys.argv[2]))
