@@ -39,12 +39,12 @@ def kept_folders():
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """5,200 rows of two sources, with some of everything: empty, repeated, too long, split, cut, to be held out."""
+    """2,600 rows of two sources, with some of everything: empty, repeated, too long, split, cut, to be held out."""
     folder = tmp_path_factory.mktemp("large")
-    rows = plain(4100)
-    for n in range(0, 4100, 7):
+    rows = plain(2100)
+    for n in range(0, 2100, 7):
         rows[n] = {"prompt": "p" * (n % 400), "completion": " r" * (n % 150) or " "}
-    return write(folder / "a.jsonl", rows + rows[100:200]), write(folder / "b.jsonl", talks(1000))
+    return write(folder / "a.jsonl", rows + rows[100:200]), write(folder / "b.jsonl", talks(400))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def by_one_process(large, tmp_path_factory):
         seen = []
         data = prepare(*large, eval_fraction=0.1, max_length=320, progress=seen.append)
         [folder] = kept_folders()
-    assert seen == [CHUNK] * 8 + [200] + [CHUNK] * 2
+    assert seen == [CHUNK] * 4 + [200, 400]
     return data, folder
 
 
@@ -64,7 +64,7 @@ def test_any_number_of_processes_writes_the_same_bytes(large, by_one_process, nu
     assert sum(d["rows"] for d in one.report["sources"]) > MIN_ROWS_PER_PROCESS
     seen = []
     many = prepare(*large, eval_fraction=0.1, max_length=320, num_proc=num_proc, progress=seen.append)
-    assert sum(seen) == 5200 and not many.from_cache
+    assert sum(seen) == 2600 and not many.from_cache
     assert many.report == one.report
     assert (many.largest_token_id, many.stop_token_ids) == (one.largest_token_id, one.stop_token_ids)
     [other] = kept_folders()

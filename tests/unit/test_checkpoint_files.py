@@ -390,13 +390,27 @@ def killed_at(event, work):
 @pytest.mark.parametrize("step", [2, 1], ids=["a further step", "the same step again"])
 def test_killed_at_every_system_call(tmp_path, step):
     """With a single checkpoint kept, the next process always finds one, the old or the new."""
+    script = """
+    import sys
+    from pathlib import Path
+    from test_checkpoint_files import kill_at_every_system_call
+    kill_at_every_system_call(Path(sys.argv[1]), int(sys.argv[2]))
+    """
+    with python(script, tmp_path, step, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)}) as process:
+        _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+
+
+def kill_at_every_system_call(folder, step):
+    """In a process that has not imported torch: forking it hundreds of times is quick."""
+    assert "torch" not in sys.modules
 
     def work():
         write(run, step, b"newer..")
         prune(run, 1)
 
     for event in range(1, 1000):
-        run = tmp_path / str(event)
+        run = folder / str(event)
         write(run, 1)
         killed = killed_at(event, work)
         assert all(verify(path) == [] for path in run.glob("checkpoint-*"))
