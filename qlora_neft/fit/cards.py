@@ -1,4 +1,4 @@
-"""GPUs by name: memory and datasheet speed. And the machine's own, asked without torch."""
+"""GPUs by name, with their memory and datasheet speed, and the device of this machine. No torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Card:
     """A device to train on.
 
     Attributes:
-        name: As people call it.
+        name: Common name.
         memory: Bytes.
-        flops: Dense matrix products a second, float16 or bfloat16 with float32 sums, of the datasheet; None if unknown.
-        bandwidth: Bytes a second, of the datasheet; None if unknown.
+        flops: Floating-point operations per second by the datasheet, for dense matrix products in float16 or bfloat16
+            with float32 sums; None if unknown.
+        bandwidth: Bytes per second by the datasheet; None if unknown.
         has_bf16: Whether it computes in bfloat16 (compute capability 8.0 and up).
         is_gpu: False for a CPU and its memory.
     """
@@ -62,7 +63,7 @@ CARDS = {
 
 
 def card_of(text: str) -> Card:
-    """A card by its name, or one of so much memory (``24GiB``, ``16``, ``8GB``).
+    """Return a card by its name, or a card with an amount of memory (``24GiB``, ``16``, ``8GB``).
 
     Raises:
         UserInputError: If it is neither.
@@ -80,22 +81,23 @@ def card_of(text: str) -> Card:
 
 
 def this_machine() -> Card:
-    """The first GPU of this machine as its driver describes it, else the machine's own memory."""
+    """Return the first GPU of this machine as its driver describes it, or the machine itself without one."""
     found = _ask_driver()
     if found is None:
         return host()
     name, memory, capability = found
-    known = next((card for card in CARDS.values() if _same(card.name, name)), None)
+    known = next((card for card in CARDS.values() if _is_named(card.name, name)), None)
     flops, bandwidth = (known.flops, known.bandwidth) if known else (None, None)
     return Card(name, memory, flops, bandwidth, has_bf16=capability >= 8.0)
 
 
 def host() -> Card:
-    """This machine's own memory and CPU."""
+    """Return this machine's CPU and memory."""
     return Card("this machine's memory (no GPU found)", psutil.virtual_memory().total, has_bf16=False, is_gpu=False)
 
 
 def _ask_driver() -> tuple[str, int, float] | None:
+    """Return name, bytes and compute capability of the first GPU; None without one."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
@@ -107,6 +109,6 @@ def _ask_driver() -> tuple[str, int, float] | None:
         return None
 
 
-def _same(ours: str, drivers: str) -> bool:
-    """``rtx4090`` is what the driver calls NVIDIA GeForce RTX 4090."""
+def _is_named(ours: str, drivers: str) -> bool:
+    """Whether the driver's name is that of a card: ``rtx4090`` is its "NVIDIA GeForce RTX 4090"."""
     return ours.partition("-")[0] in drivers.lower().replace(" ", "").replace("-", "")
