@@ -1,13 +1,13 @@
-"""The paper's ablations in small: what each of our keys changes, with and without noise, three seeds each, paired.
+"""The paper's ablations on a small model: the effect of each recipe key, with and without noise, three paired seeds.
 
     python benchmarks/ablations.py --models MODELS --data ALPACA.json --runs RUNS [--output docs/results]
         [--only noise targets epochs length decoding]
 
-A small pretrained model learns 128 short Alpaca rows, put to it as they are. ``noise`` is the kind of noise and
-FreeLB (the paper's Tables 6 and 12), ``targets`` which layers are trained (11), ``epochs`` (14), ``length`` the length
-that rows are cut to (13): sweeps, which can be interrupted and gone on with. ``decoding`` (10 and 5) has runs of
-``noise`` answer the same prompts in other ways. With --output, the results are copied there; `python -m
-scripts.build_docs` makes the tables of the page from them.
+A small pretrained model learns 128 short Alpaca rows, without a template. ``noise`` varies the kind of noise and
+FreeLB (the paper's Tables 6 and 12), ``targets`` the layers that are trained (11), ``epochs`` their number (14),
+``length`` the length that rows are cut to (13). These are sweeps: run the same command to continue after an
+interruption. For ``decoding`` (10 and 5), runs of ``noise`` answer the same prompts in different ways. With --output,
+the results are copied there; `python -m scripts.build_docs` makes the page's tables from them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ META_PROMPTS = {
 
 
 def main() -> None:
-    """Run what is asked for, one after another."""
+    """Run the ablations asked for, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True, help="folder of small pretrained models")
     parser.add_argument("--data", type=Path, required=True, help="Alpaca rows, a JSON list")
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def sweep(options: argparse.Namespace, rows: Path, name: str) -> Path:
-    """One ablation; its results."""
+    """Run one ablation and return its results file."""
     words, combine = SWEEPS[name]
     common = ["data.split=train[:128]", f"data.eval_split={BASE.held_out}", *COMMON, *words]
     run_sweep(BASE.recipe, [*BASE.words(options.models, rows), *common], options.runs / name, *MEASURES, *combine)
@@ -93,7 +93,7 @@ def sweep(options: argparse.Namespace, rows: Path, name: str) -> Path:
 
 
 def decodings(runs: Path, rows: Path) -> dict[str, Any]:
-    """Length and repetition of answers to held-out prompts, by way of answering and alpha: means over seeds."""
+    """Measure length and repetition of answers to held-out prompts, by decoding, alpha and run."""
     held_out = json.loads(rows.read_text(encoding="utf-8"))[600 : 600 + ANSWERS]
     as_trained, without_break = runs / "asked.json", runs / "asked_for_more.json"
     as_trained.write_text(json.dumps([{"instruction": row["prompt"]} for row in held_out]), encoding="utf-8")

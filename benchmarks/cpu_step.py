@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_step.py --output cpu_step.json
 
-Each arm runs in a process of its own, in the order A B B A, so that drift of the machine hits both alike. ``plain`` is
-what a user gets from TRL with a QLoRA configuration: bf16 autocast, bf16 LoRA, activation checkpointing. On a CPU with
-native bf16, set ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 to see what others get.
+Each arm runs in a process of its own, in the order A B B A, so that drift of the machine affects both alike. ``plain``
+is what a user gets from TRL with a QLoRA configuration: bf16 autocast, bf16 LoRA, activation checkpointing. On a CPU
+with native bf16, set ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 to see what others get.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def compare(runs: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Medians and ratios of the two arms."""
+    """Return medians and ratios of the two arms."""
     by_arm = {arm: [figures for name, figures in runs if name == arm] for arm in ("ours", "plain")}
     seconds = {arm: [s for figures in of for s in figures["step_seconds"]] for arm, of in by_arm.items()}
     median = {arm: statistics.median(values) for arm, values in seconds.items()}
@@ -69,7 +69,7 @@ def compare(runs: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return what the figures were measured on."""
     import torch
 
     return {
@@ -82,7 +82,7 @@ def machine() -> dict[str, Any]:
 
 
 def spawn(arm: str, base: Path, steps: int) -> dict[str, Any]:
-    """One arm in a process of its own."""
+    """Run one arm in a process of its own."""
     command = [sys.executable, __file__, "--arm", arm, "--base", str(base), "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -91,7 +91,7 @@ def spawn(arm: str, base: Path, steps: int) -> dict[str, Any]:
 
 
 def make_base(folder: Path) -> Path:
-    """A random Llama, saved as a checkpoint; speed does not depend on what the weights say."""
+    """Save a random Llama as a checkpoint; speed does not depend on the weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,7 +109,7 @@ def make_base(folder: Path) -> Path:
 
 
 def make_rows() -> Any:
-    """Tokenized rows whose lengths spread as instructions do, 20 to 200 tokens."""
+    """Return tokenized rows of 20 to 200 tokens, their lengths spread like those of instructions."""
     from datasets import Dataset
 
     draw = random.Random(0)
@@ -118,7 +118,7 @@ def make_rows() -> Any:
 
 
 def make_tokenizer() -> Any:
-    """A tokenizer in name only: the rows are token ids already."""
+    """Return a tokenizer in name only: the rows are token ids already."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -128,7 +128,7 @@ def make_tokenizer() -> Any:
 
 
 def run_arm(arm: str, base: Path, steps: int) -> dict[str, Any]:
-    """Train one arm for a few steps; seconds per step, share of the noise, peak resident set."""
+    """Train one arm for a few steps; return seconds per step, share of the noise, and peak resident set."""
     trainer, noise_seconds = (ours if arm == "ours" else plain)(base, steps + WARM_UP)
     clock = StepClock()
     trainer.add_callback(clock)
@@ -165,7 +165,7 @@ def ours(base: Path, steps: int) -> tuple[Any, list[float]]:
 
 
 def plain(base: Path, steps: int) -> tuple[Any, list[float]]:
-    """TRL's trainer with the QLoRA configuration its documentation gives, and transformers' noise."""
+    """Return TRL's trainer with the QLoRA configuration of its documentation, and transformers' noise."""
     import torch
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
@@ -189,7 +189,7 @@ def plain(base: Path, steps: int) -> tuple[Any, list[float]]:
 
 
 def make_lora() -> Any:
-    """LoRA r 16 on all linear layers, in both arms."""
+    """Return LoRA r 16 on all linear layers, for both arms."""
     from qlora_neft.base.lora import lora_config
     from qlora_neft.recipe.schema import Lora
 
@@ -197,7 +197,7 @@ def make_lora() -> Any:
 
 
 def common(steps: int) -> dict[str, Any]:
-    """Arguments both arms share."""
+    """Return the arguments that both arms share."""
     return {
         "output_dir": tempfile.mkdtemp(),
         "use_cpu": True,
@@ -214,7 +214,7 @@ def common(steps: int) -> dict[str, Any]:
 
 
 def StepClock() -> Any:
-    """A callback that keeps the seconds of every optimizer step; made late, so that --help needs no transformers."""
+    """Return a callback that times every optimizer step; defined here so that --help needs no transformers."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):

@@ -1,9 +1,9 @@
-"""Token flips and singular values under NEFTune's noise: of models, and the cost on an embedding of Llama-2-7B's size.
+"""Token flips and singular values under NEFTune's noise, and their cost for an embedding of Llama-2-7B's size.
 
     python benchmarks/embedding_noise.py --output docs/results [--data ALPACA.json] [MODEL_DIR ...]
 
-The demo's base on the demo's data, each MODEL_DIR on its vocabulary and, with --data, on those rows; then 32,000 x
-4,096 random numbers, for time and memory alone. Each is one `qlora-neft eval flips`, in a process of its own.
+Measures the demo's base on the demo's data, each MODEL_DIR on its vocabulary and, with --data, on those rows; then
+32,000 x 4,096 random numbers, only for time and memory. Each is one `qlora-neft eval flips`, in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 ALPHAS, LENGTHS = "5,10,15,25", "50,100,200,500"
 ROWS = "1000"
-# Of a small tokenizer some prompts fill the 512 tokens; those rows are left out.
+# With a small tokenizer some prompts fill the 512 tokens; those rows are left out.
 ALL_ROWS = ("data.max_dropped_fraction=0.5", "data.max_truncated_fraction=1.0")
 RECIPE = "llama2-7b-alpaca"  # Alpaca's prompt, rows of 512 tokens at most
 RANDOM_SIZE = (32_000, 4_096)
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", type=Path, help="folders of models")
     parser.add_argument("--data", type=Path, help="Alpaca rows as .json or .jsonl")
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--skip-random", action="store_true", help="leave the large embedding away")
+    parser.add_argument("--skip-random", action="store_true", help="omit the large embedding")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     results = {"demo": measured("demo", "--alpha", ALPHAS, "--length", LENGTHS, *picture(options.output, "demo"))}
@@ -61,12 +61,12 @@ def main() -> None:
 
 
 def picture(folder: Path, name: str) -> tuple[str, str]:
-    """Options for a picture."""
+    """Return the options for a picture."""
     return "--picture", str(folder / f"embedding_noise_{name}.png")
 
 
 def measured(*arguments: str) -> dict[str, Any]:
-    """What the command prints, its time and time of CPUs in seconds, and the most memory its process had, in GiB."""
+    """Run the command; return what it prints, its wall and CPU time in seconds, and its peak memory in GiB."""
     command = [sys.executable, "-m", "qlora_neft", "eval", "flips", *arguments, "--device", "cpu", "--json"]
     start = time.monotonic()
     with tempfile.TemporaryFile() as stdout:
@@ -83,7 +83,7 @@ def measured(*arguments: str) -> dict[str, Any]:
 
 
 def save_random(folder: Path) -> None:
-    """A checkpoint of an embedding alone, float32, N(0, 0.02^2), under the names that Llama's has."""
+    """Save a checkpoint with nothing but an embedding, float32, N(0, 0.02^2), under Llama's names."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig

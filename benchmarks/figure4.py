@@ -3,7 +3,7 @@
     python benchmarks/figure4.py --model MODEL_DIR --data ALPACA.json --output docs/results
 
 Three arms, two seeds: no noise, NEFTune as published, and transformers' own hook (padded width as L). The first two are
-`qlora-neft train` with overrides; the third differs from the second in nothing but where the noise comes from.
+`qlora-neft train` with overrides; the third differs from the second only in the source of the noise.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RECIPE = "llama2-7b-alpaca"
 
 
 def main() -> None:
-    """Run what is missing, then write the table and the picture."""
+    """Run the missing runs, then write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a small pretrained causal LM")
     parser.add_argument("--data", type=Path, required=True, help="Alpaca rows as .json or .jsonl, 248 or more")
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def one_run(options: argparse.Namespace, arm: str, alpha: float, seed: int) -> dict[str, Any]:
-    """Train one arm, or read it if it is there already."""
+    """Train one arm, or read its results if they are there already."""
     folder = options.runs / f"{arm}-{seed}"
     if not (folder / "summary.json").exists():
         overrides = [
@@ -80,7 +80,7 @@ def one_run(options: argparse.Namespace, arm: str, alpha: float, seed: int) -> d
 
 
 def run_with_upstream_hook(overrides: list[str], folder: Path) -> None:
-    """The same run, its noise from ``transformers.integrations.neftune`` instead of ours."""
+    """Train the same run with the noise of ``transformers.integrations.neftune`` instead of ours."""
     from qlora_neft import load_recipe
     from qlora_neft.runner.run import run
     from qlora_neft.trainer import QLoRANeftTrainer
@@ -97,7 +97,7 @@ def run_with_upstream_hook(overrides: list[str], folder: Path) -> None:
 
 
 def tabulate(runs: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
-    """Losses after training by arm and seed, and the differences to no noise, paired by seed."""
+    """Return losses after training by arm and seed, and the differences to no noise, paired by seed."""
     table: dict[str, Any] = {"alpha": ALPHA, "seeds": list(SEEDS), "arms": {}}
     for arm in dict.fromkeys(arm for arm, _ in runs):
         losses = {
@@ -113,7 +113,7 @@ def tabulate(runs: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(runs: dict[tuple[str, int], dict[str, Any]], path: Path) -> None:
-    """Clean train loss and held-out loss over training, one color per arm, one line per seed."""
+    """Draw clean train loss and held-out loss over training, one color per arm, one line per seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What the planner says of four sizes on many cards, beside peaks that others published. No GPU, no network, seconds.
+"""The planner's answers for four model sizes on many cards, beside published peaks. No GPU, no network, seconds.
 
 python benchmarks/fit_table.py > docs/results/fit.md
 """
@@ -70,7 +70,7 @@ def _peak(name: str, r: int, tokens: int, checkpointing: bool, optim: str) -> in
 
 
 def _recipe(r: int) -> Recipe:
-    """Return 512 tokens, 16 sequences a step, all linear layers; with held-out rows, which take memory too."""
+    """Return 512 tokens, 16 sequences per step, all linear layers, with held-out rows, which take memory too."""
     return load_recipe("llama2-7b-alpaca", [f"lora.r={r}", "data.eval_fraction=0.1"])
 
 

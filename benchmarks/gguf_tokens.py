@@ -3,8 +3,8 @@
     python benchmarks/gguf_tokens.py out-demo out-other --output gguf.json
 
 Ours is transformers on a CPU in float32, NF4 base and adapter as trained, on the run's held-out prompts. Needs the
-extra gguf, and llama-cpp-python. An answer is followed to its stop token or to ``--tokens``; from the first token that
-differs on, two answers are no longer comparable, so the rest of that answer counts as not agreeing.
+extra gguf, and llama-cpp-python. An answer is followed to its stop token or to ``--tokens``. From the first
+different token on, two answers are not comparable, so the rest of that answer counts as disagreement.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def compare(run: str, num_prompts: int, num_tokens: int) -> dict[str, Any]:
-    """One run's arms."""
+    """Compare one run's arms."""
     trained = load_trained(run, device="cpu", precision="fp32")
     context = trained.model.config.max_position_embeddings
     encoded = {text: trained.prompts.ids_of_text(text) for text in prompts_of(trained, num_prompts)}
@@ -82,7 +82,7 @@ def compare(run: str, num_prompts: int, num_tokens: int) -> dict[str, Any]:
 
 
 def write_models(trained: Trained, folder: Path) -> None:
-    """The NF4 base dequantized, alone and merged, as model folders and as GGUF; the adapter as GGUF."""
+    """Write the dequantized NF4 base, alone and merged, as model folders and as GGUF, and the adapter as GGUF."""
     base = nf4_base_of(trained.folder, trained.policy).dequantize()
     base.save_pretrained(folder / "base")
     with_adapter(base, trained.folder).merge_and_unload().save_pretrained(folder / "merged")
@@ -94,7 +94,7 @@ def write_models(trained: Trained, folder: Path) -> None:
 
 
 def prompts_of(trained: Trained, count: int) -> list[str]:
-    """The run's held-out rows as prompts; of the training rows where it has none."""
+    """Return the run's held-out rows as prompts, or its training rows if it has none."""
     recipe = trained.folder.recipe
     assert recipe is not None  # the benchmark trained it itself
     path = Path(resolve_bundled(recipe.data.eval_path or recipe.data.path))
@@ -103,7 +103,7 @@ def prompts_of(trained: Trained, count: int) -> list[str]:
 
 
 def tally(trained: Trained, model: Any, prompts: dict, answers: dict, num_tokens: int) -> dict[str, Any]:
-    """How far llama.cpp's answers are ours."""
+    """Count how far llama.cpp's answers agree with ours."""
     stops, counts = trained.prompts.stop_token_ids, {"answers_alike": 0, "tokens": 0, "tokens_alike": 0}
     largest, divergences = 0.0, []
     for number, prompt in prompts.items():
@@ -126,7 +126,7 @@ def tally(trained: Trained, model: Any, prompts: dict, answers: dict, num_tokens
 
 
 def greedy(model: Any, prompt: list[int], count: int, stops: tuple[int, ...]) -> list[int]:
-    """llama.cpp's likeliest tokens, one stop token included."""
+    """llama.cpp's most likely tokens, one stop token included."""
     model.reset()
     found: list[int] = []
     for token in model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0):
@@ -137,7 +137,7 @@ def greedy(model: Any, prompt: list[int], count: int, stops: tuple[int, ...]) ->
 
 
 def logits_of(trained: Trained, ids: list[int]) -> torch.Tensor:
-    """Ours, (T, V)."""
+    """Return our logits, (T, V)."""
     with torch.no_grad():
         return trained.model(input_ids=torch.tensor([ids])).logits[0]
 

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def make_base(folder: Path) -> Path:
-    """Llama-2-7B's geometry, bf16, random."""
+    """Save a random base of Llama-2-7B's geometry, in bf16."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,7 +51,7 @@ def make_base(folder: Path) -> Path:
 
 
 def measure(base: Path, max_tokens: int) -> dict[str, Any]:
-    """Train and read the clock and the allocator."""
+    """Train; return what the clock and the allocator say."""
     import torch
     from cpu_step import StepClock, make_tokenizer
     from datasets import Dataset

@@ -1,10 +1,10 @@
-"""How far each way of merging is from the model that was trained, and what memory merging takes.
+"""How far each merge strategy is from the trained model, and how much memory merging takes.
 
     python benchmarks/merge_fidelity.py NAME=RUN_DIR ... --output docs/results
 
-Every run is merged in three dtypes, each time with the proof that `qlora-neft merge` makes: all strategies against the
-NF4 base with its adapter, in float32, on the run's held-out rows. Then a random Llama is merged in a process of its
-own, and the memory that belongs to that process alone (mapped files not counted) is watched.
+Merges every run in three dtypes, each with the proof that `qlora-neft merge` makes: all strategies against the NF4 base
+with its adapter, in float32, on the run's held-out rows. Then merges a random Llama in a process of its own and watches
+the memory that belongs to that process alone (without mapped files).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SHARD = 100_000_000  # bytes
 def main() -> None:
     """Measure, then write merge.json and merge.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="NAME=RUN_DIR", help="finished runs and what the table calls them")
+    parser.add_argument("runs", nargs="*", metavar="NAME=RUN_DIR", help="finished runs and their names in the table")
     parser.add_argument("--output", type=Path, required=True, help="folder for merge.json and merge.md")
-    parser.add_argument("--rows", type=int, default=64, help="held-out rows at most")
+    parser.add_argument("--rows", type=int, default=64, help="maximum number of held-out rows")
     parser.add_argument("--only-memory", nargs=2, metavar=("BASE", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only_memory:
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def fidelity(run: str, rows: int) -> dict[str, Any]:
-    """Of one run, by dtype: what its merge report says."""
+    """Return a run's merge reports by dtype."""
     found = {}
     for dtype in DTYPES:
         with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def fidelity(run: str, rows: int) -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """What merging a random Llama takes."""
+    """Measure the merge of a random Llama."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ def memory() -> dict[str, Any]:
 
 
 def watched_merge(base: Path, out: Path) -> dict[str, Any]:
-    """Merge nothing into a base, which takes what merging something takes, and watch this process's memory."""
+    """Merge nothing into a base, which costs as much as merging something, and watch this process's memory."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig
@@ -110,13 +110,13 @@ def watched_merge(base: Path, out: Path) -> dict[str, Any]:
 
 
 def own_bytes() -> int:
-    """Memory of this process alone; Linux."""
+    """Return the memory of this process alone (Linux)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def page(result: dict[str, Any]) -> str:
-    """The measurements as Markdown."""
+    """Return the measurements as Markdown."""
     lines = [
         "# Merging: how far from the model that was trained",
         "",

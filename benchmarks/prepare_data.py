@@ -1,11 +1,11 @@
-"""Preparing 50,000 rows of Alpaca's form: ours against what `SFTTrainer` does with them by itself.
+"""Preparing 50,000 Alpaca-like rows: our preparation against `SFTTrainer`'s own.
 
     python benchmarks/prepare_data.py --output prepare_data.json
 
-Each arm runs in a process of its own with a cache of its own: once from an empty cache, once again from a full one; the
-second round takes the arms in reverse order, so that drift of the machine hits all alike. ``ours`` is timed from the
-file to the checked sequences. ``plain`` is timed in `SFTTrainer._prepare_dataset` alone; reading the file and putting
-the prompt around each row has been done by then. The rows are made up here, from a seed.
+Each arm runs in a process of its own with a cache of its own: once from an empty cache and once from a full one. The
+second round takes the arms in reverse order, so that drift of the machine affects all alike. ``ours`` is timed from the
+file to the checked sequences. ``plain`` is timed only in `SFTTrainer._prepare_dataset`, after the file is read and the
+prompt is put around each row. The rows are made up here, from a seed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_LENGTH = 512
 SEED = 0
 LIMITS = {"first_start_seconds": 60.0, "second_start_seconds": 5.0}
 LIBRARIES = ("torch", "transformers", "trl", "datasets", "tokenizers", "pyarrow", "numpy")
-WORDS = (  # the commonest first
+WORDS = (  # most common first
     "the of and a to in is it that for was on are with as they be at one have this from or by hot but some what there "
     "we can out other were all your when up use word how said an each she which do their time if will way about many "
     "then them would write like so these her long make thing see him two has look more day could go come did my sound "
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def compare(num_rows: int, tokenizer: str) -> dict[str, Any]:
-    """All arms in turn, the best of their rounds, and whether they agree."""
+    """Run all arms in turn; return the best of their rounds, and whether they agree."""
     runs: dict[str, dict[str, list[Any]]] = {arm: {"first": [], "second": []} for arm in ARMS}
     previews = []
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def compare(num_rows: int, tokenizer: str) -> dict[str, Any]:
 
 
 def summary(best: dict[str, Any], runs: dict[str, Any], previews: list[float]) -> dict[str, Any]:
-    """Ratios, seconds, and the requirements."""
+    """Return ratios, seconds, and the requirements."""
     first = {arm: best[arm]["first"]["seconds"] for arm in ARMS}
     second = {arm: best[arm]["second"]["seconds"] for arm in ARMS}
     return {
@@ -114,7 +114,7 @@ def summary(best: dict[str, Any], runs: dict[str, Any], previews: list[float]) -
 
 
 def agree(ours: Any, plain: Any) -> dict[str, int]:
-    """Row by row: in how many the token ids and the labels are the same."""
+    """Count the rows in which token ids and labels are the same."""
     by_row = [dict(zip(arm["row"].tolist(), sequences(arm), strict=True)) for arm in (ours, plain)]
     both = [(by_row[0][row], by_row[1][row]) for row in by_row[0].keys() & by_row[1].keys()]
     same_ids = [np.array_equal(a[0], b[0]) for a, b in both]
@@ -129,13 +129,13 @@ def agree(ours: Any, plain: Any) -> dict[str, int]:
 
 
 def sequences(arm: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ids and labels of each sequence."""
+    """Return ids and labels of each sequence."""
     places = np.cumsum(arm["lengths"])[:-1]
     return list(zip(np.split(arm["input_ids"], places), np.split(arm["labels"], places), strict=True))
 
 
 def write_rows(path: Path, count: int) -> Path:
-    """Made-up rows: instructions of 5 to 30 words, an input in 40% of them, responses of 5 to 150 words."""
+    """Make up rows: instructions of 5 to 30 words, an input in 40% of them, responses of 5 to 150 words."""
     draw = random.Random(SEED)
     weights = [1 / rank for rank in range(10, 10 + len(WORDS))]
 
@@ -153,13 +153,13 @@ def write_rows(path: Path, count: int) -> Path:
 
 
 def spawn(arm: str, rows: Path, tokenizer: str, ids: Path, cache: Path) -> dict[str, Any]:
-    """One arm in a process of its own."""
+    """Run one arm in a process of its own."""
     command = [sys.executable, __file__, "--arm", arm, "--rows-file", str(rows), "--tokenizer", tokenizer]
     return json.loads(spawned([*command, "--ids-file", str(ids)], cache).strip().splitlines()[-1])
 
 
 def preview_seconds(rows: Path, tokenizer: str, cache: Path) -> float:
-    """What a user waits who looks at data prepared before: a whole process, from its start to its end."""
+    """Time a whole process that shows data prepared before, as a user waits for it."""
     start = time.perf_counter()
     spawned([sys.executable, "-m", "qlora_neft", "preview", "demo", *overrides(rows, tokenizer), "-n", "0"], cache)
     seconds = time.perf_counter() - start
@@ -169,7 +169,7 @@ def preview_seconds(rows: Path, tokenizer: str, cache: Path) -> float:
 
 
 def spawned(command: list[str], cache: Path) -> str:
-    """Standard output of a command."""
+    """Return the standard output of a command."""
     environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -178,13 +178,13 @@ def spawned(command: list[str], cache: Path) -> str:
 
 
 def overrides(rows: Path, tokenizer: str) -> list[str]:
-    """What to change in the recipe demo."""
+    """Return the changes to the recipe demo."""
     data = [f"data.path={rows}", "data.eval_path=null", f"data.max_length={MAX_LENGTH}"]
     return [f"model.name_or_path={tokenizer}", *data, "machine.eval_answers=auto", "machine.dataset_num_proc=1"]
 
 
 def run_arm(arm: str, rows: Path, tokenizer: str, ids_file: Path) -> dict[str, Any]:
-    """Prepare the rows in one way; what that took. Token ids go into a file."""
+    """Prepare the rows in one way and return the cost; token ids go into a file."""
     processes = 2 if arm.endswith("2 processes") else 1
     prepared, figures = (ours if arm.startswith("ours") else plain)(rows, tokenizer, processes)
     lists = {name: prepared.data.column(name).combine_chunks() for name in ("input_ids", "labels")}
@@ -195,7 +195,7 @@ def run_arm(arm: str, rows: Path, tokenizer: str, ids_file: Path) -> dict[str, A
 
 
 def ours(rows: Path, tokenizer: str, processes: int) -> tuple[Any, dict[str, Any]]:
-    """From the file to the checked sequences, as `train` and `preview` do it."""
+    """Prepare from the file to the checked sequences, as `train` and `preview` do."""
     from qlora_neft.base.config import load_tokenizer
     from qlora_neft.recipe import load_recipe
     from qlora_neft.runner.build import data_of, model_path
@@ -209,7 +209,7 @@ def ours(rows: Path, tokenizer: str, processes: int) -> tuple[Any, dict[str, Any
 
 
 def plain(rows: Path, tokenizer: str, processes: int) -> tuple[Any, dict[str, Any]]:
-    """What TRL does when `SFTTrainer` is made with rows of prompt and completion."""
+    """Prepare as TRL does when `SFTTrainer` is created with rows of prompt and completion."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -249,13 +249,13 @@ def plain(rows: Path, tokenizer: str, processes: int) -> tuple[Any, dict[str, An
 
 
 class Clock:
-    """Seconds and processor seconds since it was made, those of processes that have ended by then included."""
+    """Seconds and CPU seconds since it was created, including those of processes that have ended by then."""
 
     def __init__(self) -> None:
         self.cpu, self.start = self._cpu_seconds(), time.perf_counter()
 
     def figures(self) -> dict[str, float]:
-        """As of now."""
+        """Return the seconds so far."""
         return {"seconds": time.perf_counter() - self.start, "cpu_seconds": self._cpu_seconds() - self.cpu}
 
     def _cpu_seconds(self) -> float:
@@ -264,7 +264,7 @@ class Clock:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return what the figures were measured on."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {

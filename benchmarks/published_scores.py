@@ -1,4 +1,4 @@
-"""Our scores of published AlpacaEval outputs and annotations, beside the published leaderboard and the paper's tables.
+"""Our scores of published AlpacaEval files, beside the published leaderboard and the paper's tables.
 
 python benchmarks/published_scores.py FOLDER > docs/results/published_scores.md
 
@@ -49,23 +49,23 @@ def main() -> None:
 
 
 def published(folder: Path) -> dict[str, dict[str, str]]:
-    """Rows of the leaderboard as printed, by model."""
+    """Return the leaderboard's rows as printed, by model."""
     with (folder / LEADERBOARD).open(encoding="utf-8", newline="") as file:
         return {row[""]: row for row in csv.DictReader(file)}
 
 
 def computed(folder: Path, model: str) -> dict[str, Any]:
-    """Our score of a model."""
+    """Return our score of a model."""
     return score_files(folder / model / "annotations.json", _outputs(folder, model)).to_dict()
 
 
 def steps_apart(printed: str, ours: float) -> int:
-    """How many numbers of double precision lie from one to the other; 0: the same number."""
+    """Return how many double-precision numbers lie from one to the other; 0: the same number."""
     return round(abs(float(printed) - ours) / math.ulp(ours))
 
 
 def scores_table(folder: Path) -> Table:
-    """Every figure of the leaderboard, ours beside it."""
+    """Return every figure of the leaderboard with ours beside it."""
     board, rows = published(folder), []
     for model in JUDGED:
         ours = computed(folder, model)
@@ -80,7 +80,7 @@ def scores_table(folder: Path) -> Table:
 
 
 def texts_table(folder: Path) -> Table:
-    """Lengths and repetition at the paper's cutoff for Alpaca, beside its tables."""
+    """Return lengths and repetition at the paper's cutoff for Alpaca, beside its tables."""
     rows = [[name, *cells, "-"] for name, cells in list(TABLE_4.items())[:1]]
     rows.append(["published outputs, alpaca-7b", *_cells(measured(folder, "alpaca-7b", 50))])
     rows += [[name, *cells, "-"] for name, cells in list(TABLE_4.items())[1:]]
@@ -90,7 +90,7 @@ def texts_table(folder: Path) -> Table:
 
 
 def scale_table(folder: Path) -> Table:
-    """The log-diversity on both scales, and by the released code's count, beside the paper's."""
+    """Return the log-diversity on both scales, and as the released code counts, beside the paper's."""
     rows = []
     for data, chunk, repetition, diversity in SCALE:
         ours = measured(folder, "alpaca-7b-neft", chunk)
@@ -108,7 +108,7 @@ def scale_table(folder: Path) -> Table:
 
 
 def measured(folder: Path, model: str, chunk: int, *, without_last: bool = False) -> TextMeasures:
-    """Measures of a model's outputs; ``without_last`` counts as the code released by the paper's author does."""
+    """Measure a model's outputs; ``without_last`` counts as the code released by the paper's author does."""
     texts = _texts(folder, model)
     if not without_last:
         return measure_texts(texts, chunk)
@@ -131,47 +131,48 @@ def _outputs(folder: Path, model: str) -> Path:
 
 INTRODUCTION = """# Published outputs, scored again
 
-AlpacaEval's published win rates, errors, counts and lengths come out of our code equal to 15 digits. Made by
+Our code reproduces AlpacaEval's published win rates, errors, counts and lengths to 15 digits. Made by
 `benchmarks/published_scores.py` from files of github.com/tatsu-lab/alpaca_eval (commit cd543a1):
 `results/MODEL/model_outputs.json`, `results/MODEL/alpaca_eval_gpt4/annotations.json` and the leaderboard
-`alpaca_eval_gpt4_leaderboard.csv`. `tests/integration/test_published_scores.py` holds the figures.
+`alpaca_eval_gpt4_leaderboard.csv`. `tests/integration/test_published_scores.py` checks the figures.
 
 ## Win rates, standard errors, lengths
 
 GPT-4 against text_davinci_003, by `qlora-neft eval alpaca score annotations.json --outputs model_outputs.json`.
 """
 AFTER_SCORES = """
-Counts and lengths are equal. Rates and errors are equal but for one step of double precision in two of them, which is
-the order of summation: the package's own formula gives, with pandas 3.1, exactly the computed column. The average
-length is the mean cut to a whole number, as the leaderboard has it; alpaca-7b-neft's is 1067.4957. The two preferences
-of alpaca-7b-neft that are null are left out, in both.
+Counts and lengths are equal. Rates and errors are equal, except for one step of double precision in two of them, which
+comes from the order of summation: with pandas 3.1 the package's own formula gives exactly the computed column. The
+average length is the mean cut to a whole number, as on the leaderboard; alpaca-7b-neft's is 1067.4957. The two
+preferences of alpaca-7b-neft that are null are left out in both.
 
 ## Lengths and repetition, beside the paper
 
 `qlora-neft eval text`, chunk 50 (the paper's for Alpaca), beside NEFTune's Tables 4 and 5.
 """
 AFTER_TEXTS = """
-With noise the published outputs agree with the paper's figures though the model is another: by the generator's name in
-the file it is LLaMA-1 with noise of 10, and the paper's Table 4 is LLaMA-2 with alpha 5. Characters are within 1% of
-Table 5's LLaMA-1, words within 1% of Table 4, log-diversity within 0.1; 2-gram repetition is 1.46% against 1.72%.
+With noise, the published outputs agree with the paper's figures although the model is a different one: according to
+the generator's name in the file it is LLaMA-1 with noise of 10, while the paper's Table 4 is LLaMA-2 with alpha 5.
+Characters are within 1% of Table 5's LLaMA-1, words within 1% of Table 4, log-diversity within 0.1; 2-gram repetition
+is 1.46% against 1.72%.
 
 Without noise they do not agree, and cannot: alpaca-7b on the leaderboard is Stanford's own model, not the paper's. It
 repeats 5.19% of its 2-grams against 1.49%. The file does not say how it was decoded; alpaca-7b-neft's says greedily
-with a repetition penalty of 1.2, which suppresses repetition. So of these files one must not conclude that noise makes
-text less repetitive. The lengths tell the paper's story all the same: 396 against 1,067 characters.
+with a repetition penalty of 1.2, which suppresses repetition. So these files do not show that noise makes text less
+repetitive. The lengths still tell the paper's story: 396 against 1,067 characters.
 
 ## Which log-diversity
 
-The paper defines log-diversity by a citation. The code that an author of it released for the cited paper divides
+The paper defines log-diversity by a citation. The code that one of its authors released for the cited paper divides
 repetition, already a share, by 100 once more, and leaves out the last n-gram of each text. Each cell is 2-gram
 repetition in percent -> log-diversity, of alpaca-7b-neft's published outputs and of the paper's models with noise:
 """
 AFTER_SCALE = """
 Log-diversity falls as repetition rises. The paper's pairs continue those of the column "ours" (3.79 -> 10.77 at chunk
 100 beside 2.18 -> 12.54; 3.21 -> 9.64 at chunk 150 beside 2.84 -> 10.40). On the unscaled one, texts that repeat less
-than the paper's already lie lower than the paper's, by 1.2 and 3.0. So the paper's numbers are on the released code's
+than the paper's are already lower than the paper's, by 1.2 and 3.0. So the paper's numbers are on the released code's
 scale. `eval text` gives `log_diversity` on that scale and `log_diversity_unscaled` beside it. The last n-gram of a
-chunk is counted, as the definition has it; leaving it out moves the figures by less than 0.1."""
+chunk is counted, following the definition; leaving it out changes the figures by less than 0.1."""
 
 
 if __name__ == "__main__":

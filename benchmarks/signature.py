@@ -1,13 +1,14 @@
-"""The paper's signature on small pretrained models: what alpha does to the losses, and to reciting the training data.
+"""The paper's signature on small pretrained models: the effect of alpha on losses and on reciting the training data.
 
     python benchmarks/signature.py --models MODELS --data ALPACA.json --runs RUNS [--other NAME=FILE ...]
         [--output docs/results] [--only stories-memorise ...]
 
-Alpha 0, 5, 10 and 15 with three seeds each, as `qlora-neft sweep`, where a model memorises (128 rows, 25 epochs) and
-in the paper's own regime (800 rows, one epoch; the demo: 1,152 rows, two). Rows are Alpaca's, those short enough for
-the model; the demo's base learns the demo's. Losses also on the first 128 fitting rows of every other file, without the
-instructions that Alpaca's file has. Every sweep can be interrupted: the same command goes on. With --output, its
-results and picture are copied there; `python -m scripts.build_docs` makes the tables of the page from them.
+Runs `qlora-neft sweep` over alpha 0, 5, 10 and 15 with three seeds each, once where a model memorises (128 rows, 25
+epochs) and once in the paper's own regime (800 rows, one epoch; the demo: 1,152 rows, two). Rows are those of Alpaca
+that are short enough for the model; the demo's base learns the demo's. Losses are also measured on the first 128
+fitting rows of every other file whose instructions are not in Alpaca's file. After an interruption, the same command
+continues. With --output, results and pictures are copied there; `python -m scripts.build_docs` makes the page's tables
+from them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ OWN_REGIMES = {"memorise": REGIMES["memorise"], "paper": ()}  # the demo's recip
 
 
 def main() -> None:
-    """Run the sweeps that are asked for, one after another."""
+    """Run the sweeps asked for, one after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True, help="folder of small pretrained models")
     parser.add_argument("--data", type=Path, required=True, help="Alpaca rows, a JSON list")
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, name: str) -> None:
-    """One base in one regime."""
+    """Run one base in one regime."""
     base_name, regime = name.split("-")
     base, folder = BASES[base_name], options.runs / name
     words = [f"neftune.noise_alpha={options.alphas}", *COMMON]
@@ -65,7 +66,7 @@ def measure(options: argparse.Namespace, name: str) -> None:
 
 
 def other_sets(options: argparse.Namespace, base_name: str) -> list[str]:
-    """Options that name further held-out rows; for a base with rows of its own, Alpaca's first."""
+    """Return the options that name further held-out rows; for a base with rows of its own, Alpaca's come first."""
     base = BASES[base_name]
     instructions = {row["instruction"] for row in json.loads(options.data.read_text(encoding="utf-8"))}
     files = {name: (Path(file), instructions) for name, file in (word.split("=", 1) for word in options.other)}
@@ -80,7 +81,7 @@ def other_sets(options: argparse.Namespace, base_name: str) -> list[str]:
 
 
 def keep(folder: Path, output: Path, stem: str) -> None:
-    """Copy what a sweep came to."""
+    """Copy a sweep's results."""
     shutil.copyfile(folder / "results.json", output / f"{stem}.json")
     shutil.copyfile(folder / "sweep.png", output / f"{stem}.png")
 

@@ -1,9 +1,9 @@
-"""Small pretrained models and short Alpaca rows for measurements on a CPU, and the sweeps that they are put to.
+"""Small pretrained models and short Alpaca rows for measurements on a CPU, and the sweeps that use them.
 
-Prompts stand without a template: in the tokens of a small tokenizer it would be longer than the rows. The demo's base
-does not learn Alpaca's rows, whose tokens it hardly knows; it learns the demo's.
+Prompts have no template: in the tokens of a small tokenizer it would be longer than the rows. The demo's base learns
+the demo's rows instead of Alpaca's, whose tokens it hardly knows.
 
-Neither models nor rows are part of this repository.
+Neither the models nor the rows are part of this repository.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers import AutoTokenizer
 
 from qlora_neft.paths import resolve_bundled
 
-MIN_RESPONSE_TOKENS = 24  # shorter ones say little about reciting
-MAX_CHARACTERS = 1000  # longer ones fit none of the bases
+MIN_RESPONSE_TOKENS = 24  # shorter responses say little about reciting
+MAX_CHARACTERS = 1000  # longer rows fit none of the bases
 COMMON = (
     "lora.lora_dropout=0",
     "train.effective_batch_size=16",
@@ -102,12 +102,12 @@ def run_sweep(recipe: str, words: Sequence[str], folder: Path, *options: str) ->
 
 
 def runs_of(folder: Path) -> list[Path]:
-    """Folders of a sweep's finished runs."""
+    """Return the folders of a sweep's finished runs."""
     return sorted(path.parent for path in folder.glob("*/summary.json"))
 
 
 def qlora_neft(*words: str) -> str:
-    """A verb in a process of its own; what it prints on standard output."""
+    """Run a verb in a process of its own and return its standard output."""
     print(shlex.join(["qlora-neft", *words]), file=sys.stderr)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "qlora_neft", *words]
@@ -115,7 +115,7 @@ def qlora_neft(*words: str) -> str:
 
 
 def _short(rows: list[dict[str, Any]], base: Base, model: str) -> list[dict[str, Any]]:
-    """Rows without an input that fit, in the order of the file; as they are, or as prompt and completion."""
+    """Return the rows without an input that fit, in the order of the file, as they are or as prompt and completion."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_bundled(model))
     found = []
     for row in rows:
