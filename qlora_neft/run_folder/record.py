@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import UserInputError
 from ..files import read_record_if_there, write_json
-from ..recipe import Recipe, recipe_of_record
 
 RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
@@ -190,13 +189,6 @@ class MemoryUse(Record):
     terms: dict[str, Any] | None = None
 
 
-class PublishedBase(Record):
-    """The base of a published adapter: its Hub id and commit."""
-
-    id: str | None = None
-    revision: str | None = None
-
-
 class RunSummary(Record):
     """The content of ``summary.json``: what a run was and what it led to.
 
@@ -211,7 +203,6 @@ class RunSummary(Record):
         resumed_from_step: Where the last session began, None for step 0.
         parameters, lora_parameters: Counts of the loaded model.
         before, after: Measures by name, such as ``held_out_loss``.
-        base: The base of a published adapter.
         latest: The last logged measures of a published checkpoint, each with its ``step`` and ``value``.
         peak_memory: Bytes by kind of memory.
     """
@@ -226,7 +217,6 @@ class RunSummary(Record):
     versions: dict[str, str] | None = None
     hardware: Hardware | None = None
     base_commit: str | None = None
-    base: PublishedBase | None = None
     steps: int | None = None
     tokens_seen: int | None = None
     trained_tokens_seen: int | None = None
@@ -244,10 +234,6 @@ class RunSummary(Record):
     wall_seconds: float | None = None
     peak_memory: dict[str, int | float | None] | None = None
     memory: MemoryUse | None = None
-
-    def usable_recipe(self) -> Recipe | None:
-        """Return the recorded recipe as far as this version can use it, None without one."""
-        return recipe_of_record(self.recipe)
 
 
 class Answers(Record):

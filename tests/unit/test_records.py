@@ -5,7 +5,7 @@ import json
 import pytest
 
 from qlora_neft.errors import UserInputError
-from qlora_neft.recipe import Recipe, load_recipe, recipe_of_record
+from qlora_neft.recipe import load_recipe, recipe_of_record
 from qlora_neft.run_folder.record import Answers, Measures, Record, RunFile, RunSummary
 
 ANSWER = {"prompt": "p", "reference": "r", "text": "t"}
@@ -127,7 +127,3 @@ def test_a_record_without_anything_usable_is_an_empty_one():
         name: str
 
     assert Needy.of({"name": 1}).model_dump() == {}
-
-
-def test_a_recipe_in_a_summary():
-    assert isinstance(RunSummary(recipe=demo()).usable_recipe(), Recipe) and RunSummary().usable_recipe() is None
