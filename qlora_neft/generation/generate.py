@@ -66,7 +66,7 @@ def replies(
     *,
     batch_size: int = 8,
     base_alone: bool = False,
-    write: Callable[[str], Any] | None = None,
+    write: Callable[[str], None] | None = None,
 ) -> Iterator[Reply]:
     """Answer requests in order and yield each answer as soon as its batch is done.
 
@@ -171,7 +171,7 @@ class TextStream(BaseStreamer):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        write: Callable[[str], Any],
+        write: Callable[[str], None],
         *,
         stop_token_ids: Sequence[int],
         as_it_is: bool,
@@ -202,7 +202,7 @@ class TextStream(BaseStreamer):
             self._written = text
 
 
-def text_stream(trained: Trained, write: Callable[[str], Any]) -> TextStream:
+def text_stream(trained: Trained, write: Callable[[str], None]) -> TextStream:
     """Return a stream that passes an answer's text to ``write`` as it grows."""
     as_it_is = trained.prompts.name == "none"
     return TextStream(trained.tokenizer, write, stop_token_ids=trained.stop_token_ids, as_it_is=as_it_is)
@@ -215,7 +215,7 @@ def _answered(
     decoding: Decoding,
     batch_size: int,
     base_alone: bool,
-    write: Callable[[str], Any] | None,
+    write: Callable[[str], None] | None,
 ) -> Iterator[Reply]:
     as_it_is = trained.prompts.name == "none"
     for start in range(0, len(asked), batch_size):
