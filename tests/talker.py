@@ -1,4 +1,4 @@
-"""An adapter that has something to say, made in seconds: the bundled base, pretrained on stories, and a random LoRA."""
+"""An adapter that answers something, made in seconds: the bundled base, pretrained on stories, and a random LoRA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTEXT = 512  # tokens
 
 
 def save_talker(folder: Path) -> Path:
-    """An adapter's folder as a run with Alpaca's prompt leaves it; its answers differ from the base's."""
+    """Save an adapter as a run with Alpaca's prompt would; its answers differ from the base's."""
     base = resolve_bundled("bundled:demo/base")
     model = load_nf4_base(base, device=torch.device("cpu"), compute_dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):

@@ -89,7 +89,7 @@ def test_the_model_sees_what_was_said_until_it_is_reset(vicuna, monkeypatch):
     assert seen[2] == seen[0].replace("One", "Three")
 
 
-def test_a_system_message_is_set_kept_over_a_reset_and_taken_away(vicuna, monkeypatch):
+def test_a_system_message_is_set_kept_by_a_reset_and_removed(vicuna, monkeypatch):
     lines = ("One", "/system Be  brief.", "Two", "/reset", "Three", "/system", "Four")
     _, seen = chat_with(vicuna, monkeypatch, *lines, system="Be kind.")
     assert [text.startswith("Be kind. USER: One") for text in seen] == [True, False, False, False]
@@ -120,7 +120,7 @@ def test_a_request_that_fills_the_context_is_answered_by_a_note_and_not_remember
     assert len(seen) == 2
 
 
-def test_a_transcript_of_a_pipe_is_whole(out, typed):
+def test_a_transcript_of_a_pipe_is_complete(out, typed):
     stdout = typed(out, "Hi \\", "there", "/help", "/nothing", " /slash", "/quit", "not read")
     assert "> Hi \\" in stdout and "> there" in stdout and "> /help" in stdout and "> not read" not in stdout
     assert "/reset        forget what was said" in stdout
@@ -189,7 +189,7 @@ def test_base_alone_is_the_base(vicuna, monkeypatch):
     assert alone.conversations["base"].exchanges == both.conversations["base"].exchanges
 
 
-def test_a_question_asked_again_is_drawn_anew_and_a_chat_repeats_with_its_seed(vicuna, monkeypatch):
+def test_a_repeated_question_is_sampled_again_and_a_chat_repeats_with_its_seed(vicuna, monkeypatch):
     def answers(seed):
         drawing = Decoding(8, do_sample=True, temperature=3.0, seed=seed)
         chat, _ = chat_with(vicuna, monkeypatch, "One", "/save", "One", "One", decoding=drawing)

@@ -1,4 +1,4 @@
-"""generate: prompts in every form, answers that depend on nothing but the prompt, files and messages."""
+"""generate: prompts in every form, answers that depend on the prompt alone, files and messages."""
 
 import io
 import json
@@ -150,7 +150,7 @@ def test_the_end_tokens_a_chat_model_names_are_stops_and_words_are_not(trained):
     assert trained.stop_token_ids == [tokenizer.eos_token_id]
 
 
-def test_an_answer_does_not_end_before_its_least_length(out):
+def test_an_answer_does_not_end_before_its_minimum_length(out):
     vicuna = load_trained(out, device="cpu", precision="fp32", prompt_template="vicuna")  # has learned to stop
     texts = ["One", "Repeat 3 please please"]
     free = generate(vicuna, texts, Decoding(100))
@@ -297,7 +297,7 @@ def test_compare_gives_base_and_adapter(out):
     assert asked(out, "Repeat 3", *SHORT, "--compare").startswith("base:\n")
 
 
-def test_answers_go_to_a_file_whole(out, folder):
+def test_a_file_of_answers_is_complete(out, folder):
     expected = json_lines(out, *TEXTS)
     for name in ("a.jsonl", "a.json", "a.txt"):
         code, stdout, stderr = invoke("generate", out, *TEXTS, *SHORT, "--output", name)

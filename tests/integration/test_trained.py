@@ -45,7 +45,7 @@ def test_the_adapter_is_the_one_on_disk(llama, trained):
         assert torch.equal(loaded[name.replace(".weight", ".default.weight")], tensor)
 
 
-def test_the_base_alone_answers_otherwise(trained):
+def test_the_base_alone_answers_differently(trained):
     ids = torch.tensor([trained.prompts.ids([{"role": "user", "content": "Repeat 1"}])])
     with torch.no_grad():
         tuned = trained.model(input_ids=ids).logits
@@ -70,7 +70,7 @@ def test_a_checkpoint_has_the_recipe_of_its_run(llama):
     assert folder.recipe.lora.r == 4 and folder.base == str(llama)
 
 
-def test_what_is_no_adapter_is_refused(llama, tmp_path):
+def test_folders_without_an_adapter_are_refused(llama, tmp_path):
     def message(source):
         with pytest.raises(UserInputError) as caught:
             find_adapter(source)
@@ -104,7 +104,7 @@ def test_a_base_that_is_not_there_is_named_as_the_caller_knows_it(llama, tmp_pat
         load_trained(out, device="cpu", precision="fp32")
 
 
-def test_damaged_weights_are_not_taken_for_another_bases(llama, tmp_path):
+def test_damaged_weights_are_not_mistaken_for_those_of_another_base(llama, tmp_path):
     out = shutil.copytree(never_stopped(llama), tmp_path / "out")
     weights = (out / "adapter_model.safetensors").read_bytes()
     (out / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])

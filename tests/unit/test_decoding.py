@@ -16,7 +16,7 @@ PAD, STOP = 9, 8
 
 
 def padded(rows, width):
-    """Ids (B, T) padded on the left, and where the padding is."""
+    """Return ids (B, T) padded on the left, and a mask of the padding."""
     ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
     is_padding = torch.tensor([[True] * (width - len(row)) + [False] * len(row) for row in rows])
     return ids, is_padding
@@ -30,7 +30,7 @@ def test_without_padding_the_penalty_is_that_of_transformers():
     assert not torch.equal(expected, scores)
 
 
-def test_padding_is_not_there_before_as_it_is_for_transformers():
+def test_padding_does_not_count_unlike_in_transformers():
     scores = torch.ones(1, 10)
     alone, together = padded([[1, 2]], 2), padded([[1, 2]], 5)
     upstream = RepetitionPenaltyLogitsProcessor(1.2)
@@ -40,7 +40,7 @@ def test_padding_is_not_there_before_as_it_is_for_transformers():
     assert torch.equal(*ours) and ours[0][0, PAD] == 1
 
 
-def test_a_pad_token_that_is_really_there_counts():
+def test_a_pad_token_inside_the_prompt_counts():
     ids, is_padding = padded([[PAD, 2]], 4)
     assert RepetitionPenalty(2.0, is_padding, [STOP])(ids, torch.ones(1, 10))[0].tolist() == [
         0.5 if token in (PAD, 2) else 1 for token in range(10)
@@ -94,7 +94,7 @@ def test_a_draw_depends_on_seed_prompt_and_place_and_not_on_the_batch():
         ("repetition_penalty", math.nan),
     ],
 )
-def test_values_that_make_no_sense_are_refused_by_name(name, value):
+def test_values_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(UserInputError, match=f"{name}: must be .*{value}"):
         Decoding(**{name: value})
 

@@ -189,7 +189,7 @@ def test_chat_markers_count_as_special():
     assert [(view.text, view.special) for view in views] == [("<|turn|>", True), ("a", False)]
 
 
-def test_ids_and_labels_must_be_as_many():
+def test_every_id_needs_a_label():
     with pytest.raises(ValueError):
         token_views(byte_tokenizer(), [1, 2], [1])
 
