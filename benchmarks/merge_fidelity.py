@@ -120,9 +120,10 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Merging: how far from the model that was trained",
         "",
-        "Made by `benchmarks/merge_fidelity.py`. Reference: NF4 base + adapter, float32, on a CPU. KL is KL(reference",
-        "to merged) in nats per trained token; top-1 is the share of tokens with the same likeliest token. The default",
-        "strategy is measured on the files as written. *no adapter* is the NF4 base alone.",
+        "Made by `benchmarks/merge_fidelity.py`. The reference is the NF4 base with its adapter, in float32 on a CPU.",
+        "KL is KL(reference to merged) in nats per trained token; top-1 is the share of tokens for which both models",
+        "find the same token the likeliest. The default strategy is measured on the files as written. *no adapter* is",
+        "the NF4 base alone.",
         "",
     ]
     for name, run in result["runs"].items():
@@ -139,8 +140,8 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"A random Llama of {took['model_bytes'] / 1e6:.0f} MB (16-bit), shards of {took['shard_bytes'] / 1e6:.0f} MB: "
         f"merging took {took['peak_growth_bytes'] / 1e6:.0f} MB",
-        f"above the start of the process (mapped files not counted) and {took['seconds']:.0f} s with {took['threads']} "
-        "thread(s) of a shared CPU.",
+        f"more than the process had at its start (mapped files not counted) and {took['seconds']:.0f} s with "
+        f"{took['threads']} thread(s) of a shared CPU.",
         f"Its largest tensor has {took['largest_tensor'] / 1e6:.0f} million numbers.",
     ]
     return "\n".join(lines) + "\n"

@@ -71,7 +71,7 @@ def test_the_card_says_what_the_run_measured(run_dir):
     assert result.metric_value == ran["after"]["held_out_loss"] and result.dataset_name == "held.jsonl"
     assert f"| {ran['before']['held_out_loss']:.4f} | {ran['after']['held_out_loss']:.4f} |" in card.text
     assert (
-        f"{ran['tokens_seen']:,}" in card.text and ran["base_sha256"] in card.text and "2.887 a sequence" in card.text
+        f"{ran['tokens_seen']:,}" in card.text and ran["base_sha256"] in card.text and "2.887 per sequence" in card.text
     )
     summary = json.loads((run_dir / "export/training_summary.json").read_text())
     assert summary["base_sha256"] == ran["base_sha256"] and summary["after"] == ran["after"]

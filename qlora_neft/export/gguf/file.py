@@ -1,12 +1,14 @@
-"""A GGUF file: metadata first, then tensors, one in memory at a time. Written whole or not at all."""
+"""A GGUF file: metadata first, then tensors, one in memory at a time. It is written whole or not at all."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,18 +20,19 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-_NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}  # bf16: its bits
+# GGUF's name of a dtype, and the numpy dtype its values are passed in: numpy has no bfloat16, so its bits are.
+_KINDS = {torch.float32: ("F32", np.float32), torch.float16: ("F16", np.float16), torch.bfloat16: ("BF16", np.int16)}
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor to be written.
+    """A tensor to write.
 
     Attributes:
-        name: In GGUF.
-        shape: As torch has it; GGUF lists it backwards.
-        dtype: What it is written in.
-        read: Gives its values, of that shape, in any float dtype.
+        name: Name in GGUF.
+        shape: As in torch; GGUF lists it backwards.
+        dtype: Dtype it is written in.
+        read: Returns its values, of that shape, in any float dtype.
     """
 
     name: str
@@ -38,8 +41,8 @@ class GgufTensor:
     read: Callable[[], torch.Tensor]
 
 
-def gguf_library() -> Any:
-    """The ``gguf`` package.
+def gguf_library() -> ModuleType:
+    """Return the ``gguf`` package, which is an extra.
 
     Raises:
         UserInputError: If it is not installed.
@@ -52,7 +55,7 @@ def gguf_library() -> Any:
 
 
 def check_dtype(name: str) -> torch.dtype:
-    """The dtype of ``--dtype``.
+    """Return the dtype that ``--dtype`` names.
 
     Raises:
         UserInputError: If there is none of that name.
@@ -68,8 +71,8 @@ def write_gguf(
     """Write a GGUF file.
 
     Args:
-        path: A file that is not there yet, in a folder that is.
-        architecture: llama.cpp's name of it.
+        path: A new file in an existing folder.
+        architecture: llama.cpp's name of the architecture.
         describe: Adds the metadata.
         tensors: In the order of the file.
 
@@ -95,7 +98,7 @@ def write_gguf(
 
 @contextmanager
 def _new_file(path: Path) -> Generator[Path, None, None]:
-    """Give a draft to write to, which becomes ``path``; name OUT where it cannot."""
+    """Give a draft to write to, which becomes ``path``; speak of OUT if it cannot."""
     if path.exists():
         raise UserInputError(f"OUT: {str(path)!r} exists already. Name another file, or remove it.")
     if not path.parent.is_dir():
@@ -110,18 +113,16 @@ def _new_file(path: Path) -> Generator[Path, None, None]:
 
 
 def _announce(writer: GGUFWriter, tensor: GgufTensor) -> None:
-    gguf = gguf_library()
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    kind = gguf.GGMLQuantizationType[kinds[tensor.dtype]]
-    dtype = np.dtype(_NUMPY[tensor.dtype])
-    count = int(np.prod(tensor.shape, dtype=np.int64))
-    writer.add_tensor_info(tensor.name, tensor.shape, dtype, count * dtype.itemsize, kind)
+    """Write a tensor's name, shape and dtype into the header."""
+    name, numpy_dtype = _KINDS[tensor.dtype]
+    dtype, kind = np.dtype(numpy_dtype), gguf_library().GGMLQuantizationType[name]
+    writer.add_tensor_info(tensor.name, tensor.shape, dtype, math.prod(tensor.shape) * dtype.itemsize, kind)
 
 
 def _values(tensor: GgufTensor) -> np.ndarray:
+    """Read a tensor's values in the dtype they are written in."""
     found = tensor.read()
-    if tuple(found.shape) != tensor.shape:
-        raise AssertionError(f"{tensor.name}: {tuple(found.shape)} read, {tensor.shape} announced")
+    assert tuple(found.shape) == tensor.shape, f"{tensor.name}: {tuple(found.shape)} read, {tensor.shape} announced"
     values = found.to(tensor.dtype).contiguous()
     if tensor.dtype == torch.float16 and not torch.isfinite(values).all() and torch.isfinite(found).all():
         largest = found.abs().max().item()

@@ -1,4 +1,8 @@
-"""A Modelfile: how Ollama shall prompt a model as it was trained, and decode as NEFTune's authors do."""
+"""A Modelfile: how Ollama should prompt a model as it was trained, and decode as NEFTune's authors do.
+
+A chat template is Jinja, and Ollama's templates are Go's. It is translated by asking: conversations of marked contents
+show what the template writes around each role. The translation is used only if it gives the same text again.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ...adapter.folder import CONFIG, AdapterFolder, find_adapter
 from ...adapter.load import tokenizer_of_adapter
@@ -16,18 +21,149 @@ from ...data.formats import BadRow
 from ...data.templates import VICUNA_SYSTEM, alpaca_prompt
 from ...errors import UserInputError
 from ...files import read_json
+from ..merge.report import REPORT
 
+# Greedy with this penalty, over the whole text: arXiv:2310.05914, appendix.
+PARAMETERS = ("PARAMETER temperature 0", "PARAMETER repeat_penalty 1.2", "PARAMETER repeat_last_n -1")
+TEMPLATES = ("alpaca", "vicuna", "chat", "none")
 _ROLES = ("system", "user", "assistant")
+_NO_TEMPLATE = "its chat template has no equal in Ollama's language: write TEMPLATE by hand, or use llama-server."
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """What a template writes around contents.
+class Modelfile:
+    """A Modelfile.
+
+    Attributes:
+        text: Its content.
+        notes: What its reader has to know.
+    """
+
+    text: str
+    notes: list[str]
+
+
+def modelfile_of_adapter(folder: AdapterFolder, gguf: Path, base: str) -> Modelfile:
+    """Return the Modelfile of a LoRA GGUF on a base.
+
+    Args:
+        folder: The adapter.
+        gguf: The file, in the Modelfile's folder.
+        base: Ollama's name of the base: a GGUF file or a model's name.
+    """
+    tokenizer = tokenizer_of_adapter(folder)
+    prompts = Prompts(tokenizer, template_of(folder, tokenizer))
+    return _modelfile([f"FROM {base}", f"ADAPTER ./{gguf.name}"], prompts, tokenizer)
+
+
+def modelfile_of_model(model_dir: Path, gguf: Path, prompt_template: str | None = None) -> Modelfile:
+    """Return the Modelfile of a model's GGUF.
+
+    Args:
+        model_dir: The model's folder.
+        gguf: The file, in the Modelfile's folder.
+        prompt_template: One of `TEMPLATES`. Default: that of the merged adapter's run if it is still there, else the
+            tokenizer's chat template.
+
+    Raises:
+        UserInputError: If nothing says which prompt the model was trained with.
+    """
+    tokenizer = load_tokenizer(str(model_dir))
+    if prompt_template is not None and prompt_template not in TEMPLATES:
+        raise UserInputError(f"--prompt-template: must be one of {', '.join(TEMPLATES)}, got {prompt_template!r}.")
+    prompts = Prompts(tokenizer, prompt_template or _template_of_model(model_dir, tokenizer))
+    return _modelfile([f"FROM ./{gguf.name}"], prompts, tokenizer)
+
+
+def write_modelfile(modelfile: Modelfile, path: Path) -> None:
+    """Write a Modelfile where there is none yet.
+
+    Raises:
+        UserInputError: If there is one.
+    """
+    check_no_modelfile(path)
+    path.write_text(modelfile.text, encoding="utf-8")
+
+
+def check_no_modelfile(path: Path) -> None:
+    """Refuse to overwrite a Modelfile.
+
+    Raises:
+        UserInputError: If there is one.
+    """
+    if path.exists():
+        raise UserInputError(f"--modelfile: {str(path)!r} exists already. Remove it, or write to another folder.")
+
+
+def _template_of_model(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    report = model_dir / REPORT
+    adapter = read_json(report).get("adapter") if report.is_file() else None
+    if adapter is not None and (Path(adapter) / CONFIG).is_file():
+        return template_of(find_adapter(adapter), tokenizer)
+    if tokenizer.chat_template:
+        return "chat"
+    raise UserInputError(
+        f"--modelfile: nothing in {str(model_dir)!r} says which prompt the model was trained with. "
+        f"Give --prompt-template: {', '.join(TEMPLATES)}."
+    )
+
+
+def _modelfile(head: Sequence[str], prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> Modelfile:
+    template = go_template(prompts, tokenizer)
+    stops = tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids))
+    lines = [*head]
+    if template is not None:
+        lines.append(f'TEMPLATE """{template}"""')
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    notes = [] if template is not None else [_NO_TEMPLATE]
+    if _gets_another_begin_token(prompts, tokenizer):
+        notes.append(
+            f"its chat template does not write {tokenizer.bos_token}, but Ollama and llama.cpp put one before it."
+        )
+    return Modelfile("\n".join([*lines, *PARAMETERS]) + "\n", notes)
+
+
+def _gets_another_begin_token(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a prompt has no begin token in training, but has one where the tokenizer's own habit decides."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[0] == tokenizer.bos_token_id != prompts.ids([{"role": "user", "content": "a"}])[0]
+
+
+# ---- Templates in Ollama's language ----
+
+
+def go_template(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a prompt template in Ollama's language (Go's text/template), None if it cannot be expressed in it.
+
+    The begin token is omitted: Ollama puts it there, as the GGUF says.
+    """
+    if prompts.name == "alpaca":
+        return _quotable(alpaca_prompt("{{ .Prompt }}") + "{{ .Response }}")
+    if prompts.name == "vicuna":
+        answer = "{{ .Content }}" + (prompts.template.end or "")
+        return _quotable(
+            f"{{{{ if .System }}}}{{{{ .System }}}}{{{{ else }}}}{VICUNA_SYSTEM}{{{{ end }}}} "
+            '{{ range .Messages }}{{ if eq .Role "user" }}USER: {{ .Content }} ASSISTANT:'
+            '{{ else if eq .Role "assistant" }} ' + answer + "{{ end }}{{ end }}"
+        )
+    if prompts.name == "none":
+        return "{{ .Prompt }}{{ .Response }}"
+    return _quotable(_chat_to_go(prompts, tokenizer))
+
+
+def _quotable(template: str | None) -> str | None:
+    """Return None for text that would end the quotes of a Modelfile."""
+    return None if template is None or '"""' in template else template
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """What a chat template writes around contents.
 
     Attributes:
         default: Before a conversation without a system message.
-        around: By role, what stands before and behind a content; without ``system`` if the template refuses one.
-        opening: What a response follows.
+        around: By role, what stands before and after a content; without ``system`` if the template refuses one.
+        opening: Before a response.
     """
 
     default: str
@@ -35,14 +171,14 @@ class Pieces:
     opening: str
 
     def write(self, messages: Sequence[tuple[str, str]]) -> str:
-        """A conversation that waits for a response."""
+        """Write a conversation that waits for a response."""
         head = "" if messages[0][0] == "system" else self.default
         turns = (self.around[role][0] + content + self.around[role][1] for role, content in messages)
         return head + "".join(turns) + self.opening
 
 
-def chat_to_go(prompts: Prompts, tokenizer: Any) -> str | None:
-    """The translation, None if there is none. The begin token at its start is left away."""
+def _chat_to_go(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Translate a chat template, None if that is not possible. The begin token at its start is omitted."""
     pieces = _pieces(prompts)
     if pieces is None:
         return None
@@ -61,32 +197,32 @@ def chat_to_go(prompts: Prompts, tokenizer: Any) -> str | None:
     return head + "{{ range .Messages }}" + cases + "{{ end }}{{ end }}" + pieces.opening
 
 
-def _pieces(prompts: Prompts) -> Pieces | None:
-    """The first way to cut the template's text into pieces that give it again; None if there is none."""
+def _pieces(prompts: Prompts) -> _Pieces | None:
+    """Return the first way to cut the template's text into pieces that give it again, None if there is none."""
     one, two, system = (_ask(prompts, roles) for roles in ("u", "uau", "su"))
     if one is None or two is None:
         return None
-    start, end = one  # default and the request's header; what ends it and the opening
+    start, end = one  # default and the request's header; what ends the request, and the opening
     for opening, before_answer, behind_user in _ends(end, two[1]):
         for default, before_user, behind_answer in _starts(start, two[2], prompts.template.end):
             around = {"user": (before_user, behind_user), "assistant": (before_answer, behind_answer)}
             if system is not None and system[1].endswith(before_user):
                 around = {"system": (system[0], system[1].removesuffix(before_user)), **around}
-            found = Pieces(default, around, opening)
+            found = _Pieces(default, around, opening)
             if _is_faithful(found, prompts):
                 return found
     return None
 
 
 def _ends(end: str, to_answer: str) -> Iterator[tuple[str, str, str]]:
-    """Ways to cut what stands behind the last request, in view of what stands before an answer."""
+    """Yield ways to cut what stands after the last request, given what stands before an answer."""
     for cut in range(len(end), -1, -1):
         if to_answer.startswith(end[:cut]):
             yield end[cut:], to_answer[cut:], end[:cut]
 
 
 def _starts(start: str, to_request: str, end_of_turn: str | None) -> Iterator[tuple[str, str, str]]:
-    """Ways to cut what stands before the first request, in view of what stands between an answer and the next."""
+    """Yield ways to cut what stands before the first request, given what stands between an answer and the next."""
     ways = [
         (start[:cut], start[cut:], to_request.removesuffix(start[cut:]))
         for cut in range(len(start) + 1)
@@ -96,12 +232,14 @@ def _starts(start: str, to_request: str, end_of_turn: str | None) -> Iterator[tu
 
 
 def _ask(prompts: Prompts, roles: str) -> list[str] | None:
-    """What stands between marked contents of a conversation; None if the template refuses it."""
+    """Return what stands around the marked contents of a conversation, None if the template refuses it."""
     contents = [f"content{number}of" for number in range(len(roles))]
     text = _written(prompts, [(_role(letter), content) for letter, content in zip(roles, contents, strict=True)])
+    if text is None:
+        return None
     pieces = []
     for content in contents:
-        if text is None or text.count(content) != 1:
+        if text.count(content) != 1:
             return None
         before, _, text = text.partition(content)
         pieces.append(before)
@@ -118,8 +256,8 @@ def _written(prompts: Prompts, messages: Sequence[tuple[str, str]]) -> str | Non
     return None
 
 
-def _is_faithful(pieces: Pieces, prompts: Prompts) -> bool:
-    """Whether the pieces give what the template gives, for conversations of several lengths and contents."""
+def _is_faithful(pieces: _Pieces, prompts: Prompts) -> bool:
+    """Return whether the pieces give what the template gives, for conversations of several lengths and contents."""
     for roles in ("u", "uau", "uauau", "su", "suau"):
         if roles.startswith("s") and "system" not in pieces.around:
             continue
@@ -127,126 +265,3 @@ def _is_faithful(pieces: Pieces, prompts: Prompts) -> bool:
         if pieces.write(messages) != _written(prompts, messages):
             return False
     return True
-
-
-# Greedy with this penalty, over the whole text: arXiv:2310.05914, appendix.
-PARAMETERS = ("PARAMETER temperature 0", "PARAMETER repeat_penalty 1.2", "PARAMETER repeat_last_n -1")
-TEMPLATES = ("alpaca", "vicuna", "chat", "none")
-_NO_TEMPLATE = "its chat template cannot be said in Ollama's language: write TEMPLATE by hand, or use llama-server."
-
-
-@dataclass(frozen=True)
-class Modelfile:
-    """A Modelfile's text, and what its reader has to know."""
-
-    text: str
-    notes: list[str]
-
-
-def modelfile_of_adapter(folder: AdapterFolder, gguf: Path, base: str) -> Modelfile:
-    """For a LoRA GGUF on a base.
-
-    Args:
-        folder: The adapter.
-        gguf: The file, in the Modelfile's folder.
-        base: What Ollama calls the base: a GGUF file or a model's name.
-    """
-    tokenizer = tokenizer_of_adapter(folder)
-    prompts = Prompts(tokenizer, template_of(folder, tokenizer))
-    return _modelfile([f"FROM {base}", f"ADAPTER ./{gguf.name}"], prompts, tokenizer)
-
-
-def modelfile_of_model(model_dir: Path, gguf: Path, prompt_template: str | None = None) -> Modelfile:
-    """For a model's GGUF.
-
-    Args:
-        model_dir: The model's folder.
-        gguf: The file, in the Modelfile's folder.
-        prompt_template: One of `TEMPLATES`; default: that of the merged adapter's run where it is still there, else the
-            tokenizer's chat template.
-
-    Raises:
-        UserInputError: If nothing says which prompt the model was trained with.
-    """
-    tokenizer = load_tokenizer(str(model_dir))
-    if prompt_template is not None and prompt_template not in TEMPLATES:
-        raise UserInputError(f"--prompt-template: must be one of {', '.join(TEMPLATES)}, got {prompt_template!r}.")
-    prompts = Prompts(tokenizer, prompt_template or _template_of_model(model_dir, tokenizer))
-    return _modelfile([f"FROM ./{gguf.name}"], prompts, tokenizer)
-
-
-def _template_of_model(model_dir: Path, tokenizer: Any) -> str:
-    report = model_dir / "merge_report.json"
-    adapter = read_json(report).get("adapter") if report.is_file() else None
-    if adapter is not None and (Path(adapter) / CONFIG).is_file():
-        folder = find_adapter(adapter)
-        return template_of(folder, tokenizer)
-    if tokenizer.chat_template:
-        return "chat"
-    raise UserInputError(
-        f"--modelfile: nothing in {str(model_dir)!r} says which prompt the model was trained with. "
-        f"Give --prompt-template: {', '.join(TEMPLATES)}."
-    )
-
-
-def write_modelfile(modelfile: Modelfile, path: Path) -> None:
-    """Write it, if there is none yet.
-
-    Raises:
-        UserInputError: If there is.
-    """
-    check_no_modelfile(path)
-    path.write_text(modelfile.text, encoding="utf-8")
-
-
-def check_no_modelfile(path: Path) -> None:
-    """Refuse to write over one.
-
-    Raises:
-        UserInputError: If there is one.
-    """
-    if path.exists():
-        raise UserInputError(f"--modelfile: {str(path)!r} exists already. Remove it, or write to another folder.")
-
-
-def _modelfile(head: Sequence[str], prompts: Prompts, tokenizer: Any) -> Modelfile:
-    template = go_template(prompts, tokenizer)
-    stops = tokenizer.convert_ids_to_tokens(list(prompts.stop_token_ids))
-    lines = [*head]
-    if template is not None:
-        lines.append(f'TEMPLATE """{template}"""')
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
-    notes = [] if template is not None else [_NO_TEMPLATE]
-    if _gets_another_begin_token(prompts, tokenizer):
-        notes.append(f"its chat template writes no {tokenizer.bos_token}, and Ollama and llama.cpp put one before it.")
-    return Modelfile("\n".join([*lines, *PARAMETERS]) + "\n", notes)
-
-
-def _gets_another_begin_token(prompts: Prompts, tokenizer: Any) -> bool:
-    """Whether a prompt has no begin token in training, and one where the tokenizer's own habit decides."""
-    ids = tokenizer("a")["input_ids"]
-    return ids[0] == tokenizer.bos_token_id != prompts.ids([{"role": "user", "content": "a"}])[0]
-
-
-def go_template(prompts: Prompts, tokenizer: Any) -> str | None:
-    """A prompt template in Ollama's language (Go's text/template), None if it cannot be said there.
-
-    The begin token is left away: Ollama puts it, as the GGUF says.
-    """
-    if prompts.name == "alpaca":
-        return _quotable(alpaca_prompt("{{ .Prompt }}") + "{{ .Response }}")
-    if prompts.name == "vicuna":
-        answer = "{{ .Content }}" + prompts.template.end
-        return _quotable(
-            f"{{{{ if .System }}}}{{{{ .System }}}}{{{{ else }}}}{VICUNA_SYSTEM}{{{{ end }}}} "
-            '{{ range .Messages }}{{ if eq .Role "user" }}USER: {{ .Content }} ASSISTANT:'
-            '{{ else if eq .Role "assistant" }} ' + answer + "{{ end }}{{ end }}"
-        )
-    if prompts.name == "none":
-        return "{{ .Prompt }}{{ .Response }}"
-    return _quotable(chat_to_go(prompts, tokenizer))
-
-
-def _quotable(template: str | None) -> str | None:
-    """None for text that would end the quotes of a Modelfile."""
-    return None if template is None or '"""' in template else template
