@@ -7,6 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..files import whole_file
+
 # Okabe and Ito's palette: safe for the color-blind, distinct in grey as well.
 BLUE, SKY, GREEN, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#E69F00"
 VERMILION, PURPLE, YELLOW = "#D55E00", "#CC79A7", "#F0E442"
@@ -44,7 +46,8 @@ def new_picture(title: str, size: tuple[float, float] = (8, 4.5)) -> tuple[Any, 
 
 def save_picture(figure: Any, path: Path) -> bool:
     """Write a PNG. Returns True, for callers that report whether there is a picture."""
-    figure.savefig(path, format="png")
+    with whole_file(path) as draft:
+        figure.savefig(draft, format="png")
     return True
 
 

@@ -20,7 +20,7 @@ from ...base.config import load_tokenizer
 from ...data.formats import BadRow
 from ...data.templates import VICUNA_SYSTEM, alpaca_prompt
 from ...errors import UserInputError
-from ...files import read_json
+from ...files import read_json, write_text
 from ..merge.report import REPORT
 
 # Greedy with this penalty, over the whole text: arXiv:2310.05914, appendix.
@@ -82,7 +82,7 @@ def write_modelfile(modelfile: Modelfile, path: Path) -> None:
         UserInputError: If there is one.
     """
     check_no_modelfile(path)
-    path.write_text(modelfile.text, encoding="utf-8")
+    write_text(path, modelfile.text)
 
 
 def check_no_modelfile(path: Path) -> None:
