@@ -34,7 +34,7 @@ _HIDDEN = re.compile(rf"\.({_NAME.pattern})\.(partial|replaced|removed)-.+")
 
 @dataclass(frozen=True)
 class FileSum:
-    """What a file of a checkpoint must be, to be the one that was written."""
+    """Hash and size that a file of a checkpoint must have."""
 
     sha256: str
     bytes: int
