@@ -57,7 +57,7 @@ class Base:
     has_own_rows: bool = False
 
     def path(self, models: Path) -> str:
-        """What ``model.name_or_path`` is."""
+        """Value of ``model.name_or_path``."""
         return self.folder if self.folder.startswith("bundled:") else str(models / self.folder)
 
     def words(self, models: Path, rows: Path) -> list[str]:

@@ -56,7 +56,7 @@ def held_out_rows(folder: Path) -> dict[str, float]:
     """Write the loss of every held-out row to ``row_losses.json``.
 
     Returns:
-        No number of its own: their mean per trained token is the run's ``held_out_loss``.
+        Nothing: the rows' mean per trained token is the run's ``held_out_loss`` already.
     """
     trained, data = _loaded(folder)
     rows = _held_out(folder, data)
@@ -69,27 +69,27 @@ def held_out_rows(folder: Path) -> dict[str, float]:
 
 
 def sample_answers(folder: Path) -> dict[str, float]:
-    """Write greedy answers to the first held-out prompts to ``answers.json``; no number of its own."""
+    """Write greedy answers to the first held-out prompts to ``answers.json``; return no numbers."""
     found = _answered(folder, NUM_SAMPLES)
     write_json(folder / ANSWERS_FILE, {"answers": [asdict(answer) for answer in found]})
     return {}
 
 
 def whole_losses(folder: Path) -> dict[str, float]:
-    """Losses on all training and held-out rows (NEFTune's Figure 4), as ``eval loss`` takes them."""
+    """Measure losses on all training and held-out rows (NEFTune's Figure 4), as ``eval loss`` does."""
     losses_of_runs([str(folder)], {}, machine=_machine(folder))
     return read_run(folder).measures["loss"]
 
 
 def recited(folder: Path) -> dict[str, float]:
-    """How much of the first training rows greedy answers repeat (NEFTune's Figure 5), as ``eval overfit`` takes it."""
+    """Measure how far greedy answers repeat the first training rows (NEFTune's Figure 5), as ``eval overfit`` does."""
     decoding = Decoding(max_new_tokens=MAX_ANSWER_TOKENS)
     overfit_of_runs([str(folder)], rows=TRAINING_PROMPTS, decoding=decoding, machine=_machine(folder))
     return read_run(folder).measures["overfit"]
 
 
 def text_of_answers(folder: Path) -> dict[str, float]:
-    """Length and repetition of greedy answers to the first held-out prompts (NEFTune's Table 4)."""
+    """Measure length and repetition of greedy answers to the first held-out prompts (NEFTune's Table 4)."""
     answers = _answered(folder, HELD_OUT_PROMPTS)
     found = measure_texts([answer.text for answer in answers], CUTOFFS["alpaca"]).main()
     return {name: value for name, value in found.items() if value is not None}

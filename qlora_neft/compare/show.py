@@ -1,4 +1,4 @@
-"""What a sweep shows: its results in files, a line per run while it goes on, and tables on the terminal at the end."""
+"""A sweep's output: its results in files, a line per run while it goes on, and tables on the terminal at the end."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Means of paired differences and how far they may be off. NumPy only.
+"""Means of paired differences and their uncertainty. NumPy only.
 
-Two intervals, since each has its weakness with the three to five seeds that anyone can afford. The percentile
-bootstrap assumes no distribution, but three equal signs, which chance gives once in four times, already keep it off
-zero: its ends are then the smallest and the largest difference. Student's t interval knows how few there are, but
-assumes that differences scatter normally. A difference is called measurable when both leave zero out.
+There are two intervals, because each has a weakness with the three to five seeds that people can afford. The percentile
+bootstrap assumes no distribution, but with three seeds its ends are the smallest and the largest difference, so three
+equal signs, which occur by chance one time in four, already keep it off zero. Student's t interval accounts for how few
+seeds there are, but assumes normally distributed differences. A difference is called measurable if both exclude zero.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 10_000
-SEED = 0
+SEED = 0  # fixed, so that the same runs always give the same interval
 CONFIDENCE = 0.95
 
 Interval = tuple[float, float]
@@ -26,8 +26,8 @@ class Difference:
     """The mean of some paired differences.
 
     Attributes:
-        values: One difference a pair, finite.
-        mean: Of them.
+        values: One difference per pair, finite.
+        mean: Their mean.
         t_interval: Student's t, None for a single pair.
         bootstrap: Percentile bootstrap over pairs, None for a single pair.
     """
@@ -39,7 +39,7 @@ class Difference:
 
     @property
     def is_measurable(self) -> bool | None:
-        """Whether both intervals leave zero out; None where there is no interval."""
+        """Whether both intervals exclude zero; None without intervals."""
         if self.t_interval is None or self.bootstrap is None:
             return None
         return leaves_zero_out(self.t_interval) and leaves_zero_out(self.bootstrap)
@@ -49,8 +49,8 @@ def difference(values: Sequence[float], confidence: float = CONFIDENCE) -> Diffe
     """Describe paired differences.
 
     Args:
-        values: One a pair, at least one, all finite.
-        confidence: Of the intervals, in (0, 1).
+        values: One per pair, at least one, all finite.
+        confidence: Confidence of the intervals, in (0, 1).
     """
     values = tuple(float(value) for value in values)
     mean = sum(values) / len(values)
@@ -60,14 +60,14 @@ def difference(values: Sequence[float], confidence: float = CONFIDENCE) -> Diffe
 
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Student's interval for the mean of two or more values."""
+    """Return Student's interval for the mean of two or more values."""
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
     half = t_quantile(0.5 + confidence / 2, len(values) - 1) * error
     return mean - half, mean + half
 
 
 def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Percentile bootstrap for the mean: `RESAMPLES` draws of whole pairs, a fixed seed."""
+    """Return a percentile bootstrap interval for the mean: `RESAMPLES` draws of whole pairs, with a fixed seed."""
     drawn = np.random.default_rng(SEED).integers(len(values), size=(RESAMPLES, len(values)))
     means = np.asarray(values, dtype=float)[drawn].mean(axis=1)
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
@@ -75,18 +75,18 @@ def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE) 
 
 
 def ratio_bootstrap_interval(sums: np.ndarray, counts: np.ndarray, confidence: float = CONFIDENCE) -> Interval:
-    """Percentile bootstrap over rows for a difference of losses per token.
+    """Return a percentile bootstrap interval over rows for a difference of losses per token.
 
     Args:
-        sums: Differences of each row's summed loss, (N,), in nats.
-        counts: Its trained tokens, (N,), at least one in all.
-        confidence: Of the interval.
+        sums: Differences of the rows' summed losses, (N,), in nats.
+        counts: The rows' trained tokens, (N,), at least one in all.
+        confidence: Confidence of the interval.
 
     Returns:
-        Of the sum of ``sums`` over the sum of ``counts``, rows drawn with replacement.
+        Interval of sum(sums) / sum(counts), with rows drawn with replacement.
     """
     generator, num_rows = np.random.default_rng(SEED), len(sums)
-    # How often each row is drawn: one line a resample, so that long sets take no more memory than short ones.
+    # One resample at a time, so that memory does not grow with RESAMPLES x N.
     means = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
         drawn = generator.integers(num_rows, size=num_rows)
@@ -96,7 +96,7 @@ def ratio_bootstrap_interval(sums: np.ndarray, counts: np.ndarray, confidence: f
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t distribution.
+    """Return a quantile of Student's t distribution.
 
     Args:
         probability: In [0.5, 1).
@@ -112,7 +112,7 @@ def t_quantile(probability: float, degrees: int) -> float:
 
 
 def t_probability(t: float, degrees: int) -> float:
-    """Student's t distribution at ``t`` >= 0, a finite sum for whole degrees of freedom.
+    """Return Student's cumulative distribution at ``t`` >= 0, a finite sum for whole degrees of freedom.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
     """
@@ -128,6 +128,6 @@ def t_probability(t: float, degrees: int) -> float:
 
 
 def leaves_zero_out(interval: Interval) -> bool:
-    """Whether all of an interval is on one side of zero."""
+    """Whether an interval lies entirely on one side of zero."""
     low, high = interval
     return low > 0 or high < 0

@@ -1,1 +1,1 @@
-"""What the NEFTune paper measures, on texts, on losses, on embeddings. No module here sees a recipe."""
+"""The measurements of the NEFTune paper: of texts, losses, recitation, preferences, capabilities and embeddings."""

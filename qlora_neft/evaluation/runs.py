@@ -1,4 +1,4 @@
-"""What the measures of finished runs share: where they are computed, and the folders they are taken of. No torch."""
+"""Shared by the measures of finished runs: the folders they take, and where they are computed. No torch."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class Row(TypedDict):
 
 
 class Instruction(Row):
-    """What is asked; with ``output``, the reference model's answer to it."""
+    """An instruction to answer; with ``output``, the reference model's answer to it."""
 
     output: NotRequired[str]
     dataset: NotRequired[str]
@@ -131,7 +131,7 @@ class RowsFile(Generic[AnyRow]):
     ) -> None:
         self.path, self.key, self.order, self.made_by, self.named = path, key, list(order), made_by, named or {}
         if not path.parent.is_dir():
-            raise UserInputError(f"{key}: there is no folder {str(path.parent)!r}.")
+            raise UserInputError(f"{key}: there is no folder {str(path.parent)!r}. Create it first.")
         stored = _with_texts(read_rows(path, key), ("instruction",), path, key) if path.exists() else []
         for row in stored:
             self._check(row)

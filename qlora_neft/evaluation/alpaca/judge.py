@@ -30,7 +30,7 @@ def check_judging(judge: str, reference: Path | None = None, instructions: Path 
     """Refuse what `judge_outputs` would refuse, before hours of answering.
 
     Raises:
-        UserInputError: If there is no such judge, or no answers of a reference.
+        UserInputError: If there is no such judge, or no reference answers.
     """
     _references(reference, instructions)
     if judge == PROGRAM:

@@ -30,7 +30,7 @@ LENGTHS = (50, 100, 200, 500)  # for the whole vocabulary, unless others are giv
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model, and the recipe that names its data, if there is one."""
+    """A model to measure, and the recipe that names its data, if there is one."""
 
     model: str
     revision: str | None
