@@ -1,4 +1,4 @@
-"""The pages of docs/ that are made from the code, so that they cannot say anything else."""
+"""The pages of docs/ that are generated from the code, so that they cannot disagree with it."""
 
 from __future__ import annotations
 

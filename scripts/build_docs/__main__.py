@@ -1,4 +1,4 @@
-"""Write the pages of docs/ that are made from the code: python -m scripts.build_docs
+"""Write the pages of docs/ that are generated from the code: python -m scripts.build_docs
 
 No network, no GPU, no torch but for the pictures. ``tests/unit/test_docs_generated.py`` makes them again and compares.
 """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 INTRO = """# Python
 
-Made from the docstrings. `from qlora_neft import ...` gives the first group without importing torch before it is
-needed.
+Generated from the docstrings. `from qlora_neft import ...` provides the first group, and imports torch only when a
+name needs it.
 """
 
 NAMES = {
@@ -52,6 +52,6 @@ NAMES = {
 
 
 def text() -> str:
-    """The page."""
+    """Return the page."""
     groups = ("".join(f"\n::: {name}\n" for name in names) for names in NAMES.values())
     return INTRO + "".join(f"\n## {title}\n{group}" for title, group in zip(NAMES, groups, strict=True))

@@ -26,7 +26,7 @@ Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 128 + signal interru
 
 
 def text() -> str:
-    """The page."""
+    """Return the page."""
     root: Any = typer.main.get_command(app)
     verbs = "".join(_verb(f"qlora-neft {name}", verb) for name, verb in _leaves(root))
     keys = "".join(
@@ -78,7 +78,7 @@ def _hidden(param: Any) -> bool:
 
 
 def _code(words: str) -> str:
-    """Code in a cell. Between backquotes Python-Markdown shows the backslash of a `\\|`; HTML suits every reader."""
+    """Return words as code in a cell. In HTML: between backquotes Python-Markdown shows the backslash of a `\\|`."""
     if "|" not in words:
         return f"`{words}`"
     return f"<code>{html.escape(words, quote=False).replace('|', '&#124;')}</code>"

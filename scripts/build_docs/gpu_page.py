@@ -1,4 +1,4 @@
-"""Which recipe for which card, asked of the planner for every shipped recipe."""
+"""Which recipe for which card: the planner's answer for every shipped recipe."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ qlora-neft fit qwen3-4b-chat --vram t4
 qlora-neft fit llama2-7b-alpaca --vram 12GiB
 ```
 
-gives the answer for one recipe and one card, at once and before any download. Without `--vram` it asks your own card.
-This page holds the same answers for every shipped recipe.
+gives the answer for one recipe and one card, at once and before any download; without `--vram`, for your own card.
+This page has the same answers for every shipped recipe.
 
 !!! warning "Planned, not measured"
     Weights are counted to the byte. All other terms of memory, and every speed, are a model that has **not been
-    measured on a GPU**. Take a line with little to spare as "try it": `train` starts with the plan, reads the real
-    peak after the first step, and halves the micro-batch if memory runs out, which changes nothing that is learned.
+    measured on a GPU**. If little memory is left to spare, try it: `train` starts with the plan, reads the real peak
+    after the first step, and halves the micro-batch if memory runs out, which changes nothing that is learned.
 
 A cell is the planned peak in GiB. **-**: not even the smallest plan fits. `c`: with activation checkpointing. `p`:
 optimizer states are paged out to the host. `!`: less than 0.5 GiB to spare. Of each card 94% is used.
 """
 
 ADVICE = """
-Recipes of one column have the same base, rank and length, so the same plan; what differs is the data. They are
-explained in [recipes](recipes.md). Without a GPU: `demo`, or a recipe of yours with a base as small.
+Recipes in one column have the same base, rank and length, and therefore the same plan; they differ in their data. They
+are explained in [recipes](recipes.md). Without a GPU: `demo`, or a recipe of your own with an equally small base.
 
 ## It does not fit
 
@@ -43,11 +43,11 @@ explained in [recipes](recipes.md). Without a GPU: `demo`, or a recipe of yours 
 4. a smaller `lora.r`
 5. a smaller base
 
-`qlora-neft fit` says for your case which of these is enough. From the second on they change what is learned.
+`qlora-neft fit` says which of these is enough in your case. All but the first change what is learned.
 
 ## Planned speed
 
-Tokens a second of a training step, from low to high: counted operations over 35% to 60% of the datasheet. **Not
+Tokens per second in a training step, low to high: counted operations over 35% to 60% of the datasheet's speed. **Not
 measured.**
 """
 
@@ -63,7 +63,7 @@ Plans = dict[str, dict[str, dict[str, Any]]]  # by recipe, by card
 
 
 def text() -> str:
-    """The page."""
+    """Return the page."""
     plans = {name: {card: plan_recipe(load_recipe(name), card) for card in CARDS} for name in list_recipes()}
     memory = _table(plans, _peak)
     speed = _table({name: row for name, row in plans.items() if name != "demo"}, _speed)
@@ -71,7 +71,7 @@ def text() -> str:
 
 
 def _table(plans: Plans, cell: Callable[[dict[str, Any]], str]) -> str:
-    """A line for each card, a column for each group of recipes that is planned alike, smaller bases first."""
+    """One row per card, one column per group of recipes with the same plans, smaller bases first."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(plans, key=lambda name: (plans[name]["t4"]["parameters"], name)):
         groups.setdefault(tuple(cell(plans[name][card]) for card in CARDS), []).append(name)

@@ -1,4 +1,4 @@
-"""Tables of committed measurements, put between their marks into pages that are otherwise written by hand.
+"""Tables of committed measurements, written between marks into pages that are otherwise written by hand.
 
 A mark is ``<!-- table: KIND FILE -->`` and ``<!-- end -->``; FILE is a name below docs/results without ``.json``.
 """
@@ -32,12 +32,12 @@ Result = dict[str, Any]
 
 
 def pages() -> dict[str, str]:
-    """The pages with their tables made again: path below docs/, text."""
+    """Return the pages with their tables regenerated: path below docs/, text."""
     return {page: filled((DOCS / page).read_text(encoding="utf-8")) for page in PAGES}
 
 
 def filled(text: str) -> str:
-    """A page with the tables between its marks made again."""
+    """Return a page with the tables between its marks regenerated."""
 
     def table(match: re.Match[str]) -> str:
         opening, kind, name, end = match.groups()
@@ -51,7 +51,7 @@ def filled(text: str) -> str:
 
 
 def arms(result: Result) -> list[str]:
-    """A line a measure, a column an arm: the mean over seeds, and the paired difference with its t interval."""
+    """One row per measure, one column per arm: the mean over seeds, and the paired difference with its t interval."""
     columns = [_label(arm["settings"]) for arm in result["arms"]]
     lines = _head(["", *columns])
     for key, (label, form) in MEASURES.items():
@@ -62,7 +62,7 @@ def arms(result: Result) -> list[str]:
 
 
 def settings(result: Result) -> list[str]:
-    """A line an arm, a column a measure: the mean over seeds, and the paired difference with its t interval."""
+    """One row per arm, one column per measure: the mean over seeds, and the paired difference with its t interval."""
     keys = [key for key in IN_SHORT if key in result["measures"]]
     lines = _head(["", *(MEASURES[key][0] for key in keys)])
     for number, arm in enumerate(result["arms"]):
@@ -72,7 +72,7 @@ def settings(result: Result) -> list[str]:
 
 
 def answers(result: Result) -> list[str]:
-    """A line a way of answering, columns by alpha: means over the runs of length and 2-gram repetition."""
+    """One row per way of answering, columns by alpha: means over the runs of length, repetition and log-diversity."""
     alphas = list(next(iter(result["ways"].values())))
     measures = {"characters": "characters", "repetition_2": "2-gram repetition, %", "log_diversity": "log-diversity"}
     lines = _head(["", *(f"{label}, alpha {alpha}" for label in measures.values() for alpha in alphas)])
@@ -97,7 +97,7 @@ def _line(cells: list[str]) -> str:
 
 
 def _label(stated: dict[str, Any]) -> str:
-    """What an arm is, without what has no effect in it."""
+    """Return the settings of an arm, without those that have no effect in it."""
     shown = {key.split(".")[-1]: value for key, value in stated.items() if value is not None}
     if not shown.get("noise_alpha", 1):
         shown = {key: value for key, value in shown.items() if key not in ("distribution", "adversarial_steps")}

@@ -40,7 +40,7 @@ def _draw(path: Path, fill: Callable[[Any], None]) -> None:
 
 
 def _by_length(axes: Any) -> None:
-    """Largest noise on one component against the sequence's own length, and under padding to 512."""
+    """Draw the largest noise on one component against the sequence's own length, and under padding to 512."""
     own = [noise_scale(ALPHA, length, WIDTH) for length in LENGTHS]
     padded = [noise_scale(ALPHA, max(length, 512), WIDTH) for length in LENGTHS]
     axes.plot(LENGTHS, own, "o-", color=OURS, label="as published: L is the sequence's own length")
@@ -51,7 +51,7 @@ def _by_length(axes: Any) -> None:
 
 
 def _by_batch(axes: Any) -> None:
-    """The same sixteen sequences, noised each by itself and padded in fours."""
+    """Draw the noise of sixteen sequences, each by its own length and padded in fours."""
     rows = compare_scales(list(BATCH), WIDTH, ALPHA)
     places = range(len(rows))
     axes.bar([x - 0.2 for x in places], [row["published"] for row in rows], 0.4, color=OURS, label="as published")
@@ -61,7 +61,7 @@ def _by_batch(axes: Any) -> None:
 
 
 def _norms(axes: Any) -> None:
-    """L2 norm of noise that was really drawn, against length: it does not depend on it."""
+    """Draw the L2 norm of noise drawn by the code against length, on which it does not depend."""
     for distribution, color in (("uniform", OURS), ("gaussian", THEIRS)):
         norms = [norm for length in LENGTHS for norm in _drawn_norms(length, distribution)]
         at = [length for length in LENGTHS for _ in range(8)]
@@ -73,7 +73,7 @@ def _norms(axes: Any) -> None:
 
 
 def _drawn_norms(length: int, distribution: str) -> Iterable[float]:
-    """Norms of the noise of eight sequences, as `NEFTuneNoise` adds it."""
+    """Return the norms of the noise of eight sequences, as `NEFTuneNoise` adds it."""
     width = 64  # the norm does not depend on it either
     spans = [SequenceSpan(row, slice(0, length), length, row) for row in range(8)]
     noise = NEFTuneNoise(spans, ALPHA, seed=0, step=0, distribution=distribution)

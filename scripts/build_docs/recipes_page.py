@@ -1,4 +1,4 @@
-"""The shipped recipes, line by line: values from the files, what each is for, and where it comes from."""
+"""The shipped recipes, line by line: values from the files, the purpose of each, and its source."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ qlora-neft cp {SHOWN} mine.yaml
 qlora-neft diff {SHOWN} mine.yaml
 ```
 
-A recipe states everything that is learned, and nothing is inherited or hidden: copy one, change it, `validate` it.
-Below is `{SHOWN}`, each line with what it is for and its source. *NEFTune* is
+A recipe states everything that is learned; nothing is inherited or hidden. Copy one, change it, `validate` it.
+Below is `{SHOWN}`, each line with its purpose and source. *NEFTune* is
 [arXiv:2310.05914]({SOURCES["NEFTune"]}), *QLoRA* [arXiv:2305.14314]({SOURCES["QLoRA"]}) and the scripts released
-with it. All keys, also those no recipe writes: [commands and keys](commands.md#recipe-keys).
+with it. All keys, including those no recipe sets: [commands and keys](commands.md#recipe-keys).
 """
 
 DIFFERENCES = """
 ## Where the others differ
 
-Only what is not as above. Quality, memory and speed of the Llama and Qwen recipes on this trainer: **not measured**.
+Only what differs from the above. Quality, memory and speed of the Llama and Qwen recipes on this trainer: **not
+measured**.
 
 | recipe | differs in |
 |---|---|
 """
 
 THIRTY = """
-## Why the 30B recipe is another one
+## Why the 30B recipe is different
 
-Twice the effective batch (32) and half the learning rate (1e-4), as NEFTune's section on QLoRA says, and dropout
-0.05, as QLoRA has it above 13B. QLoRA's released script for 33B halves the learning rate and keeps the batch at 16;
-the recipe follows the paper whose table it repeats. A recipe that states `max_steps` and doubles the batch would
-train on twice the tokens; these state epochs.
+Twice the effective batch (32) and half the learning rate (1e-4), as in NEFTune's section on QLoRA, and dropout
+0.05, as in QLoRA above 13B. QLoRA's released script for 33B halves the learning rate and keeps the batch at 16;
+the recipe follows the paper whose table it reproduces. A recipe that states `max_steps` and doubles the batch would
+train on twice the tokens, so these state epochs.
 
 ## Change one
 
@@ -57,22 +58,22 @@ qlora-neft fit tuned.yaml --vram t4
 
 - **Your data**: `data.path`; `data.format` and `data.prompt_template` may be `auto` ([data](data.md)). `preview` needs
   the base's tokenizer, from the Hub or a folder.
-- **Your base**: `model.name_or_path`, any decoder that transformers loads. `revision` pins it.
-- **alpha**: 5 is a careful start. `qlora-neft sweep mine.yaml neftune.noise_alpha=0,5,10,15 --output-dir sweep` decides
-  it for your data ([sweeps](sweeps.md)).
-- **Smaller card**: leave `machine: {}` alone; [which recipe for my GPU](which_recipe.md).
+- **Your base**: `model.name_or_path`, any decoder that transformers loads; `revision` pins it.
+- **alpha**: 5 is a cautious start. `qlora-neft sweep mine.yaml neftune.noise_alpha=0,5,10,15 --output-dir sweep`
+  decides it for your data ([sweeps](sweeps.md)).
+- **Smaller card**: leave `machine: {}` as it is; [which recipe for my GPU](which_recipe.md).
 """
 
 
 def text() -> str:
-    """The page."""
+    """Return the page."""
     sections = "".join(_section(name) for name in section_names() if name in _lines())
     others = "".join(f"| `{name}` | {_differences(name)} |\n" for name in list_recipes() if name != SHOWN)
     return f"{INTRO}{sections}{DIFFERENCES}{others}{THIRTY}"
 
 
 def _lines() -> dict[str, list[tuple[str, str, str]]]:
-    """Key, value and comment of every line of the shown recipe, by section."""
+    """Return key, value and comment of every line of the shown recipe, by section."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for line in (recipe_dir() / f"{SHOWN}.yaml").read_text(encoding="utf-8").splitlines():
         if section := re.match(r"(\w+):", line):
@@ -93,7 +94,7 @@ def _section(name: str) -> str:
 
 
 def _source(comment: str) -> str:
-    """What stands in brackets behind a line; without that it is ours or plain necessity."""
+    """Return the source in brackets after a line; without one the value is our own choice or has no alternative."""
     named = re.search(r"\[([^\]]+)\]", comment)
     return named[1] if named else ""
 

@@ -1,4 +1,4 @@
-"""The list of committed measurements: each page, its main figure computed from the raw ones, the files beside it."""
+"""The list of committed measurements: each page, its main figure computed from raw data, and the files beside it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ RESULTS = DOCS / "results"
 INTRO = """# Results
 
 Every measurement that this project states, with the program that made it, the data and the machine. What is not here
-was not measured. In particular **nothing has been measured on a GPU** unless a page below says so. Figures in the
-list are computed from the raw files beside the pages.
+has not been measured. In particular, **nothing has been measured on a GPU** unless a page below says so. The figures in
+the list are computed from the raw files beside the pages.
 
 | page | in short | raw |
 |---|---|---|
@@ -23,7 +23,7 @@ list are computed from the raw files beside the pages.
 
 
 def text() -> str:
-    """The page."""
+    """Return the page."""
     return INTRO + "".join(_line(path) for path in sorted(RESULTS.glob("*.md")) if path.name != "index.md")
 
 
@@ -36,7 +36,7 @@ def _line(page: Path) -> str:
 
 
 def _first_sentence(body: str) -> str:
-    """The first sentence of running text, its links without their targets."""
+    """Return the first sentence of running text, links without their targets."""
     paragraphs = [block.replace("\n", " ").strip() for block in body.split("\n\n")]
     prose = next(block for block in paragraphs if block and block[0] not in "#|`!<")
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", prose)
