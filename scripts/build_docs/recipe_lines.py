@@ -40,7 +40,7 @@ WHY = {
         "Sequences per optimizer step. The machine decides how they are split, which changes nothing but rounding."
     ),
     "train.num_train_epochs": "Passes over the rows.",
-    "train.learning_rate": "Peak of the schedule. Goes with the effective batch: if you change one, reconsider the other.",
+    "train.learning_rate": "Peak of the schedule. It goes with the effective batch: change one, reconsider the other.",
     "train.lr_scheduler_type": (
         "`constant` has no warm-up; `warmup_steps` beside it is refused, since it would do nothing."
     ),
