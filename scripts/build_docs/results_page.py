@@ -63,6 +63,12 @@ def _cpu_step() -> str:
     return f"{without:.0f} times as fast on AVX2, {with_bf16:.1f} times with AVX512-BF16"
 
 
+def _busy_machine() -> str:
+    arms = _raw("busy_machine")["times_idle"]  # beside no loop, one and two
+    sleeping, spinning = (" and ".join(f"{value:.1f}" for value in arms[arm][1:]) for arm in ("sleeping", "spinning"))
+    return f"beside one and two busy loops {sleeping} times the idle step; with spinning threads {spinning}"
+
+
 def _prepare_data() -> str:
     raw = _raw("prepare_data")
     seconds = raw["first_start_seconds"]
@@ -104,6 +110,7 @@ def _signature() -> str:
 HEADLINES: dict[str, Callable[[], str]] = {
     "figure4": _figure4,
     "cpu_step": _cpu_step,
+    "busy_machine": _busy_machine,
     "prepare_data": _prepare_data,
     "faults": _faults,
     "gguf": _gguf,
