@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .arms import Arm, baseline_of, compare, pairing, rows_interval
-from .names import KNOWN, MeasureName, in_order, name_of
 from .statistics import CONFIDENCE, RESAMPLES, Difference, Interval, leaves_zero_out
+from .tables import KNOWN, MeasureName, in_order, name_of
 
 DECIDING = "held_out_loss"
 METHOD = (

@@ -12,11 +12,11 @@ from ..errors import RunFailed, RunInterrupted
 from ..run_folder.lock import run_lock
 from ..runner.run import run
 from .folder import is_begun, is_done, is_trained, open_sweep
-from .names import name_of
 from .plan import PlannedRun, SweepPlan
 from .queue import Outcome, Runner, run_queue
 from .records import read_run
 from .show import MARKDOWN_FILE, write_results
+from .tables import name_of
 
 
 class Display(Protocol):

@@ -15,8 +15,7 @@ from qlora_neft.base.nf4 import from_nf4, load_nf4_base, nf4_config, to_nf4
 from qlora_neft.errors import UserInputError
 from qlora_neft.export.merge.merge import check_space
 from qlora_neft.export.merge.plan import quantized_names
-from qlora_neft.export.merge.proof import distance, reference_of
-from qlora_neft.export.merge.streamed import Streamed
+from qlora_neft.export.merge.proof import Streamed, distance, reference_of
 from qlora_neft.recipe.schema import Quantization
 
 CPU = torch.device("cpu")

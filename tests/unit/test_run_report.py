@@ -8,8 +8,7 @@ import yaml
 from command_line import invoke
 
 from qlora_neft.compare.arms import arms_by
-from qlora_neft.compare.charts import curve_of, style_of, thinned, ticks
-from qlora_neft.compare.page import write_report
+from qlora_neft.compare.page import curve_of, style_of, thinned, ticks, write_report
 from qlora_neft.compare.records import find_runs, read_run
 from qlora_neft.display.tables import Table
 from qlora_neft.errors import UserInputError

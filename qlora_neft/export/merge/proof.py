@@ -10,9 +10,9 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import log_softmax
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ...adapter.load import nf4_base_of, with_adapter
 from ...base.checkpoint import Checkpoint, skeleton
@@ -21,11 +21,9 @@ from ...base.precision import PrecisionPolicy
 from ...steps import IGNORE_INDEX
 from ...steps.losses import pad_right
 from .plan import Plan
-from .streamed import Streamed
 
 MAX_LOGITS = 2**28  # logits of the trained model that are kept, and that one forward pass makes: 1 GiB in float32
 CHUNK = 2**23  # logits compared at a time, in float64: 64 MiB
-
 Forward = Callable[..., Tensor]  # input_ids and attention_mask, (B, T), to logits, (B, T, V)
 
 
@@ -238,3 +236,59 @@ def _chunks(ours: Tensor, theirs: Tensor, targets: Tensor) -> Iterator[tuple[Ten
     """Split the tokens so that float64 copies of their logits stay small."""
     size = max(1, CHUNK // ours.shape[-1])
     yield from zip(ours.split(size), theirs.split(size), targets.split(size), strict=True)
+
+
+# ---- A merged model that is larger than memory ----
+
+
+class Streamed:
+    """A skeleton that computes with the weights a function gives.
+
+    Args:
+        model: A model without weights, see `skeleton`; nothing else may use it.
+        weight: Returns a parameter by its name, in float32.
+        device: Device to compute on.
+        keep: Whether fetched weights stay; else each is dropped after its module has run.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, weight: Callable[[str], Tensor], device: torch.device, *, keep: bool
+    ) -> None:
+        self.model, self._weight, self._device, self._keep = model, weight, device, keep
+        for prefix, module in model.named_modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(device)
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            if names:
+                self._attach(module, {name: f"{prefix}.{name}" if prefix else name for name in names})
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Tensor:
+        """Return the logits, (B, T, V), float32."""
+        return self.model(**inputs, use_cache=False).logits
+
+    def close(self) -> None:
+        """Drop every weight."""
+        for module in self.model.modules():
+            for name in [name for name, _ in module.named_parameters(recurse=False)]:
+                _drop(module, name)
+
+    def _attach(self, module: nn.Module, names: dict[str, str]) -> None:
+        """Let a module fetch its parameters before it runs; ``names`` has their names in the whole model."""
+
+        def fetch(*_: Any) -> None:
+            for own, full in names.items():
+                if module.get_parameter(own).is_meta:
+                    value = self._weight(full).to(self._device, torch.float32)
+                    module._parameters[own] = nn.Parameter(value, requires_grad=False)
+
+        def drop(*_: Any) -> None:
+            for own in () if self._keep else names:
+                _drop(module, own)
+
+        module.register_forward_pre_hook(fetch)
+        module.register_forward_hook(drop)
+
+
+def _drop(module: nn.Module, name: str) -> None:
+    module._parameters[name] = nn.Parameter(module.get_parameter(name).to("meta"), requires_grad=False)
