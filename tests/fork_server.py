@@ -161,7 +161,7 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
 def _set_streams(unbuffered: bool) -> None:
     """New ones: the server's remember that they may seek in its log."""
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
-    encoding, errors = encoding or "utf-8", errors or "strict"
+    encoding, errors = encoding or sys.stdout.encoding, errors or sys.stdout.errors  # the locale's
     buffering = 0 if unbuffered else -1
     raw = [os.fdopen(0, "rb", closefd=False), *(os.fdopen(n, "wb", buffering, closefd=False) for n in (1, 2))]
     sys.stdin = sys.__stdin__ = io.TextIOWrapper(raw[0], encoding, errors)
