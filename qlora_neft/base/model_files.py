@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,9 @@ from ..errors import UserInputError, first_line
 from ..files import read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_LENGTH = 8  # bytes at the start of a file that give the length of its header, little-endian
+# Bytes of a number, for the dtypes that `_plain_header` reads.
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,37 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         OSError: If there is no such file.
         SafetensorError: If it is damaged.
     """
+    # safe_open imports NumPy whatever it is asked for, so it reads only what is not in order: its errors say why.
+    if (tensors := _plain_header(path)) is not None:
+        return tensors
     with safe_open(path, "np") as file:  # "np" only names what tensors would be read as; none is
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is not a dictionary)
         return {name: StoredTensor(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+
+
+def _plain_header(path: Path) -> dict[str, StoredTensor] | None:
+    """Read a header by hand, in the order of `safe_open`; None if anything in it is unusual or wrong.
+
+    The format: https://github.com/huggingface/safetensors#format.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH), "little")
+            num_bytes = path.stat().st_size - _LENGTH - length  # of all tensors
+            if num_bytes < 0:  # checked before a damaged length is read, which may be any number
+                return None
+            header = json.loads(file.read(length).decode())
+        header.pop("__metadata__", None)
+        found, end = {}, 0
+        # The tensors must cover the rest of the file without gap or overlap, as safetensors demands.
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+            if start != end or stop - start != math.prod(shape) * _SIZES[entry["dtype"]]:
+                return None
+            found[name], end = StoredTensor(shape, entry["dtype"]), stop
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return dict(sorted(found.items())) if end == num_bytes else None
 
 
 def tensor_files(source: str, find: Callable[[str], Path | None]) -> dict[str, str]:

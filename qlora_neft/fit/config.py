@@ -1,7 +1,7 @@
 """A base's configuration and the number of its weights, without its weights: shipped, local, or from the Hub.
 
-safetensors (which imports NumPy) and huggingface_hub are imported only where a checkpoint or the Hub has to be asked:
-each takes a noticeable part of the time in which a shipped recipe is answered.
+huggingface_hub is imported only where the Hub has to be asked: it takes a noticeable part of the time in which a
+shipped recipe is answered.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from ..base.model_files import stored_tensors
 from ..errors import UserInputError, first_line
 from ..files import read_json
 from .geometry import shipped_config
@@ -69,10 +72,6 @@ def _hub_config(name: str, revision: str) -> dict[str, Any]:
 
 
 def _local_parameters(folder: Path) -> int | None:
-    from safetensors import SafetensorError
-
-    from ..base.model_files import stored_tensors
-
     files = sorted(folder.glob("*.safetensors"))
     try:
         tensors = [tensor for path in files for tensor in stored_tensors(path).values()]
