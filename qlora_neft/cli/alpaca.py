@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import UserInputError
+from ..imports import imports_that_stay
 from .options import (
     REPETITION_PENALTY,
     AdapterArgument,
@@ -133,7 +134,8 @@ def judge(
         if not outputs.is_file():
             raise UserInputError(f"{source}: has no {outputs.name}. Write it first: qlora-neft eval alpaca answer DIR.")
     with quiet():
-        from ..evaluation.alpaca.judge import check_judging
+        with imports_that_stay():
+            from ..evaluation.alpaca.judge import check_judging
         from ..evaluation.runs import Machine
 
         check_judging(judge, reference, instructions)
@@ -211,7 +213,8 @@ def answer_judge_or_score(
     with quiet():
         decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
         if by is not None:
-            from ..evaluation.alpaca.judge import check_judging
+            with imports_that_stay():
+                from ..evaluation.alpaca.judge import check_judging
 
             check_judging(by, reference, instructions)  # before hours of answering
         answers = answers_of(source, decoding, machine=machine, **asked)
@@ -225,14 +228,16 @@ def answer_judge_or_score(
 
 def answers_of(source: str, decoding: Decoding, **options: Any) -> Path:
     """Return the file of a model's answers to AlpacaEval's instructions, after answering what is missing."""
-    from ..evaluation.alpaca.answer import answer_instructions
+    with imports_that_stay():
+        from ..evaluation.alpaca.answer import answer_instructions
 
     return answer_instructions(source, decoding=decoding, say=say, **options)
 
 
 def judged(judge: str, outputs: Path, source: str | None, **options: Any) -> Score:
     """Have answers judged; keep the score with the run they are from, if there is one."""
-    from ..evaluation.alpaca.judge import judge_outputs
+    with imports_that_stay():
+        from ..evaluation.alpaca.judge import judge_outputs
     from ..run_folder.record import keep_measures
 
     found = judge_outputs(judge, outputs, say=say, **options)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserInputError
+from ..imports import imports_that_stay
 from ..paths import kind_of
 from . import alpaca
 from .alpaca import answers_of
@@ -136,9 +137,10 @@ def overfit(
 
     check_installed()
     with quiet():
-        from ..evaluation.overfit import overfit_of_runs, overfit_table
-        from ..evaluation.runs import Machine
-        from ..generation.decode import Decoding
+        with imports_that_stay():
+            from ..evaluation.overfit import overfit_of_runs, overfit_table
+            from ..evaluation.runs import Machine
+            from ..generation.decode import Decoding
 
         found = overfit_of_runs(
             sources,
@@ -179,7 +181,8 @@ def loss(
 
     sets = named_sets(data or [])
     with quiet():
-        from ..evaluation.losses import loss_table, losses_of_runs
+        with imports_that_stay():
+            from ..evaluation.losses import loss_table, losses_of_runs
 
         machine = Machine(device, precision, base, batch_size)
         found = losses_of_runs(sources, sets, rows=rows, machine=machine, overrides=changes or (), say=say)
@@ -226,8 +229,9 @@ def flips(
     alphas = _numbers("--alpha", alpha, float, 0)
     lengths = _numbers("--length", length, int, 1) if length is not None else []
     check_device(device)
-    from ..evaluation.embeddings.report import draw, lines
-    from ..evaluation.embeddings.subject import report_on
+    with imports_that_stay():
+        from ..evaluation.embeddings.report import draw, lines
+        from ..evaluation.embeddings.subject import report_on
 
     with json_only(as_json):
         report = report_on(
@@ -295,7 +299,8 @@ def harness(
     check_device(device)
     if output is not None:
         check_parent(output)
-    from ..evaluation.harness import evaluate_adapter, lines
+    with imports_that_stay():
+        from ..evaluation.harness import evaluate_adapter, lines
     from ..files import write_json
     from ..run_folder.record import keep_measures
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserInputError
+from ..imports import imports_that_stay
 from .options import (
     REPETITION_PENALTY,
     AdapterArgument,
@@ -186,8 +187,9 @@ def _loaded(
     """Load the model, for a block in which the libraries are silent."""
     from rich.console import Console
 
-    from ..adapter.load import load_trained
-    from ..display.console import quiet_libraries
+    with imports_that_stay():
+        from ..adapter.load import load_trained
+        from ..display.console import quiet_libraries
 
     console = Console(stderr=True, highlight=False)
     with quiet_libraries():

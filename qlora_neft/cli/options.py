@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserInputError
+from ..imports import imports_that_stay
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -120,7 +121,8 @@ def decoding_of(
     if given and not sample:
         unused = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserInputError(f"{unused}: no effect without --sample. Add it, or omit {unused}.")
-    from ..generation.decode import Decoding
+    with imports_that_stay():
+        from ..generation.decode import Decoding
 
     try:
         return Decoding(
@@ -156,7 +158,8 @@ def json_only(as_json: bool = True) -> Generator[None, None, None]:
 @contextlib.contextmanager
 def quiet() -> Generator[None, None, None]:
     """Keep stdout for the result, and silence the libraries' progress bars and notes."""
-    from ..display.console import quiet_libraries
+    with imports_that_stay():
+        from ..display.console import quiet_libraries
 
     with json_only(), quiet_libraries():
         yield

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserInputError
+from ..imports import imports_that_stay
 from .options import AdapterArgument, BaseOption, JsonOption, RevisionOption, console, print_json, say
 
 if TYPE_CHECKING:
@@ -62,14 +63,15 @@ def merge(
     max_shard_bytes = _bytes_of(max_shard_size)
     if no_proof and proof_data is not None:
         raise UserInputError("--no-proof: cannot be combined with --proof-data. Keep one.")
-    from ..adapter.folder import find_adapter
-    from ..adapter.load import tokenizer_of_adapter
-    from ..adapter.prompts import template_of
-    from ..display.console import quiet_libraries
-    from ..export.merge.merge import check_out, merge_adapter
-    from ..export.merge.plan import plan_merge
-    from ..export.merge.report import lines
-    from ..runner.run_data import proof_rows as rows_of
+    with imports_that_stay():
+        from ..adapter.folder import find_adapter
+        from ..adapter.load import tokenizer_of_adapter
+        from ..adapter.prompts import template_of
+        from ..display.console import quiet_libraries
+        from ..export.merge.merge import check_out, merge_adapter
+        from ..export.merge.plan import plan_merge
+        from ..export.merge.report import lines
+        from ..runner.run_data import proof_rows as rows_of
 
     check_out(out.expanduser())  # before anything is fetched
     with quiet_libraries():
