@@ -36,11 +36,14 @@ class Perturbation:
     def ascend(self) -> None:
         """Move every sequence's noise along its gradient; one without a finite gradient stays where it is."""
         assert self.delta is not None and self.delta.grad is not None, "a pass forward and backward comes first"
+        # Radius and step are meant at the lookup; the hook sees the output, which carries the embedding's `scale`.
         delta, grad, scale = self.delta.detach().clone(), self.delta.grad, self.noise.scale
         for span in self.noise.spans:
             place = span.row, span.tokens
             moved = delta[place] + self.step_size * scale * _direction(grad[place])  # (L, D)
+            # Projection: shrink what left the ball (clamp_max), and do not divide by zero (clamp_min).
             delta[place] = moved * (self.noise.alpha * scale / _norm(moved).clamp_min(1e-12)).clamp_max(1.0)
+        # A new leaf, so that the next backward pass leaves its gradient here and adds to no old one.
         self.delta = delta.requires_grad_()
 
     def norms(self) -> list[Tensor]:
@@ -64,4 +67,5 @@ def _direction(grad: Tensor) -> Tensor:
     """The gradient at length 1; zero if it is zero or not finite."""
     norm = _norm(grad)
     usable = torch.isfinite(norm) & (norm > 0)
+    # By `where` and not `if`: reading the norm would make the host wait for the device.
     return torch.where(usable, grad / norm, torch.zeros_like(grad))

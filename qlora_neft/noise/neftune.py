@@ -45,6 +45,7 @@ def alpha_at(step: int, num_steps: int, alpha: float, final_alpha: float | None,
     """
     if schedule == "constant" or final_alpha is None:
         return alpha
+    # The last step, num_steps - 1, has progress 1; a run of a single step stays at alpha.
     progress = min(step / max(num_steps - 1, 1), 1.0)
     if schedule == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
@@ -81,6 +82,7 @@ class NoiseStatistics:
         if not self.noise_norms:
             return None
         noise, embeds = torch.stack(self.noise_norms), torch.stack(self.embedding_norms)
+        # The only wait for the device, once per log.
         return noise.mean().item(), (noise / embeds).mean().item()
 
 
@@ -114,6 +116,7 @@ class NEFTuneNoise:
         """
         noisy = output.clone()
         for span, noise in self.drawn(output):
+            # In place where a view can be had: an index tensor gives a copy. Other dtypes take the sum in float32 below.
             if noisy.dtype == torch.float32 and isinstance(span.tokens, slice):
                 noisy[span.row, span.tokens].add_(noise)
             else:
@@ -125,6 +128,7 @@ class NEFTuneNoise:
         """Yield each sequence of (B, T, D) embeddings and its noise, (L, D) in float32, valid until the next one."""
         width = output.shape[-1]
         for span, eps in zip(self.spans, self._draws(width, output.device), strict=True):
+            # The paper's factor holds at the lookup; the output carries the embedding's own factor as well.
             bound = noise_scale(self.alpha, span.length, width) * self.scale
             noise = self._scaled(eps, bound).view(-1, width)
             if self.statistics is not None:
@@ -133,6 +137,7 @@ class NEFTuneNoise:
 
     def _draws(self, width: int, device: torch.device) -> Iterator[Tensor]:
         draws = uniform_draws if self.distribution == "uniform" else normal_draws
+        # 128 bits of key: the seed, then step and ordinal in 32 bits each. No hash, so no two draws collide.
         keys = [(self.seed, (self.step << 32) | span.ordinal) for span in self.spans]
         return draws([span.length * width for span in self.spans], keys, device)
 

@@ -63,6 +63,7 @@ def normal_draws(counts: Sequence[int], keys: Sequence[Key], device: torch.devic
     for count, n, uniform in zip(counts, pairs, draws, strict=True):
         radius = (-2 * (1 - uniform[:n]).log()).sqrt()  # 1 - u is in (0, 1]: the logarithm is finite
         angle = 2 * torch.pi * uniform[n:]
+        # Both numbers of each pair are used; an odd count drops the last.
         yield torch.cat((radius * angle.cos(), radius * angle.sin()))[:count]
 
 
@@ -75,6 +76,7 @@ def uniform_by_tensors(counts: Sequence[int], keys: Sequence[Key], device: torch
     k0, k1 = (torch.tensor([_signed(key[i]) for key in keys], device=device).repeat_interleave(repeats) for i in (0, 1))
     raw = torch.stack(_philox(counter, k0, k1), dim=1)  # (N, 4) 64-bit words in the order they are handed out
     halves = torch.stack((raw & _LOW, (raw >> 32) & _LOW), dim=2).view(-1)  # (8 N,); the low half comes first
+    # As NumPy does: the upper 24 of 32 bits, as many as a float32 holds exactly.
     uniform = (halves >> 8).to(torch.float32) * _UNIT
     rows = uniform.split([n * FLOATS_PER_BLOCK for n in blocks])
     return [row[:count] for row, count in zip(rows, counts, strict=True)]
@@ -84,6 +86,7 @@ def _parts(counts: Sequence[int]) -> Iterator[slice]:
     """Runs of neighbors whose scratch memory stays bounded: few kernel launches, and no burst of memory."""
     start, size = 0, 0
     for i, count in enumerate(counts):
+        # One sequence larger than the limit still gets a part of its own.
         if i > start and size + count > FLOATS_AT_ONCE:
             yield slice(start, i)
             start, size = i, 0
@@ -95,6 +98,8 @@ def _parts(counts: Sequence[int]) -> Iterator[slice]:
 def _philox(counter: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a, b, c, d = counter, torch.zeros_like(counter), torch.zeros_like(counter), torch.zeros_like(counter)
     for _ in range(ROUNDS):
+        # One round: each product's low word passes on, its high word is mixed with a neighbor and the key;
+        # then the key is bumped by the Weyl constants.
         high0, low0 = _multiply(a, _MULTIPLIERS[0])
         high1, low1 = _multiply(c, _MULTIPLIERS[1])
         a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
@@ -104,6 +109,8 @@ def _philox(counter: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor, Te
 
 def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     """High and low 64 bits of an unsigned product; int64 tensors hold the bits, products wrap around."""
+    # Long multiplication by halves of 32 bits, as int64 has no wider product. A shift of int64 copies the sign bit,
+    # hence the mask after each.
     x0, x1 = x & _LOW, (x >> 32) & _LOW
     c0, c1 = constant & _LOW, constant >> 32
     low, cross = x0 * c0, x1 * c0
@@ -137,6 +144,7 @@ def keyed_rng(key: int, device: torch.device) -> Generator[None, None, None]:
     Afterwards the generators are where they were before.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # Not torch.manual_seed: it also seeds devices that fork_rng does not put back.
         torch.default_generator.manual_seed(key)
         if device.type == "cuda":
             torch.cuda.manual_seed(key)

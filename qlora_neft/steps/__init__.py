@@ -1,4 +1,4 @@
-"""What an optimizer step is made of: rows, sequences, micro-batches. And the losses of tokenized rows.
+"""The parts of an optimizer step (rows, sequences, micro-batches) and the losses of tokenized rows.
 
 Importing this package does not import torch; its modules do.
 """

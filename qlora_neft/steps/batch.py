@@ -120,6 +120,7 @@ class StepCollator:
     def _micro_batch(self, rows: list[dict[str, Any]], first_ordinals: list[int]) -> MicroBatch:
         if rows[0].pop(GHOST, False):  # the only row of this rank's step
             inputs = self.collator(rows)
+            # The forward and backward pass still run, so that this rank joins the others' exchange of gradients.
             inputs["labels"].fill_(IGNORE_INDEX)
             return MicroBatch(inputs, [])
         num_tokens = sum(_row_length(row) for row in rows)  # read before a collator may pop keys
@@ -150,6 +151,7 @@ def split_rows(
     Returns:
         Row indices of each micro-batch; together every row once.
     """
+    # Ties in the rows' own order: the split is the same on every machine.
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     parts: list[list[int]] = []
     for i in order:
@@ -197,11 +199,13 @@ def _fits(part: list[int], i: int, lengths: Sequence[int], max_rows: int, max_to
     if max_tokens is None:
         return True
     rows = [*part, i]
+    # Padded: a rectangle as wide as its longest row. Flattened: the tokens alone.
     size = len(rows) * max(lengths[j] for j in rows) if padded else sum(lengths[j] for j in rows)
     return size <= max_tokens
 
 
 def _row_length(row: Row) -> int:
+    # A row that its collator tokenizes has no length yet; such rows are split by their number alone.
     return len(row["input_ids"]) if "input_ids" in row else 0
 
 
@@ -229,6 +233,7 @@ def _has_end(inputs: Mapping[str, Any], end: int) -> bool:
     """Whether an end token is no padding; the first of a row does not count: it may be a begin token as well."""
     found = inputs["input_ids"].eq(end)  # (B, T)
     if inputs.get("attention_mask") is not None and inputs["attention_mask"].shape == found.shape:
+        # Pad tokens are equal to end tokens here; the mask tells them apart.
         found = found & inputs["attention_mask"].bool()
     return bool(found[..., 1:].any())
 

@@ -45,8 +45,10 @@ def row_losses(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.d
         batch_size: Rows per forward pass; rows of similar length share one.
         device: Device of the model.
     """
+    # float64: float32 would lose digits over long rows, and sums are compared between runs.
     sums = torch.zeros(len(rows), dtype=torch.float64)
     counts = torch.zeros(len(rows), dtype=torch.int64)
+    # Like lengths together waste the least padding; results go back to the rows' own places.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     with _evaluating(model):
         for start in range(0, len(order), batch_size):
@@ -75,6 +77,7 @@ def mean_token_loss(
     with _evaluating(model):
         for start in range(0, len(rows), batch_size):
             losses, trained = _token_losses(model, collator(list(rows[start : start + batch_size])), device)
+            # clamp: a batch without a trained token counts as 0, not as NaN, and has no weight.
             mean.add(losses.sum() / trained.sum().clamp(min=1), trained.sum())
     return mean.value()
 
@@ -95,6 +98,7 @@ class TokenMean:
         """The mean over all batches, and over all ranks where an accelerator is given; NaN without tokens."""
         pair = torch.stack([torch.as_tensor(self.total).double(), torch.as_tensor(self.count).double()])
         if accelerator is not None and accelerator.num_processes > 1:
+            # Sums are exchanged, not means: ranks may hold different numbers of tokens.
             pair = accelerator.reduce(pair, reduction="sum")
         return (pair[0] / pair[1]).item()
 

@@ -80,6 +80,7 @@ class StepSampler(Sampler[list[int]]):
                 yield rows
 
     def _part(self, rows: list[int]) -> list[int]:
+        # Contiguous shares whose sizes differ by one row at most.
         begin, end = (len(rows) * rank // self.num_ranks for rank in (self.rank, self.rank + 1))
         # Fewer rows than ranks leave some ranks without one: ~i marks row i as a ghost.
         return rows[begin:end] or [~rows[0]]
@@ -99,6 +100,7 @@ class StepRows(Dataset[Mapping[str, Any]]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
+        # A copy: the dataset may hand out the same row, unmarked, to others.
         return {**self.dataset[~index], GHOST: True} if index < 0 else self.dataset[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
@@ -125,6 +127,7 @@ def step_order(sampler: Any, dataset: Any, args: TrainingArguments) -> Order:
         dataset: The rows it orders.
         args: With ``seed`` and ``data_seed``.
     """
+    # Exactly this type: a subclass has an order of its own.
     if type(sampler) is not RandomSampler:
         return sampler
     seed = args.seed if args.data_seed is None else args.data_seed

@@ -78,6 +78,7 @@ def count_tokens(spans: Sequence[SequenceSpan]) -> int:
 def _from_cumulative(bounds: list[int], num_tokens: int | None) -> list[SequenceSpan]:
     """From ``cu_seq_lens_q``: every row was flattened into row 0."""
     end = bounds[-1] if num_tokens is None else num_tokens
+    # bounds are 0, L1, L1 + L2, ...; those from the last real token on enclose padding.
     pairs = [(a, b) for a, b in pairwise(bounds) if a < end]
     return [SequenceSpan(0, slice(a, b), b - a, ordinal) for ordinal, (a, b) in enumerate(pairs)]
 
@@ -88,6 +89,7 @@ def _from_rows(
     spans: list[SequenceSpan] = []
     for row in range(ids.shape[0]):
         real = torch.arange(ids.shape[1]) if mask is None else mask[row].cpu().nonzero().flatten()  # columns
+        # A flattened batch is padded at its end only (pad_to_multiple_of).
         if mask is None and num_tokens is not None:
             real = real[:num_tokens]
         for tokens in _split_at_restarts(real, None if positions is None else positions[row].cpu()):
@@ -101,6 +103,7 @@ def _split_at_restarts(real: Tensor, positions: Tensor | None) -> list[Tensor]:
     if positions is None:
         return [real]
     starts = (positions[real] == 0).nonzero().flatten().tolist()
+    # The first real token begins a sequence anyway, and must not cut off an empty one before it.
     inner = [start for start in starts if start > 0]
     return list(torch.tensor_split(real, inner))
 

@@ -88,8 +88,10 @@ class CheckpointedTrainer(SFTTrainer):
             UserInputError: If the checkpoint is damaged, or there is none.
         """
         self._session_began = time.monotonic()
+        # Upstream seeds the global streams anew and draws from them; the caller's draws go on as if it had not.
         with preserved_rng():
             try:
+                # Upstream would take the highest-numbered folder, damaged or not.
                 if resume_from_checkpoint is True:
                     resume_from_checkpoint = self._newest_checkpoint()
                 if resume_from_checkpoint:
@@ -99,6 +101,7 @@ class CheckpointedTrainer(SFTTrainer):
                         return self._take_over(checkpoint.path)
                 return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
             except StepGivenUp:
+                # The weights are those of the last whole step, and so is the checkpoint; the half gradient is dropped.
                 self.model.zero_grad(set_to_none=True)
                 self._save_checkpoint(self.model, None)
                 return None
@@ -127,6 +130,7 @@ class CheckpointedTrainer(SFTTrainer):
         """Optimizer steps of the whole run."""
         if self.args.max_steps > 0:
             return self.args.max_steps
+        # A batch of the dataloader is an optimizer step, so accumulation does not enter here.
         return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
 
     def _take_over(self, checkpoint: Path) -> None:
@@ -143,11 +147,13 @@ class CheckpointedTrainer(SFTTrainer):
         if self.args.should_save:
             try:
                 self._write_checkpoint(self._output_dir)
+            # torch.save reports a full disk as a RuntimeError, safetensors as an error of its own.
             except (OSError, RuntimeError, SafetensorError) as error:
                 cause = disk_problem(error) or (isinstance(error, OSError) and (error.strerror or str(error)))
                 if not cause:
                     raise
                 raise RunFailed(self._cannot_save(cause)) from error
+        # No rank leaves, and so ends the process group, while another still writes.
         self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, output_dir: Path) -> None:
@@ -160,6 +166,7 @@ class CheckpointedTrainer(SFTTrainer):
             (folder / PROGRESS).write_text(json.dumps(self._progress()), encoding="utf-8")
         # Outside the manifest: nothing here needs the random states, so a checkpoint without them is sound.
         self._save_rng_state(str(output_dir / f"checkpoint-{step}"))
+        # Only now that the new one is whole: a crash leaves at least one sound checkpoint.
         prune(output_dir, self.args.save_total_limit or KEEP)
         if self.on_checkpoint:
             self.on_checkpoint(output_dir / f"checkpoint-{step}")
@@ -172,6 +179,7 @@ class CheckpointedTrainer(SFTTrainer):
             "trained_tokens_seen": self.trained_tokens_seen,
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self._bad_in_a_row,
+            # Without a shortage of memory a resumed run may choose its micro-batches anew.
             "split": [self.split.rows, self.split.tokens] if self.split.is_smaller else None,
         }
 
@@ -225,6 +233,7 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
     """
     saved = load_file(folder / "adapter_model.safetensors")
     expected = get_peft_model_state_dict(model)
+    # PEFT loads with strict=False, which passes over names that do not match without a word.
     if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in expected.items()}:
         raise UserInputError(
             f"{folder}: its adapter has other layers or another rank. Resume with the recipe it is from."

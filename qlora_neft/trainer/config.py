@@ -76,6 +76,7 @@ class QLoRANeftConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         """Check the values, then fill in what the machine decides."""
+        # Before upstream's own, which sets bf16 wherever it was left open, whatever the device can do.
         self._check_noise()
         self._check_counts()
         self._set_precision()
@@ -98,6 +99,7 @@ class QLoRANeftConfig(SFTConfig):
     def _check_noise(self) -> None:
         for name in ("neftune_noise_alpha", "neftune_final_alpha"):
             value = getattr(self, name)
+            # NaN fails every comparison, so the rule is stated as what must hold.
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: must be a finite number >= 0, got {value}. Use None or 0 for no noise.")
         for name, allowed in (("neftune_distribution", DISTRIBUTIONS), ("neftune_schedule", SCHEDULES)):
@@ -140,6 +142,7 @@ class QLoRANeftConfig(SFTConfig):
         """Choose bf16 or fp16 by capability if the caller left both open; upstream's default is bf16 everywhere."""
         if self.bf16 or self.fp16:
             resolve_precision("bf16" if self.bf16 else "fp16", self._device())  # raises where it would crawl or crash
+        # An explicit bf16=False, with fp16 off as well, is a wish for float32 and stays.
         elif self.bf16 is None:
             policy = resolve_precision("auto", self._device())
             self.bf16, self.fp16 = policy.amp == "bf16", policy.amp == "fp16"
@@ -150,11 +153,14 @@ class QLoRANeftConfig(SFTConfig):
         self.dataloader_pin_memory = self.dataloader_pin_memory and on_gpu
         if self.max_tokens_per_micro_batch is None and not on_gpu:
             self.max_tokens_per_micro_batch = CPU_TOKENS
+        # The caller may have used upstream's old name or its new one. Only the new one is passed on: the old one warns.
         asked = [self.gradient_checkpointing, getattr(self, CHECKPOINTING)]
         chosen = next((value for value in asked if value is not None), None)
+        # Upstream knows all or nothing; `CheckpointSomeBlocks` switches it off again for the other blocks.
         if self.checkpointed_blocks is not None:
             chosen = self.checkpointed_blocks > 0
         elif chosen is None:
             chosen = on_gpu
+        # Where CHECKPOINTING is this very field, the next line fills it in.
         self.gradient_checkpointing = None
         setattr(self, CHECKPOINTING, chosen)

@@ -1,4 +1,4 @@
-"""What fits in memory: how large a micro-batch may be, and what the first step of a session really took."""
+"""Memory during training: how large a micro-batch may be, and the peak that the first step of a session reached."""
 
 from __future__ import annotations
 
@@ -52,13 +52,14 @@ def too_large(tokens: int, rows: int, error: str) -> str:
     detail = error.strip().splitlines()[0] if error.strip() else "out of memory"
     return (
         f"out of memory: {what} does not fit on this device ({detail}). In this order: "
+        # Cheapest first: this one costs time alone, the next ones change what is learned.
         "machine.activation_checkpointing=true, a lower data.max_length, optim paged_adamw_8bit, a lower lora.r, a "
         "smaller base. What was learned so far is in the newest checkpoint; machine settings may change on a resume."
     )
 
 
 class Probed(Protocol):
-    """What `MemoryProbe` needs of a trainer."""
+    """The part of a trainer that `MemoryProbe` reads and changes."""
 
     split: Split
     say: Callable[[str], None]
@@ -88,6 +89,7 @@ class MemoryProbe(TrainerCallback):
         expected = "" if self.estimate is None else f", {self.estimate / GIB:.2f} GiB expected"
         self.trainer.say(f"memory: {self.measured / GIB:.2f} GiB after the first step{expected}")
         split = self.trainer.split
+        # A later step may have longer rows than this one; better to halve now than to run out in the middle of a step.
         if self.measured > USABLE * self.total and split.rows > 1:
             self.trainer.split = split.half_of(split.rows, split.tokens or 0)
             self.trainer.say(
@@ -100,6 +102,7 @@ def cuda_probe(trainer: Any, estimate: int | None) -> MemoryProbe | None:
     device = trainer.args.device
     if device.type != "cuda":
         return None
+    # Forget the peak of loading: 16-bit weights pass through the card on their way to NF4.
     torch.cuda.reset_peak_memory_stats(device)
     total = torch.cuda.get_device_properties(device).total_memory
     # Reserved, not allocated: what the caching allocator holds is what the card no longer has.

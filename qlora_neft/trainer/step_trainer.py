@@ -71,6 +71,7 @@ class StepTrainer(CheckpointedTrainer):
     ) -> Tensor:
         """Run forward and backward through the micro-batches of one optimizer step; return the step's loss."""
         step = inputs if isinstance(inputs, StepBatch) else StepBatch.of(inputs)
+        # Once a run: a resumed one passed it in its first session.
         if self.tokens_seen == 0:
             check_labels(step, self.processing_class)
         if self.split.is_smaller:  # the dataloader still splits steps as the run began
@@ -81,6 +82,7 @@ class StepTrainer(CheckpointedTrainer):
             loss = self._accumulate(model, step, num_items_in_batch)
         self.tokens_seen += step.num_tokens()
         self.trained_tokens_seen += step.num_trained_tokens()
+        # Acted upon in `_get_grad_norm`, which upstream calls next.
         self._loss_is_finite = math.isfinite(loss.item())
         return loss
 
@@ -91,6 +93,7 @@ class StepTrainer(CheckpointedTrainer):
         """
         if self.aux_loss_enabled:
             self.current_gradient_accumulation_steps = len(step)  # upstream averages a router loss over these
+        # A sum, not a mean: TRL divides each micro-batch's loss by the trained tokens of the whole step.
         first_ordinal, loss = self._first_ordinal(step), torch.zeros((), device=self.args.device)
         passes = self._num_passes()
         if passes > 1:  # the gradient is the mean of the passes
@@ -104,9 +107,11 @@ class StepTrainer(CheckpointedTrainer):
             try:
                 for number in range(passes):
                     synced = self._gradient_sync(model, now=is_last and number == passes - 1)
+                    # dict(): TRL adds keys to the inputs, and FreeLB passes over the same batch again.
                     with synced, self.randomness(micro, first_ordinal, index, number):
                         loss = loss + super().training_step(model, dict(micro.inputs), num_items)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
+                # accelerate knows the messages of cuDNN and of the CPU's allocator as well.
                 if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
                     raise
                 self._shrink(micro, model, error, is_last=is_last, splits=step.collator is not None)
@@ -125,6 +130,7 @@ class StepTrainer(CheckpointedTrainer):
         """
         dropout = stream_key("dropout", self.args.seed, self.state.global_step, self.args.process_index, index)
         noise = self._noise_of_pass(micro, first_ordinal, number)
+        # The embedding runs outside the checkpointed blocks: recomputing activations draws no noise a second time.
         with noisy_embeddings(self._embedding(), noise), keyed_rng(dropout, self.args.device):
             yield
 
@@ -167,6 +173,7 @@ class StepTrainer(CheckpointedTrainer):
     def _noise(self, micro: MicroBatch, first_ordinal: int) -> NEFTuneNoise | None:
         """NEFTune's noise for a micro-batch, None where there is none."""
         alpha = self._alpha(self.state.global_step)
+        # Alpha 0 registers no hook at all, so that it is bit for bit the run without NEFTune.
         if alpha == 0 or micro.spans == []:  # no span: a row that only keeps this rank in step with the others
             return None
         # Unknown boundaries raise here: they are harmless until there is noise to scale.
@@ -213,7 +220,7 @@ class StepTrainer(CheckpointedTrainer):
         return (self.state.global_step + 1) % every == 0 or self.state.global_step == 0
 
     def _noise_log(self) -> dict[str, float]:
-        """What the log says of the noise measured since the last call."""
+        """Return the log entries on the noise measured since the last call."""
         means, self._noise_statistics = self._noise_statistics.means(), NoiseStatistics()
         norms, self._adversarial_norms = self._adversarial_norms, []
         if means is None:
@@ -237,6 +244,7 @@ class StepTrainer(CheckpointedTrainer):
         """
         rows, tokens = micro.inputs["input_ids"].shape  # (B, T)
         rows = rows if micro.spans is None else max(len(micro.spans), 1)  # flattened rows are one row of the tensor
+        # In the last micro-batch the ranks exchange gradients: the others wait for this one's and cannot go back.
         if rows <= 1 or not splits or (is_last and self.args.world_size > 1):
             raise RunFailed(too_large(tokens, rows, str(error))) from None
         self.split = self.split.half_of(rows, micro.inputs["input_ids"].numel())
@@ -257,6 +265,7 @@ class StepTrainer(CheckpointedTrainer):
         Under fp16 a gradient that overflows is left to the scaler as long as the loss is finite: it skips the step by
         itself and lowers its scale.
         """
+        # Upstream asks between the backward pass and the optimizer's step: the last chance to drop a gradient.
         norm = super()._get_grad_norm(model, grad_norm)
         if self._loss_is_finite and (self.args.fp16 or math.isfinite(float(norm))):
             self._bad_in_a_row = 0
@@ -283,6 +292,7 @@ class StepTrainer(CheckpointedTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a dataloader whose batches are whole optimizer steps, as `StepBatch`."""
+        # Upstream builds its dataloader from the attribute; evaluation must find the plain collator there again.
         plain = self.data_collator
         self.data_collator = StepCollator(plain, self.split.rows, self.split.tokens, self.padding_free)
         try:
@@ -296,6 +306,7 @@ class StepTrainer(CheckpointedTrainer):
             return None
         dataset, collator, args = self.train_dataset, self.data_collator, self.args
         if isinstance(dataset, datasets.Dataset):
+            # As upstream does for its own dataloader, which this one replaces.
             dataset = cast(Any, self._remove_unused_columns(dataset, description="Training"))
         else:
             collator = self._get_collator_with_removed_columns(collator, description="Training")

@@ -82,8 +82,10 @@ class QLoRANeftTrainer(StepTrainer):
         if isinstance(model, (str, Path)):
             processing_class = processing_class or _tokenizer_of(str(model), args)
             model = _load_base(str(model), args, quantization_config)
+        # A ready model comes here without `load_nf4_base`, and its first evaluation would rewrite its weights.
         keep_nf4_layout(model)
         model = _with_adapters(model, peft_config, args.seed)
+        # Taken now, since TRL's constructor rounds them to bf16; put back right after it.
         initial = _quantized_trainable(model)
         super().__init__(
             split=Split(args.micro_batch_size or args.per_device_train_batch_size, args.max_tokens_per_micro_batch),
@@ -140,6 +142,7 @@ class QLoRANeftTrainer(StepTrainer):
         found = super().prediction_step(model, inputs, *args, **kwargs)
         loss = found[0]
         if self._eval_loss is not None and labels is not None and loss is not None:
+            # The first label of a row is never predicted, so it counts for nothing.
             self._eval_loss.add(loss, labels[..., 1:].ne(IGNORE_INDEX).sum().to(loss.device))
         return found
 
@@ -161,6 +164,7 @@ class QLoRANeftTrainer(StepTrainer):
         if not features or "input_ids" not in features[0]:
             return None
         size, device = self.args.per_device_eval_batch_size, self.args.device
+        # Autocast as in training, so that the two losses differ by noise and dropout, not by number format.
         with preserved_rng(), self.accelerator.autocast():
             return mean_token_loss(self.model, features, self.data_collator, size, device)
 
@@ -168,6 +172,7 @@ class QLoRANeftTrainer(StepTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the noise's norms and, every ``clean_loss_steps``, the clean train loss."""
+        # Only training steps log a plain `loss`; evaluations and the final summary have prefixed names.
         if "loss" in logs:
             logs.update(self._noise_log())
             if self._clean_loss_due(self.state.global_step) and (loss := self.clean_train_loss()) is not None:
@@ -205,6 +210,7 @@ class CleanLossDue(TrainerCallback):
         """Whether the clean loss is due in the log of ``step``; asked once per log."""
         if not self.every or step < self._next:
             return False
+        # The next multiple, not `every` further on: logs that fall between multiples must not shift the rhythm.
         self._next = (step // self.every + 1) * self.every
         return True
 
@@ -250,6 +256,7 @@ def _own_arguments(args: TrainingArguments | None) -> QLoRANeftConfig:
 def _step_arguments(args: QLoRANeftConfig) -> QLoRANeftConfig:
     """A copy in which one dataloader batch is one optimizer step; the trainer splits it itself."""
     step = copy.copy(args)
+    # Upstream's loop then steps the optimizer after every batch, and counts steps, epochs and logs by it.
     step.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     step.gradient_accumulation_steps = 1
     if step.n_gpu > 1:
@@ -304,6 +311,7 @@ def _with_adapters(
         return model
     if peft_config is None and not getattr(model, "is_loaded_in_4bit", False):
         return model  # a ready, unquantized model trains in full, as in SFTTrainer
+    # LoRA's A is drawn from the global stream: seeded here, whatever drew from it before.
     set_seed(seed)
     return add_adapters(model, peft_config or default_lora_config(count_parameters(model)))
 
