@@ -103,7 +103,7 @@ class AdapterFolder:
 
     @property
     def data(self) -> RunData | None:
-        """What is known of the training data; None without a record."""
+        """The record of the training data; None without one."""
         if self.summary is not None:
             return RunSummary.of(self.summary).data
         report = self.path.parent / "data_report.json"  # a run writes it at its beginning
@@ -128,6 +128,7 @@ def find_adapter(source: str | Path, *, revision: str | None = None, base: str |
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
         raise UserInputError(f"{source}: {_what_is_missing(path)}")
     config = read_record(path / CONFIG)
+    # Prompt tuning, IA3 and others write the same two files.
     if str(config.get("peft_type", "")).upper() != "LORA":
         raise UserInputError(f"{source}: must be a LoRA adapter, its peft_type is {config.get('peft_type')!r}.")
     summaries = [path / name for name in SUMMARIES if (path / name).is_file()]
@@ -171,6 +172,7 @@ def _downloaded(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    # A name without an owner is a mistyped folder more often than one of the Hub's few models without.
     if kind_of(source) != "hub" or "/" not in source:
         raise UserInputError(f"{source}: no such folder. Give the --output-dir of a run, or a Hub id (owner/name).")
     try:

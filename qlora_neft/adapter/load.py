@@ -84,6 +84,7 @@ def load_trained(
     """
     folder = source if isinstance(source, AdapterFolder) else find_adapter(source, revision=revision, base=base)
     policy = resolve_precision(precision, device, folder.quantization.bnb_4bit_compute_dtype)
+    # Tokenizer and template come before gigabytes of weights, so that a mistake in them shows at once.
     tokenizer = tokenizer_of_adapter(folder)
     try:
         prompts = Prompts(tokenizer, prompt_template or template_of(folder, tokenizer))
@@ -96,6 +97,7 @@ def load_trained(
 
 def tokenizer_of_adapter(folder: AdapterFolder) -> PreTrainedTokenizerBase:
     """Load the tokenizer saved beside the adapter, else the base's."""
+    # The run's own first: it may have a chat template or an end token that the base lacks.
     if (folder.path / "tokenizer_config.json").is_file():
         return load_tokenizer(str(folder.path))
     with naming_the_base(folder):
@@ -124,6 +126,7 @@ def with_adapter(base: PreTrainedModel, folder: AdapterFolder) -> PeftModel:
         return PeftModel.from_pretrained(base, str(folder.path)).eval()
     except SafetensorError as error:
         raise UserInputError(f"{folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}") from error
+    # PEFT raises ValueError for target modules that are missing, torch RuntimeError for other shapes.
     except (RuntimeError, ValueError) as error:
         raise UserInputError(
             f"{folder.source}: the adapter does not fit the base {folder.base!r}. Give the base it was trained on "

@@ -42,6 +42,7 @@ class Prompts:
         format = "text" if self.name == "none" else "messages"
         self.template = make_template(self.name, format, tokenizer)
         self._encoder = Encoder(tokenizer, adds_special_tokens=self.template.adds_special_tokens)
+        # A template may end a response otherwise than the tokenizer ends a text.
         ends = [end for end in {self.template.end, tokenizer.eos_token} if end is not None]
         self.stop_token_ids = tuple(sorted(cast("list[int]", tokenizer.convert_tokens_to_ids(ends))))
 
@@ -87,6 +88,7 @@ class Prompts:
             return self.ids_of_text(alpaca_prompt(example.instruction, example.input))
         if isinstance(example, Passage) and self.name == "none":
             return self.ids_of_text(example.prompt)
+        # A row of one request and its response: only the request is asked.
         return self.ids(as_dialogue(example).messages[:1])
 
     def ids_of_text(self, text: str) -> list[int]:

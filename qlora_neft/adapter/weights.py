@@ -1,4 +1,4 @@
-"""What an adapter adds to the weights of its base, read one layer at a time. Names, shapes and scales need no torch."""
+"""The changes an adapter makes to its base's weights, read layer by layer. Names, shapes and scales need no torch."""
 
 from __future__ import annotations
 
@@ -125,6 +125,7 @@ class Update:
         if name not in self.pairs:
             return None
         a, b = self._weights.pair(self.pairs[name])
+        # In float32 whatever the matrices are stored in, so that the sum with the base is rounded once.
         return (b.float() @ a.float()).mul_(self._weights.scale(self.pairs[name]))
 
     def whole(self, name: str) -> Tensor | None:
@@ -135,8 +136,10 @@ class Update:
         name, key = f"{module}.weight", f"{PREFIX}{module}{A}"
         own = self._weights.shapes
         shape = shapes.get(name, ())  # (out, in)
+        # A module that the base lacks has shape () and fits neither matrix.
         if own[key] != (rank, *shape[1:]) or own.get(f"{PREFIX}{module}{B}") != (*shape[:1], rank):
             raise self._misfit(key)
+        # In training only one of the two uses changed; merged, the shared weight would change both.
         if name in tied:
             raise self._refused(name, "is shared by embedding and head")
         self.pairs[name] = module

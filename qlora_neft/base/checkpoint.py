@@ -72,6 +72,7 @@ class Checkpoint:
 
     def parameters(self) -> dict[str, str]:
         """Return the stored parameters and their names in the files, tied ones once, in the model's order."""
+        # Reversed, so that of tied parameters the first in the model's order keeps the key.
         stored = {key: name for name, key in reversed(self.key_of.items())}
         return {name: key for name, key in self.key_of.items() if stored[key] == name}
 
@@ -118,6 +119,7 @@ class Checkpoint:
                     f"{self.source}: {type(self.model).__name__} keeps its weights in another form than its files "
                     f"({key} is part of {name}), as mixtures of experts do. Such a model cannot be merged here."
                 )
+            # A rule for old checkpoints may match a name that is right already.
             name = key if key in state and name not in state else name
             if name in state:
                 found[name] = key
@@ -136,6 +138,7 @@ class Checkpoint:
     def _add_tied(self, found: dict[str, str]) -> None:
         """Add tied parameters whose twin is stored; the configuration says which are tied."""
         for name, other in self.model.all_tied_weights_keys.items():
+            # Either of the two may be the stored one.
             for one, two in ((name, other), (other, name)):
                 if one not in found and two in found:
                     found[one] = found[two]
@@ -170,6 +173,7 @@ class ShardWriter:
         """Write the last shard, and the index if there is more than one."""
         self._flush()
         count = len(self._shards)
+        # A shard's name holds their number, known only now: until here they are drafts.
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         for i, name in enumerate(names):
             self._draft(i).rename(self.folder / name)
@@ -179,6 +183,7 @@ class ShardWriter:
             write_json(self.folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
 
     def _flush(self) -> None:
+        # The metadata that save_pretrained writes; transformers 4 refuses a file without it.
         save_file(self._pending, self._draft(len(self._shards)), metadata={"format": "pt"})
         self._shards.append(list(self._pending))
         self.total_bytes += _size(self._pending)
@@ -232,6 +237,7 @@ def read_embedding(name_or_path: str, *, revision: str | None = None) -> Tensor:
 def _name_and_shape(name_or_path: str, revision: str | None) -> tuple[str, torch.Size]:
     """Return name and shape of the embedding in this architecture; the model is built without memory for weights."""
     config = check_base_config(name_or_path, **({"revision": revision} if revision else {}))
+    # Names differ between architectures, so the model itself is asked.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     weight = model.get_input_embeddings().weight
@@ -242,6 +248,7 @@ def _stored_name(name: str, files: Mapping[str, str], source: str) -> str:
     """Return the name in the files: old ones lack the outermost module's name, multimodal ones order it otherwise."""
     if name in files:
         return name
+    # Module and parameter, such as embed_tokens.weight: the part that all spellings share.
     ending = ".".join(name.split(".")[-2:])
     found = [key for key in files if key == ending or key.endswith(f".{ending}")]
     if len(found) != 1:

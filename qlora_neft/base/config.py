@@ -39,6 +39,7 @@ def check_base_config(name_or_path: str, **kwargs: Any) -> PreTrainedConfig:
     architectures = config.architectures or []
     is_built_in = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     brings_its_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    # A repository may bring code for a model that transformers has too; then its code is not needed.
     if brings_its_code and not is_built_in and not kwargs.get("trust_remote_code"):
         raise _needs_its_own_code(name_or_path)
     if not _is_causal(config, architectures, is_built_in=is_built_in, brings_its_code=brings_its_code):
@@ -56,6 +57,7 @@ def check_context(config: PreTrainedConfig, max_length: int) -> None:
     Raises:
         UserInputError: If ``max_length`` exceeds ``max_position_embeddings``.
     """
+    # get_text_config: of a multimodal model the part that reads tokens.
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and max_length > context:
         raise UserInputError(
@@ -119,6 +121,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
             "to stop. Set eos_token in its tokenizer_config.json."
         )
     if tokenizer.pad_token is None:
+        # Padding is masked, so its token does not matter; `check_labels` refuses collators that mask real end tokens.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -42,6 +42,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     """
     targets = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
     names = [name for name, _ in model.named_modules()]
+    # As PEFT matches: a target is a module's path or the end of it.
     unknown = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
     if unknown:
         linears = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)})

@@ -65,6 +65,7 @@ def load_nf4_base(
     """
     config_kwargs = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     config = check_base_config(name_or_path, **config_kwargs)
+    # A checkpoint that is stored in NF4 keeps its own constants and configuration.
     if getattr(config, "quantization_config", None) is None:
         kwargs["quantization_config"] = quantization_config or nf4_config(Quantization(), compute_dtype)
     kwargs.setdefault("device_map", {"": device})
@@ -78,6 +79,7 @@ def load_nf4_base(
         raise UserInputError(
             f"model.name_or_path: no weights could be read from {name_or_path!r}. ({first_line(error)})"
         ) from error
+    # transformers initializes missing weights at random and only warns.
     if info["missing_keys"]:
         names = sorted(info["missing_keys"])
         raise UserInputError(
@@ -103,6 +105,7 @@ def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype, matmul_dtype: 
             module.compute_type_is_set = True  # else bitsandbytes takes the dtype of the first input it sees
             module.weight.quant_state.dtype = matmul_dtype or dtype  # ty: ignore[missing-attribute]  # a Params4bit
     for name, param in model.named_parameters():
+        # Packed bytes are not numbers: a cast would destroy them.
         if isinstance(param, Params4bit) or not param.is_floating_point():
             continue
         if any(part in keep_fp32 for part in name.split(".")) and dtype != torch.float32:
@@ -151,6 +154,7 @@ def to_nf4(weight: Tensor, double_quant: bool) -> Params4bit:
 
 def from_nf4(weight: Params4bit) -> Tensor:
     """Return the float32 values that a quantized weight stands for, (out, in)."""
+    # dequantize_4bit returns the dtype that the state names.
     weight.quant_state.dtype = torch.float32
     return dequantize_4bit(weight.data, weight.quant_state)
 
@@ -160,6 +164,7 @@ def _stored_tensors(param: Tensor) -> Iterator[Tensor]:
     state = getattr(param, "quant_state", None)
     if state is None:
         return
+    # With double quantization absmax is bytes itself: scale and offset of a second level turn it into floats.
     yield state.absmax
     if state.nested:
         yield state.offset
@@ -169,5 +174,6 @@ def _stored_tensors(param: Tensor) -> Iterator[Tensor]:
 def _sha256(tensors: Iterator[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
+        # As bytes, since NumPy has no bfloat16.
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
     return digest.hexdigest()

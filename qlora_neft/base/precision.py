@@ -69,6 +69,7 @@ def resolve_precision(
         _by_capability(target) if precision == "auto" else (precision, f"precision={precision} was asked for")
     )
     _refuse_unsupported(chosen, target, "precision")
+    # The format of the products may differ from autocast's, so it is checked by itself.
     if compute_dtype == "bfloat16":
         _refuse_unsupported("bf16", target, "bnb_4bit_compute_dtype")
     dtype = _DTYPES[chosen] if compute_dtype == "auto" else getattr(torch, compute_dtype)

@@ -1,1 +1,1 @@
-"""What a user sees of recipes and runs: lines, progress, tables, pictures."""
+"""Recipes and runs as shown to a user: lines, progress, tables, pictures."""

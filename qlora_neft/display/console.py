@@ -1,4 +1,4 @@
-"""What a user sees of a run before and after it trains; what it shows meanwhile is in `progress`.
+"""A run before and after it trains, as shown to a user; `progress` shows it meanwhile.
 
 Messages of libraries that are meant for developers are kept out.
 """
@@ -35,6 +35,7 @@ def make_console(*, quiet: bool = False, silent: bool = False) -> Console:
         quiet: Write to stderr instead, since a program reads stdout.
         silent: Write nowhere.
     """
+    # soft_wrap: the terminal wraps, so that paths and commands can be copied whole and a pipe gets full lines.
     return Console(stderr=quiet, highlight=False, soft_wrap=True, quiet=silent)
 
 

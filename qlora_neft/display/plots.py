@@ -36,6 +36,7 @@ def new_picture(title: str, size: tuple[float, float] = (8, 4.5)) -> tuple[Any, 
         from matplotlib.figure import Figure
     except ImportError:
         return None
+    # Not pyplot, which keeps every figure alive and looks for a window system.
     figure = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -134,6 +135,7 @@ def _heights(part: dict[str, Any], width: float, share: bool) -> tuple[list[floa
     """Return heights and edges of the bars; as shares, parts of any size and bin width can be compared."""
     edges, counts = part["histogram"]["edges"], part["histogram"]["counts"]
     scale = 100 / sum(counts) if share else 1.0
+    # Counts per bin become heights per `width` tokens, the unit of the first part drawn.
     widths = (after - before for before, after in pairwise(edges))
     return [n * scale * width / (own or 1) for n, own in zip(counts, widths, strict=True)], edges
 

@@ -1,4 +1,4 @@
-"""What a user sees of a run while it trains: a progress bar on a terminal, plain lines in a pipe, and its speed.
+"""A run while it trains, as shown to a user: a progress bar on a terminal, plain lines in a pipe, and its speed.
 
 A module apart from `console`, since `TrainerCallback` imports PEFT and bitsandbytes, which no other display needs.
 """
@@ -58,6 +58,7 @@ class ProgressLines(TrainerCallback):
         news = {name: logs[key] for key, name in LOSSES if logs and key in logs}
         if not news or not state.is_world_process_zero:
             return
+        # Training and evaluation log in entries of their own; the bar shows the latest of each.
         self.latest |= news
         if self.bar is not None:
             self.bar.update(self.task, description="  ".join(f"{k} {v:.3f}" for k, v in self.latest.items()))
@@ -100,6 +101,7 @@ class SpeedLine(TrainerCallback):
             self._began, self._tokens = time.monotonic(), self.tokens_seen()
         if self.steps != WARM_UP + MEASURED:
             return
+        # Never 0, which a coarse clock could measure on a tiny model.
         seconds = max(time.monotonic() - self._began, 1e-9)
         self.tokens_per_second = (self.tokens_seen() - self._tokens) / seconds
         left = (state.max_steps - state.global_step) * seconds / MEASURED

@@ -59,6 +59,7 @@ def questions(
     """
     found = []
     for row in dataset.select(range(min(count, len(dataset)))):
+        # In a conversation earlier responses are trained too; they belong to the prompt.
         begin, end = _last_response(row["labels"])
         if row["input_ids"][end - 1] in stop_token_ids:
             end -= 1
@@ -88,6 +89,7 @@ def greedy_answers(
         stop_token_ids: Tokens that end an answer; by default the tokenizer's end token.
     """
     decoding, prompts = Decoding(max_new_tokens), [question.prompt_ids for question in asked]
+    # Answers come in the order of batches, and prompts that fill the context have none.
     texts = [""] * len(prompts)
     found = generate_ids(model, tokenizer, prompts, decoding, batch_size=batch_size, stop_token_ids=stop_token_ids)
     for i, ids in found:

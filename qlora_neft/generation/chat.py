@@ -94,6 +94,7 @@ class Chat:
             RunFailed: If it does not fit in memory.
             RunInterrupted: On SIGTERM.
         """
+        # All prompts first: a request that the template refuses is answered by neither side.
         prompts = {}
         for name, conversation in self.conversations.items():
             prompts[name], forgotten = conversation.prompt(request)
@@ -126,7 +127,9 @@ class Chat:
 
     def _continued(self, name: str, ids: list[int], stream: TextStream) -> Continuation:
         """Answer one prompt. The first Ctrl-C ends the answer, a second one the program."""
+        # Keyed by the request's number alone: both sides of a comparison draw the same numbers.
         decoding = replace(self.decoding, seed=stream_key("chat", self.decoding.seed, self._num_asked))
+        # No grace: an answer can end after any token, unlike an optimizer step.
         with answered(StopRequest(grace_seconds=0)) as stop, self._voice(name):
             [answer] = answer_ids(self.trained, [ids], decoding, streamer=stream, should_stop=lambda: stop.requested)
         if stop.signal == signal.SIGTERM:
@@ -227,6 +230,7 @@ class Conversation:
         The oldest exchanges are forgotten until the rest fits; they do not come back.
         """
         before = self._first_seen
+        # Earlier exchanges are not in the prompt, so there is nothing to forget.
         if not self.prompts.takes_conversations:
             return self.prompts.ids(self._messages(request, len(self.exchanges))), 0
         while True:
@@ -270,6 +274,7 @@ def check_system(prompts: Prompts, text: str | None) -> None:
         raise UserInputError("the system message is blank.")
     if not prompts.takes_conversations:
         raise UserInputError(f"the prompt template {prompts.name} has no place for a system message.")
+    # By example: some chat templates drop a system message without an error.
     shown = prompts.text([{"role": "system", "content": text}, {"role": "user", "content": "?"}])
     if text.strip() not in shown:
         raise UserInputError(f"the prompt template {prompts.name} leaves the system message out.")

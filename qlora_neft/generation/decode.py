@@ -88,7 +88,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What follows a prompt.
+    """The answer to a prompt.
 
     Attributes:
         index: The prompt's place in the list.
@@ -133,6 +133,7 @@ def continuations(
     """
     stops = list(stop_token_ids) or [tokenizer.eos_token_id]
     lengths, context = [len(prompt) for prompt in prompts], context_of(model)
+    # Near the context's end rows go one by one, unless a finished one may run past it as padding.
     crowded_batch = batch_size if may_outrun_its_context(model.config) else 1
     for part in _batches(lengths, context - decoding.max_new_tokens, batch_size, crowded_batch, context):
         batch = _Batch(tokenizer, [prompts[i] for i in part], [first_number + i for i in part], stops, model.device)
@@ -213,6 +214,7 @@ class RepetitionPenalty(LogitsProcessor):
         # (B, V + 1): spared tokens are marked in a column of their own, which is dropped.
         seen = torch.zeros(len(scores), vocabulary + 1, dtype=torch.bool, device=scores.device)
         seen.scatter_(1, input_ids.masked_fill(spared, vocabulary), True)
+        # Dividing a negative logit would make it more likely.
         penalized = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
         return torch.where(seen[:, :vocabulary], penalized, scores)
 
@@ -293,6 +295,7 @@ class _Batch:
         return [ids[:limit] for ids, limit in zip(output[:, self.width :].tolist(), limits, strict=True)]
 
     def _processors(self, decoding: Decoding) -> Iterator[LogitsProcessor]:
+        # In transformers' order; the draw comes last, on the distribution that the others have shaped.
         if decoding.repetition_penalty != 1:
             yield RepetitionPenalty(decoding.repetition_penalty, self.is_padding, self.stops)
         if decoding.min_new_tokens:
@@ -300,6 +303,7 @@ class _Batch:
             yield MinNewTokensLengthLogitsProcessor(self.width, decoding.min_new_tokens, self.stops, device=device)
         if not decoding.do_sample:
             return
+        # float: transformers refuses an int, such as a caller's temperature=1.
         yield TemperatureLogitsWarper(float(decoding.temperature))
         if decoding.top_k:
             yield TopKLogitsWarper(decoding.top_k)
@@ -308,6 +312,7 @@ class _Batch:
         yield KeyedDraw(decoding.seed, self.numbers, self.width)
 
     def _stopping(self, limits: list[int], should_stop: Callable[[], bool] | None) -> Iterator[StoppingCriteria]:
+        # Equal limits are `max_new_tokens` already.
         if min(limits) < max(limits):
             yield _ContextEnd(self.width + torch.tensor(limits, device=self.ids.device))
         if should_stop:
@@ -346,6 +351,7 @@ def _answering(model: PreTrainedModel | PeftModel) -> Generator[None, None, None
     model.eval()
     base.generation_config = GenerationConfig()
     try:
+        # preserved_rng: answers in the middle of training must not move the streams that training draws from.
         with torch.no_grad(), preserved_rng():
             yield
     finally:

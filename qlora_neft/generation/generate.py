@@ -118,6 +118,7 @@ def answer_ids(
             should_stop=should_stop,
             first_number=first_number,
         )
+        # `continuations` yields prompts near the end of the context last.
         return sorted(found, key=lambda answer: answer.index)
     except torch.OutOfMemoryError as error:
         raise RunFailed(
@@ -183,6 +184,7 @@ class TextStream(BaseStreamer):
 
     def put(self, value: Tensor) -> None:
         """Take tokens of one sequence; transformers passes the prompt first."""
+        # The prompt is not part of the answer.
         if self._ids is None:
             self._ids = []
             return
@@ -197,6 +199,7 @@ class TextStream(BaseStreamer):
         self._ids, self._written = None, ""
 
     def _pass_on(self, text: str) -> None:
+        # A decoder may rewrite the end of its text (spaces, joined characters); what is written stays written.
         if len(text) > len(self._written) and text.startswith(self._written):
             self.write(text[len(self._written) :])
             self._written = text

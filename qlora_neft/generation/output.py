@@ -32,6 +32,7 @@ def entries(answers: Iterable[Replies], form: str, count: int) -> Iterator[str]:
             continue
         entry = json.dumps(_to_dict(found), ensure_ascii=False)
         if form == "list":
+            # The list is written as it grows, one answer a line, instead of all at the end.
             entry = "[\n" * (number == 1) + entry + ("," if number < count else "\n]")
         yield entry
 
@@ -54,6 +55,7 @@ def remarks(found: Replies) -> list[str]:
 def with_progress(answers: Iterable[Replies], count: int) -> Iterator[Replies]:
     """Pass answers on and show a bar on standard error, if that is a terminal and there is more than one answer."""
     console = Console(stderr=True)
+    # Answers on the same terminal would run through the bar.
     is_seen = console.is_terminal and count > 1 and not sys.stdout.isatty()
     return iter(track(answers, "answers", count, console=console, transient=True, disable=not is_seen))
 
@@ -83,10 +85,12 @@ def write_as_they_come(path: Path, lines: Iterable[str]) -> int:
     try:
         with (
             whole_file(path, keep_draft=True) as draft,
+            # A prompt from JSON may hold a lone surrogate, which UTF-8 cannot encode.
             draft.open("w", encoding="utf-8", errors="backslashreplace") as file,
         ):
             for line in lines:
                 file.write(line + "\n")
+                # Answers take seconds each: another program can follow them, and a crash keeps them.
                 file.flush()
                 count += 1
     except OSError as error:

@@ -108,6 +108,7 @@ def _of_lines(name: str) -> Iterator[Request | str]:
 
 def _text_of(name: str) -> str:
     try:
+        # utf-8-sig: editors on Windows put a byte-order mark first.
         return sys.stdin.read() if name == STDIN else Path(name).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         what = "standard input" if name == STDIN else f"--file: {name!r}"
@@ -131,6 +132,7 @@ def _example(row: Mapping[str, Any]) -> Example:
     Raises:
         BadRow: If it is not a prompt.
     """
+    # TRL's conversational rows have a list of messages as prompt.
     if isinstance(row.get("prompt"), list):
         row = {"messages": row["prompt"], "tools": row.get("tools")}
     for column, format in (("messages", "messages"), ("conversations", "sharegpt")):
@@ -151,6 +153,7 @@ def _conversation(row: Mapping[str, Any], column: str, format: str) -> Dialogue:
         if format == "sharegpt" and "from" not in turns[-1]:
             format = "messages"
         role, text = ("from", "value") if format == "sharegpt" else ("role", "content")
+        # The formats of training data demand a response; a placeholder lets their checks run on the rest.
         if turns[-1].get(role) not in ("assistant", "gpt"):
             row = {**row, column: [*turns, {role: "assistant", text: PLACEHOLDER}]}
     example, _ = to_example(row, format)

@@ -90,6 +90,7 @@ class Screen:
         table = Table(*names, box=None, padding=(0, 2), expand=True)
         for column in table.columns:
             column.ratio = 1
+        # The table holds the Text objects themselves: appending to one redraws its column.
         table.add_row(*texts.values())
         with Live(table, console=self.console, refresh_per_second=12) as live:
 
@@ -105,4 +106,5 @@ class Screen:
     def _shown(self, text: str) -> str:
         if not self.console.is_terminal:
             return text
+        # A model may answer with escape sequences, which a terminal would obey.
         return "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))

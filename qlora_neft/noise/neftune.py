@@ -116,7 +116,7 @@ class NEFTuneNoise:
         """
         noisy = output.clone()
         for span, noise in self.drawn(output):
-            # In place where a view can be had: an index tensor gives a copy. Other dtypes take the sum in float32 below.
+            # In place where a view can be had: an index tensor gives a copy. Other dtypes are summed in float32.
             if noisy.dtype == torch.float32 and isinstance(span.tokens, slice):
                 noisy[span.row, span.tokens].add_(noise)
             else:
