@@ -23,6 +23,7 @@ from .errors import RunFailed, UserInputError
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Errors of a disk, as opposed to those of a path that the user can correct.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOTCONN}
+# Words of the RuntimeErrors by which torch.save reports a failed write. None of them names the cause.
 _TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 # ---- Whole or not at all ----
@@ -43,12 +44,15 @@ def whole_file(path: Path, *, synced: bool = False, keep_draft: bool = False) ->
     Raises:
         OSError: If it cannot be brought to the disk or renamed.
     """
+    # Beside the target, since a rename is atomic only within one file system; always of the same name, so that the next
+    # attempt overwrites what a killed process left.
     draft = path.with_name(f".{path.name}.part")
     try:
         yield draft
         if synced:
             sync(draft)
         draft.replace(path)
+    # BaseException, since Ctrl-C must not leave a draft either.
     except BaseException:
         if not keep_draft:
             with suppress(OSError):  # the error that is on its way is the one to report
@@ -69,11 +73,13 @@ def whole_folder(path: Path, *, synced: bool = False) -> Generator[Path, None, N
     Raises:
         OSError: If it cannot be made, brought to the disk or renamed.
     """
+    # A new name each time: a folder that a killed process left would still hold its files.
     draft = hidden_name(path, "partial")
     draft.mkdir()
     try:
         yield draft
         if synced:
+            # Folders as well: fsync of a file says nothing of its name, which is in the folder.
             for entry in (*draft.rglob("*"), draft):
                 sync(entry)
         put_folder(draft, path, synced=synced)
@@ -95,6 +101,7 @@ def put_folder(draft: Path, path: Path, *, synced: bool = False) -> None:
     Raises:
         OSError: If it cannot be renamed; then all is as before.
     """
+    # lexists: a dangling link has the name too.
     old = hidden_name(path, "replaced") if os.path.lexists(path) else None
     if old:
         path.rename(old)
@@ -102,8 +109,9 @@ def put_folder(draft: Path, path: Path, *, synced: bool = False) -> None:
         draft.rename(path)
     except OSError:
         if old:
-            old.rename(path)
+            old.rename(path)  # so that a failure leaves the old content in place
         raise
+    # Before the new name is on the disk, a power failure could lose both: the old content goes after it.
     if synced:
         sync(path.parent)
     if old:
@@ -112,6 +120,7 @@ def put_folder(draft: Path, path: Path, *, synced: bool = False) -> None:
 
 def hidden_name(path: Path, why: str) -> Path:
     """Return a new hidden name beside ``path`` that says what it is for."""
+    # Process numbers repeat, in containers and across machines that share a disk, hence the random part.
     return path.with_name(f".{path.name}.{why}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -159,6 +168,7 @@ def write_json(
         OSError: If it cannot be written.
         ValueError: If a value has no word in JSON; `finite` replaces them.
     """
+    # Python would write NaN and Infinity as bare words, which other JSON parsers refuse.
     write_text(path, json.dumps(content, indent=2, allow_nan=False, sort_keys=sort_keys) + "\n")
 
 
@@ -203,6 +213,7 @@ def read_record(path: Path, remedy: str = "") -> dict[str, Any]:
     remedy = f" {remedy}" if remedy else ""
     try:
         content = read_json(path) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
+    # RecursionError: nested deeper than a parser can go.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserInputError(f"{path}: cannot be read ({error}).{remedy}") from error
     if not isinstance(content, dict):
@@ -235,7 +246,9 @@ def sha256_of_text(text: str) -> str:
 def disk_problem(error: BaseException) -> str | None:
     """Return the cause if a disk is to blame for an exception, None if it is not."""
     if isinstance(error, OSError):
+        # A path that is missing or forbidden is for the user to correct.
         return error.strerror if error.errno in _DISK else None
+    # Neither library raises an OSError: safetensors passes on the words of Rust's error ("... (os error 28)").
     text = str(error)
     if isinstance(error, SafetensorError) and "os error" in text:
         return text.removeprefix("Error while serializing: ").removeprefix("I/O error: ")

@@ -1,4 +1,4 @@
-"""What a name stands for: a file of this package, something local, or something on the Hub. Decided here alone."""
+"""Decide what a name stands for: a file of this package, something local, or a repository on the Hub. Only here."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def kind_of(path: str, *, suffixes: tuple[str, ...] = ()) -> PathKind:
     """
     if path.startswith(PREFIX):
         return "bundled"
+    # By default there are no suffixes, and endswith(()) is False.
     if not _HUB_ID.fullmatch(path) or path.lower().endswith(suffixes) or os.path.exists(path):
         return "local"
     return "hub"
@@ -57,6 +58,7 @@ def resolve_bundled(path: str) -> str:
 
 def shown_path(path: str) -> str:
     """Return a path as messages show it: one inside the package by its ``bundled:`` name."""
+    # Otherwise messages and reports would name the place that the package is installed in.
     inside = Path(path)
     return f"{PREFIX}{inside.relative_to(_PACKAGE).as_posix()}" if inside.is_relative_to(_PACKAGE / "demo") else path
 

@@ -1,4 +1,4 @@
-"""Which stretches of a rendered conversation are the assistant's, found with characters that texts do not contain.
+"""Find the assistant's stretches of a rendered conversation, with the help of characters that texts do not contain.
 
 Rendering the first messages of a conversation does not always give the beginning of its rendering: templates trim
 contents, drop the reasoning of earlier turns, move the system message. So the messages are rendered once more with a
@@ -64,6 +64,7 @@ def mark(messages: Sequence[Message], *, blanks: bool = True, requests: bool = T
             takes another branch.
         requests: Whether to mark messages of other roles than the assistant.
     """
+    # Plane 16 has 0x10000 characters, and a message takes two.
     if len(messages) > 0x8000:
         raise BadRow("has more than 32,768 messages")
     pairs = ((chr(first), chr(first + 1)) for first in range(FIRST, FIRST + 2 * len(messages), 2))
@@ -78,7 +79,7 @@ def read_marks(marked: str) -> tuple[str, list[Marker]]:
     markers = []
     for number, found in enumerate(MARKER.finditer(marked)):
         owner, is_end = divmod(ord(found.group()) - FIRST, 2)
-        markers.append(Marker(found.start() - number, owner, not is_end))
+        markers.append(Marker(found.start() - number, owner, not is_end))  # the text loses those before it too
     return MARKER.sub("", marked), markers
 
 
@@ -109,9 +110,11 @@ class TurnFinder:
         """
         numbers = [number for number, message in enumerate(self.messages) if message.get("role") == "assistant"]
         spans = [self._turn(number) for number in numbers]
+        # Turns that overlap: a piece of one was taken for the other.
         if any(end > begin for (_, end), (begin, _) in pairwise(spans)):
             raise BadRow(AMBIGUOUS)
         for number, (begin, end) in zip(numbers, spans, strict=True):
+            # A template without a place for calls drops them silently, and the turn would teach to answer with nothing.
             if any(name not in self.text[begin:end] for name in _called(self.messages[number])):
                 raise BadRow(f"message {number + 1} calls a tool, and the chat template does not write the call")
         return spans
@@ -120,14 +123,17 @@ class TurnFinder:
         own = [at for at, marker in enumerate(self.markers) if marker.owner == number]
         if own:
             return self._marked_turn(number, own[0], own[-1])
+        # Its string had a marker, so it should have left one in the text.
         if (self.messages[number].get("content") or "").strip():
             raise BadRow(f"message {number + 1} does not appear in what the chat template writes")
         return self._bare_turn(number)
 
     def _marked_turn(self, number: int, first: int, last: int) -> Span:
         begins, ends = self.markers[first], self.markers[last]
+        # Another message's string inside the turn, or a string whose end the template dropped.
         if any(marker.owner != number for marker in self.markers[first:last]) or ends.is_begin:
             raise BadRow(AMBIGUOUS)
+        # The turn lies somewhere between the strings of its neighbors.
         start = self.markers[first - 1].position if first else 0
         stop = self.markers[last + 1].position if last + 1 < len(self.markers) else len(self.text)
         return self._begin(number, start, begins), self._end(number, ends.position, stop)
@@ -138,6 +144,7 @@ class TurnFinder:
         later = (marker.position for marker in self.markers if marker.owner > number)
         stop = min(later, default=len(self.text))
         headers = (self.wording.header, self.wording.header_start)
+        # The surest first: what the template writes for these very messages, then what it wrote for the probe.
         ways = [self._after_prompt(number, start, stop), self._after_request(start, stop)]
         ways += [self._after(header, self.text.find, start, stop) for header in headers]
         begin = _known(next((at for at in ways if at is not None), None))
@@ -151,6 +158,7 @@ class TurnFinder:
             begin = self._after(self.wording.header, self.text.rfind, *between)
         if begin is not None:
             return begin
+        # Nothing of the usual text: perhaps this template treats earlier turns, or this conversation, in another way.
         after_start = self._after(self.wording.header_start, self.text.rfind, *between)
         if after_start is None and (begin := self._after_prompt(number, *between)) is not None:
             return begin
@@ -158,6 +166,8 @@ class TurnFinder:
         thinks = "</think>" in content or any(message.get(key) for key in REASONING)
         if thinks or not first.is_begin or (message.get("tool_calls") and not content.strip()):
             return _known(after_start)  # the template writes something of its own before the string
+        # No header at all: the turn begins with its string, whose leading white space is before the marker (`_wrap`),
+        # unless the template trims it.
         leading = content[: len(content) - len(content.lstrip())]
         return first.position - len(leading) * self.text[start : first.position].endswith(leading)
 
@@ -181,7 +191,7 @@ class TurnFinder:
         """Return where a turn ends, from the end of its last string to the begin of the next message's first."""
         found = [at + len(end) for end in self.wording.ends if (at := self.text.find(end, position, stop)) >= 0]
         if found:
-            return min(found)
+            return min(found)  # a later end token is that of another turn
         if self.messages[number].get("tool_calls"):  # a tool call may end in its own way
             return self._end_of_call(number, position, stop)
         content = self.messages[number].get("content") or ""
@@ -192,6 +202,7 @@ class TurnFinder:
     def _end_of_call(self, number: int, position: int, stop: int) -> int:
         """Return where the rendering up to this turn ends, or the last special token that it shares with the text."""
         alone = (self.first_messages(number + 1, prompt=False) or "").rstrip()
+        # RUF071 warns that commonprefix compares characters, not parts of paths. Characters are meant.
         stop = min(stop, len(commonprefix([alone, self.text])))  # noqa: RUF071
         found = [token.end() for token in self.wording.special.finditer(self.text, position, stop)]
         if stop == len(alone) > position or found:

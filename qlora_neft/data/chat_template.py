@@ -1,4 +1,4 @@
-"""Conversations rendered by a chat template, the tokenizer's own or the user's, and which of that text is trained.
+"""Render conversations by a chat template, the tokenizer's own or the user's, and find the text that is trained.
 
 Every assistant turn is trained, from the end of the generation prompt through the token that ends the turn: what the
 model will have to write. Stock templates do not mark that text, so it is searched for (see `chat_markers`); a template
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 Messages = list[dict[str, Any]]
+# Two exchanges, since many templates write the last response in another way than earlier ones.
 PROBE: Messages = [{"role": role, "content": text} for text in ("one", "two") for role in ("user", "assistant")]
 
 
@@ -109,6 +110,8 @@ class ChatTemplate:
 
         for options in _ways_to_mark(messages):
             with suppress(BadRow):  # it may accept the messages and refuse them marked
+                # Markers may send a template down another branch. Only if the text is otherwise the same do they tell
+                # places in it.
                 marked, markers = read_marks(self._apply(mark(messages, **options), tools))
                 if marked == text:
                     break
@@ -135,6 +138,8 @@ class ChatTemplate:
         return spans
 
     def _render_marked(self, conversation: Messages, tools: list[Any] | None) -> tuple[str, list[Span]]:
+        # apply_chat_template makes a mask over tokens of the marks; the characters they cover come from its renderer
+        # alone.
         tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         with _refusals():
             # Both are lists with an entry per conversation; upstream annotates the second as text.
@@ -159,10 +164,12 @@ class ChatTemplate:
         around, before = self._probe(PROBE[:2]), PROBE[:1]
         with suppress(BadRow):  # a template for a single exchange
             around, before = self._probe(PROBE), PROBE[:-1]
+        # The same place twice: between a request and a response to be generated, and, in ``around``, a recorded one.
         after_request = self._probe(before, prompt=True)[-1]
         prompt, without = self._apply(before, prompt=True), self._apply(before)
         header = prompt.removeprefix(without) if prompt.startswith(without) else ""
         special = special_tokens(self.tokenizer)
+        # RUF071: characters are meant, not parts of paths.
         common = commonprefix([after_request, around[1]]).removeprefix(after_request.removesuffix(header))  # noqa: RUF071
         # Up to a token or a line's end: "<think>" and "<tool_call>" share a bracket, which means nothing.
         whole = re.match(rf"(?s:.*)(?:{special.pattern}|\n)", common)
@@ -175,6 +182,7 @@ class ChatTemplate:
         if [marker.owner for marker in markers] != [number for number in range(len(messages)) for _ in range(2)]:
             raise BadRow("it does not write each message's content once, in order")
         edges = [0, *(marker.position for marker in markers), len(text)]
+        # Every second stretch is a content; those around them are the template's.
         return [text[begin:end] for begin, end in pairwise(edges)][::2]
 
     def _unusable(self, error: BadRow) -> str:
@@ -204,7 +212,9 @@ def plain_messages(messages: Sequence[Message]) -> Messages:
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return a pattern that matches any special token of a tokenizer, the longest first."""
+    # `all_special_tokens` has the named ones alone: 2 of Llama 3.1's 256.
     added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    # The longest first, because the first alternative of a pattern that fits wins.
     tokens = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # (?!) matches nothing
 
@@ -222,11 +232,12 @@ def _end_texts(probe: list[str], header: str, special: re.Pattern[str]) -> tuple
     first = special.search(probe[-1])
     if first is None:
         return ()
+    # Often several in a row: the end of the turn, then that of the text.
     run = re.match(f"(?:{special.pattern})+", probe[-1][first.start() :])
     assert run is not None  # at least ``first``
     several = run.group()
     between = probe[2] if len(probe) > 3 else several
-    if several in between:
+    if several in between:  # every turn ends as the last one does
         return (several,)
     found = special.findall(between)
     # Another token after the turn before the last counts, unless it is the one that opens the next turn.
@@ -237,6 +248,7 @@ def _end_texts(probe: list[str], header: str, special: re.Pattern[str]) -> tuple
 def _ways_to_mark(messages: Sequence[Message]) -> list[dict[str, bool]]:
     """Return options of `mark`, the most informative first; few rows need more than the first."""
     has_blank = any(not message["content"].strip() for message in messages if message.get("content") is not None)
+    # Without a blank content the first two would mark the same.
     return [{}] * has_blank + [{"blanks": False}, {"blanks": False, "requests": False}]
 
 

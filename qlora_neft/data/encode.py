@@ -1,4 +1,4 @@
-"""From pieces of text to token ids, and which of them are trained.
+"""Turn pieces of text into token ids, and decide which of them are trained.
 
 A sequence's text is tokenized as a whole, as in the papers' code, and a token is trained if it begins inside a trained
 piece. If a token would reach across the beginning of a response, the text is cut there and both sides are tokenized
@@ -74,6 +74,7 @@ class Encoder:
         return [len(encoded.ids) for encoded in self.encode(sequences)]
 
     def _tokenize(self, texts: list[str]) -> BatchEncoding:
+        # Not verbose: it would warn of texts longer than the model's context, which are cut or split later.
         return self.tokenizer(
             texts, add_special_tokens=self.adds_special_tokens, return_attention_mask=False, verbose=False
         )
@@ -82,11 +83,13 @@ class Encoder:
         ids, offsets = _without_added_end(encoding.ids, encoding.offsets)
         starts, ends = _ranges(text, offsets)
         bounds = _bounds(pieces)
+        # A token reaches across if it has characters on both sides. Nothing is before a response that begins the text.
         crossed = any(((starts < begin) & (begin < ends)).any() for begin, _ in bounds if begin)
         if self._joins and (crossed or any(_may_differ(text, begin) for begin, _ in bounds)):
             return self._apart(_cut(text, bounds), cut=crossed)
         trained = np.zeros(len(ids), dtype=bool)
         for begin, end in bounds:
+            # A token belongs where it begins. One without text, such as a begin token, is never trained.
             trained |= (starts >= begin) & (starts < end) & (ends > starts)
         return Encoded(np.asarray(ids, dtype=np.int32), trained, "across" if crossed else None)
 
@@ -105,6 +108,7 @@ class Encoder:
         own = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not (is_first and self.adds_special_tokens):
             return [], own
+        # Only what is put before the text: the begin token, if there is one.
         added = self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
         return added[: _find(own, added)], own
 
@@ -130,12 +134,14 @@ def cut_to_length(encoded: Encoded, max_length: int, *, keep_end_token: bool) ->
     ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
     if not lost:
         return Encoded(ids, trained, encoded.crossed), False
+    # Trained on both sides of the cut. Otherwise it falls on the edge of a response, or in a request.
     inside_response = trained[-1] and encoded.trained[max_length]
     if inside_response and keep_end_token:
         if max_length >= 2 and not trained[-2]:  # only the end token of this response would be left
             return _up_to_last_trained(Encoded(ids[:-1], trained[:-1], encoded.crossed)), True
         ids = np.concatenate([ids[:-1], encoded.ids[[_end_of_stretch(encoded.trained, max_length)]]])
         return Encoded(ids, trained, encoded.crossed), True
+    # A request whose response is gone would be computed for nothing.
     return _up_to_last_trained(Encoded(ids, trained, encoded.crossed)), True
 
 
@@ -175,6 +181,7 @@ def _ranges(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, 
     only spaces has an empty range. Spaces in no token's range are given to the token after them.
     """
     starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T.copy()
+    # (L,), the furthest that any earlier token reaches.
     before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
     for i in np.flatnonzero(starts > before):
         if text[before[i] : starts[i]].isspace():

@@ -75,7 +75,9 @@ def content_hash(example: Example) -> bytes:
         said = [example.instruction, example.input, example.output]
     else:
         said = [example.prompt, example.completion]
+    # default: values that JSON has no form for, such as the dates in a Parquet file.
     text = json.dumps(said, sort_keys=True, ensure_ascii=True, default=str)
+    # 128 bits tell any number of rows apart, and one hash is held in memory for every row.
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
@@ -85,10 +87,7 @@ def as_dialogue(example: Example) -> Dialogue:
         return example
     if isinstance(example, Passage):
         # White space joins the two and is of neither turn.
-        request, response = (
-            example.prompt.strip(),
-            example.completion.strip(),
-        )
+        request, response = example.prompt.strip(), example.completion.strip()
     else:
         request = f"{example.instruction}\n{example.input}" if example.input else example.instruction
         response = example.output
@@ -135,6 +134,7 @@ def detect_format(rows: Sequence[Mapping[str, Any]], key: str = "data.path", pat
     columns = {str(name) for row in rows for name in row}
     for name, required in REQUIRED_COLUMNS.items():
         if columns >= set(required):
+            # Some data sets have OpenAI's messages in ShareGPT's column.
             return "messages" if name == "sharegpt" and _speaks_openai(rows) else name
     forms = "; ".join(f"{name} needs {' and '.join(required)}" for name, required in REQUIRED_COLUMNS.items())
     where = "" if path is None else f" in {path!r}"
@@ -149,7 +149,7 @@ def check_columns(rows: Sequence[Mapping[str, Any]], format: str, key: str = "da
     """
     columns = {str(name) for row in rows for name in row}
     required = REQUIRED_COLUMNS[format]
-    if format == "messages" and "conversations" in columns:
+    if format == "messages" and "conversations" in columns:  # as `detect_format` allows
         return
     if not columns >= set(required):
         raise UserInputError(
@@ -220,6 +220,7 @@ def _shared_conversation(row: Mapping[str, Any]) -> tuple[Example, int]:
     messages: list[Message] = [_shared_turn(turn, number) for number, turn in enumerate(turns, start=1)]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": _text(row["system"], "system")})
+    # A conversation may begin with a greeting of the model's, which answers no request.
     head = [m for m in messages[:1] if m["role"] == "system"]
     body = messages[len(head) :]
     first = next((i for i, message in enumerate(body) if message["role"] == "user"), len(body))
@@ -255,6 +256,7 @@ def _message(turn: Mapping[str, Any], number: int) -> Message:
     message = {name: value for name, value in turn.items() if value is not None}
     calls = role == "assistant" and message.get("tool_calls")
     content = message.get("content")
+    # A call comes without words (null), and many templates cannot join null to text.
     if calls and not content:
         return {**message, "content": ""}
     if isinstance(content, list):  # parts
@@ -292,6 +294,7 @@ def _up_to_the_last_response(messages: list[Message]) -> list[Message]:
 
 
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...] | None:
+    # A column of a table has one type, so data sets store tools of different shapes as JSON text.
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)

@@ -81,6 +81,7 @@ class Tally:
             self.finding(outcome.problem).add(_said(outcome.place, outcome.reason))
         if repeats is not None:
             self.finding("duplicate").add(f"{outcome.place} repeats {repeats}")
+        # Findings count rows of the source; the sums below count sequences of an epoch.
         if outcome.num_truncated:
             self.finding("truncated").add(outcome.place)
         for mark in sorted(outcome.marks):
@@ -139,6 +140,7 @@ def find_problems(tally: Tally, section: Data, key: str = "data.path") -> list[s
     """
     checks = (_not_rows, _nothing_to_learn, _left_out, _no_end, _repeated, _cut)
     problems = [problem for check in checks if (problem := check(tally, section, key))]
+    # All rows may be left out, if data.max_dropped_fraction allows that many.
     if not problems and not tally.sequences:
         problems = [f"{key}: no row is left to train on. Give other data."]
     return problems
@@ -275,5 +277,6 @@ def _rows(count: int) -> str:
 
 def _rounded_up(share: float) -> str:
     """Round a share up to two digits, so that allowing it is enough: 0.013 for 0.0123."""
+    # Two digits after the leading zeros. The 1e-9 keeps a share of two digits as it is, in spite of binary rounding.
     digits = 1 - math.floor(math.log10(share))
     return f"{min(1.0, math.ceil(share * 10**digits - 1e-9) / 10**digits):g}"

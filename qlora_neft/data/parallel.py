@@ -34,6 +34,7 @@ def map_rows(work: Work, rows: Iterable[Any], num_proc: int | Literal["auto"] = 
     """
     chunks = _chunks(rows)
     if num_proc == "auto":
+        # The number of rows is not known before the last one is read, so look at the first few thousand.
         ahead = list(islice(chunks, MIN_ROWS_PER_PROCESS // CHUNK))
         worth_it = len(ahead) == MIN_ROWS_PER_PROCESS // CHUNK
         num_proc = _cores() if worth_it else 1
@@ -49,12 +50,14 @@ def map_rows(work: Work, rows: Iterable[Any], num_proc: int | Literal["auto"] = 
                 "a process that prepares data died, most likely because memory ran out. Set machine.dataset_num_proc=1."
             ) from error
         finally:
+            # The reader may stop early, and then nothing should be worked on for it.
             pool.shutdown(cancel_futures=True)
 
 
 def _in_order(pool: ProcessPoolExecutor, chunks: Iterator[list[Any]], ahead: int) -> Iterator[list[Any]]:
     waiting: deque[Future[list[Any]]] = deque()
     for chunk in chunks:
+        # The oldest is waited for although later ones may be done: that keeps the order, and bounds what is in memory.
         waiting.append(pool.submit(_do, chunk))
         if len(waiting) >= ahead:
             yield waiting.popleft().result()
@@ -63,6 +66,7 @@ def _in_order(pool: ProcessPoolExecutor, chunks: Iterator[list[Any]], ahead: int
 
 
 def _begin(work: Work) -> None:
+    # Given once to each process, not with each chunk: it holds the tokenizer.
     global _work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _work = work
@@ -85,6 +89,7 @@ def _chained(first: list[list[Any]], rest: Iterator[list[Any]]) -> Iterator[list
 
 
 def _cores() -> int:
+    # The cores that this process may use; a scheduler or container may give it fewer than the machine has.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""A recipe's data section carried out: training and held-out sequences, counted, checked and kept on disk."""
+"""Carry out a recipe's data section: training and held-out sequences, counted, checked and kept on disk."""
 
 from __future__ import annotations
 
@@ -131,6 +131,7 @@ def _cache_key(
             "tokenizer": store.tokenizer_fingerprint(tokenizer),
             "sources": [_source_key(source) for source in sources],
             "eval_sources": [_source_key(source) for source in eval_sources],
+            # Changes no sequence, but which part a row goes to.
             "eval_fraction": section.eval_fraction,
             "settings": {key: getattr(section, key) for key in SEQUENCE_KEYS},
         }
@@ -162,6 +163,7 @@ def _opened(folder: Path, state: State) -> Ready:
     train = read_sequences(folder / TRAIN)
     held_out = read_sequences(folder / EVAL) if state["eval"] else None
     for tally, dataset in ((state["train"], train), (state["eval"], held_out)):
+        # An Arrow stream that broke off between two batches reads as a shorter one, without an error.
         if tally is not None and dataset is not None and len(dataset) != tally["sequences"]:
             raise pa.ArrowInvalid(f"{folder} is not complete")
     return state, train, held_out
@@ -191,6 +193,7 @@ class _Preparation:
                 if part is not None:
                     part.writer.close()
             eos = self.tokenizer.eos_token
+            # The tokenizer's own end token ends a response too, whatever the templates write.
             ends = {facts["end"] for facts in found + found_eval if facts["end"] is not None} | {eos}
             state: State = {
                 "train": train.tally.to_dict(),
@@ -224,6 +227,7 @@ class _Preparation:
             prefix = f"{Path(source.path).name}, " if len(sources) > 1 else ""
             count = 0
             for outcomes in map_rows(worker, rows, self.num_proc):
+                # ``held_out`` is given only if it gets a share of these rows; otherwise none of them is held out.
                 share = self.section.eval_fraction if held_out is not None else None
                 kept, out = _divided(outcomes, share or 0.0, source.weight)
                 _write(part, kept, index, prefix)
@@ -257,7 +261,7 @@ def _divided(
     train, held_out = [], []
     for outcome in outcomes:
         if outcome.hash is not None and unit_interval(outcome.hash[:8]) < eval_fraction:
-            held_out.append((outcome, 1))
+            held_out.append((outcome, 1))  # weights are for training rows alone
         else:
             train.append((outcome, _times(outcome, weight)))
     return train, held_out
@@ -314,6 +318,7 @@ class Part:
         sequences, rows = [], []
         for outcome, times in outcomes:
             self.tally.add(outcome.placed(prefix), self._earlier(outcome, source), times)
+            # With a weight below 1 a row may not be used at all, and then it is none that a held-out row repeats.
             if outcome.hash is not None and times:
                 self.used[outcome.hash] += 1
             sequences += list(outcome.sequences) * times

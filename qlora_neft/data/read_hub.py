@@ -54,6 +54,7 @@ def hub_version(source: Source) -> str:
         commit = None
     if commit is None:
         local = _load(source, source.split)
+        # Private, but `datasets` has no public name for it.
         return "no rows" if local is None else f"local {local._fingerprint}"
     return f"commit {commit}"
 
@@ -135,12 +136,14 @@ def _loaded(source: Source, split: str, *, streaming: bool) -> object:
         return None
     except HUB_ERRORS as error:
         detail = first_line(error.__cause__ or error)
+        # An empty slice, which callers report with the key to change.
         if "corresponds to no data" in detail:
             return None
         raise UserInputError(_refusal(source, detail)) from error
 
 
 def _refusal(source: Source, detail: str) -> str:
+    # Types of errors say little here; only the words tell the causes apart.
     if source.data_files is not None and ("Unable to find" in detail or "data file" in detail):
         return f"{source.key}: no file of the dataset {source.path!r} matches {source.data_files!r}. ({detail})"
     if "config name" in detail.lower() or "BuilderConfig" in detail:

@@ -67,6 +67,7 @@ def count_rows(path: Path, key: str) -> int:
         lines = _filled(_lines(file))
         first = next(lines, None)
         count = 0 if first is None or _opens_array(first) else 1 + sum(1 for _ in lines)
+    # Nothing counted: a CSV, a JSON array, or an empty file, which is refused there.
     return count or sum(1 for _ in file_rows(path, key))
 
 
@@ -111,6 +112,7 @@ def _json_rows(file: LocalFile) -> Iterator[Row]:
         if why is None:
             yield _json_row(number, place, value)
             continue
+        # An object over several lines: otherwise every line of it would be reported as a bad row.
         if line is first and file.path.suffix.lower() == ".json" and line.raw.lstrip().startswith(b"{"):
             raise _not_lines(file, place, why)
         yield Row(number, place, None, f"is not JSON ({why})")
@@ -155,6 +157,7 @@ def _why(error: Exception) -> str:
 
 
 def _whole(file: LocalFile) -> str:
+    # From the beginning again: the lines read so far are gone, and only an array needs the whole text.
     return "".join(_text(line, file) for line in _lines(file))
 
 
@@ -186,6 +189,7 @@ def _csv_rows(file: LocalFile) -> Iterator[Row]:
     names = _column_names(next(records, None), file)
     for number, (line, fields) in enumerate(records, 1):
         problem = None
+        # csv.DictReader would fill in missing fields, and collect extra ones under None.
         if len(fields) != len(names):
             problem = f"has {len(fields)} fields where the header names {len(names)}. Quote a field that holds a comma"
         elif any("\0" in field for field in fields):
@@ -196,8 +200,10 @@ def _csv_rows(file: LocalFile) -> Iterator[Row]:
 
 def _records(file: LocalFile) -> Iterator[tuple[int, list[str]]]:
     """Yield each record with the line it begins on, skipping blank lines."""
+    # Strict: otherwise wrong quoting is guessed at, and fields move into other columns.
     reader = csv.reader((_text(line, file) for line in _lines(file)), strict=True)
     while True:
+        # A quoted field may hold line ends, so a record's line is not its number.
         begin = reader.line_num + 1
         limit = csv.field_size_limit(LONGEST_CSV_FIELD)  # process-wide, so changed only for as long as it takes
         try:
@@ -218,6 +224,7 @@ def _column_names(header: tuple[int, list[str]] | None, file: LocalFile) -> list
         return []
     line, names = header
     twice = next((name for name in names if names.count(name) > 1), None)
+    # Mostly UTF-16: without a byte order mark, its Latin letters read as UTF-8 with NULs between them.
     if any("\0" in name for name in names):
         fault = "holds a NUL byte. Save the file as UTF-8 text."
     elif not all(name.strip() for name in names):
@@ -225,6 +232,7 @@ def _column_names(header: tuple[int, list[str]] | None, file: LocalFile) -> list
         fault = f"has no name for column {nth}. Name every column; from pandas, write with index=False."
     elif twice is not None:
         fault = f"names the column {twice!r} twice. Give each its own name."
+    # Spreadsheets separate by semicolons where the comma is the decimal mark.
     elif len(names) == 1 and {";", "\t"} & set(names[0]):
         fault = f"names the one column {names[0]!r}. Separate columns by commas."
     else:
@@ -236,6 +244,7 @@ def _parquet_rows(file: LocalFile) -> Iterator[Row]:
     number = 0
     with _parquet(file) as parquet:
         names = parquet.schema_arrow.names
+        # A row is a dictionary, which would keep the last of them.
         if len(set(names)) < len(names):
             raise file.refused(" names a column twice. Give each its own name.")
         for batch in parquet.iter_batches(batch_size=PARQUET_ROWS):

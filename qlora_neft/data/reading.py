@@ -17,6 +17,7 @@ from .read_hub import hub_rows, hub_version
 from .read_local import count_rows, file_rows
 from .sources import Row, Source, local_files, split_key
 
+# The one split of local files, named as `datasets` names it.
 EVERY_ROW = "train"
 
 
@@ -79,6 +80,7 @@ def _rows_of(files: Sequence[Path], key: str) -> Iterator[Row]:
 
 def _slices(files: Sequence[Path], source: Source) -> list[tuple[int, int]]:
     """Return the first row and the row after the last of each part of a split, counted from 0."""
+    # Shares and negative places, as in train[:10%], need the number of rows first.
     total = sum(count_rows(file, source.key) for file in files)
     where = f"{split_key(source.key)}: {source.split!r}"
     try:

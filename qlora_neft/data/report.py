@@ -50,6 +50,7 @@ def data_report(state: State, train: Dataset, held_out: Dataset | None, section:
         assert state["eval"] is not None and state["eval_sha256"] is not None  # stored with the held-out sequences
         eval_tally = Tally.from_dict(state["eval"])
         eval_described = _part(held_out, eval_tally, state["eval_sha256"])
+        # Held out as a share, the rows are of the training rows' source, whose problems are stated already.
         if section.eval_fraction is None:
             eval_key = _named("data.eval_path", state["eval_sources"])
             problems += find_problems(eval_tally, section, eval_key)

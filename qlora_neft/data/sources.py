@@ -58,6 +58,7 @@ def held_out_sources(section: Data, key: str = "data.path") -> list[Source]:
         section: A recipe's data section.
         key: The name the caller wrote for ``section.path``, for messages.
     """
+    # Each held-out row is measured once.
     own = replace(_source(section, key), weight=1.0)
     if section.eval_path is not None:
         path, split = resolve_bundled(section.eval_path), section.eval_split or "train"

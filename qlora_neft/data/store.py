@@ -41,7 +41,7 @@ _SCHEMA = pa.schema(
 
 
 class SourceFacts(TypedDict):
-    """What was found of one source; ``end`` is the text of the token that ends a response in its template."""
+    """Facts about one source; ``end`` is the text of the token that ends a response in its template."""
 
     path: str
     rows: int
@@ -107,6 +107,7 @@ def read_sequences(path: Path) -> Dataset:
 
 
 def _lists(arrays: Sequence[np.ndarray]) -> pa.Array:
+    # Offsets (N + 1,) into the tokens of all sequences, joined. int32 holds them: a batch is a chunk of rows.
     offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)))
 
@@ -121,6 +122,7 @@ def cache_root() -> Path:
 
 def fingerprint(parts: dict[str, Any]) -> str:
     """Return the SHA-256 of plain values and of the versions of what prepares them, as hex."""
+    # Another version of tokenizers may cut the same text into other tokens.
     text = json.dumps({"version": VERSION, "tokenizers": tokenizers.__version__, **parts}, sort_keys=True, default=str)
     return sha256_of_text(text)
 
@@ -153,6 +155,7 @@ def new_folder(key: str) -> Generator[Path, None, None]:
     root = cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)
+        # Inside the cache, so that `keep` can rename it: a rename is atomic within one file system.
         folder = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=root))
     except OSError:  # the cache is not writable: prepare for this run alone
         folder = Path(tempfile.mkdtemp(prefix="qlora_neft-"))
@@ -175,6 +178,7 @@ def keep(folder: Path, key: str, state: State) -> Path:
     if folder.parent != target.parent:
         return folder
     with contextlib.suppress(OSError):
+        # Fails if the name is taken, by another process's result or by damaged data.
         os.rename(folder, target)
         return target
     if load_state(key) is not None:  # another process was faster

@@ -42,7 +42,7 @@ VICUNA_SYSTEM = (
 
 
 class Template(Protocol):
-    """What every template can do."""
+    """The methods of every template."""
 
     @property
     def end(self) -> str | None:
@@ -72,6 +72,7 @@ class NoTemplate:
         if not isinstance(example, Passage):
             raise BadRow("is a conversation, and its text needs a template; set data.prompt_template: vicuna or chat")
         pieces = ((example.prompt, False), (example.completion + self.end, True))
+        # Plain text has no prompt.
         return [Piece(text, trained) for text, trained in pieces if text]
 
     def prompt(self, messages: Sequence[Message]) -> str:
@@ -127,6 +128,7 @@ class VicunaTemplate:
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text of a conversation that ends with a request."""
         placeholder = {"role": "assistant", "content": ""}
+        # The prompt is what training puts before a response, so it is taken from there.
         pieces = self.render(Dialogue((*messages, placeholder)))
         return "".join(piece.text for piece in pieces[:-1])
 

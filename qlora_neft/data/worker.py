@@ -100,6 +100,7 @@ class RowWorker:
         kind = BAD
         try:
             example, turns_left_out = to_example(row.values, self.format)
+            # From here on the row is what its format says, and what fails is the template.
             kind = UNFIT
             pieces = self.template.render(example)
         except EmptyRow as error:
@@ -135,13 +136,16 @@ class RowWorker:
             tuple(self._with_prompt(sequence) for sequence, _ in kept),
             problem=None if kept else NO_ROOM,
             reason="" if kept else reason,
+            # On the sequences before prompts are trained as well.
             num_ended=sum(int(sequence.ids[sequence.trained][-1]) == self.end_id for sequence, _ in kept),
+            # A row that lost every trained token is counted once, as left out.
             num_truncated=sum(lost for _, lost in cut) if kept else 0,
             turns_left_out=turns_left_out,
             marks=frozenset(marks),
         )
 
     def _split(self, example: Example, encoded: Encoded) -> list[Encoded]:
+        # Only what is too long, since each piece is rendered and tokenized again.
         too_long = len(encoded.ids) > self.section.max_length
         if not (too_long and self.section.split_conversations and isinstance(example, Dialogue)):
             return [encoded]

@@ -1,4 +1,4 @@
-"""Recipes: what may be stated, found by name, loaded, overridden, refused. No torch, no transformers."""
+"""Recipes: their schema, and how they are found, loaded, overridden and refused. No torch, no transformers."""
 
 from __future__ import annotations
 

@@ -73,6 +73,7 @@ def section_names() -> list[str]:
 def section_class(section: str) -> type[Section]:
     """Return the model of a section, which may be optional in the recipe."""
     annotation = Recipe.model_fields[section].annotation
+    # ``Neftune | None`` has arguments; the other sections have none.
     kinds = (*get_args(annotation), annotation)
     return next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section))
 
@@ -120,11 +121,13 @@ def unknown_key(name: str) -> str:
 
 def _meant(name: str) -> str | None:
     section, _, last = name.rpartition(".")
+    # The surest guess first: another trainer's name, our key in another section, a misspelling.
     if name in _SYNONYMS or last in _SYNONYMS:
         return _SYNONYMS.get(name) or _SYNONYMS[last]
     elsewhere = [key for key in key_names() if key.rsplit(".", 1)[1] == last]
     if elsewhere:
         return elsewhere[0]
+    # The section that was written is more likely meant than any other.
     near = [f"{section}.{key}" for key in fields_of(section)] if section in section_names() else section_names()
     for candidates in (near, key_names()):
         short = {key.rsplit(".", 1)[-1]: key for key in candidates}

@@ -43,8 +43,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
+        # The values are checked even if an override was not understood, so that one try shows everything.
         problems = describe_problems(error, values, written, origins) + problems
-        raise RecipeError(problems, written.source) from None
+        raise RecipeError(problems, written.source) from None  # pydantic's text would say it all again
     if problems:
         raise RecipeError(problems, written.source)
     return recipe
@@ -164,6 +165,7 @@ def _put(values: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
         values[place[0]] = dict(value) if isinstance(value, dict) else value
         return
     section, key = place
+    # Absent, or not a section at all, which the override of a key then replaces.
     if not isinstance(values.get(section), dict):
         values[section] = {}
     values[section][key] = value
@@ -202,6 +204,7 @@ def recipe_of_record(values: object) -> Recipe | None:
     try:
         return Recipe.model_validate(values)
     except ValidationError:
+        # Section by section, so that one damaged value costs no more than itself.
         sections: dict[str, Any] = {
             name: _usable(section_class(name), values.get(name))
             for name in section_names()
@@ -217,9 +220,11 @@ def _usable(section: type[Section], values: object) -> Section:
     try:
         section.model_validate(known)
     except ValidationError as error:
+        # Broken rules do not count: the run was made, and the values are of the right type.
         for key in {details["loc"][0] for details in error.errors() if details["type"] != "rule"}:
             known.pop(key, None)
     if section is Data and isinstance(stated.get("mixture"), list):
         known["mixture"] = [_usable(MixedSource, item) for item in stated["mixture"]]
+    # model_construct checks nothing, and fills in defaults alone.
     required = [key for key, field in section.model_fields.items() if field.is_required()]
     return section.model_construct(_fields_set=set(known), **{**dict.fromkeys(required), **known})

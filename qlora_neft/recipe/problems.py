@@ -1,4 +1,4 @@
-"""The errors that pydantic finds in a recipe, as lines to act on: place, key, rule, value got, remedy."""
+"""Turn the errors that pydantic finds in a recipe into lines to act on: place, key, rule, value got, remedy."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def describe_problems(
         # A key of several possible types fails once for each: one line says what it may be.
         place = tuple(str(part) for part in details["loc"][:2])
         if context.get("key"):
+            # A validator of a whole section names the key at fault itself.
             place = (place[0], context["key"])
         inner = _inside_a_list(details["loc"])
         if (place, inner) not in found:
@@ -68,6 +69,7 @@ def _where(
     place: Place, involves: tuple[str, ...], written: RecipeText, overrides: dict[Place, str]
 ) -> tuple[int, str]:
     """Return what has to be changed, after a number to sort by: an override involved in the rule, otherwise a line."""
+    # ``involves`` names a key of the same section, or ``section.key``.
     involved = [place, place[:1], *(tuple(f"{place[0]}.{key}".split(".")[-2:]) for key in involves)]
     for candidate in involved:
         if candidate in overrides:
@@ -109,6 +111,7 @@ def _remedy(got: Any, annotation: Any, rule: str) -> str:
         return " NaN and infinity are refused."
     if isinstance(got, str) and "number" in rule and _is_number(got):
         return " Remove the quotes."
+    # YAML 1.1's words for booleans, which are text here (`yaml_text`).
     if isinstance(got, str) and "true or false" in rule and got.lower() in ("yes", "on", "no", "off"):
         return f" Write {'true' if got.lower() in ('yes', 'on') else 'false'}."
     if not isinstance(got, str | list | dict | None) and "text" in rule and "list" not in rule:

@@ -1,4 +1,4 @@
-"""What a recipe may say: its sections and keys, with their types, defaults and rules. No torch.
+"""The sections and keys of a recipe, with their types, defaults and rules. No torch.
 
 The sections ``model, quantization, lora, neftune, data, train`` state what is learned. ``machine`` states how it is
 run, and nothing in it may change what is learned. Types are strict: text is not accepted for a number, nor a number
@@ -26,9 +26,12 @@ Text = Annotated[str, Field(min_length=1)]
 TEMPLATES = ("auto", "alpaca", "vicuna", "chat")
 
 
+# The order of keys in a section matters: a validator sees the values of earlier keys alone (``info.data``). A key that
+# is not there broke a rule of its own, which is reported already.
 class Section(BaseModel):
     """A section of a recipe: strictly typed, without unknown keys, immutable."""
 
+    # Rules apply to defaults too: a key may be required by the value of another.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
 
 
@@ -192,6 +195,7 @@ class Quantization(Section):
     """How the frozen base is stored."""
 
     bnb_4bit_quant_type: Literal["nf4"] = Field("nf4", description="4-bit data type of the weights")
+    # 32/64 bits per weight become 8/64 + 32/(64 * 256): section 3 of the QLoRA paper.
     bnb_4bit_use_double_quant: bool = Field(
         True, description="quantize the scales too, which saves 0.37 bits per weight"
     )
@@ -393,6 +397,7 @@ class Recipe(Section):
     train: Train
     machine: Machine = Field(default_factory=Machine)
 
+    # On ``machine``, the last section: all others are in ``info.data``.
     @field_validator("machine")
     @classmethod
     def _evaluation_needs_held_out_rows(cls, value: Machine, info: ValidationInfo) -> Machine:

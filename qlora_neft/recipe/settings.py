@@ -34,6 +34,7 @@ def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_silent_noise(settings: dict[str, Any]) -> dict[str, Any]:
     """Drop the noise keys where alpha is 0 throughout: that is the same run as one without the section."""
+    # A schedule may begin at 0 and still make noise.
     if settings.get("neftune.noise_alpha") or settings.get("neftune.final_alpha"):
         return settings
     return {key: value for key, value in settings.items() if not key.startswith("neftune.")}

@@ -28,6 +28,7 @@ _PLAIN_WORDS = (
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's plain words."""
 
+    # Its own and empty, or it would inherit the words of YAML 1.1.
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's own attribute
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
@@ -66,6 +67,7 @@ def read_recipe_text(path: Path, source: str) -> RecipeText:
         RecipeError: If the file cannot be read, is not UTF-8, not YAML, empty, not a mapping, or has a key twice.
     """
     try:
+        # Editors on Windows may begin the file with a byte order mark.
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{source}: not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
@@ -99,6 +101,7 @@ def parse_value(text: str) -> Any:
 
 def dump_yaml(values: dict[str, Any]) -> str:
     """Return YAML from which `read_recipe_text` reads the same values, in the given order."""
+    # Wide enough that no text is folded over several lines.
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
@@ -106,6 +109,7 @@ def _compose(text: str) -> tuple[yaml.Node | None, Any]:
     """Return one document as a tree, which knows the lines, and as values, which do not."""
     loader = _Loader(text)
     try:
+        # In two stages, because PyYAML's values no longer know their lines.
         root = loader.get_single_node()
         if root is None:
             return None, None
@@ -128,7 +132,7 @@ def _lines(root: yaml.MappingNode) -> tuple[dict[tuple[str, ...], int], list[str
             if where in lines:
                 name = ".".join(where)
                 repeated.append(f"{line}: {name}: already set in line {lines[where]}. Keep one of the two.")
-            lines.setdefault(where, line)
+            lines.setdefault(where, line)  # the first of the two, for the message
             if not prefix and isinstance(value, yaml.MappingNode):
                 note(value, where)
 

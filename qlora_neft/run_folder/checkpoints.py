@@ -70,6 +70,7 @@ class Manifest:
             files = {name: FileSum(file["sha256"], file["bytes"]) for name, file in content["files"].items()}
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{MANIFEST} does not describe a checkpoint") from error
+        # Not isinstance, which takes true for a number.
         if version != VERSION or type(step) is not int or not isinstance(about, dict):
             raise ValueError(f"{MANIFEST} is not one of version {VERSION}, which this program reads")
         return cls(step, about, files)
@@ -109,6 +110,7 @@ def new_checkpoint(output_dir: Path, step: int, about: dict[str, Any]) -> Genera
     output_dir.mkdir(parents=True, exist_ok=True)
     with whole_folder(output_dir / f"{PREFIX}{step}", synced=True) as folder:
         yield folder
+        # The manifest comes last: a folder without one is no checkpoint.
         paths = {name: folder / name for name in files_in(folder) if name != MANIFEST}
         files = {name: FileSum(sha256_of_file(path), path.stat().st_size) for name, path in paths.items()}
         write_json(folder / MANIFEST, Manifest(step, about, files).to_dict())
@@ -162,6 +164,7 @@ def _examine(path: Path) -> tuple[Checkpoint | None, list[str]]:
     except ValueError as error:
         return None, [str(error)]
     named = _NAME.fullmatch(path.name)
+    # A folder that someone renamed or copied would be resumed at the wrong step.
     wrong = [f"{MANIFEST} is of step {manifest.step}"] if named and int(named[1]) != manifest.step else []
     wrong += [problem for name, file in manifest.files.items() if (problem := _problem(path / name, name, file))]
     return (None, wrong) if wrong else (Checkpoint(path, manifest.step, manifest.about), [])
@@ -206,9 +209,12 @@ def prune(output_dir: Path, keep: int) -> None:
     """
     kept = 0
     for path in _newest_first(output_dir):
+        # A checkpoint is verified before an older one goes: it may have been damaged since it was written.
         if kept < max(keep, 1) and not verify(path):
             kept += 1
         elif kept:
+            # Renamed first: a process that is killed halfway must not leave half a checkpoint under a checkpoint's
+            # name.
             doomed = hidden_name(path, "removed")
             path.rename(doomed)
             remove(doomed)
@@ -218,6 +224,7 @@ def remove_leftovers(output_dir: Path) -> None:
     """Remove what killed processes left half written or half removed. Only the caller may be writing there."""
     for path in list(output_dir.iterdir()) if output_dir.is_dir() else []:
         if hidden := _HIDDEN.fullmatch(path.name):
+            # Groups: the name it was to have or had, its step, and why it is hidden.
             final = path.with_name(hidden[1])
             if hidden[3] == "replaced" and not os.path.lexists(final) and not verify(path):
                 path.rename(final)  # the process was killed between moving the old one aside and placing the new one

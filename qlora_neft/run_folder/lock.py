@@ -42,7 +42,7 @@ def run_lock(output_dir: Path) -> Generator[None, None, None]:
     Raises:
         UserInputError: If another run is writing there.
     """
-    path = (output_dir / LOCK).absolute()
+    path = (output_dir / LOCK).absolute()  # the current directory may change during the run
     owner = os.getpid()
     descriptor = _acquire(path)
     try:
@@ -53,6 +53,7 @@ def run_lock(output_dir: Path) -> Generator[None, None, None]:
 
 
 def _acquire(path: Path) -> int:
+    # None only if a holder has just let go, or a stale file is gone: the next try decides.
     while (descriptor := _try_once(path)) is None:
         time.sleep(0.001)
     _held[descriptor] = path
@@ -93,6 +94,7 @@ def _open(path: Path) -> tuple[int, bool]:
     """Open the lock file; return a descriptor, which started programs do not inherit, and whether the file is new."""
     while True:
         try:
+            # Exclusive, to learn whether the file is new: without file locks, whoever makes it has the lock.
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         except FileExistsError:
             pass
@@ -149,6 +151,7 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
 def _write(descriptor: int) -> None:
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     body = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+    # In place, since a rename would leave the lock on the old file.
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, (json.dumps(body) + "\n").encode())
@@ -204,6 +207,7 @@ def _remove_stale(path: Path, descriptor: int) -> None:
 
 def _is_stale(path: Path, body: dict[str, Any], age: float) -> bool:
     pid = body.get("pid")
+    # Another machine's processes cannot be looked up, nor can numbers that os.kill takes for groups: go by the age.
     if body.get("host") != socket.gethostname() or type(pid) is not int or not 0 < pid < 2**31:
         return age > STALE_SECONDS
     if pid == os.getpid():
@@ -211,7 +215,7 @@ def _is_stale(path: Path, body: dict[str, Any], age: float) -> bool:
     if os.name == "nt":
         return False  # on Windows, os.kill ends the process instead of looking for it
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 only asks whether the process exists
     except ProcessLookupError:
         return True
     except PermissionError:

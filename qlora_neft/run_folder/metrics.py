@@ -1,4 +1,4 @@
-"""What is measured while a run trains: its log in ``metrics.jsonl``, the machine, its memory, the versions in use."""
+"""Measurements of a run in training: its log in ``metrics.jsonl``, the machine, its memory, the versions in use."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ class MetricsFile(TrainerCallback):
         """Forget what was logged after a step, or all of it for None; a last line that was cut off goes as well."""
         if not self.path.exists():
             return
+        # A resumed run takes the steps after its checkpoint again, and logs them again.
         kept = [] if step is None else [entry for entry in self._entries() if entry["step"] <= step]
         write_text(self.path, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept))
 
@@ -102,6 +103,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def _cpu_name() -> str:
+    # platform.processor() is empty, or the architecture's name, on most Linux systems.
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -40,7 +40,7 @@ class Mirror:
         self._changed = threading.Condition()  # guards the four attributes below
         self._checkpoint: Path | None = None
         self._files: dict[str, None] = {}  # in the order asked for
-        self._calls = 0
+        self._calls = 0  # tells whether anyone called while copying
         self._is_working = False
         # Only the background thread uses the following.
         self._reported: set[int | str] = set()
@@ -111,12 +111,15 @@ class Mirror:
         with self._changed:
             calls, checkpoint, files = self._calls, self._checkpoint, list(self._files)
             self._checkpoint, self._files = None, {}
+        # Copying holds no lock, so the run never waits for a slow drive.
         left = [name for name in files if not self._attempt(self._copy_file, name)]
         failed = checkpoint is not None and not self._attempt(self._copy_checkpoint, checkpoint)
         with self._changed:
             self._files = dict.fromkeys([*left, *self._files])
             if failed and self._checkpoint is None:
                 self._checkpoint = checkpoint
+            # What failed is tried again by the next call, not here: a drive that is gone would keep this thread
+            # spinning.
             if self._has_work() and calls != self._calls:
                 return True
             self._rest()
@@ -131,6 +134,7 @@ class Mirror:
         return True
 
     def _report(self, error: OSError) -> None:
+        # A drive that is full or gone fails at every checkpoint: one line for each cause is enough.
         cause = error.errno or str(error)
         if cause not in self._reported:
             self._reported.add(cause)
@@ -148,6 +152,7 @@ class Mirror:
         if not path.is_dir():
             return
         self._check()
+        # Those of an earlier session that was killed while copying; only this thread writes there.
         remove_leftovers(self.mirror_dir)
         try:
             with whole_folder(self.mirror_dir / path.name, synced=True) as folder:
@@ -217,6 +222,7 @@ def restore(mirror_dir: Path, output_dir: Path) -> Checkpoint | None:
         raise UserInputError(f"{output_dir}: not empty, and nothing in it may be lost. Give a new folder.")
     final = output_dir / found.path.name
     prefix = f".{final.name}.partial-"  # a name that `remove_leftovers` knows
+    # The files take their names inside the block, and the checkpoint takes its own at the end of it.
     with (
         tempfile.TemporaryDirectory(prefix=prefix, dir=output_dir) as staged,
         whole_folder(final, synced=True) as folder,

@@ -71,12 +71,13 @@ class Record(BaseModel):
 
         Values of another type are dropped; so is a mapping that lacks a required key.
         """
-        values = copy.deepcopy(dict(content or {}))
+        values = copy.deepcopy(dict(content or {}))  # values are removed below, and these are the caller's
         while True:
             try:
                 return cls.model_validate(values)
             except ValidationError as error:
                 first = error.errors()[0]  # one at a time, since removing one value may settle other errors too
+                # A missing key cannot be removed; the mapping that lacks it can.
                 place = first["loc"][:-1] if first["type"] == "missing" else first["loc"]
                 if not _remove(values, list(place)):
                     return cls.model_construct()

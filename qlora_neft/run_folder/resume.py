@@ -51,6 +51,7 @@ def find_beginning(output_dir: Path, recipe: Recipe, resume: str = "auto") -> Be
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise UserInputError(f"--output-dir: {str(output_dir)!r} is a file. Give a new folder.")
+    # Hidden names do not count as content: a lock, or what a killed process left, is no reason to refuse a folder.
     if not output_dir.exists() or not visible(output_dir):
         _check_writable(output_dir)
         return Beginning() if resume in ("auto", "never") else _from_elsewhere(Path(resume), recipe)
@@ -68,6 +69,7 @@ def find_beginning(output_dir: Path, recipe: Recipe, resume: str = "auto") -> Be
         raise UserInputError(
             f"--resume never: {str(output_dir)!r} holds {_state(output_dir)}. Give a new folder, or remove this one."
         )
+    # Before the question whether it is finished: another recipe's result must not pass for this one's.
     check_same(earlier, recipe, output_dir)
     if (output_dir / SUMMARY_FILE).exists():
         return Beginning(earlier=earlier, finished=True)
@@ -253,6 +255,7 @@ def restore_from_mirror(mirror_dir: str | None, output_dir: Path, recipe: Recipe
     """
     if mirror_dir is None or not Path(mirror_dir).expanduser().is_dir():
         return
+    # Checked even if nothing is restored: the run is going to write there.
     mirrored = read_run_file(Path(mirror_dir).expanduser())
     if mirrored is not None:
         check_same(mirrored, recipe, Path(mirror_dir), key="machine.mirror_dir")

@@ -41,6 +41,7 @@ class StopRequest:
 
     def overdue(self) -> bool:
         """Return whether the step has to be abandoned for the checkpoint to be written in time."""
+        # The other half of the time is for the checkpoint.
         return self.requested and time.monotonic() - self._since > self.grace_seconds / 2
 
     def request(self, number: int) -> None:
@@ -105,6 +106,7 @@ class WhenToSave(TrainerCallback):
         """Ask for a checkpoint if one is due."""
         number, due = self._agreed(args, self._stop_signal(), self._is_due())
         if number:
+            # Without an evaluation, which may outlast the grace period.
             control.should_training_stop, control.should_evaluate = True, False
             if self.stop is not None:
                 self.stop.agree(number)  # otherwise a rank without a signal would take the run for finished
@@ -125,6 +127,7 @@ class WhenToSave(TrainerCallback):
         """Return the maximum of each wish over all ranks: signals and clocks reach ranks at different steps."""
         if args.world_size == 1:
             return list(wishes)
+        # One reduction for all wishes, (wishes,): it is waited for in every step.
         asked = torch.tensor(wishes, dtype=torch.int32, device=args.device)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         return asked.tolist()
