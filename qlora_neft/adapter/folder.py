@@ -154,6 +154,7 @@ def _recorded_recipe(path: Path) -> Recipe | None:
 
 
 def _what_is_missing(path: Path) -> str:
+    # A pickle may run code when it is read.
     if (path / CONFIG).is_file() and (path / "adapter_model.bin").is_file():
         return "holds a pickled adapter (adapter_model.bin), which is not loaded. Save it as safetensors with PEFT."
     newest = find_checkpoints(path).newest

@@ -50,6 +50,7 @@ class Trained:
         named = getattr(self.model.get_base_model().generation_config, "eos_token_id", None)
         named = [named] if isinstance(named, int) else named or []
         added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
+        # Begin and unknown token are special as well, but end nothing.
         special = {*tokenizer.all_special_ids, *added} - {tokenizer.bos_token_id, tokenizer.unk_token_id}
         return sorted({*self.prompts.stop_token_ids, *(special & set(named))})
 
@@ -111,6 +112,7 @@ def nf4_base_of(folder: AdapterFolder, policy: PrecisionPolicy) -> PreTrainedMod
             folder.base,
             device=policy.device,
             compute_dtype=policy.compute_dtype,
+            # As the run stored it: other constants give other weights, which the adapter was not trained on.
             quantization_config=nf4_config(folder.quantization, policy.compute_dtype),
             revision=folder.base_revision,
         )

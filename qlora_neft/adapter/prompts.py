@@ -109,6 +109,7 @@ class Prompts:
             before = self.template.render(Dialogue(tuple(messages[: last + 1]), tuple(tools) if tools else None))
         except BadRow:  # a blank response, as after an interruption
             return [Piece(text, False)]
+        # A template may render a turn otherwise once another follows it; then training's cuts do not apply.
         known = "".join(piece.text for piece in before)
         rest = [Piece(text.removeprefix(known), False)]
         return [*before, *rest] if text.startswith(known) else [Piece(text, False)]

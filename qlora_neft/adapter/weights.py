@@ -58,6 +58,7 @@ class AdapterWeights:
 
         config, rank = self.folder.config, self.ranks[module]
         patterns = config.get("alpha_pattern") or {}
+        # PEFT's own matching: a regular expression for the end of the module's name.
         alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

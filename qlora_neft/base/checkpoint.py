@@ -61,10 +61,12 @@ class Checkpoint:
         self.folder, self.source = folder, source
         files = tensor_files(source, file_in(folder))
         self._file_of = {key: folder / name for key, name in files.items()}
+        # A missing shard shows now, not in the middle of a merge.
         for name in sorted(set(files.values())):
             if not (folder / name).is_file():
                 raise _missing(source, name)
         self.model = skeleton(config)
+        # remove_duplicate=False: tied parameters under each of their names.
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.key_of = self._names()
         self.stored_nf4 = {name for name, key in self.key_of.items() if key + STATE in self._file_of}
@@ -88,6 +90,7 @@ class Checkpoint:
         """Read a parameter stored in NF4 as its bytes and their quantization state."""
         key = self.key_of[name]
         parts = {}
+        # Beside the bytes lie absmax, the code book and the packed state, each a tensor of its own.
         for part in [k for k in self._file_of if k.startswith(f"{key}.")]:
             with self._opened(part) as file:
                 parts[part.removeprefix(f"{key}.")] = file.get_tensor(part)

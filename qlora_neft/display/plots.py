@@ -110,6 +110,7 @@ def plot_lengths(report: dict[str, Any], path: Path, title: str) -> bool:
 def _draw_parts(axes: Any, report: dict[str, Any]) -> None:
     train, held_out = report["train"], report.get("eval")
     both = bool(held_out) and any(held_out["histogram"]["counts"])
+    # The unit of the axis is the width of a bin, which a part without rows does not have.
     first = train if any(train["histogram"]["counts"]) else held_out if both else None
     if first is None:
         axes.text(0.5, 0.5, "no rows", ha="center", va="center", transform=axes.transAxes, color=DARK_GREY)
@@ -127,6 +128,7 @@ def _draw_parts(axes: Any, report: dict[str, Any]) -> None:
     axes.margins(x=max(0.02, 0.5 / len(edges)))  # a single bar keeps space beside it
     axes.set_ylim(bottom=0)
     for axis in (axes.xaxis, axes.yaxis):
+        # Rows and tokens are whole: no ticks between.
         axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.set_major_formatter("{x:,.0f}")
 

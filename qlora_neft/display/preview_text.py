@@ -234,6 +234,7 @@ def _histogram_lines(part: dict[str, Any], width: int) -> list[str]:
     if not any(counts):
         return ["no rows, so no lengths to show"]
     used = [i for i, count in enumerate(counts) if count]
+    # Bins are joined until the lines that hold any rows fit into BARS.
     step = -(-(used[-1] - used[0] + 1) // BARS)
     starts = range(used[0], used[-1] + 1, step)  # the bins outside are empty
     sums = [sum(counts[i : i + step]) for i in starts]

@@ -96,6 +96,7 @@ class SpeedLine(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Note the time after the warm-up, and say the speed after the measured steps."""
+        # Counted here, since global_step goes on from an earlier session.
         self.steps += 1
         if self.steps == WARM_UP:
             self._began, self._tokens = time.monotonic(), self.tokens_seen()

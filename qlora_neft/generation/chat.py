@@ -83,6 +83,7 @@ class Chat:
         while (line := self._line()) is not None and line.split() != ["/quit"]:
             try:
                 self._heard(line)
+            # A refused request or a full memory ends the answer, not the chat.
             except (UserInputError, RunFailed) as error:
                 self.screen.say(str(error), style="red")
 
@@ -118,6 +119,7 @@ class Chat:
             write(text)
 
         answer = self._continued(name, ids, text_stream(self.trained, write_and_keep))
+        # The history holds what was shown, even where Ctrl-C cut it.
         text = "".join(pieces)
         if text:
             self.conversations[name].add(request, text)
@@ -146,9 +148,11 @@ class Chat:
         try:
             line = self.screen.read()
             while line is not None and line.endswith("\\"):
+                # The input may end after a backslash.
                 line = line[:-1] + "\n" + (self.screen.read() or "")
             return line
         except KeyboardInterrupt:
+            # At the keyboard Ctrl-C drops the line; in a pipe there is none to drop, so it ends the program.
             if not self.screen.is_typed_to:
                 raise
             self.screen.say("\n/quit or Ctrl-D leaves.", style="dim")
@@ -212,6 +216,7 @@ class Conversation:
         self.exchanges: list[tuple[str, str]] = []
         self._system: str | None = None
         self._first_seen = 0  # index of the oldest exchange that the model sees
+        # Through the setter, which checks it.
         self.system = system
 
     @property

@@ -142,6 +142,7 @@ def continuations(
             found = batch.answers(model, decoding, limits, streamer, should_stop)
         for index, ids, limit in zip(part, found, limits, strict=True):
             answer = _up_to_stop(ids, stops)
+            # Short of its limit and without a stop token: `should_stop` ended it.
             cut = "interrupted" if len(ids) < limit else "length"
             yield Continuation(index, answer, "stop" if len(answer) < len(ids) else cut)
     for i, length in enumerate(lengths):
@@ -243,6 +244,7 @@ class KeyedDraw(LogitsProcessor):
         draw = torch.tensor([[number.item()] for number in draws], dtype=torch.float64).to(scores.device)  # (B, 1)
         reach = scores.double().softmax(dim=1).cumsum(dim=1)  # (B, V): where each token's stretch of [0, 1) ends
         # The last end is 1 but for rounding; scaling by it keeps the draw inside the vocabulary.
+        # right=True: a draw on a boundary goes to the token above it, so one of probability 0 is never chosen.
         chosen = torch.searchsorted(reach, draw * reach[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 

@@ -131,6 +131,7 @@ class SavedChat:
             raise UserInputError("/save: nothing was said yet.")
         path = Path(name).expanduser()
         paths = {side: path if side == main else path.with_stem(f"{path.stem}-{side}") for side in rows}
+        # All files first: nothing is written if one of them is somebody else's.
         for target in paths.values():
             if target.exists() and target.resolve() not in self._own:
                 raise UserInputError(f"/save: {str(target)!r} exists. Name a new file.")
@@ -139,6 +140,7 @@ class SavedChat:
                 write_text(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[side]))
             except OSError as error:
                 raise UserInputError(f"/save: {str(target)!r} cannot be written ({error.strerror}).") from error
+            # Resolved, since the same file may be named in two ways.
             self._own.add(target.resolve())
         return f"(saved: {', '.join(map(str, paths.values()))})"
 

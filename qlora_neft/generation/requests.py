@@ -33,6 +33,7 @@ class Request:
     def with_system(self, system: str) -> Request:
         """Return the request with a system message, unless it has its own."""
         messages = self.messages
+        # developer: OpenAI's newer name for the same role.
         if messages[0]["role"] in ("system", "developer"):
             return self
         tools = self.example.tools if isinstance(self.example, Dialogue) else None
@@ -159,6 +160,7 @@ def _conversation(row: Mapping[str, Any], column: str, format: str) -> Dialogue:
     example, _ = to_example(row, format)
     assert isinstance(example, Dialogue)  # as both formats give
     asked = example.messages[:-1]
+    # The result of a tool is answered as a request is.
     if not asked or asked[-1]["role"] not in ("user", "tool"):
         raise BadRow(f"{column} hold no request before the last response")
     return Dialogue(asked, example.tools)

@@ -89,6 +89,7 @@ class Screen:
         texts = {name: Text() for name in names}
         table = Table(*names, box=None, padding=(0, 2), expand=True)
         for column in table.columns:
+            # Equal widths from the start; otherwise columns would shift as answers grow.
             column.ratio = 1
         # The table holds the Text objects themselves: appending to one redraws its column.
         table.add_row(*texts.values())
@@ -101,6 +102,7 @@ class Screen:
                 return write
 
             yield begin
+            # The last piece may have come since the last of the regular refreshes.
             live.refresh()
 
     def _shown(self, text: str) -> str:

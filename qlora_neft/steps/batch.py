@@ -109,6 +109,7 @@ class StepCollator:
     def __call__(self, rows: list[Row]) -> StepBatch:
         """Split the rows, collate each part, and number the sequences by the place of their row in the step."""
         lengths = [_row_length(row) for row in rows]
+        # By their places in the step, before anything is sorted: how a step is split must not change its noise.
         first_ordinals = _first_ordinals(rows)
         micro_batches = tuple(
             # Copies of the rows: a collator may pop their keys, and the step may have to be split again.
@@ -182,6 +183,7 @@ def check_labels(step: StepBatch, tokenizer: PreTrainedTokenizerBase | Any) -> N
     end = getattr(tokenizer, "eos_token_id", None)
     if end is None or getattr(tokenizer, "pad_token_id", None) != end:
         return
+    # A step without any end token, as when all rows are cut, proves nothing.
     has_ends = any(_has_end(micro.inputs, end) for micro in step)
     if has_ends and not any(_trains_end(micro.inputs, end) for micro in step):
         raise UserInputError(
@@ -224,6 +226,7 @@ def _first_ordinals(rows: Sequence[Row]) -> list[int]:
 
 def _spans_or_none(inputs: Mapping[str, Any], num_tokens: int | None = None) -> list[SequenceSpan] | None:
     try:
+        # No error yet: without noise nobody needs the boundaries.
         return find_sequences(inputs, num_tokens=num_tokens)
     except UnknownSequenceBoundaries:
         return None

@@ -55,6 +55,7 @@ class StepSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         if self.epoch_now:
+            # When an iteration begins, not when the loader is made: one loader serves all epochs.
             self.set_epoch(self.epoch_now())
         return (self._part(rows) for rows in self._steps())
 
