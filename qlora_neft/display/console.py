@@ -132,7 +132,7 @@ def title(recipe: Mapping[str, Any]) -> str:
     return f"{recipe['model']['name_or_path']} on {recipe['data']['path']}, alpha {alpha:g}"
 
 
-def show_result(console: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
+def show_result(console: Console, before: Mapping[str, float | None], after: Mapping[str, float | None]) -> None:
     """Print a table of the measures before and after training."""
     measures = (
         ("held-out loss (nats per token)", "held_out_loss", "{:.3f}"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..files import whole_file
+
+LogEntry = Mapping[str, float | None]  # ``step`` and what was measured there; a line of metrics.jsonl
 
 # Okabe and Ito's palette: safe for the color-blind, distinct in grey as well.
 BLUE, SKY, GREEN, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#E69F00"
@@ -52,7 +54,7 @@ def save_picture(figure: Any, path: Path) -> bool:
     return True
 
 
-def plot_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str) -> bool:
+def plot_losses(log_history: Sequence[LogEntry], path: Path, title: str) -> bool:
     """Draw the loss curves of a run.
 
     Args:
@@ -78,7 +80,7 @@ def plot_losses(log_history: Sequence[dict[str, Any]], path: Path, title: str) -
     return save_picture(figure, path)
 
 
-def _has_noise(log_history: Sequence[dict[str, Any]]) -> bool:
+def _has_noise(log_history: Sequence[LogEntry]) -> bool:
     return any("neftune_norm" in entry for entry in log_history)
 
 

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 from ..adapter.load import Trained
 from ..adapter.prompts import Prompts
@@ -17,7 +16,7 @@ from ..noise.streams import stream_key
 from ..run_folder.stop import StopRequest, answered
 from .decode import Continuation, Decoding, context_of
 from .generate import TextStream, answer_ids, text_stream
-from .output import SavedChat
+from .output import ChatRow, SavedChat
 from .screen import Screen, Write
 
 ADAPTER, BASE = "adapter", "base"
@@ -252,7 +251,7 @@ class Conversation:
         """Forget all but the system message."""
         self.exchanges, self._first_seen = [], 0
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[ChatRow]:
         """Return the conversation as one row of ``messages``, or one row per exchange if each stood alone."""
         if self.prompts.takes_conversations:
             parts = [self.exchanges] if self.exchanges else []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -42,7 +42,7 @@ class Reply:
     finish_reason: str
     prompt_tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, str | int]:
         """Return the answer without its request, for JSON."""
         return {"text": self.text, "tokens": self.tokens, "finish_reason": self.finish_reason}
 

@@ -6,16 +6,23 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from rich.console import Console
 from rich.progress import track
 
+from ..data.formats import Message
 from ..errors import RunFailed, UserInputError
 from ..files import whole_file, write_text
 from .generate import Reply
 
 Replies = dict[str, Reply]  # to one request, by who answers: ``adapter``, ``base``
+
+
+class ChatRow(TypedDict):
+    """A conversation as a row of training data."""
+
+    messages: list[Message]
 
 
 def entries(answers: Iterable[Replies], form: str, count: int) -> Iterator[str]:
@@ -114,7 +121,7 @@ class SavedChat:
     def __init__(self) -> None:
         self._own: set[Path] = set()
 
-    def write(self, name: str, rows: Mapping[str, list[dict[str, Any]]], *, main: str) -> str:
+    def write(self, name: str, rows: Mapping[str, list[ChatRow]], *, main: str) -> str:
         """Write conversations as JSON lines, which ``data.path`` takes, and return a line on what was done.
 
         Args:

@@ -111,7 +111,7 @@ def pad_right(rows: Rows, pad_token_id: int = 0) -> dict[str, Tensor]:
     width = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: Sequence[int], fill: int) -> list[int]:
-        # On the right, where padding moves no position and no causal model sees it.
+        # On the right: it moves no position, and under a causal mask no real token sees it.
         return [*values, *[fill] * (width - len(values))]
 
     return {

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypedDict
 
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -38,6 +38,21 @@ KEEP = 2  # checkpoints, unless save_total_limit says otherwise
 
 class StepGivenUp(Exception):
     """The step under way was abandoned together with its gradients; every step before it stands."""
+
+
+class Progress(TypedDict):
+    """Content of ``progress.json``: what a resume needs beyond upstream's state.
+
+    ``split`` holds rows and tokens of the micro-batches found to fit, None if the run's own did. The other keys are the
+    attributes of `CheckpointedTrainer`; ``bad_in_a_row`` counts the bad steps just before the checkpoint.
+    """
+
+    train_seconds: float
+    tokens_seen: int
+    trained_tokens_seen: int
+    bad_steps: int
+    bad_in_a_row: int
+    split: tuple[int, int | None] | None
 
 
 class CheckpointedTrainer(SFTTrainer):
@@ -171,8 +186,7 @@ class CheckpointedTrainer(SFTTrainer):
         if self.on_checkpoint:
             self.on_checkpoint(output_dir / f"checkpoint-{step}")
 
-    def _progress(self) -> dict[str, Any]:
-        """What a resumed run has to know beyond upstream's state."""
+    def _progress(self) -> Progress:
         return {
             "train_seconds": self.train_seconds + self._session_seconds(),
             "tokens_seen": self.tokens_seen,
@@ -180,7 +194,7 @@ class CheckpointedTrainer(SFTTrainer):
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self._bad_in_a_row,
             # Without a shortage of memory a resumed run may choose its micro-batches anew.
-            "split": [self.split.rows, self.split.tokens] if self.split.is_smaller else None,
+            "split": (self.split.rows, self.split.tokens) if self.split.is_smaller else None,
         }
 
     def _cannot_save(self, cause: str) -> str:
@@ -212,7 +226,7 @@ class CheckpointedTrainer(SFTTrainer):
         """Go on counting; a split found by running out of memory is kept unless this run's is smaller still."""
         if not (checkpoint / PROGRESS).exists():
             return
-        progress = read_json(checkpoint / PROGRESS)
+        progress: Progress = read_json(checkpoint / PROGRESS)
         self.train_seconds = progress["train_seconds"]
         self.tokens_seen, self.trained_tokens_seen = progress["tokens_seen"], progress["trained_tokens_seen"]
         self.bad_steps, self._bad_in_a_row = progress["bad_steps"], progress["bad_in_a_row"]
