@@ -110,6 +110,7 @@ def train_live(name: str | Path, *overrides: str, output_dir: str | Path) -> dic
     _show_command(words)
     picture = _Picture(Path(output_dir))
     code = _follow(words, picture.refresh)
+    # The last losses may have come less than SECONDS_BETWEEN_PICTURES after the last picture.
     picture.refresh(now=True)
     _check(words, code)
     return read_json(Path(output_dir, "summary.json"))
@@ -151,6 +152,7 @@ def _show_command(words: list[str]) -> None:
 
 def _check(words: list[str], code: int) -> None:
     """Raise what an exit code stands for."""
+    # A negative code is the signal that ended the process before it could end by itself.
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:
@@ -176,6 +178,7 @@ def _follow(words: list[str], after_each_line: Callable[[], None]) -> int:
         assert process.stdout is not None  # it is a pipe
         # newline="" keeps the carriage returns with which progress bars overwrite themselves.
         output = io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline="")
+        # Followed to the end after Ctrl-C too: training then writes a checkpoint and says so.
         while True:
             try:
                 for line in output:
@@ -188,10 +191,12 @@ def _follow(words: list[str], after_each_line: Callable[[], None]) -> int:
 
 
 def _argv(words: list[str]) -> list[str]:
+    # Not the script `qlora-neft`: on PATH may be that of another environment, or none.
     return [sys.executable, "-m", "qlora_neft", *words]
 
 
 def _environment() -> dict[str, str]:
+    # COLUMNS before the user's own variables, which win. Unbuffered, so that each line arrives as it is printed.
     return {"COLUMNS": WIDTH, **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
 
@@ -217,8 +222,10 @@ class _Pipe(io.TextIOBase):
 
 def _runs_in_the_kernel(words: list[str]) -> bool:
     verb = words[0] if words else ""
+    # Not by asking torch, which would start CUDA in the kernel: exactly what is to be avoided.
     if verb in ASKS_THE_GPU and (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists()):
         return False
+    # A push takes minutes of network, and is interrupted like training; only the dry run stays here.
     return verb in READING or (verb in LOOKING and (verb != "export" or "--dry-run" in words))
 
 
@@ -231,6 +238,7 @@ def _run_in_the_kernel(words: list[str], stdout: _Pipe, stderr: _Pipe) -> int:
     with _state_kept(stderr), contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
             main(words)
+        # sys.exit takes a code, None for 0, or a message, which means 1.
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else int(end.code is not None)
         except Exception:  # noqa: BLE001  (a bug of ours: a process would have printed it and ended with 1)

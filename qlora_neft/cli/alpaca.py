@@ -60,6 +60,7 @@ class _Alpaca(TyperGroup):
     """Also takes the form before there were three verbs, ``eval alpaca DIR|--score FILE ...``, for one more version."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # Anything but a verb or a request for help is the old form: its first word is a folder or an option.
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             say("eval alpaca: now three verbs, `eval alpaca answer|judge|score`; this form ends with the next version")
             args = [OLD_FORM, *args]
@@ -128,6 +129,7 @@ def judge(
 
     Pairs judged before are not judged again.
     """
+    # A score is kept with a run, so a folder is looked into; a file of answers belongs to nobody.
     outputs, is_run = Path(source).expanduser(), Path(source).expanduser().is_dir()
     if is_run:
         outputs /= "alpaca_outputs.json"
@@ -138,6 +140,7 @@ def judge(
             from ..evaluation.alpaca.judge import check_judging
         from ..evaluation.runs import Machine
 
+        # A judge that is missing, or cannot work, is reported before a model is loaded for it.
         check_judging(judge, reference, instructions)
         options = {"reference": reference, "annotator": annotator, "instructions": instructions}
         found = judged(judge, outputs, source if is_run else None, machine=Machine(device, precision), **options)

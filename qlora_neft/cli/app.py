@@ -21,6 +21,7 @@ from . import compare, evaluate, generate, look, publish, recipes
 from .options import JsonOption, OverridesArgument, RecipeArgument, json_only, print_json
 
 
+# In the group rather than in `main`, so that Typer's test runner sees the same messages and exit codes.
 class _Verbs(TyperGroup):
     """Turns the errors meant for the user into one message and an exit code.
 
@@ -37,6 +38,7 @@ class _Verbs(TyperGroup):
         except RunInterrupted as error:
             raise _exit(f"interrupted: {error}", 128 + error.signal) from error
         except KeyboardInterrupt as error:
+            # 128 + SIGINT, as a shell counts.
             raise _exit("interrupted", 130) from error
 
 
@@ -70,12 +72,15 @@ def train(
     from ..imports import imports_that_stay
     from ..recipe import load_recipe
 
+    # The two options are overrides of the recipe, so they are checked and recorded like any other.
     pushing = {"machine.push_to": push_to, "machine.push_every": push_every}
     pushed = [f"{key}={value}" for key, value in pushing.items() if value is not None]
     recipe = load_recipe(name, [*(overrides or ()), *pushed])  # before the slow imports: a typo is reported at once
+    # Everything torch needs lives as long as this process: the garbage collector is spared from walking it.
     with imports_that_stay():
         from ..runner.run import run
 
+    # With --json, stdout holds the summary alone.
     with json_only(as_json):
         summary = run(recipe, output_dir, resume=resume, dry_run=dry_run, quiet=as_json)
     if as_json:
@@ -91,6 +96,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # boxes and colors would cost a third of the time --help takes
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# In the order of --help: look at recipes, train, use, hand over, compare.
 for verb in (
     *(recipes.ls, recipes.show, recipes.diff, recipes.cp, recipes.validate),
     *(train, look.preview, look.fit, look.noise),
@@ -99,6 +105,7 @@ for verb in (
     *(compare.sweep, compare.report),
 ):
     app.command()(verb)
+# A group: Typer lists it after all single verbs.
 app.add_typer(evaluate.app)
 app.command()(look.doctor)
 

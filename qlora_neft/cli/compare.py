@@ -56,6 +56,7 @@ def sweep(
     from ..compare.plan import check_held_out, check_measures, plan_sweep
 
     measures = [word for word in (part.strip() for part in measure.split(",")) if word]
+    # All checks of words come before the slow imports.
     check_measures(measures)
     plan = plan_sweep(name, words, seeds=seeds, combine="list" if as_list else "grid")
     check_held_out(measures, plan)
@@ -90,6 +91,8 @@ def runner_of(output_dir: Path, measures: list[str], parallel: int) -> Runner:
 
 
 def _check_parallel(plan: SweepPlan, parallel: int) -> None:
+    # "auto" takes the GPU where there is one. Two runs would share its memory, which the planner gives to each as a
+    # whole.
     if parallel == 1 or all(run.recipe.machine.device == "cpu" for run in plan.runs):
         return
     from ..fit import this_machine
@@ -102,8 +105,10 @@ def _check_parallel(plan: SweepPlan, parallel: int) -> None:
 
 def _command(name: str, words: list[str], options: dict[str, Any], as_list: bool) -> str:
     """Return the command that continues the sweep."""
+    # The folder is always stated, so that the command continues this sweep and no other.
     defaults = {"--measure": "", "--parallel": 1, "--seeds": 3}
     stated = [str(part) for pair in options.items() if defaults.get(pair[0]) != pair[1] for part in pair]
+    # Quoted, so that it can be pasted into a shell as it is printed.
     return shlex.join(["qlora-neft", "sweep", name, *words, *stated, *(["--list"] if as_list else [])])
 
 

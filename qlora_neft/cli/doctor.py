@@ -78,6 +78,7 @@ def _cpu_cores() -> int:
 
 def _requirements() -> list[Requirement]:
     """Return the packages this one needs, with their version ranges, as pyproject.toml has them."""
+    # The metadata of an editable install is that of the day it was installed; the file beside the code is newer.
     pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if pyproject.is_file():  # a clone, installed or not
         written = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["dependencies"]
@@ -103,6 +104,7 @@ def _package_finding(requirement: Requirement) -> Finding:
     install = f"pip install '{requirement}'"
     if version is None:
         return _finding(requirement.name, "fail", "not installed", install)
+    # By default a specifier rejects every pre-release, such as a nightly build of torch, even inside its range.
     if not requirement.specifier.contains(version, prereleases=True):
         return _finding(requirement.name, "fail", f"{version} is outside {window}", install)
     return _finding(requirement.name, "ok", f"{version}{f' ({window})' if window else ''}")
@@ -123,6 +125,7 @@ def _matplotlib_finding(version: str | None) -> Finding:
 
 def _devices() -> tuple[list[dict[str, Any]], list[Finding]]:
     """Return the CUDA devices, and findings on how training would compute."""
+    # Looked up before it is imported: "not installed" and "cannot be imported" have different remedies.
     if importlib.util.find_spec("torch") is None:
         return [], [_finding("precision", "fail", "torch is not installed", "pip install torch")]
     try:
@@ -133,6 +136,7 @@ def _devices() -> tuple[list[dict[str, Any]], list[Finding]]:
 
     devices = [_cuda_device(torch.cuda.get_device_properties(i)) for i in range(torch.cuda.device_count())]
     findings = [_finding("precision", "ok", str(resolve_precision()).removeprefix("precision: "))]
+    # The usual trap: a CPU build of torch on a machine with a GPU, where training would run on the CPU.
     if not devices and shutil.which("nvidia-smi"):
         findings.append(
             _finding(

@@ -97,10 +97,12 @@ def text(
             with quiet():
                 decoding = decoding_of(max_new_tokens, 0, repetition_penalty, sample=False)
                 file = answers_of(name, decoding, **options)
+        # Files that a run has answered are read back, so runs and foreign files are measured by the same code.
         found[name] = measure_texts(read_texts(file, "--outputs"), length)
         keep_measures(name, "text", found[name].main())
     if as_json:
         results = {name: measures.to_dict() for name, measures in found.items()}
+        # One source gives its measures alone; several are keyed by name.
         print_json(next(iter(results.values())) if len(results) == 1 else results)
     else:
         typer.echo(text_table(found).plain())
@@ -120,6 +122,7 @@ def overfit(
     sources: RunsArgument,
     rows: Annotated[int, typer.Option(min=1, help="Answer the first N training rows of each run.")] = 128,
     max_new_tokens: TokensOption = 256,
+    # Not the authors' 1.2: a penalty keeps the model from repeating the very text it may know by heart.
     repetition_penalty: PenaltyOption = 1.0,
     batch_size: BatchOption = 8,
     device: DeviceOption = "auto",
@@ -135,6 +138,7 @@ def overfit(
     """
     from ..evaluation.overlap import check_installed
 
+    # Before minutes of answering: the measures need an extra.
     check_installed()
     with quiet():
         with imports_that_stay():
@@ -179,6 +183,7 @@ def loss(
     """
     from ..evaluation.runs import Machine, named_sets
 
+    # Before the slow imports: what is wrong with an option is said at once.
     sets = named_sets(data or [])
     with quiet():
         with imports_that_stay():
@@ -262,6 +267,7 @@ def _numbers(option: str, text: str, kind: type, smallest: float) -> list[Any]:
     if not numbers or not all(math.isfinite(number) and number >= smallest for number in numbers):
         what = "whole numbers" if kind is int else "numbers"
         raise UserInputError(f"{option}: must be {what} of {smallest} or more separated by commas, got {text!r}.")
+    # Distinct and in order, so that tables and pictures do not depend on how the option was written.
     return sorted(set(numbers))
 
 
@@ -295,6 +301,7 @@ def harness(
 
     By default on the tasks of NEFTune's Figure 3.
     """
+    # What can be checked without lm-eval is checked before it is imported, which takes long.
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     check_device(device)
     if output is not None:

@@ -93,6 +93,8 @@ def generate(
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     adapter = find_adapter(dir, revision=revision, base=base)  # a wrong DIR is reported before torch is loaded
     decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
+    # Before the model is loaded, as everything that can be wrong with the input: a prompt file, the decoding, the
+    # output.
     requests = _requests(prompts or [], file)
     names = ["base", "adapter"] if compare else ["base"] if base_alone else ["adapter"]
     from ..generation.output import check_new
@@ -102,6 +104,7 @@ def generate(
     with _loaded(adapter, prompt_template, device, precision) as trained:
         if system is not None:
             requests = _with_system(trained, requests, system)
+        # Token by token only for somebody who watches; a pipe or a file gets whole answers.
         if sys.stdout.isatty() and len(requests) == 1 and not as_json and output is None:
             _stream(trained, requests, decoding, names)
         else:
@@ -165,6 +168,7 @@ def _requests(prompts: Sequence[str], file: str | None) -> list[Request]:
         if prompts:
             raise UserInputError("--file: cannot be combined with PROMPT. Keep one.")
         return requests_of_file(file)
+    # Without a prompt, what is piped in is one; at a terminal the program would seem to hang, waiting for input.
     if list(prompts) == ["-"] or (not prompts and not sys.stdin.isatty()):
         return requests_of_stdin()
     if not prompts:
@@ -191,6 +195,7 @@ def _loaded(
         from ..adapter.load import load_trained
         from ..display.console import quiet_libraries
 
+    # On stderr, so that a redirected stdout holds answers and nothing else.
     console = Console(stderr=True, highlight=False)
     with quiet_libraries():
         with json_only(), console.status(f"loading {adapter.source}"):
@@ -232,6 +237,8 @@ def _answer_all(
     from ..generation.generate import replies
     from ..generation.output import entries, with_progress, write_as_they_come
 
+    # Generators: base and adapter answer batch by batch in turns, and the first answers are printed while later ones
+    # are computed.
     sides = [replies(trained, requests, decoding, base_alone=name == "base", batch_size=batch_size) for name in names]
     found = (dict(zip(names, together, strict=True)) for together in zip(*sides, strict=True))
     suffix = "" if output is None else output.suffix.lower()

@@ -75,6 +75,7 @@ def fit(
     from ..fit import plan_recipe, report
     from ..recipe import load_recipe
 
+    # A run that does not fit is an answer, not a failure: the exit code is 0.
     found = plan_recipe(load_recipe(name, overrides or ()), vram)
     if as_json:
         print_json(found)

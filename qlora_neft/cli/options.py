@@ -33,6 +33,7 @@ def complete_override(incomplete: str) -> list[str]:
     """Complete a recipe's keys, each with its equals sign."""
     from ..recipe.keys import key_names
 
+    # Imported here, as in every completion: the shell starts this program at each press of the tab key.
     return [f"{key}=" for key in key_names() if key.startswith(incomplete)]
 
 
@@ -117,6 +118,7 @@ def decoding_of(
     Raises:
         UserInputError: If a value is out of range, or has no effect.
     """
+    # Only what was given, so that the defaults of `Decoding` are stated once, there.
     given: dict[str, Any] = {name: value for name, value in drawing.items() if value is not None}
     if given and not sample:
         unused = ", ".join(f"--{name.replace('_', '-')}" for name in given)

@@ -60,6 +60,7 @@ def merge(
 
     Exit code 1 if the default merge is not the model that was trained.
     """
+    # Options first: they are checked without importing torch.
     max_shard_bytes = _bytes_of(max_shard_size)
     if no_proof and proof_data is not None:
         raise UserInputError("--no-proof: cannot be combined with --proof-data. Keep one.")
@@ -79,6 +80,8 @@ def merge(
         plan = plan_merge(folder, strategy, dtype)
         tokenizer = tokenizer_of_adapter(folder)
         template = template_of(folder, tokenizer)
+        # Rows and tokenizer before the merge: missing data for the proof ends it here, not after gigabytes were
+        # written.
         rows = None if no_proof else rows_of(folder, tokenizer, template, proof_data, proof_rows)
         report = merge_adapter(plan, out, tokenizer, rows, max_shard_bytes=max_shard_bytes, device=device, say=say)
     if as_json:
@@ -114,6 +117,7 @@ def check(
     from ..export.consumers import facts_of, named_consumers, verdict_for
 
     names = named_consumers(consumers)
+    # Names are checked first, then the files are read once for all tools.
     facts = facts_of(find_adapter(source, base=base))
     verdicts = [verdict_for(name, facts) for name in names]
     if as_json:
@@ -180,6 +184,7 @@ def gguf(
     from ..export.gguf.model import write_model_gguf
 
     folder = Path(source).expanduser()
+    # A folder with both is an adapter's: its own configuration decides.
     is_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
     path = _out(out, "model.gguf" if is_model else "adapter.gguf")
     target = path.with_name("Modelfile")
@@ -213,6 +218,7 @@ def _out(out: Path, name: str) -> Path:
 
 def _next_lines(path: Path, is_model: bool, has_modelfile: bool) -> list[str]:
     model = f"-m {path}" if is_model else f"-m BASE.gguf --lora {path}"
+    # The decoding of NEFTune's authors; -1: the penalty counts the whole context, as transformers' does.
     greedy = "--temp 0 --repeat-penalty 1.2 --repeat-last-n -1"
     lines = [f"llama-server {model}", f"llama-completion {model} -no-cnv {greedy} -f prompt.txt"]
     if has_modelfile:
@@ -224,6 +230,7 @@ def _next_lines(path: Path, is_model: bool, has_modelfile: bool) -> list[str]:
 
 # ---- export ----
 
+# The form alone: the Hub knows which ids exist, and its list grows.
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
@@ -280,6 +287,7 @@ def export(
         revision=revision,
         message="Adapter and its receipt, by qlora-neft export",
         say=say,
+        # sys.argv is this command in a notebook too: an export that pushes runs in a process of its own there.
         resume_command=shlex.join(["qlora-neft", *sys.argv[1:]]),
     )
     say("up to date; no new commit" if pushed.was_up_to_date else f"pushed: commit {pushed.commit}")
@@ -319,6 +327,7 @@ def _check_repo_id(repo_id: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    # The client's own check allows a name without an owner, and its message does not name the option.
     rule = f"--repo-id: must be owner/name, of letters, digits, '-', '_' and '.', got {repo_id!r}."
     try:
         validate_repo_id(repo_id)
@@ -352,6 +361,7 @@ def _show_card(card: Path) -> None:
     from rich.markdown import Markdown
     from rich.syntax import Syntax
 
+    # A card starts with its front matter between two lines of dashes.
     _, front, body = text.split("---\n", 2)
     console(highlight=True).print(Syntax(front, "yaml", background_color="default"), Markdown(body))
 

@@ -127,6 +127,7 @@ def cp(
     if not target.parent.is_dir():
         raise UserInputError(f"{target}: there is no folder {target.parent}. Create it first.")
     try:
+        # Not shutil.copy: an installed package may be read-only, and the copy is there to be edited.
         shutil.copyfile(source, target)
     except OSError as error:
         raise UserInputError(f"{target}: cannot be written: {error.strerror}.") from error
@@ -150,6 +151,7 @@ def validate(
     """
     from ..recipe import load_recipe
 
+    # A file's name may hold an equals sign; then the file is meant.
     recipes = [name for name in names if "=" not in name or Path(name).exists()]
     overrides = [name for name in names if name not in recipes]
     if not recipes:
@@ -165,6 +167,7 @@ def validate(
         print_json([{"recipe": name, "ok": not found, "problems": found} for name, found in problems.items()])
     else:
         for name, found in problems.items():
+            # Problems go to stderr as every error does; stdout lists the recipes that are in order.
             typer.echo(f"{name}: {_count(found)}", err=bool(found))
             for problem in found:
                 typer.echo(f"  {problem}", err=True)

@@ -12,6 +12,7 @@ import psutil
 from ..errors import UserInputError
 
 GIB = 2**30
+# People say "a 24G card" and mean GiB, so that is what a bare number and "g" are.
 UNITS = {"gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6, "g": GIB, "m": 2**20, "": GIB}
 
 
@@ -82,17 +83,22 @@ def card_of(text: str) -> Card:
 
 def this_machine() -> Card:
     """Return the first GPU of this machine as its driver describes it, or the machine itself without one."""
+    # The driver's tool, not torch: importing torch takes seconds, and asking it for a GPU starts CUDA, which takes
+    # memory of the very card.
     found = _ask_driver()
     if found is None:
         return host()
     name, memory, capability = found
     known = next((card for card in CARDS.values() if _is_named(card.name, name)), None)
     flops, bandwidth = (known.flops, known.bandwidth) if known else (None, None)
+    # Capability 8.0 (Ampere) is the first with bfloat16 units; torch.cuda.is_bf16_supported() counts emulation, on a T4
+    # too.
     return Card(name, memory, flops, bandwidth, has_bf16=capability >= 8.0)
 
 
 def host() -> Card:
     """Return this machine's CPU and memory."""
+    # Without bfloat16, since a run on a CPU computes in float32.
     return Card("this machine's memory (no GPU found)", psutil.virtual_memory().total, has_bf16=False, is_gpu=False)
 
 
@@ -102,6 +108,7 @@ def _ask_driver() -> tuple[str, int, float] | None:
         return None
     query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
+        # A driver in trouble may hang: a plan for this machine is not worth more than a few seconds of waiting.
         lines = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
         name, mebibytes, capability = (part.strip() for part in lines[0].split(","))
         return name, int(mebibytes) * 2**20, float(capability)
@@ -111,4 +118,5 @@ def _ask_driver() -> tuple[str, int, float] | None:
 
 def _is_named(ours: str, drivers: str) -> bool:
     """Whether the driver's name is that of a card: ``rtx4090`` is its "NVIDIA GeForce RTX 4090"."""
+    # Cards that come with several memories ("a100-40g") are told apart by the driver's figure, not by the name.
     return ours.partition("-")[0] in drivers.lower().replace(" ", "").replace("-", "")

@@ -63,6 +63,8 @@ def choose(recipe: Recipe, geometry: Geometry, card: Card) -> tuple[Choice, bool
     choices = list(candidates(recipe, geometry, card))
     usable = USABLE * card.memory
     fitting = [choice for choice in choices if choice.peak_bytes <= usable]
+    # A paged optimizer's states are in unified memory, which the driver moves to the host under pressure. Moving them
+    # costs time at each step, so it counts only where nothing fits without.
     if not fitting and card.is_gpu and recipe.train.optim.startswith("paged"):
         choices = [replace(choice, paged_out=choice.terms["optimizer"]) for choice in choices]
         fitting = [choice for choice in choices if choice.peak_bytes <= usable]
@@ -75,6 +77,7 @@ def choose(recipe: Recipe, geometry: Geometry, card: Card) -> tuple[Choice, bool
 def candidates(recipe: Recipe, geometry: Geometry, card: Card) -> Iterator[Choice]:
     """Yield every choice the recipe leaves open."""
     lora, length = recipe.lora, recipe.data.max_length
+    # bfloat16 or float16 on a GPU, float32 on a CPU.
     compute_bytes = 2 if card.is_gpu else 4
     adapters = geometry.lora_parameters(lora.r, lora.target_modules)
     for checkpointing in _checkpointing(recipe, card):
@@ -99,19 +102,23 @@ def _checkpointing(recipe: Recipe, card: Card) -> tuple[bool, ...]:
     asked = recipe.machine.activation_checkpointing
     if asked != "auto":
         return (bool(asked),)  # a number of blocks counts as all of them
+    # On a CPU, micro-batches of CPU_TOKENS keep the activations small already; recomputing them would only cost time.
     return (False, True) if card.is_gpu else (False,)
 
 
 def _micro_batches(recipe: Recipe, budgets: Sequence[int]) -> Iterator[tuple[int | None, int | None, int]]:
     """Yield (limit in rows, limit in tokens, tokens of the largest): at most a whole step, at least one row."""
     length, machine = recipe.data.max_length, recipe.machine
+    # Counted with every row at its longest, so no batch of the data can need more. A micro-batch never spans two steps.
     whole_step = recipe.train.effective_batch_size * length
     rows, tokens = _stated(machine.per_device_train_batch_size), _stated(machine.max_tokens_per_micro_batch)
     if rows is not None or tokens is not None:
         by_rows = whole_step if rows is None else rows * length
+        # A row longer than the limit is still taken, on its own.
         by_tokens = whole_step if tokens is None else max(tokens, length)
         yield rows, tokens, min(by_rows, by_tokens, whole_step)
         return
+    # A set: cut to one row and to one step, several budgets may be the same.
     for budget in sorted({min(max(budget, length), whole_step) for budget in budgets}, reverse=True):
         yield None, budget, budget
 

@@ -24,9 +24,11 @@ def read_config(name_or_path: str, revision: str = "main") -> tuple[dict[str, An
     Raises:
         UserInputError: If there is none, or the Hub cannot be reached.
     """
+    # A folder wins over a Hub id of the same name, as in transformers.
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return _local_config(folder), "local"
+    # Before the Hub is asked: a well-known base is answered offline, and a gated one without access to it.
     if (config := shipped_config(name_or_path)) is not None:
         return config, "shipped"
     return _hub_config(name_or_path, revision), "Hub"
@@ -75,6 +77,7 @@ def _local_parameters(folder: Path) -> int | None:
     files = sorted(folder.glob("*.safetensors"))
     try:
         tensors = [tensor for path in files for tensor in stored_tensors(path).values()]
+    # The number only adds a note to the report, so a damaged file is no reason to end here.
     except (OSError, SafetensorError):
         return None
     return sum(math.prod(tensor.shape) for tensor in tensors) if files else None
@@ -86,6 +89,7 @@ def _hub_parameters(name: str, revision: str) -> int | None:
 
     try:
         counts = HfApi().get_safetensors_metadata(name, revision=revision).parameter_count
+    # Likewise: not safetensors, no access or no network leave the number unknown.
     except (OSError, ValueError, HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError):
         return None
     return sum(counts.values())

@@ -27,6 +27,7 @@ LOSS_TILE_WIDTH, LOSS_TILE_TOKENS = 32768, 4096  # TRL's head computes the loss 
 CONTEXT = int(0.55e9)  # bytes of the CUDA context and workspaces
 # Share of what is allocated temporarily: blocks that the allocator cannot reuse. Published peaks lie above the terms.
 SLACK = 0.25
+# Adam keeps two moments of each trained weight, in 4 bytes or in 1.
 OPTIMIZER_BYTES = {"paged_adamw_32bit": 8, "adamw_torch": 8, "paged_adamw_8bit": 2, "adamw_8bit": 2}  # per weight
 FLOAT32 = 4  # bytes
 
@@ -64,10 +65,14 @@ def memory_terms(geometry: Geometry, lora: Lora, step: Step, *, double_quant: bo
     trained = geometry.lora_parameters(lora.r, lora.target_modules)
     training = _training_terms(geometry, step)
     temporary = sum(training.values())
+    # A step and an evaluation never hold their temporary tensors at the same time, so of the evaluation only what
+    # exceeds the step's counts.
     evaluation = max(0, _evaluation_bytes(geometry, step) - temporary)
     return {
         "weights_nf4": geometry.nf4_bytes(double_quant),
         "weights_not_quantized": geometry.unquantized_parameters() * step.compute_bytes,
+        # In float32 whatever the compute dtype is: the trainer undoes TRL's cast of LoRA weights to bfloat16
+        # (https://github.com/huggingface/trl/issues/4901).
         "lora": FLOAT32 * trained,
         "gradients": FLOAT32 * trained,
         "optimizer": OPTIMIZER_BYTES.get(step.optim, 8) * trained,
@@ -84,6 +89,8 @@ def _training_terms(geometry: Geometry, step: Step) -> dict[str, int]:
     layers = geometry.num_layers
     return {
         # With checkpointing a block keeps its input alone; one block at a time is recomputed.
+        # (tokens, hidden) per block if it is recomputed; else all that a block saves, where the last block is
+        # "live_block".
         "activations": layers * step.tokens * hidden * size if step.checkpointing else (layers - 1) * block,
         "live_block": block,
         "dequantization": 2 * size * max(linear.out_features * linear.in_features for linear in geometry.linears),
@@ -149,6 +156,7 @@ BYTES_PER_TOKEN = (2.5, 5.0)  # of a data file, column names and quotes included
 def local_bytes(path: str) -> int | None:
     """Return the size of a local data file, or of all files a pattern matches; None for data on the Hub."""
     expanded = str(Path(path).expanduser())
+    # A name that matches nothing as a pattern is taken as it is: brackets are allowed in file names.
     files = [Path(name) for name in (glob.glob(expanded) or [expanded])]
     if not all(file.is_file() for file in files):
         return None

@@ -69,6 +69,7 @@ def _in_blocks(
             name=path.rsplit(".", 1)[-1],
             out_features=out,
             in_features=width,
+            # Configurations switch the biases of "self_attn" and "mlp" as a whole.
             bias=biased if isinstance(biased, bool) else biased[path.split(".")[0]],
             count=keys.num_hidden_layers,
             path=f"{prefix}.*.{path}",
@@ -80,6 +81,7 @@ def _in_blocks(
 def _attention(keys: SimpleNamespace, head_dim: int, output: str) -> dict[str, tuple[int, int]]:
     """Return the shapes of separate projections; if the number of groups of keys and values is unset, one per head."""
     hidden, heads = keys.hidden_size, keys.num_attention_heads
+    # (out, in) each. With grouped-query attention, several heads of queries share one of keys and values.
     grouped = keys.num_key_value_heads or heads
     return {
         "self_attn.q_proj": (heads * head_dim, hidden),
@@ -110,6 +112,8 @@ def _gated(
     head_dim = _head_dim(keys)
     shapes = {**_attention(keys, head_dim, "o_proj"), **_gated_mlp(keys)}
     linears = _in_blocks(keys, "model.layers", shapes, {"self_attn": attention_bias, "mlp": mlp_bias})
+    # RMS norms have a weight and no bias. The norms of queries and keys have the width of one head, which all heads
+    # share; the last one stands after the blocks.
     block = norms_per_block * keys.hidden_size + (2 * head_dim if head_norms else 0)
     return Parts(linears, keys.num_hidden_layers * block + keys.hidden_size, head_dim, keys.hidden_size)
 
@@ -147,11 +151,14 @@ def _opt(keys: SimpleNamespace) -> Parts:
     shapes = {f"self_attn.{name}": (hidden, hidden) for name in ("k_proj", "v_proj", "q_proj", "out_proj")}
     shapes |= {"fc1": (inner, hidden), "fc2": (hidden, inner)}
     linears = _in_blocks(keys, "model.decoder.layers", shapes, keys.enable_bias)
+    # OPT-350m is the one released model of this kind: its embedding is half as wide as its blocks.
     if width != hidden:
         linears += (
             Linear("project_out", width, hidden, False, 1, "model.decoder.project_out"),
             Linear("project_in", hidden, width, False, 1, "model.decoder.project_in"),
         )
+    # Two layer norms per block, each with weight and bias. A model with norms after the blocks' parts (OPT-350m) needs
+    # no last one.
     last_norm = keys.do_layer_norm_before and not keys._remove_final_layer_norm
     norms = (2 * blocks + last_norm) * 2 * hidden if keys.layer_norm_elementwise_affine else 0
     # Two more rows than positions: OPT offsets its positions by two.
@@ -169,6 +176,7 @@ def _gpt_neox(keys: SimpleNamespace) -> Parts:
         "mlp.dense_4h_to_h": (hidden, inner),
     }
     linears = _in_blocks(keys, "gpt_neox.layers", shapes, {"attention": keys.attention_bias, "mlp": True})
+    # Two layer norms per block and one at the end, each with weight and bias.
     norms = (2 * keys.num_hidden_layers + 1) * 2 * hidden
     return Parts(linears, norms, hidden // keys.num_attention_heads, hidden)
 
@@ -180,6 +188,7 @@ def _phi(keys: SimpleNamespace) -> Parts:
     shapes = {**_attention(keys, head_dim, "dense"), "mlp.fc1": (inner, hidden), "mlp.fc2": (hidden, inner)}
     # The norms of queries and keys ignore a head_dim of the configuration.
     head_norms = 4 * (hidden // keys.num_attention_heads) if keys.qk_layernorm else 0
+    # One layer norm per block and one at the end, each with weight and bias; likewise two for queries and keys.
     norms = keys.num_hidden_layers * (2 * hidden + head_norms) + 2 * hidden
     return Parts(_in_blocks(keys, "model.layers", shapes, True), norms, head_dim, hidden, head_bias=True)
 

@@ -96,9 +96,11 @@ class Geometry:
         """
         if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
             return sum(linear.count * _lora_pair(linear, r) for linear in self.linears)
+        # A list or an expression may name the head; "all-linear" leaves it alone.
         head = Linear(HEAD, self.vocab_size, self.embedding_width, False, 1)
         modules = [(name, linear) for linear in (*self.linears, head) for name in linear.module_names()]
         targets = [target_modules] if isinstance(target_modules, str) else list(dict.fromkeys(target_modules))
+        # PEFT's rule: an expression must match the whole name, an entry of a list its last parts.
         match = re.fullmatch if isinstance(target_modules, str) else _is_named
         unknown = sorted(target for target in targets if not any(match(target, name) for name, _ in modules))
         if unknown:
@@ -112,10 +114,13 @@ class Geometry:
 
 def _nf4_bytes(weights: int, double_quant: bool, block_size: int) -> int:
     """Return the bytes of one weight: blocks do not span layers, and the last one of each may be short."""
+    # Two weights share a byte; -(-a // b) rounds up.
     packed = -(-weights // 2)
     blocks = -(-weights // block_size)
     if not double_quant:
         return packed + FLOAT32 * blocks
+    # A byte for each absmax, a float32 for every 256 of them, and one float32 for their mean, which is subtracted
+    # first.
     return packed + blocks + FLOAT32 * -(-blocks // SECOND_BLOCK) + FLOAT32
 
 
@@ -148,7 +153,11 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
             is stored with layers left unquantized.
     """
     text = _text_config(config)
+    # The text part of a multi-part model has a configuration of its own, but the quantization of the whole checkpoint
+    # stands in the outer one.
     _check_stored_skips(config)
+    # Counted by formula if the family is known, which needs no torch; else on transformers' own model, which takes
+    # seconds.
     family = FAMILIES.get(text.get("model_type", ""))
     if family is None:
         return _count_skeleton(text)
@@ -199,6 +208,8 @@ def _check_stored_skips(config: Mapping[str, Any]) -> None:
     """Refuse checkpoints stored in NF4 with layers of the blocks left unquantized, or with the head quantized."""
     stored = config.get("quantization_config")
     skipped = stored.get("llm_int8_skip_modules") if isinstance(stored, Mapping) else None
+    # transformers skips the head by itself; a list that names only the head, or parts this model lacks, changes
+    # nothing.
     if skipped is None or (HEAD in skipped and NOT_IN_A_DECODER.issuperset(skipped)):
         return
     raise UserInputError(
@@ -254,6 +265,7 @@ def _count_skeleton(text: Mapping[str, Any]) -> Geometry:
         model.tie_weights()  # a tie is lost on the meta device, where each parameter is made anew
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # transformers checks a configuration's values
         raise UserInputError(f"{refusal} ({first_line(error)})") from error
+    # Which layers become Linear4bit is transformers' own decision, so its own functions are asked.
     kept = get_keys_to_not_convert(model)  # the head, and what is tied to it
     linears = []
     for name, module in model.named_modules():

@@ -98,6 +98,7 @@ def _duration(recipe: Recipe, speed: list[int] | None) -> list[int] | None:
         return None
     low, high = (tokens * recipe.train.num_train_epochs for tokens in tokens_in(num_bytes))
     if recipe.train.max_steps is not None:
+        # No more tokens than every row of every step at its longest; that may lie below the file's own lower estimate.
         high = min(high, recipe.train.max_steps * recipe.train.effective_batch_size * recipe.data.max_length)
         low = min(low, high)
     return seconds((low, high), speed)
@@ -109,6 +110,7 @@ def _duration(recipe: Recipe, speed: list[int] | None) -> list[int] | None:
 def remedies(recipe: Recipe, geometry: Geometry, card: Card) -> list[str]:
     """List overrides that make the recipe fit, the mildest first; then the smallest card it fits on as it is."""
     found: list[str] = []
+    # Each change is tried alone and on top of all before it, which stand first because they cost less quality.
     together: dict[str, Any] = {}
     changes = _changes(recipe)
     for change in changes:
@@ -119,9 +121,11 @@ def remedies(recipe: Recipe, geometry: Geometry, card: Card) -> list[str]:
             continue
         found.append(f"{_overrides(change)} brings it to {alone.peak_bytes / GIB:.2f} GiB")
         both, fits_together = choose(_changed(recipe, together), geometry, card)
+        # For the first, "together" would repeat what has just been said.
         if change is not changes[0] and fits_together:
             found.append(f"{_overrides(together)} together make it fit ({both.peak_bytes / GIB:.2f} GiB)")
             break
+    # With the recipe as it is: a larger card changes nothing that is learned, while the remedies may.
     enough = [other for other in CARDS.values() if choose(recipe, geometry, other)[1]]
     if enough:
         smallest = min(enough, key=lambda other: other.memory)
@@ -135,6 +139,7 @@ def _changes(recipe: Recipe) -> list[dict[str, Any]]:
     """List the changes of keys that take less memory, the mildest first; without those the recipe has already made."""
     micro_batches = ("machine.max_tokens_per_micro_batch", "machine.per_device_train_batch_size")
     wanted = [
+        # "auto" gives the choice back to the planner. These two change no result; the others change what is learned.
         {"machine.activation_checkpointing": "auto"},
         dict.fromkeys(micro_batches, "auto"),
         {"train.optim": "paged_adamw_8bit"},
@@ -220,6 +225,7 @@ def lines(report: Mapping[str, Any], name: str) -> list[str]:
         f"{report['lora_parameters']:,} trained",
         "",
     ]
+    # The longest bar is the largest term, not the card: small terms stay visible.
     largest = max(report["terms"].values())
     for term, size in report["terms"].items():
         bar = "█" * round(BAR * size / largest)
