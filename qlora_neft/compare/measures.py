@@ -64,7 +64,9 @@ def held_out_rows(folder: Path) -> dict[str, float]:
     found = list(losses_by_row(trained, rows, batch_size=ROWS_AT_A_TIME))
     sums = [value for losses in found for value in losses.sums.tolist()]
     counts = [value for losses in found for value in losses.counts.tolist()]
-    write_json(folder / ROW_LOSSES_FILE, {"rows": data.report["eval"]["sha256"], "sums": sums, "counts": counts})
+    described = data.report["eval"]
+    assert described is not None  # `_held_out` found rows
+    write_json(folder / ROW_LOSSES_FILE, {"rows": described["sha256"], "sums": sums, "counts": counts})
     return {}
 
 

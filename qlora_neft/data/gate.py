@@ -7,12 +7,13 @@ rule, the rows and the remedy.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from ..errors import UserInputError
 from ..recipe.schema import Data
+from .store import TallyRecord
 from .worker import BAD, EMPTY, NO_ROOM, UNFIT, Outcome
 
 PLACES_NAMED = 5  # rows named of each kind
@@ -99,15 +100,15 @@ class Tally:
         """Count the readable rows that are left out."""
         return sum(self.finding(kind).count for kind in (EMPTY, UNFIT, NO_ROOM))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> TallyRecord:
         """Return plain values, for JSON."""
-        return asdict(self)
+        return cast(TallyRecord, asdict(self))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Tally:
+    def from_dict(cls, values: TallyRecord) -> Tally:
         """Read back what `to_dict` wrote."""
         findings = {kind: Finding(**finding) for kind, finding in values["findings"].items()}
-        counts = {name: value for name, value in values.items() if name != "findings"}
+        counts: dict[str, Any] = {name: value for name, value in values.items() if name != "findings"}
         return cls(**counts, findings=findings)
 
 
@@ -124,7 +125,7 @@ class DataRefused(UserInputError):
         report: The data report, which lists the same problems.
     """
 
-    def __init__(self, problems: Sequence[str], report: dict[str, Any]) -> None:
+    def __init__(self, problems: Sequence[str], report: Mapping[str, Any]) -> None:
         self.problems, self.report = list(problems), report
         head = "" if len(problems) == 1 else f"the data has {len(problems)} problems:\n  "
         super().__init__(head + "\n  ".join(problems))

@@ -22,7 +22,7 @@ from .formats import check_columns, detect_format
 from .gate import DataRefused, Tally
 from .parallel import map_rows
 from .reading import read_rows, source_fingerprint
-from .report import data_report
+from .report import DataReport, data_report
 from .sources import Row, Source, held_out_sources, training_sources
 from .store import SequenceWriter, SourceFacts, State, read_sequences
 from .templates import read_jinja, resolve_template
@@ -59,7 +59,7 @@ class PreparedData:
 
     train: Dataset
     eval: Dataset | None
-    report: dict[str, Any]
+    report: DataReport
     largest_token_id: int
     stop_token_ids: tuple[int, ...]
     chat_template: str | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow.compute as pc
@@ -32,7 +32,56 @@ BIN_WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 163
 WASTE_STEPS = 200  # optimizer steps over which padding is counted
 
 
-def data_report(state: State, train: Dataset, held_out: Dataset | None, section: Data) -> dict[str, Any]:
+class Histogram(TypedDict):
+    """Counts of sequences by length: ``edges`` in tokens, one more than bins, and the ``counts`` of the bins."""
+
+    edges: list[int]
+    counts: list[int]
+
+
+class PartReport(TypedDict):
+    """One part of the data, training or held out, in numbers.
+
+    ``rows`` are sequences and ``source_rows`` the rows they were made from; ``sha256`` is that of the rows' contents.
+    ``padding_waste`` comes with the plan of a run, see `padding_waste`.
+    """
+
+    rows: int
+    source_rows: int
+    tokens: int
+    trained_tokens: int
+    share_trained: float
+    truncated: int
+    truncated_fraction: float
+    dropped: int
+    empty: int
+    unfit: int
+    without_room: int
+    duplicates: int
+    ended: int
+    lengths: dict[str, float | int | None]
+    histogram: Histogram
+    sha256: str
+    padding_waste: NotRequired[dict[str, float]]
+
+
+class DataReport(TypedDict):
+    """The content of ``data_report.json``: the training part's main counts, the gate's verdict, and both parts."""
+
+    report_version: int
+    rows: int
+    tokens: int
+    trained_tokens: int
+    truncated: int
+    problems: list[str]
+    warnings: list[str]
+    settings: dict[str, Any]
+    sources: list[SourceFacts]
+    train: PartReport
+    eval: PartReport | None
+
+
+def data_report(state: State, train: Dataset, held_out: Dataset | None, section: Data) -> DataReport:
     """Return the report of prepared data, see `prepare_data`.
 
     Args:
@@ -65,10 +114,12 @@ def data_report(state: State, train: Dataset, held_out: Dataset | None, section:
                 f"data.eval_path: {state['overlap']:,} held-out rows are training rows as well; the held-out loss is "
                 "too good by them."
             )
-    counts = {name: described[name] for name in ("rows", "tokens", "trained_tokens", "truncated")}
     return {
         "report_version": REPORT_VERSION,
-        **counts,
+        "rows": described["rows"],
+        "tokens": described["tokens"],
+        "trained_tokens": described["trained_tokens"],
+        "truncated": described["truncated"],
         "problems": problems,
         "warnings": warnings,
         "settings": {key: getattr(section, key) for key in SETTINGS},
@@ -91,7 +142,7 @@ def _named(key: str, sources: Sequence[SourceFacts]) -> str:
     return f"{key}: {sources[0]['path']!r}" if len(sources) == 1 else key
 
 
-def _part(dataset: Dataset, tally: Tally, sha256: str) -> dict[str, Any]:
+def _part(dataset: Dataset, tally: Tally, sha256: str) -> PartReport:
     """Return the numbers of one part of the data; ``sha256`` is that of its rows' contents."""
     lengths = sequence_lengths(dataset)
     truncated = tally.finding("truncated").count
@@ -124,8 +175,8 @@ def sequence_lengths(dataset: Dataset) -> np.ndarray:
     return np.asarray(lengths, dtype=np.int64)
 
 
-def histogram(lengths: np.ndarray) -> dict[str, list[int]]:
-    """Count lengths in bins of one width, a power of two: ``edges`` (one more than bins) and ``counts``."""
+def histogram(lengths: np.ndarray) -> Histogram:
+    """Count lengths in bins of one width, a power of two."""
     if not len(lengths):
         return {"edges": [], "counts": []}
     longest = int(lengths.max())

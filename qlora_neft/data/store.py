@@ -51,16 +51,36 @@ class SourceFacts(TypedDict):
     end: str | None
 
 
+class FindingRecord(TypedDict):
+    """A `Finding` as stored."""
+
+    count: int
+    places: list[str]
+
+
+class TallyRecord(TypedDict):
+    """A `Tally` as stored; keys as its attributes."""
+
+    rows: int
+    sequences: int
+    tokens: int
+    trained_tokens: int
+    ended: int
+    truncated_sequences: int
+    turns_left_out: int
+    largest_token_id: int
+    findings: dict[str, FindingRecord]
+
+
 class State(TypedDict):
     """Everything known of prepared data but its sequences: the content of ``state.json``.
 
-    ``train`` and ``eval`` are tallies (`Tally.to_dict`), ``overlap`` counts the held-out rows that are training rows
-    as well.
+    ``overlap`` counts the held-out rows that are training rows as well.
     """
 
-    train: dict[str, Any]
+    train: TallyRecord
     train_sha256: str
-    eval: dict[str, Any] | None
+    eval: TallyRecord | None
     eval_sha256: str | None
     sources: list[SourceFacts]
     eval_sources: list[SourceFacts]

@@ -84,7 +84,7 @@ def _has_noise(log_history: Sequence[LogEntry]) -> bool:
     return any("neftune_norm" in entry for entry in log_history)
 
 
-def plot_lengths(report: dict[str, Any], path: Path, title: str) -> bool:
+def plot_lengths(report: Mapping[str, Any], path: Path, title: str) -> bool:
     """Draw the sequence lengths of a prepared data set.
 
     Args:
@@ -109,7 +109,7 @@ def plot_lengths(report: dict[str, Any], path: Path, title: str) -> bool:
     return save_picture(figure, path)
 
 
-def _draw_parts(axes: Any, report: dict[str, Any]) -> None:
+def _draw_parts(axes: Any, report: Mapping[str, Any]) -> None:
     train, held_out = report["train"], report.get("eval")
     both = bool(held_out) and any(held_out["histogram"]["counts"])
     # The unit of the axis is the width of a bin, which a part without rows does not have.
@@ -135,7 +135,7 @@ def _draw_parts(axes: Any, report: dict[str, Any]) -> None:
         axis.set_major_formatter("{x:,.0f}")
 
 
-def _heights(part: dict[str, Any], width: float, share: bool) -> tuple[list[float], list[float]]:
+def _heights(part: Mapping[str, Any], width: float, share: bool) -> tuple[list[float], list[float]]:
     """Return heights and edges of the bars; as shares, parts of any size and bin width can be compared."""
     edges, counts = part["histogram"]["edges"], part["histogram"]["counts"]
     scale = 100 / sum(counts) if share else 1.0
@@ -144,13 +144,13 @@ def _heights(part: dict[str, Any], width: float, share: bool) -> tuple[list[floa
     return [n * scale * width / (own or 1) for n, own in zip(counts, widths, strict=True)], edges
 
 
-def _label(name: str, part: dict[str, Any]) -> str:
+def _label(name: str, part: Mapping[str, Any]) -> str:
     rows = f"{part['rows']:,} row" + "s" * (part["rows"] != 1)
     share = part.get("share_trained")
     return f"{name}: {rows}" + (f", {share:.0%} of tokens trained" if share is not None else "")
 
 
-def _draw_marks(axes: Any, report: dict[str, Any]) -> None:
+def _draw_marks(axes: Any, report: Mapping[str, Any]) -> None:
     lengths = report["train"]["lengths"]
     for key, name, style in PERCENTILES:
         if lengths.get(key) is not None:

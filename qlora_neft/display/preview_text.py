@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -88,7 +88,7 @@ def render_example(console: Console, title: str, views: list[TokenView], *, show
     console.print(line if views else Text("(no tokens)", style="dim"), soft_wrap=True, highlight=False)
 
 
-def render_summary(console: Console, report: dict[str, Any]) -> None:
+def render_summary(console: Console, report: Mapping[str, Any]) -> None:
     """Print the sizes of a prepared data set, its lengths as bars, and its problems.
 
     Args:
@@ -200,12 +200,12 @@ def _printable_character(character: str) -> str:
     return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def _heading(report: dict[str, Any]) -> str:
+def _heading(report: Mapping[str, Any]) -> str:
     longest = report.get("settings", {}).get("max_length")
     return plural(report["train"]["rows"], "row") + (f" of at most {plural(longest, 'token')}" if longest else "")
 
 
-def _cells(part: dict[str, Any]) -> dict[str, str]:
+def _cells(part: Mapping[str, Any]) -> dict[str, str]:
     cells = {
         "rows": f"{part['rows']:,}",
         "tokens": f"{part['tokens']:,}",
@@ -229,7 +229,7 @@ def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _histogram_lines(part: dict[str, Any], width: int) -> list[str]:
+def _histogram_lines(part: Mapping[str, Any], width: int) -> list[str]:
     edges, counts = part["histogram"]["edges"], part["histogram"]["counts"]
     if not any(counts):
         return ["no rows, so no lengths to show"]

@@ -109,8 +109,9 @@ def _sets(trained: Trained, data: Mapping[str, str], overrides: Sequence[str], s
     if folder.recipe is not None:
         own = recipe_data(folder, trained.tokenizer, overrides)
         yield _Set(TRAIN, own.train, own.report["train"]["sha256"])
-        if own.eval is not None:
-            yield _Set(HELD_OUT, own.eval, own.report["eval"]["sha256"])
+        held_out = own.report["eval"]
+        if own.eval is not None and held_out is not None:  # both or neither
+            yield _Set(HELD_OUT, own.eval, held_out["sha256"])
     elif not data:
         raise UserInputError(f"{folder.source}: holds no {RECIPE}, so it has no data of its own. Give --data FILE.")
     for name, path in data.items():

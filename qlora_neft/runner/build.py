@@ -8,13 +8,13 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..base.precision import PrecisionPolicy, resolve_precision
 from ..data.prepare import PreparedData, Progress, prepare_data
-from ..data.report import padding_waste, sequence_lengths
+from ..data.report import DataReport, padding_waste, sequence_lengths
 from ..paths import resolve_bundled
 from ..recipe import Recipe
 from ..run_folder.record import RECIPE_FILE
@@ -82,13 +82,16 @@ def data_of(
     )
 
 
-def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> dict[str, Any]:
+def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> DataReport:
     """Return the data report, extended by what padding costs under a plan."""
     batch = recipe.train.effective_batch_size
     rows, tokens = plan.per_device_train_batch_size, plan.max_tokens_per_micro_batch
     lengths = sequence_lengths(data.train)
     waste = padding_waste(lengths, batch, rows, tokens, padding_free=plan.padding_free, seed=recipe.train.seed)
-    return {**data.report, "train": {**data.report["train"], "padding_waste": waste}}
+    report, train = data.report.copy(), data.report["train"].copy()
+    train["padding_waste"] = waste
+    report["train"] = train
+    return report
 
 
 def command_to_continue(output_dir: Path) -> str:

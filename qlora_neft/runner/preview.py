@@ -11,6 +11,8 @@ from rich.console import Console
 
 from ..base.config import load_tokenizer
 from ..data.prepare import Progress
+from ..data.report import DataReport
+from ..data.store import SourceFacts
 from ..display.console import quiet_libraries
 from ..display.plots import plot_lengths
 from ..display.preview_text import LEGEND, TokenView, render_example, render_summary, token_views
@@ -32,7 +34,7 @@ class Preview:
         examples: The title and the tokens of each sequence.
     """
 
-    report: dict[str, Any]
+    report: DataReport
     examples: list[tuple[str, list[TokenView]]]
 
 
@@ -85,7 +87,7 @@ def _views(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[Toke
     return token_views(tokenizer, row["input_ids"], row["labels"])
 
 
-def _title(row: dict[str, Any], sources: Sequence[dict[str, Any]]) -> str:
+def _title(row: dict[str, Any], sources: Sequence[SourceFacts]) -> str:
     source = f" of {sources[row['source']]['path']}" if len(sources) > 1 else ""
     trained = sum(label >= 0 for label in row["labels"][1:])  # nothing predicts the first token
     return f"row {row['row']}{source}: {len(row['input_ids'])} tokens, {trained} trained"
