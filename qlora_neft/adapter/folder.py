@@ -157,6 +157,7 @@ def _what_is_missing(path: Path) -> str:
     # A pickle may run code when it is read.
     if (path / CONFIG).is_file() and (path / "adapter_model.bin").is_file():
         return "holds a pickled adapter (adapter_model.bin), which is not loaded. Save it as safetensors with PEFT."
+    # The likeliest mistake: a run that was interrupted, whose checkpoints would do.
     newest = find_checkpoints(path).newest
     if newest is not None:
         return (

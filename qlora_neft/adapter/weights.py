@@ -79,7 +79,7 @@ class AdapterWeights:
             raise self._unreadable(error) from error
 
     def _first_sizes(self, ending: str) -> dict[str, int]:
-        """Size of the first dimension, by module, of the tensors whose names end so."""
+        """Return by module the size of the first dimension of the tensors whose names end so."""
         names = [name for name in self.shapes if name.endswith(ending)]
         return {name.removesuffix(ending).removeprefix(PREFIX): self.shapes[name][0] for name in names}
 
@@ -147,6 +147,7 @@ class Update:
 
     def _add_whole(self, key: str, shapes: Mapping[str, tuple[int, ...]], quantized: set[str], tied: set[str]) -> None:
         name = key.removeprefix(PREFIX)
+        # Trained whole, it replaces the base's weight, so name and shape must be the same.
         if shapes.get(name) != self._weights.shapes[key]:
             raise self._misfit(key)
         if name in tied:

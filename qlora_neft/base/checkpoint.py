@@ -117,6 +117,7 @@ class Checkpoint:
         state, found = self.model.state_dict(), {}
         for key in self._file_of:
             name, converted = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
+            # A converter joins or splits tensors while loading; here every parameter must be one stored tensor.
             if converted is not None and key not in state:
                 raise UserInputError(
                     f"{self.source}: {type(self.model).__name__} keeps its weights in another form than its files "

@@ -131,6 +131,7 @@ def continuations(
     Yields:
         One continuation per prompt, batch by batch; prompts near the end of the model's context come last.
     """
+    # An empty list would let every answer run to its limit.
     stops = list(stop_token_ids) or [tokenizer.eos_token_id]
     lengths, context = [len(prompt) for prompt in prompts], context_of(model)
     # Near the context's end rows go one by one, unless a finished one may run past it as padding.
@@ -183,6 +184,7 @@ def may_outrun_its_context(config: PreTrainedConfig) -> bool:
     the context, and dynamic NTK and LongRoPE compute every row's positions from the longest row.
     """
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # Models with sliding layers hold one set of parameters for each kind of layer.
     kinds = [rope] if "rope_type" in rope else list(rope.values())
     return bool(kinds) and all(kind["rope_type"] in ("default", "linear", "llama3", "yarn") for kind in kinds)
 
@@ -264,9 +266,11 @@ class _Batch:
         device: torch.device,
     ) -> None:
         self.width, self.numbers, self.stops = max(len(row) for row in rows), numbers, stops
+        # Any token would do: padding is masked in the prompt and cut off the answer.
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.ids = torch.tensor([[self.pad] * (self.width - len(row)) + list(row) for row in rows], device=device)
         lengths = torch.tensor([len(row) for row in rows], device=device)
+        # By length and not by token: a prompt may contain the pad token itself.
         self.is_padding = torch.arange(self.width, device=device) < self.width - lengths[:, None]  # (B, T)
 
     def answers(
@@ -343,7 +347,7 @@ class _OnRequest(StoppingCriteria):
 
 @contextmanager
 def _answering(model: PreTrainedModel | PeftModel) -> Generator[None, None, None]:
-    """Eval mode, no gradients, and none of the base's own generation settings.
+    """Switch to eval mode, without gradients and without the base's own generation settings.
 
     What a config passed to ``generate`` leaves unset, transformers takes from the base's ``generation_config.json``; so
     that is replaced meanwhile.

@@ -105,6 +105,7 @@ def answer_ids(
     Raises:
         RunFailed: If the batch does not fit in memory.
     """
+    # An adapter's folder may hold another tokenizer than the base's.
     check_vocabulary(trained.model.config, max(max(prompt) for prompt in prompts))
     try:
         found = continuations(
@@ -223,6 +224,7 @@ def _answered(
     as_it_is = trained.prompts.name == "none"
     for start in range(0, len(asked), batch_size):
         part = prompts[start : start + batch_size]
+        # A stream takes one sequence at a time; `replies` has set the batch size to 1.
         stream = text_stream(trained, write) if write else None
         with trained.base_alone() if base_alone else nullcontext():
             found = answer_ids(trained, part, decoding, streamer=stream, first_number=start)

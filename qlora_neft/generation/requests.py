@@ -151,6 +151,7 @@ def _conversation(row: Mapping[str, Any], column: str, format: str) -> Dialogue:
     """Return a conversation without its last response, or all of it if it ends with a request."""
     turns = row[column]
     if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
+        # Some data sets keep role and content under the name `conversations`.
         if format == "sharegpt" and "from" not in turns[-1]:
             format = "messages"
         role, text = ("from", "value") if format == "sharegpt" else ("role", "content")

@@ -64,7 +64,7 @@ def _norm(values: Tensor) -> Tensor:
 
 
 def _direction(grad: Tensor) -> Tensor:
-    """The gradient at length 1; zero if it is zero or not finite."""
+    """Return the gradient at length 1; zero if it is zero or not finite."""
     norm = _norm(grad)
     usable = torch.isfinite(norm) & (norm > 0)
     # By `where` and not `if`: reading the norm would make the host wait for the device.

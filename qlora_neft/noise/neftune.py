@@ -142,7 +142,7 @@ class NEFTuneNoise:
         return draws([span.length * width for span in self.spans], keys, device)
 
     def _scaled(self, eps: Tensor, bound: float) -> Tensor:
-        """From Uniform[0, 1) to Uniform[-bound, bound), or from N(0, 1) to N(0, bound^2), in place."""
+        """Map Uniform[0, 1) to Uniform[-bound, bound), or N(0, 1) to N(0, bound^2), in place."""
         return eps.mul_(2 * bound).sub_(bound) if self.distribution == "uniform" else eps.mul_(bound)
 
 

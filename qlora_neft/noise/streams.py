@@ -83,7 +83,7 @@ def uniform_by_tensors(counts: Sequence[int], keys: Sequence[Key], device: torch
 
 
 def _parts(counts: Sequence[int]) -> Iterator[slice]:
-    """Runs of neighbors whose scratch memory stays bounded: few kernel launches, and no burst of memory."""
+    """Yield runs of neighbors whose scratch memory stays bounded: few kernel launches, and no burst of memory."""
     start, size = 0, 0
     for i, count in enumerate(counts):
         # One sequence larger than the limit still gets a part of its own.
@@ -108,7 +108,7 @@ def _philox(counter: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 64 bits of an unsigned product; int64 tensors hold the bits, products wrap around."""
+    """Return high and low 64 bits of an unsigned product; int64 tensors hold the bits, products wrap around."""
     # Long multiplication by halves of 32 bits, as int64 has no wider product. A shift of int64 copies the sign bit,
     # hence the mask after each.
     x0, x1 = x & _LOW, (x >> 32) & _LOW
@@ -121,7 +121,7 @@ def _multiply(x: Tensor, constant: int) -> tuple[Tensor, Tensor]:
 
 
 def _signed(word: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit integer."""
+    """Return the int64 with the bits of an unsigned 64-bit integer."""
     return word - 2**64 if word >= 2**63 else word
 
 

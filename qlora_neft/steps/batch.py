@@ -212,7 +212,7 @@ def _row_length(row: Row) -> int:
 
 
 def _num_documents(row: Row) -> int:
-    """Sequences in a row: TRL's packing writes their lengths beside it."""
+    """Count the sequences in a row: TRL's packing writes their lengths beside it."""
     return len(row["seq_lengths"]) if row.get("seq_lengths") is not None else 1
 
 

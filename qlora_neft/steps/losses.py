@@ -32,7 +32,7 @@ class RowLosses:
     counts: Tensor
 
     def mean(self) -> float:
-        """Nats per trained token over all rows; NaN if no token is trained."""
+        """Return nats per trained token over all rows; NaN if no token is trained."""
         return (self.sums.sum() / self.counts.sum()).item()
 
 
@@ -62,7 +62,7 @@ def row_losses(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.d
 def mean_token_loss(
     model: nn.Module, rows: Rows, collator: Callable[[list], dict[str, Any]], batch_size: int, device: torch.device
 ) -> float:
-    """Mean negative log-likelihood of the trained tokens of some rows, in nats; NaN if no token is trained.
+    """Return the mean negative log-likelihood of the rows' trained tokens, in nats; NaN if no token is trained.
 
     Unlike `row_losses` it takes the caller's collator, which may flatten rows into one, so it works by the batch.
 
@@ -95,7 +95,7 @@ class TokenMean:
         self.count = self.count + num_tokens
 
     def value(self, accelerator: Any = None) -> float:
-        """The mean over all batches, and over all ranks where an accelerator is given; NaN without tokens."""
+        """Return the mean over all batches, and over all ranks if an accelerator is given; NaN without tokens."""
         pair = torch.stack([torch.as_tensor(self.total).double(), torch.as_tensor(self.count).double()])
         if accelerator is not None and accelerator.num_processes > 1:
             # Sums are exchanged, not means: ranks may hold different numbers of tokens.
@@ -104,7 +104,7 @@ class TokenMean:
 
 
 def pad_right(rows: Rows, pad_token_id: int = 0) -> dict[str, Tensor]:
-    """``input_ids``, ``labels`` and ``attention_mask`` of some rows, (B, T) each, T the longest row.
+    """Collate rows into ``input_ids``, ``labels`` and ``attention_mask``, (B, T) each, T the longest row.
 
     The pad token is masked, so which one it is does not matter to a causal model.
     """
@@ -122,7 +122,7 @@ def pad_right(rows: Rows, pad_token_id: int = 0) -> dict[str, Tensor]:
 
 
 def _token_losses(model: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Loss of each predicted token, zero where it is not trained, and whether it is; (B, T - 1) each."""
+    """Return each predicted token's loss, zero where it is not trained, and whether it is; (B, T - 1) each."""
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
     outputs = model(**moved, use_cache=False, fused_lm_head=True)
     return -outputs.log_probs, outputs.label_mask

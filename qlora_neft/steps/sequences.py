@@ -76,7 +76,7 @@ def count_tokens(spans: Sequence[SequenceSpan]) -> int:
 
 
 def _from_cumulative(bounds: list[int], num_tokens: int | None) -> list[SequenceSpan]:
-    """From ``cu_seq_lens_q``: every row was flattened into row 0."""
+    """Read the spans from ``cu_seq_lens_q``: every row was flattened into row 0."""
     end = bounds[-1] if num_tokens is None else num_tokens
     # bounds are 0, L1, L1 + L2, ...; those from the last real token on enclose padding.
     pairs = [(a, b) for a, b in pairwise(bounds) if a < end]
@@ -109,6 +109,6 @@ def _split_at_restarts(real: Tensor, positions: Tensor | None) -> list[Tensor]:
 
 
 def _as_slice(tokens: Tensor) -> slice | Tensor:
-    """The columns as a slice if they have no holes: a view instead of a gather, and noise is added in place."""
+    """Return columns without holes as a slice: a view instead of a gather, to which noise is added in place."""
     first, last = int(tokens[0]), int(tokens[-1])
     return slice(first, last + 1) if last - first + 1 == len(tokens) else tokens

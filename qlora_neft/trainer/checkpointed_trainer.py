@@ -142,7 +142,7 @@ class CheckpointedTrainer(SFTTrainer):
         return str(found.newest.path)
 
     def _last_step(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Return the number of optimizer steps of the whole run."""
         if self.args.max_steps > 0:
             return self.args.max_steps
         # A batch of the dataloader is an optimizer step, so accumulation does not enter here.

@@ -120,7 +120,7 @@ class StepTrainer(CheckpointedTrainer):
 
     @contextmanager
     def randomness(self, micro: MicroBatch, first_ordinal: int, index: int, number: int) -> Generator[None, None, None]:
-        """Everything random in one pass: its noise, and its dropout, which is the same in every pass.
+        """Apply everything random in one pass: its noise, and its dropout, which is the same in every pass.
 
         Args:
             micro: The micro-batch.
@@ -148,7 +148,7 @@ class StepTrainer(CheckpointedTrainer):
         return nullcontext() if now else self.accelerator.no_sync(model)
 
     def _first_ordinal(self, step: StepBatch) -> int:
-        """Sequences of this step on lower ranks: ordinals count through the step as one process would."""
+        """Count the step's sequences on lower ranks, so that ordinals run through the step as in one process."""
         if self.args.world_size == 1:
             return 0
         count = torch.tensor([step.num_sequences()], device=self.args.device)
@@ -171,7 +171,7 @@ class StepTrainer(CheckpointedTrainer):
         return alpha_at(step, self.state.max_steps, alpha, final_alpha, args.neftune_schedule)
 
     def _noise(self, micro: MicroBatch, first_ordinal: int) -> NEFTuneNoise | None:
-        """NEFTune's noise for a micro-batch, None where there is none."""
+        """Return NEFTune's noise for a micro-batch, None where there is none."""
         alpha = self._alpha(self.state.global_step)
         # Alpha 0 registers no hook at all, so that it is bit for bit the run without NEFTune.
         if alpha == 0 or micro.spans == []:  # no span: a row that only keeps this rank in step with the others
@@ -189,11 +189,11 @@ class StepTrainer(CheckpointedTrainer):
         )
 
     def _num_passes(self) -> int:
-        """Passes over each micro-batch: FreeLB's in a step that has noise, else one."""
+        """Return the number of passes over each micro-batch: FreeLB's in a step that has noise, else one."""
         return self.args.neftune_adversarial_steps if self._alpha(self.state.global_step) else 1
 
     def _noise_of_pass(self, micro: MicroBatch, first_ordinal: int, number: int) -> NEFTuneNoise | Perturbation | None:
-        """NEFTune's noise; under FreeLB the first pass draws it, and each later one moves it up the loss."""
+        """Return NEFTune's noise; under FreeLB the first pass draws it, and each later one moves it up the loss."""
         passes = self._num_passes()
         if passes == 1:
             return self._noise(micro, first_ordinal)
@@ -301,7 +301,7 @@ class StepTrainer(CheckpointedTrainer):
             self.data_collator = plain
 
     def _step_loader(self) -> StepLoader | None:
-        """Steps whose rows do not depend on the number of ranks; None for a dataset that cannot be indexed."""
+        """Return steps whose rows do not depend on the number of ranks; None if the dataset cannot be indexed."""
         if isinstance(self.train_dataset, IterableDataset) or not hasattr(self.train_dataset, "__getitem__"):
             return None
         dataset, collator, args = self.train_dataset, self.data_collator, self.args
@@ -321,11 +321,11 @@ class StepTrainer(CheckpointedTrainer):
         return step_loader(StepRows(dataset), self._steps, collator, args)
 
     def _epoch(self) -> int:
-        """The epoch under way, counted from 0."""
+        """Return the epoch under way, counted from 0."""
         return self.state.global_step // max(len(self._steps or ()), 1)
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Rows that a step takes: the dataset's ``row`` numbers where it has them, else indices; empty if unknown."""
+        """Return a step's rows: the dataset's ``row`` numbers where it has them, else indices; empty if unknown."""
         if self._steps is None:
             return []
         indices = self._steps.rows_of(*divmod(step, max(len(self._steps), 1)))
@@ -335,7 +335,7 @@ class StepTrainer(CheckpointedTrainer):
     # ---- Upstream bookkeeping that reads a batch ----
 
     def floating_point_ops(self, inputs: StepBatch | dict[str, Any]) -> int:
-        """Sum over the micro-batches of a step."""
+        """Add up the micro-batches of a step."""
         if isinstance(inputs, StepBatch):
             return sum(super(StepTrainer, self).floating_point_ops(micro.inputs) for micro in inputs)
         return super().floating_point_ops(inputs)

@@ -234,11 +234,11 @@ class CheckpointSomeBlocks(TrainerCallback):
             block.gradient_checkpointing = False
 
 
-# ---- What the trainer is built from ----
+# ---- Arguments, base and adapters ----
 
 
 def _own_arguments(args: TrainingArguments | None) -> QLoRANeftConfig:
-    """A copy of the caller's arguments, or the defaults; refuses a plain `SFTConfig`, which has decided on bf16."""
+    """Copy the caller's arguments, or take the defaults; refuse a plain `SFTConfig`, which has decided on bf16."""
     if args is None:
         return QLoRANeftConfig()
     if not isinstance(args, QLoRANeftConfig):
@@ -254,7 +254,7 @@ def _own_arguments(args: TrainingArguments | None) -> QLoRANeftConfig:
 
 
 def _step_arguments(args: QLoRANeftConfig) -> QLoRANeftConfig:
-    """A copy in which one dataloader batch is one optimizer step; the trainer splits it itself."""
+    """Return a copy in which one dataloader batch is one optimizer step, which the trainer splits itself."""
     step = copy.copy(args)
     # Upstream's loop then steps the optimizer after every batch, and counts steps, epochs and logs by it.
     step.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -274,7 +274,7 @@ def _check_packing(args: QLoRANeftConfig) -> None:
 
 
 def _tokenizer_of(name_or_path: str, args: QLoRANeftConfig) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer, with the caller's end token if one was given."""
+    """Load the model's own tokenizer, with the caller's end token if there is one."""
     revision = _model_init_kwargs(args).get("revision", "main")
     own = {} if args.eos_token is None else {"eos_token": args.eos_token}
     return load_tokenizer(name_or_path, revision=revision, trust_remote_code=args.trust_remote_code, **own)
@@ -283,7 +283,7 @@ def _tokenizer_of(name_or_path: str, args: QLoRANeftConfig) -> PreTrainedTokeniz
 def _load_base(
     name_or_path: str, args: QLoRANeftConfig, quantization_config: BitsAndBytesConfig | None
 ) -> PreTrainedModel:
-    """The frozen base, on this rank's device, with the caller's ``model_init_kwargs``."""
+    """Load the frozen base on this rank's device, with the caller's ``model_init_kwargs``."""
     kwargs = {"trust_remote_code": args.trust_remote_code, **_model_init_kwargs(args)}
     args.model_init_kwargs = None  # spent here: upstream would warn that a ready model ignores them
     return load_nf4_base(
@@ -317,7 +317,7 @@ def _with_adapters(
 
 
 def _quantized_trainable(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
-    """Copies of a quantized model's trainable weights, which TRL is about to round; empty for other models."""
+    """Copy a quantized model's trainable weights, which TRL is about to round; other models have none to save."""
     if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
         return {}
     return {name: param.detach().clone() for name, param in model.named_parameters() if param.requires_grad}
