@@ -1,4 +1,4 @@
-"""What this machine has, whether training would work on it, and what to do if not."""
+"""Examine this machine: its devices and packages, whether training would work, and what to do if not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 from packaging.requirements import Requirement
@@ -18,19 +18,57 @@ from packaging.version import Version
 
 from .. import __version__
 
-Finding = dict[str, str]
 _RANK = ("ok", "warn", "fail")
 _GIB = 2**30
 
 
-def examine() -> dict[str, Any]:
-    """Examine the machine and its packages.
+class Finding(TypedDict):
+    """One check: ``status`` is "ok", "warn" or "fail"; ``remedy`` is empty if there is nothing to do."""
 
-    Returns:
-        ``status``, the worst of the findings ("ok", "warn" or "fail"); ``machine``; ``packages``, name to
-        version; ``devices``; and ``findings``, each with ``name``, ``status``, ``message`` and ``remedy``.
-        Ready for JSON.
+    name: str
+    status: str
+    message: str
+    remedy: str
+
+
+class Machine(TypedDict):
+    """Versions of program, Python and system, and the size of the machine."""
+
+    qlora_neft: str
+    python: str
+    platform: str
+    cpu_cores: int
+    memory_gib: float
+
+
+class Device(TypedDict):
+    """A CUDA device; ``capability`` is such as "8.0"."""
+
+    name: str
+    capability: str
+    memory_gib: float
+
+
+class Report(TypedDict):
+    """Everything found, ready for JSON.
+
+    Attributes:
+        status: The worst status of the findings.
+        machine: The machine.
+        packages: Version by name of every requirement, None if it is not installed.
+        devices: CUDA devices.
+        findings: Every check, passed or not.
     """
+
+    status: str
+    machine: Machine
+    packages: dict[str, str | None]
+    devices: list[Device]
+    findings: list[Finding]
+
+
+def examine() -> Report:
+    """Examine the machine and its packages."""
     packages = {requirement.name: _version(requirement.name) for requirement in _requirements()}
     findings = [_package_finding(requirement) for requirement in _requirements()]
     findings += [_torchao_finding(_version("torchao")), _matplotlib_finding(_version("matplotlib"))]
@@ -45,7 +83,7 @@ def examine() -> dict[str, Any]:
     }
 
 
-def describe(report: dict[str, Any]) -> str:
+def describe(report: Report) -> str:
     """Return the report of `examine` as text for a person."""
     machine = report["machine"]
     lines = [
@@ -61,7 +99,7 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _machine() -> dict[str, Any]:
+def _machine() -> Machine:
     return {
         "qlora_neft": __version__,
         "python": platform.python_version(),
@@ -123,7 +161,7 @@ def _matplotlib_finding(version: str | None) -> Finding:
     return _finding("matplotlib", "ok", version)
 
 
-def _devices() -> tuple[list[dict[str, Any]], list[Finding]]:
+def _devices() -> tuple[list[Device], list[Finding]]:
     """Return the CUDA devices, and findings on how training would compute."""
     # Looked up before it is imported: "not installed" and "cannot be imported" have different remedies.
     if importlib.util.find_spec("torch") is None:
@@ -149,7 +187,7 @@ def _devices() -> tuple[list[dict[str, Any]], list[Finding]]:
     return devices, findings
 
 
-def _cuda_device(properties: Any) -> dict[str, Any]:
+def _cuda_device(properties: Any) -> Device:
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",

@@ -100,6 +100,7 @@ class Facts:
     @property
     def embedding_modules(self) -> list[str]:
         """Modules with LoRA that are an embedding or the head."""
+        # GPT-2 calls its embedding "wte".
         last = {module.split(".")[-1] for module in self.ranks}
         return sorted(last & {"embed_tokens", "lm_head", "wte"})
 
@@ -128,6 +129,7 @@ def facts_of(folder: AdapterFolder) -> Facts:
     """
     weights = AdapterWeights(folder)
     try:
+        # The planner's reader: it knows the configurations of well-known bases without asking the Hub.
         base_config, _ = read_config(folder.base, folder.base_revision or "main")
     except UserInputError:  # a base that cannot be reached is part of the answer
         base_config = None
@@ -160,7 +162,7 @@ def _largest_token(path: Path) -> int | None:
 
 @dataclass
 class Verdict:
-    """What a tool does with an adapter.
+    """Whether and how a tool can use an adapter.
 
     Attributes:
         consumer: Name of the tool.
@@ -205,12 +207,15 @@ class Verdict:
 def verdict_for(consumer: str, facts: Facts) -> Verdict:
     """Judge an adapter for one tool, named by a key of `CONSUMERS`."""
     verdict = Verdict(consumer)
+    # The tool's own rules first: `breaks` keeps the first remedy, and theirs say more.
     CONSUMERS[consumer](facts, verdict)
+    # Ids beyond the base's rows have no embedding, whatever the tool.
     if facts.new_tokens:
         verdict.breaks(
             f"its tokenizer has {facts.new_tokens} tokens more than the base has rows",
             "train with the base's own tokenizer",
         )
+    # The other two load the base themselves; their rules say so in their own words.
     if facts.base_config is None and consumer not in ("transformers", "peft"):
         verdict.notes.append("the base's configuration cannot be reached: its architecture was not checked")
     return verdict
@@ -235,6 +240,7 @@ def named_consumers(names: str) -> list[str]:
 
 def vllm_rank_flag(rank: int) -> str | None:
     """Return the flag vLLM needs to serve a rank: empty if its default is enough, None above its largest."""
+    # vLLM accepts these values alone, so a rank between two of them takes the next.
     allowed = next((size for size in VLLM_RANKS if size >= max(rank, VLLM_DEFAULT_RANK)), None)
     if allowed is None:
         return None
@@ -269,6 +275,7 @@ def _vllm(facts: Facts, verdict: Verdict) -> None:
 
 def _llama_cpp(facts: Facts, verdict: Verdict) -> None:
     _only_matrices_fit(facts, verdict, f"{_merge(facts)}; qlora-neft gguf OUT model.gguf")
+    # An unknown base gets the benefit of the doubt, and a note.
     is_ours = facts.model_type is None or facts.model_type in GGUF_TYPES
     if not is_ours and facts.odd_scale:
         verdict.breaks(
@@ -339,6 +346,7 @@ def _only_matrices_fit(facts: Facts, verdict: Verdict, merge: str) -> None:
     """Break what a LoRA GGUF cannot hold."""
     if facts.beyond_matrices:
         verdict.breaks(f"a LoRA GGUF holds the matrices A and B only, not {', '.join(facts.beyond_matrices)}", merge)
+    # Head and embedding are one tensor in the GGUF, so this cannot be merged either: other advice than below.
     if facts.has_head_of_tied_base:
         reason = "it has a LoRA on lm_head, which is the embedding in this base"
         verdict.breaks(reason, "train without lm_head in lora.target_modules")

@@ -1,4 +1,4 @@
-"""What each model family is made of: its linear layers and other numbers, from the keys of its config.json. No torch.
+"""The parts of each model family: its linear layers and other sizes, from the keys of its config.json. No torch.
 
 One function counts each family; `FAMILIES` names it, and the values transformers takes for keys that are left out.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from ..display.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, new_picture, save_picture
 from ..paths import resolve_bundled
@@ -21,7 +21,56 @@ CONFIDENCE = {  # by Card.is_gpu
 }
 
 
-def plan_recipe(recipe: Recipe, vram: str | None = None) -> dict[str, Any]:
+class CardRecord(TypedDict):
+    """A card, by its name and its memory in bytes."""
+
+    name: str
+    memory: int
+
+
+class FitReport(TypedDict):
+    """The planner's answer, ready for JSON. Sizes are in bytes, ranges are lists of two.
+
+    Attributes:
+        fits: Whether the run fits on the card.
+        peak_bytes: All terms, less what is paged out.
+        usable_bytes: Share of the card's memory that a run may take.
+        margin_bytes: Usable bytes that are left, negative if it does not fit.
+        paged_out_bytes: Optimizer states on the host.
+        terms: Bytes by name.
+        parameters: Number of the base's weights.
+        quantized_parameters: Those of them in NF4.
+        nf4_bytes: Their size.
+        lora_parameters: Number of trained weights.
+        plan: The recipe's machine section, with every ``auto`` resolved.
+        card: The device.
+        tokens_per_second: Low and high; None if the card's speed is not known.
+        confidence: How far the numbers can be trusted.
+        remedies: Changes that help, if it does not fit.
+        notes: Anything else to know.
+        seconds: Shortest and longest duration of the run; None if data or speed are not known here.
+    """
+
+    fits: bool
+    peak_bytes: int
+    usable_bytes: int
+    margin_bytes: int
+    paged_out_bytes: int
+    terms: dict[str, int]
+    parameters: int
+    quantized_parameters: int
+    nf4_bytes: int
+    lora_parameters: int
+    plan: dict[str, Any]
+    card: CardRecord
+    tokens_per_second: list[int] | None
+    confidence: str
+    remedies: list[str]
+    notes: list[str]
+    seconds: list[int] | None
+
+
+def plan_recipe(recipe: Recipe, vram: str | None = None) -> FitReport:
     """Look up a recipe's base and a card, and report whether the one trains on the other; see `fit_report`.
 
     Args:
@@ -38,7 +87,7 @@ def plan_recipe(recipe: Recipe, vram: str | None = None) -> dict[str, Any]:
     return fit_report(recipe, geometry_of(config), card, stored)
 
 
-def fit_report(recipe: Recipe, geometry: Geometry, card: Card, stored: int | None = None) -> dict[str, Any]:
+def fit_report(recipe: Recipe, geometry: Geometry, card: Card, stored: int | None = None) -> FitReport:
     """Report everything the planner knows.
 
     Args:
@@ -46,12 +95,6 @@ def fit_report(recipe: Recipe, geometry: Geometry, card: Card, stored: int | Non
         geometry: Its base.
         card: The device to train on.
         stored: Number of weights the checkpoint really holds, None if unknown.
-
-    Returns:
-        ``fits``, ``peak_bytes``, ``usable_bytes``, ``margin_bytes``, ``paged_out_bytes``, ``terms``, ``parameters``,
-        ``quantized_parameters``, ``nf4_bytes``, ``lora_parameters``, ``plan``, ``card``,
-        ``tokens_per_second`` (low, high, or null), ``confidence``, ``remedies``, ``notes``, ``seconds`` (shortest,
-        longest, or null). Ready for JSON.
     """
     choice, fits = choose(recipe, geometry, card)
     usable = int(USABLE * card.memory)
@@ -213,7 +256,7 @@ BAR = 44  # characters
 COLORS = (BLUE, SKY, GREEN, "#8FD3B6", "#005C43", ORANGE, YELLOW, VERMILION, PURPLE, "#8C6D9E", "#BBBBBB", "#777777")
 
 
-def lines(report: Mapping[str, Any], name: str) -> list[str]:
+def lines(report: FitReport, name: str) -> list[str]:
     """Return the report as lines of at most 100 characters, names aside."""
     card, peak, usable = report["card"], report["peak_bytes"], report["usable_bytes"]
     verdict = "fits" if report["fits"] else "does not fit"
@@ -231,7 +274,7 @@ def lines(report: Mapping[str, Any], name: str) -> list[str]:
         bar = "█" * round(BAR * size / largest)
         out.append(f"  {NAMES.get(term, term):<32} {size / GIB:8.3f} GiB  {bar}".rstrip())
     out += ["", f"how it would run: {_plan(report['plan'])}", _speed(report["tokens_per_second"])]
-    if report.get("seconds"):
+    if report["seconds"]:
         shortest, longest = (value / 60 for value in report["seconds"])
         out.append(f"the whole run: {shortest:.0f} to {longest:.0f} minutes, by the size of the data file")
     out += [f"to make it fit: {remedy}" for remedy in report["remedies"]]
@@ -239,7 +282,7 @@ def lines(report: Mapping[str, Any], name: str) -> list[str]:
     return [*out, f"confidence: {report['confidence']}"]
 
 
-def picture(report: Mapping[str, Any], path: Path, title: str) -> bool:
+def picture(report: FitReport, path: Path, title: str) -> bool:
     """Draw a stacked bar against the card's memory as a PNG; return False without matplotlib."""
     made = new_picture(title, size=(9, 3.6))
     if made is None:
@@ -276,7 +319,7 @@ def _plan(plan: Mapping[str, Any]) -> str:
     )
 
 
-def _speed(speed: tuple[int, int] | None) -> str:
+def _speed(speed: list[int] | None) -> str:
     if speed is None:
         return "speed: not known for this card"
     low, high = speed

@@ -27,6 +27,7 @@ NAMES = {
         "qlora_neft.data.prepare.prepare_data",
         "qlora_neft.fit.report.plan_recipe",
         "qlora_neft.fit.report.fit_report",
+        "qlora_neft.fit.report.FitReport",
     ),
     "What was trained": (
         "qlora_neft.adapter.folder.find_adapter",

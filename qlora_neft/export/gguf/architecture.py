@@ -52,6 +52,7 @@ class Architecture:
     def namer(self) -> Callable[[str], str | None]:
         """Return what gives GGUF's name of a weight by transformers' name, None if llama.cpp has no place for it."""
         gguf = gguf_library()
+        # The library's own map of names, so that a GGUF written here names its tensors as llama.cpp's converter does.
         arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
         names = gguf.get_tensor_name_map(arch, self.config.num_hidden_layers)
         return lambda key: names.get_name(key, try_suffixes=(".weight", ".bias"))
@@ -67,6 +68,8 @@ class Architecture:
         num_heads = heads.get(key.split(".")[-2])
         if self.name != "llama" or num_heads is None:
             return tensor
+        # (heads * 2 * half, ...) as (heads, 2, half, ...), its middle axes swapped. LoRA A stays: it acts on a layer's
+        # input.
         half = tensor.shape[0] // num_heads // 2
         return tensor.reshape(num_heads, 2, half, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
 
@@ -109,12 +112,16 @@ def _check(config: Any, source: str) -> None:
     """Refuse what the architecture's name does not say, so that llama.cpp would omit it."""
     rope = _rope(config)
     problems = []
+    # llama.cpp's graph of an architecture is fixed: it would compute SiLU, full rotation and full attention whatever
+    # the configuration says, without a warning.
     if config.hidden_act != "silu":
         problems.append(f"hidden_act {config.hidden_act}")
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         problems.append(f"rope_type {rope['rope_type']}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"partial_rotary_factor {rope['partial_rotary_factor']}")
+    # Mistral's window is the same in every layer: within it llama.cpp is exact, so it is a note (`notes_on`), not a
+    # refusal.
     if config.model_type != "mistral" and "sliding_attention" in (getattr(config, "layer_types", None) or []):
         problems.append("sliding_attention layers")
     if getattr(config, "quantization_config", None) is not None:
@@ -147,6 +154,7 @@ def add_hyper_parameters(writer: GGUFWriter, architecture: Architecture) -> None
     writer.add_rope_dimension_count(architecture.head_dim)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    # Llama 3.1's rule has no key: it is written as a tensor of divisors, see `rope_factors`.
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf_library().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -164,6 +172,7 @@ def rope_factors(architecture: Architecture) -> torch.Tensor | None:
     exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.float64) / architecture.head_dim
     waves = 2 * math.pi * rope["rope_theta"] ** exponents  # tokens of a full turn
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    # Full turns within the context of pretraining: from `high` on a wave is known well, up to `low` it is stretched.
     turns = rope["original_max_position_embeddings"] / waves
     unstretched = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - unstretched) / rope["factor"] + unstretched)).float()

@@ -104,6 +104,7 @@ def _new_file(path: Path) -> Generator[Path, None, None]:
     if not path.parent.is_dir():
         raise UserInputError(f"OUT: there is no folder {str(path.parent)!r}. Make it first.")
     try:
+        # Only here an OSError is the disk's; the checks above speak of the path.
         with whole_file(path) as draft:
             yield draft
     except PermissionError as error:
@@ -124,6 +125,7 @@ def _values(tensor: GgufTensor) -> np.ndarray:
     found = tensor.read()
     assert tuple(found.shape) == tensor.shape, f"{tensor.name}: {tuple(found.shape)} read, {tensor.shape} announced"
     values = found.to(tensor.dtype).contiguous()
+    # Finite values that overflow float16 would become infinite without a word; infinities of the source are kept.
     if tensor.dtype == torch.float16 and not torch.isfinite(values).all() and torch.isfinite(found).all():
         largest = found.abs().max().item()
         raise UserInputError(f"--dtype f16: {tensor.name} has values up to {largest:g}, f16 ends at 65504. Use bf16.")

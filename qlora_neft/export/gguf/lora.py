@@ -38,6 +38,7 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
         RunFailed: If the disk fails.
     """
     gguf = gguf_library()
+    # Dtype, library and architecture are checked before the weights are read.
     written = check_dtype(dtype)
     architecture = architecture_of(read_model_config(folder.base, folder.base_revision), folder.source)
     weights = _weights(folder, architecture)
@@ -52,9 +53,12 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
         if name is None:
             raise UserInputError(f"{folder.source}: llama.cpp's {architecture.name} has no place for {module}. {MERGE}")
         a, b = weights.pair(module)
+        # A file has one alpha, and llama.cpp divides it by each module's own rank. The factor is 1 unless a pattern or
+        # rsLoRA with several ranks says otherwise; float32, so that it costs no precision.
         factor = weights.scale(module) / (alpha / rank)
         b = architecture.rows_for_llama_cpp(key, b.float() * factor)
         for end, tensor in (("lora_a", a), ("lora_b", b)):
+            # The default argument binds this tensor; a plain closure would see the loop's last one.
             tensors.append(GgufTensor(f"{name}.{end}", tuple(tensor.shape), written, lambda tensor=tensor: tensor))
 
     def describe(writer: GGUFWriter) -> None:
@@ -74,6 +78,7 @@ def _weights(folder: AdapterFolder, architecture: Architecture) -> AdapterWeight
     if used:
         raise UserInputError(f"{folder.source}: llama.cpp has no place for {', '.join(used)} of the adapter. {remedy}")
     weights = AdapterWeights(folder)
+    # Known by their names alone: bias, DoRA's magnitudes, whole modules and trained tokens.
     others = [key for key in weights.shapes if not key.endswith((A, B))]
     if others:
         raise UserInputError(

@@ -43,6 +43,7 @@ def write_model_gguf(model_dir: Path, path: Path, dtype: str = "f16") -> list[st
     matrices = check_dtype(dtype)
     config = read_model_config(str(model_dir))
     architecture = architecture_of(config, str(model_dir))
+    # The tokenizer may be refused, so it is read before any weight.
     vocabulary = vocabulary_of(load_tokenizer(str(model_dir)), config.vocab_size, str(model_dir))
     tensors = list(_tensors(architecture, model_dir, matrices))
 
@@ -62,6 +63,7 @@ def _add_end_of_turn(writer: GGUFWriter, model_dir: Path, eos: int) -> None:
     """Add a second token that ends a response, if the model's generation config lists one."""
     path = model_dir / "generation_config.json"
     stated = read_json(path).get("eos_token_id") if path.is_file() else None
+    # GGUF has room for one more; the instruction models of Llama 3 and Qwen list two or three.
     others = [token for token in stated if token != eos] if isinstance(stated, list) else []
     if others:
         writer.add_eot_token_id(others[0])
@@ -74,12 +76,15 @@ def _tensors(architecture: Architecture, model_dir: Path, matrices: torch.dtype)
         yield GgufTensor("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors)
     found = set()
     for file, key, shape in _stored(model_dir):
+        # Old checkpoints store the rotary frequencies, which follow from the configuration; for a tied head llama.cpp
+        # takes the embedding.
         if key.endswith("rotary_emb.inv_freq") or (architecture.is_tied and key == "lm_head.weight"):
             continue
         name = name_of(key)
         if name is None:
             raise UserInputError(f"{model_dir}: llama.cpp's {architecture.name} has no place for the weight {key}.")
         found.add(key)
+        # Norms and biases stay in float32, as llama.cpp's own converter writes them: small, and its kernels expect it.
         dtype = torch.float32 if len(shape) == 1 else matrices
         yield GgufTensor(name, shape, dtype, partial(_read, architecture, file, key))
     if "model.embed_tokens.weight" not in found or not (architecture.is_tied or "lm_head.weight" in found):
@@ -87,6 +92,7 @@ def _tensors(architecture: Architecture, model_dir: Path, matrices: torch.dtype)
 
 
 def _read(architecture: Architecture, file: Path, key: str) -> torch.Tensor:
+    # Opened anew for each tensor: one is in memory at a time, however large the file.
     with safe_open(file, "pt") as stored:
         return architecture.rows_for_llama_cpp(key, stored.get_tensor(key))
 

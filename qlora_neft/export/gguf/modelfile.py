@@ -137,6 +137,7 @@ def go_template(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> str | N
 
     The begin token is omitted: Ollama puts it there, as the GGUF says.
     """
+    # One request: Alpaca's prompt has no place for earlier turns.
     if prompts.name == "alpaca":
         return _quotable(alpaca_prompt("{{ .Prompt }}") + "{{ .Response }}")
     if prompts.name == "vicuna":
@@ -158,7 +159,7 @@ def _quotable(template: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """What a chat template writes around contents.
+    """The text that a chat template writes around contents.
 
     Attributes:
         default: Before a conversation without a system message.
@@ -183,10 +184,12 @@ def _chat_to_go(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> str | N
     if pieces is None:
         return None
     bos = tokenizer.bos_token or ""
+    # Ollama puts the begin token before every prompt by itself.
     default, around = pieces.default.removeprefix(bos), dict(pieces.around)
     if "system" in around:
         around["system"] = (around["system"][0].removeprefix(bos), around["system"][1])
     written = "".join([default, pieces.opening, *map("".join, around.values())])
+    # Go would take "{{" for an action; a begin token left inside would be doubled by the one Ollama adds.
     if "{{" in written or (bos and bos in written):
         return None
     head = "{{ if not .System }}" + default + "{{ end }}" if default else ""
@@ -199,6 +202,7 @@ def _chat_to_go(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> str | N
 
 def _pieces(prompts: Prompts) -> _Pieces | None:
     """Return the first way to cut the template's text into pieces that give it again, None if there is none."""
+    # u: a request; uau: request, answer, request; su: system message and request.
     one, two, system = (_ask(prompts, roles) for roles in ("u", "uau", "su"))
     if one is None or two is None:
         return None
@@ -216,6 +220,7 @@ def _pieces(prompts: Prompts) -> _Pieces | None:
 
 def _ends(end: str, to_answer: str) -> Iterator[tuple[str, str, str]]:
     """Yield ways to cut what stands after the last request, given what stands before an answer."""
+    # The longest end of a request first: a shorter one would put part of it into the opening.
     for cut in range(len(end), -1, -1):
         if to_answer.startswith(end[:cut]):
             yield end[cut:], to_answer[cut:], end[:cut]
@@ -228,6 +233,7 @@ def _starts(start: str, to_request: str, end_of_turn: str | None) -> Iterator[tu
         for cut in range(len(start) + 1)
         if to_request.endswith(start[cut:])
     ]
+    # False sorts first: ways that leave the end of turn with the answer, where Ollama must write it.
     yield from sorted(ways, key=lambda way: end_of_turn is not None and end_of_turn not in way[2])
 
 
@@ -239,6 +245,7 @@ def _ask(prompts: Prompts, roles: str) -> list[str] | None:
         return None
     pieces = []
     for content in contents:
+        # A template that repeats or drops a content cannot be cut into pieces around it.
         if text.count(content) != 1:
             return None
         before, _, text = text.partition(content)
@@ -258,6 +265,8 @@ def _written(prompts: Prompts, messages: Sequence[tuple[str, str]]) -> str | Non
 
 def _is_faithful(pieces: _Pieces, prompts: Prompts) -> bool:
     """Return whether the pieces give what the template gives, for conversations of several lengths and contents."""
+    # Longer than the conversations that were asked about, and with a line break: templates may strip contents, or treat
+    # the first or last turn differently.
     for roles in ("u", "uau", "uauau", "su", "suau"):
         if roles.startswith("s") and "system" not in pieces.around:
             continue

@@ -38,7 +38,7 @@ _SPECIAL = ("bos", "eos", "unk", "pad")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF says of a tokenizer.
+    """A tokenizer as a GGUF describes it.
 
     Attributes:
         model: ``gpt2`` (byte-level BPE) or ``llama`` (SentencePiece's BPE).
@@ -105,6 +105,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, num_rows: int, source: str
     model = stored["model"]
     if model["type"] != "BPE":
         raise _Unlike(source, f"its model is {model['type']}, and only BPE is supported")
+    # Features of a BPE that llama.cpp does not have.
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
             raise _Unlike(source, f"its BPE has {key}")
@@ -117,9 +118,11 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, num_rows: int, source: str
     return Vocabulary(
         model="gpt2" if scores is None else "llama",
         pre=splitting.pre,
+        # One entry for each row of the embedding: many models have more rows than tokens, rounded up for speed.
         tokens=[_text(tokens, stored, id) for id in range(num_rows)],
         types=[_type(tokens, stored, id, special["unk"]) for id in range(num_rows)],
         merges=splitting.merges,
+        # -1e9: a token that no merge makes is never preferred to one that a merge makes.
         scores=None if scores is None else [scores.get(tokens.get(id, ""), -1e9) for id in range(num_rows)],
         special={role: token for role, token in special.items() if token is not None},
         flags=_special_flags(tokenizer, source) | splitting.flags,
@@ -163,6 +166,7 @@ def _byte_level(stored: dict[str, Any], source: str) -> _Splitting:
     pre = _byte_level_name(stored["pre_tokenizer"], bool(model.get("ignore_merges")))
     if pre is None:
         raise _Unlike(source, "its pre-tokenizer is not that of GPT-2, Llama 3, Qwen2 or SmolLM")
+    # Text that no merge covers falls back to single bytes: each must be a token.
     missing = [letter for letter in ByteLevel.alphabet() if letter not in model["vocab"]]
     if missing:
         raise _Unlike(source, f"{len(missing)} of the 256 bytes have no token")
@@ -181,6 +185,7 @@ def _byte_level_name(pre_tokenizer: dict[str, Any] | None, ignore_merges: bool) 
     *before, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
+    # ByteLevel splits with GPT-2's expression by itself, unless a Split before it has done so with another.
     uses_regex = last.get("use_regex", True)  # of GPT-2
     if uses_regex and not ignore_merges:
         return {0: "gpt-2", 1: "smollm"}.get(len(before)) if all(step == _DIGITS for step in before) else None
@@ -216,6 +221,7 @@ def _sentencepiece_adds_space(
         if steps == [{"type": "Prepend", "prepend": _UNDERLINE}, replace]:
             return True, []
         return (False, []) if steps == [replace] else None
+    # Newer conversions say the same with a pre-tokenizer in place of a normalizer.
     if steps or pre_tokenizer.get("type") != "Metaspace" or pre_tokenizer.get("split", True):
         return None
     scheme = pre_tokenizer.get("prepend_scheme", "always")
@@ -235,6 +241,8 @@ def _scores(model: dict[str, Any], source: str) -> dict[str, float]:
     previous = None
     for rank, (left, right) in enumerate(merges):
         token = left + right
+        # A score belongs to a token, not to a pair: pairs of one token at different ranks have no score that orders
+        # both.
         if token in scores and token != previous:
             raise _Unlike(source, f"the merges of {token!r} do not stand together")
         scores.setdefault(token, -float(rank))
@@ -271,6 +279,7 @@ def _type(tokens: dict[int, str], stored: dict[str, Any], id: int, unknown: int 
     if id in added and stored["model"].get("byte_fallback") and id == unknown:
         return types.UNKNOWN
     if id in added:
+        # llama.cpp prints USER_DEFINED tokens and hides CONTROL ones.
         return types.CONTROL if added[id]["special"] else types.USER_DEFINED
     return types.BYTE if stored["model"].get("byte_fallback") and _BYTE.fullmatch(tokens[id]) else types.NORMAL
 
@@ -281,6 +290,7 @@ def _added(stored: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 def _special_flags(tokenizer: PreTrainedTokenizerBase, source: str) -> dict[str, bool]:
     """Return whether the tokenizer puts its begin and end token around a text."""
+    # Asked, not read from the settings: post-processors, flags and classes may each add tokens, or override another.
     bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), None)
     before, after = (None, None) if at is None else (whole[:at], whole[at + len(bare) :])

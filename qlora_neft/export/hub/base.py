@@ -15,6 +15,7 @@ from .public import PublicBase, Published
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# The download cache of huggingface_hub keeps models--OWNER--NAME/snapshots/COMMIT.
 IN_CACHE = re.compile(r"models--(?P<id>.+)/snapshots/(?P<commit>[0-9a-f]{40})/?$")
 
 
@@ -47,13 +48,14 @@ def public_base(folder: AdapterFolder, base_id: str | None = None, base_revision
         return PublicBase(found.id, base_revision or found.commit)
     chosen = base_id or recorded
     assert chosen is not None, "without either the function has ended"
+    # With another id given, the recorded commit would be one of a different repository.
     known = _commit_of_run(folder) if chosen == recorded else None
     return PublicBase(chosen, base_revision or known or _commit_on_hub(chosen, folder.recorded_revision))
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What the Hub says of a base model.
+    """Facts about a base model, as the Hub has them.
 
     Attributes:
         commit: The commit that a branch or tag stands for.
@@ -78,10 +80,12 @@ def ask_about_base(base_id: str, revision: str | None) -> BaseFacts:
     except OfflineModeIsEnabled:
         return BaseFacts(why_not="HF_HUB_OFFLINE is set")
     except (HTTPError, OSError) as error:  # the Hub's refusals, and the network's
+        # GatedRepoError is a subclass, but a gated model exists.
         is_missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
         return BaseFacts(is_missing=is_missing, why_not=first_line(error))
     card = info.card_data
     license = {key: card[key] for key in LICENSE_KEYS if card and isinstance(card.get(key), str)}
+    # The Hub allows a file name here, relative to the base's repository; beside the adapter it would lead nowhere.
     if "://" not in license.get("license_link", "://"):  # a file of the base's repository
         license["license_link"] = f"https://huggingface.co/{base_id}/blob/main/{license['license_link']}"
     return BaseFacts(info.sha, license)
@@ -116,6 +120,8 @@ def _check_form(base_id: str) -> None:
 
 def _recognized(folder: AdapterFolder, recorded: str) -> PublicBase:
     """Return the model on the Hub that a local base is known to be."""
+    # Cheapest evidence first: the cache's folder name, then the weights' hashes, which Git LFS knows without a
+    # download.
     path = Path(resolve_bundled(recorded)).expanduser()
     cached = IN_CACHE.search(path.absolute().as_posix())
     if cached:

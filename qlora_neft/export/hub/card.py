@@ -49,6 +49,7 @@ def render_card(
         has_curves: Whether ``loss.png`` lies beside the card.
         license_is_bases: Whether the license is that of the base, as the Hub has it.
     """
+    # Chainable: what is not on record prints nothing, at any depth, instead of failing the export.
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
     environment.filters |= {"count": _count, "size": _size, "time": _time, "number": _number}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -86,6 +87,7 @@ def card_data(repo_id: str, training: Training, public: Recipe | None, license: 
         pipeline_tag="text-generation",
         tags=_tags(training),
         datasets=_datasets(public) or None,
+        # huggingface_hub demands a name with results; without them it would write a key of its own into the card.
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
         base_model_relation="adapter",
@@ -105,6 +107,7 @@ def _tags(training: Training) -> list[str]:
 def _datasets(recipe: Recipe | None) -> list[str]:
     if recipe is None:
         return []
+    # Ids of the Hub alone: it rejects a card whose front matter names a local path (transformers#33922).
     paths = [recipe.data.path, *(source.path for source in recipe.data.mixture)]
     return list(dict.fromkeys(path for path in paths if is_hub_id(path)))
 
@@ -114,6 +117,7 @@ def _results(training: Training, recipe: Recipe | None) -> list[EvalResult]:
     if recipe is None:
         return []
     after, latest = training.records.facts.after or {}, training.records.facts.latest or {}
+    # A checkpoint has no "after"; its latest evaluation takes that place.
     loss = after.get("held_out_loss", latest.get("held_out_loss", {}).get("value"))
     measured = [("loss", "held-out loss (nats per token)", loss)]
     measured.append(("exact_match", "exact answers (share)", after.get("exact_match")))
@@ -134,6 +138,7 @@ def _place(data: Data) -> dict[str, Any]:
         "dataset_type": path if on_hub else LOADERS.get(PurePath(path).suffix.lower(), "text"),
         "dataset_name": _held_out_name(data),
         "dataset_split": data.eval_split or (data.split if own else "train"),
+        # A recipe's revision is that of data.path, not of eval_path.
         "dataset_revision": data.revision if on_hub and own else None,
     }
 

@@ -19,6 +19,7 @@ from ...errors import RunFailed, UserInputError
 # HTTPError is httpx's, or httpx2's with huggingface_hub 2: every error of the connection, and every bad status.
 # The client wraps some in RuntimeError, raises ValueError for an answer it cannot read, OSError from its Xet part.
 CLIENT_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
+# The statuses that huggingface_hub itself tries again, in those calls where it does.
 PASSING = (408, 429, 500, 502, 503, 504)
 NO_ROOM = re.compile(r"storage|quota|limit reached|too many files", re.IGNORECASE)
 
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Place:
-    """What a message about a push can name.
+    """Names that a message about a push can use.
 
     Attributes:
         repo_id: As the caller wrote it.
@@ -98,8 +99,10 @@ def keep_trying(action: Callable[[], T], patience: Patience, place: Place, say: 
             error = _root_of(caught)
             if not _is_passing(error):
                 raise _explained(error, place) from error
+            # The server's own wish is taken as it is: coming back earlier only prolongs a limit.
             seconds = _seconds_asked_for(error) or wait * random.uniform(0.75, 1.25)
             spent = patience.clock() - started
+            # A wait that would end after the total is not begun.
             if attempt == patience.attempts or spent + seconds > patience.total:
                 raise _gave_up(error, place, attempt, spent) from error
             say(f"{_what_happened(error, place)}; trying again in {seconds:.0f} s")
@@ -112,6 +115,7 @@ def token_source(given: str | None) -> str:
     """Say where the client takes its token from; the order is its own."""
     if given is not None:
         return "the token given"
+    # Only for messages: the token itself comes from the client.
     for name in ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(name):
             return f"the token of the environment variable {name}"
@@ -125,6 +129,7 @@ def token_source(given: str | None) -> str:
 
 def _root_of(error: BaseException) -> BaseException:
     """Return the error below the client's own wrapping."""
+    # The client wraps errors of its upload threads in RuntimeError; the cause decides whether trying again helps.
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, CLIENT_ERRORS):
         error = error.__cause__
     return error
@@ -150,6 +155,7 @@ def _seconds_asked_for(error: BaseException) -> float | None:
         return float(after)
     # r: requests left, t: seconds until there are more (https://huggingface.co/docs/hub/rate-limits).
     limit = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("RateLimit", ""))
+    # A second more, for clocks that differ and numbers that were rounded.
     return float(limit[1]) + 1 if limit else None
 
 
@@ -190,6 +196,7 @@ def _meaning(error: BaseException, place: Place) -> tuple[type[UserInputError | 
         return _meaning_of_status(error.response.status_code, _said(error), place)
     if isinstance(error, PermissionError):
         return UserInputError, _bad_token(place)
+    # The client raises a plain ValueError for this one.
     if "Invalid metadata in README.md" in str(error):
         return UserInputError, f"the Hub rejects the model card, nothing was pushed: {_card_problems(error)}."
     return RunFailed, f"the push to {place.repo_id} failed: {_typed_line(error)}. Nothing is half done."
@@ -199,6 +206,7 @@ def _meaning_of_status(status: int, said: str, place: Place) -> tuple[type[UserI
     repo_id, words = place.repo_id, f" ({said})" if said else ""
     if status == 401:
         return UserInputError, _bad_token(place)
+    # The same statuses stand for a missing right and for a full account; only the text tells them apart.
     if status in (402, 403, 413) and NO_ROOM.search(said):
         return UserInputError, f"{repo_id}: the Hub has no room left for it{words}. Free space or get a larger plan."
     if status == 413:

@@ -44,7 +44,7 @@ PATH_KEYS = ("name_or_path", "_name_or_path", "tokenizer_file", "vocab_file")  #
 
 @dataclass(frozen=True)
 class Export:
-    """What to publish.
+    """Everything an export needs besides the adapter.
 
     Attributes:
         repo_id: Repository it goes to.
@@ -80,6 +80,7 @@ def build_folder(folder: AdapterFolder, output: Path, export: Export) -> str:
     Raises:
         UserInputError: If ``output`` holds anything else or cannot be written, or a record cannot be read.
     """
+    # Before the work: a folder with somebody's own files is never replaced.
     _check_replaceable(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +107,7 @@ def _check_replaceable(output: Path) -> None:
         raise UserInputError(
             f"--output: {str(output)!r} is not empty and holds no export; nothing in it may be lost. Give a new folder."
         )
+    # The summary holds the hashes of all others and cannot hold its own.
     there = {path.name: sha256_of_file(path) for path in output.iterdir() if path.is_file() and path.name != SUMMARY}
     folders = [path.name for path in output.iterdir() if path.is_dir()]
     changed = sorted({name for name, sha256 in there.items() if written.get(name) != sha256} | set(folders))
@@ -148,8 +150,10 @@ def _fill(made: Path, folder: AdapterFolder, export: Export) -> str:
         license_is_bases=export.license_is_bases,
     )
     (made / CARD).write_text(card, encoding="utf-8")
+    # Last, when every other file is as it will stay: by these hashes a later export knows that nothing was changed.
     files = {path.name: sha256_of_file(path) for path in sorted(made.iterdir())}
     write_json(made / SUMMARY, {**training.summary(), "files": files})
+    # On the draft: if anything is found, the folder never gets its name.
     refuse_secrets(made, _local_paths(folder))
     return card
 
@@ -176,6 +180,7 @@ def _write_weights(source: Path, target: Path, trained_dtype: str, dtype: str) -
     from safetensors.torch import load_file, save_file
 
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(source).items()}
+    # As PEFT writes it: readers may want to know for which framework a file is.
     save_file(tensors, target, metadata={"format": "pt"})
 
 
@@ -202,10 +207,12 @@ def _write_tokenizer(folder: AdapterFolder, target: Path) -> bool:
         tokenizer = tokenizer_of_adapter(folder)
         stated = folder.recipe.data.prompt_template
         if is_template_file(stated):
+            # Published as the tokenizer's own, so that apply_chat_template gives the prompt of the training.
             tokenizer.chat_template = read_jinja(stated)
         tokenizer.save_pretrained(target)
     else:
         return False
+    # Some versions of transformers write the path that a tokenizer was loaded from.
     _drop_paths(target / "tokenizer_config.json")
     return True
 

@@ -1,4 +1,4 @@
-"""What may leave this machine: names of published files, a recipe without local paths, and a check for secrets."""
+"""The limits of what leaves this machine: published file names, recipes without local paths, a check for secrets."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ def is_hub_id(path: str) -> bool:
 
 def public_path(path: str) -> str:
     """Return a Hub id or bundled file as it is, and only the last part of a local path."""
+    # A Windows path is read as such on any system; as POSIX it would be one long name, folders included.
     return path if is_public(path) else PurePosixPath(PureWindowsPath(path).as_posix()).name
 
 
@@ -177,6 +178,7 @@ def refuse_secrets(folder: Path, local_paths: Iterable[str]) -> None:
             )
         found = [local for local in local_paths if path.name in SEARCHED_FOR_PATHS and _names(content, local)]
         if found:
+            # A bug of ours, not of the user's: everything that writes these files leaves paths out.
             raise RunFailed(
                 f"{path.name} would publish the path {found[0]!r}; nothing was written. Please report this."
             )
@@ -191,4 +193,5 @@ def _own_tokens() -> list[str]:
     from huggingface_hub import get_token
 
     found = [os.environ.get(name, "").strip() for name in TOKEN_VARIABLES]
+    # A short value is no token, and would be found in every file.
     return [token for token in [*found, get_token() or ""] if len(token) >= 8]

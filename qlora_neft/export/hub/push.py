@@ -145,6 +145,7 @@ def _patient_client(patience: Patience) -> Generator[Callable[[], None], None, N
 
     Yields what must be called before each attempt: upstream makes a new client after a lost connection.
     """
+    # The session is the client's global one, so the caller's setting is restored.
     before = get_session().timeout
 
     def limit_waiting() -> None:
@@ -177,7 +178,9 @@ class _Push:
         changes = self._changes(branch.files_at(head))
         if changes:
             head = self._commit(head, changes)
+            # Compared even though the Hub has accepted it: a .gitignore there drops files without a word.
             self._compare(head)
+        # Not "no changes": an attempt that finds everything in place may follow one that landed without an answer.
         up_to_date = not self.has_sent
         return Pushed(branch.repo_id, branch.revision, head, branch.url, len(self.wanted), up_to_date)
 
@@ -198,6 +201,7 @@ class _Push:
         except HfHubHTTPError as error:
             if error.response.status_code != 412:
                 raise
+            # 412: the parent has moved. If the branch holds the folder now, it was our own earlier attempt.
             now = branch.existing_head()
             if self._changes(branch.files_at(now)):
                 raise
@@ -229,6 +233,7 @@ class _Branch:
     def __init__(self, place: Place, revision: str, private: bool, say: Callable[[str], None]) -> None:
         self.place, self.revision, self.private, self.say = place, revision, private, say
         self.repo_id = place.repo_id
+        # The token is passed on, not looked up again, so that messages name the one that was used.
         self.api = HfApi(token=place.token, library_name="qlora_neft")
         self._is_known = False
 
@@ -257,6 +262,7 @@ class _Branch:
 
     def files_at(self, commit: str) -> dict[str, RepoFile]:
         """Return every file at a commit, by its path."""
+        # At a commit, not a branch: what is compared cannot change meanwhile.
         entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 

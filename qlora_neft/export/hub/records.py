@@ -1,4 +1,4 @@
-"""What a run's files say of a training, gathered; for a checkpoint, up to its step."""
+"""Records of a training, gathered from a run's files; for a checkpoint, up to its step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SOURCE_KEYS = ("path", "rows", "format", "prompt_template", "weight", "end")
 
 @dataclass(frozen=True)
 class Records:
-    """What is known of a training.
+    """Everything on record about a training.
 
     Attributes:
         facts: The run's summary; for a checkpoint, what it and its run say under the same names.
@@ -63,6 +63,7 @@ def read_records(folder: AdapterFolder) -> Records:
         UserInputError: If one of them cannot be read.
     """
     state = folder.path / "trainer_state.json"
+    # A run writes its summary at the end: a folder with the trainer's state alone is a checkpoint.
     if folder.summary is None and state.is_file():
         return _of_checkpoint(folder, read_record(state))
     return Records(RunSummary.of(folder.summary), _log(folder.path / "metrics.jsonl"))
@@ -71,6 +72,7 @@ def read_records(folder: AdapterFolder) -> Records:
 def _of_checkpoint(folder: AdapterFolder, state: Mapping[str, Any]) -> Records:
     log, step = state.get("log_history", []), state.get("global_step")
     progress = read_record_if_there(folder.path / "progress.json") or {}
+    # A checkpoint lies in its run's folder, which holds what does not change from one to the next.
     run = RunFile.of(read_record_if_there(folder.path.parent / RUN_FILE))
     facts = RunSummary.of(
         {
@@ -84,6 +86,7 @@ def _of_checkpoint(folder: AdapterFolder, state: Mapping[str, Any]) -> Records:
             "latest": {
                 name: {"step": entry["step"], "value": entry[key]}
                 for key, name in (("clean_loss", "clean_train_loss"), ("eval_loss", "held_out_loss"))
+                # The newest entry that has it: neither is measured at every logged step.
                 if (entry := next((entry for entry in reversed(log) if entry.get(key) is not None), None))
             },
             "data": read_record_if_there(folder.path.parent / "data_report.json"),
@@ -157,6 +160,7 @@ class Training:
             "peak_memory": facts.peak_memory,
             "versions": facts.versions,
         }
+        # 0 and False stay: they are measurements.
         return {key: value for key, value in values.items() if value not in (None, {}, [])}
 
     def _noise_summary(self) -> dict[str, Any] | None:

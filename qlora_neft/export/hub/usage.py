@@ -100,6 +100,7 @@ def snippets(
         eos_token_id: End token of that tokenizer.
     """
     dtype = quantization.bnb_4bit_compute_dtype
+    # "auto" is what the trainer chose for its device; for a reader's GPU bfloat16 is the likeliest.
     nf4 = NF4.format(
         double_quant=quantization.bnb_4bit_use_double_quant, dtype="bfloat16" if dtype == "auto" else dtype
     )
@@ -133,6 +134,7 @@ def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:
         messages = f'[{{"role": "user", "content": {json.dumps(QUESTION)}}}]'
         prompt = f"tokenizer.apply_chat_template(\n    {messages}, add_generation_prompt=True, tokenize=False\n)"
         special = ", add_special_tokens=False"  # the template writes them
+    # `generate` stops at the model's own end token; the training may have ended its answers with another.
     if prompts.stop_token_ids != (eos_token_id,):
         end = f", eos_token_id={list(prompts.stop_token_ids)}"
     return f"prompt = {prompt}\n" + ASK.format(special=special, end=end)

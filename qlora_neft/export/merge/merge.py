@@ -58,12 +58,15 @@ def merge_adapter(
     check_out(out)
     check_space(out, plan.num_bytes())
     with failing_with_the_disk(_disk_message(out)), _draft_of(out) as draft:
+        # Written, then proven: the proof reads back the files that the user gets.
         num_bytes = _write(plan, draft, tokenizer, max_shard_bytes, say)
+        # float32 on any device: there both sides compute with the same numbers, and rounding does not hide a fault.
         policy = resolve_precision("fp32", device)
         evidence = None if rows is None else measure(plan, draft, rows, policy, say)
         report = report_of(plan, evidence, num_bytes)
         write_json(draft / REPORT, report)
         failed = report["status"] == "failed"
+    # After the block: until its end the draft holds a lock file, which is no part of the model.
     _put(draft, _failed_place(out) if failed else out)
     if failed:
         assert evidence is not None, "only a proof fails"
@@ -95,6 +98,7 @@ def check_space(out: Path, num_bytes: int) -> None:
     Raises:
         UserInputError: With the space that is needed and the space there is.
     """
+    # OUT is new, so the disk is asked about through the nearest folder that exists.
     place = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < num_bytes + SPARE_BYTES:
@@ -115,6 +119,7 @@ def _write(plan: Plan, draft: Path, tokenizer: PreTrainedTokenizerBase, max_shar
         say(f"written: {sized(total)} of {sized(max(total, expected))}")
 
     writer = ShardWriter(draft, max_shard_bytes, wrote)
+    # One tensor at a time, in the order of the model: neither base nor result is ever whole in memory.
     for name, key in plan.merge.base.parameters().items():
         writer.add(key, plan.merge.stored(name, plan.strategy, plan.dtype))
     writer.close()
@@ -135,6 +140,7 @@ def _write_companions(
     config = read_json(base / "config.json")
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers before 4.56 reads torch_dtype only
     config |= {key: str(dtype).removeprefix("torch.")}
+    # A base stored in NF4 names its quantization, which the merged weights no longer have.
     config.pop("quantization_config", None)
     if quantization is not None:
         config["quantization_config"] = quantization.to_dict()

@@ -1,4 +1,4 @@
-"""What a merge will do: base and adapter found, opened and checked, before any weight is read."""
+"""The plan of a merge: base and adapter are found, opened and checked before any weight is read."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ...recipe.schema import Quantization
 DEQUANTIZED, ORIGINAL, NF4 = "dequantized", "original", "nf4"
 STRATEGIES = (DEQUANTIZED, ORIGINAL, NF4)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# No .bin and no adapters: the two patterns of weights are the names transformers itself writes.
 BASE_FILES = ["*.json", "model.safetensors", "model-*.safetensors"]
 NF4_BYTES = 0.53  # bytes of a weight in NF4: half, and its share of the block constants
 
@@ -66,9 +67,11 @@ def plan_merge(folder: AdapterFolder, strategy: str = DEQUANTIZED, dtype: str = 
     """
     with naming_the_base(folder):
         config = check_base_config(folder.base, revision=folder.base_revision)
+    # The configuration is checked before this, which may download gigabytes.
     base = Checkpoint(_base_folder(folder), config, folder.base)
     quantized = quantized_names(base)
     shared = list(base.key_of.values())
+    # Parameters that share a stored tensor: an update of one of them would change the other.
     tied = {name for name, key in base.key_of.items() if shared.count(key) > 1}
     update = Update(folder, base.shapes, set(quantized), tied)
     merge = Merge(base, update, quantized, folder.quantization.bnb_4bit_use_double_quant)
@@ -78,6 +81,7 @@ def plan_merge(folder: AdapterFolder, strategy: str = DEQUANTIZED, dtype: str = 
         raise UserInputError(f"--strategy: {folder.base} is stored in NF4, its original weights are not known.")
     if dtype not in ("auto", *DTYPES):
         raise UserInputError(f"--dtype: must be one of auto, {', '.join(DTYPES)}, got {dtype!r}.")
+    # float16 rounds eight times more finely, but a model made in bfloat16 may overflow it when it runs.
     own = torch.bfloat16 if base.dtype == torch.bfloat16 else torch.float16
     return Plan(folder, merge, config, strategy, DTYPES.get(dtype, own))
 
@@ -128,6 +132,7 @@ class Merge:
         weight = self.exact(name, strategy)
         if strategy == NF4 and name in self.quantized:
             return to_nf4(weight, self.double_quant)
+        # Rounded once, from the sum in float32.
         rounded = weight.to(dtype)
         if not rounded.isfinite().all() and weight.isfinite().all():
             raise UserInputError(
@@ -152,6 +157,7 @@ def quantized_names(base: Checkpoint) -> frozenset[str]:
 
 def _with_nf4_layers(model: PreTrainedModel) -> PreTrainedModel:
     copy = skeleton(model.config)
+    # transformers' own choice of layers, not a list kept here: the merge must quantize exactly what training did.
     quantizer = AutoHfQuantizer.from_config(nf4_config(Quantization(), torch.float32))
     quantizer.preprocess_model(model=copy, device_map={"": "cpu"})
     return copy

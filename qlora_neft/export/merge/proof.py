@@ -57,7 +57,7 @@ class Distance:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a proof measured.
+    """Results of a proof.
 
     Attributes:
         strategies: Distance of each strategy; that of the written one is measured on its files.
@@ -94,6 +94,7 @@ def measure(
     reference, base = _trained(plan, rows, policy)
     gc.collect()  # modules refer to each other in circles: without this the trained model would stay in memory
     num_bytes = 4 * sum(torch.Size(shape).numel() for shape in plan.merge.base.shapes.values())
+    # Half: the other half is for activations and for the logits that are compared.
     keep = num_bytes < _available_bytes(policy.device) / 2
     if not keep:
         say(f"the model takes {sized(num_bytes)} in float32: each strategy is read layer by layer, which takes a while")
@@ -120,6 +121,7 @@ def _trained(plan: Plan, rows: ProofRows, policy: PrecisionPolicy) -> tuple[Refe
         return model(**inputs, use_cache=False).logits
 
     reference = reference_of(forward, rows.rows, model.config.get_text_config().vocab_size, policy.device)
+    # The base alone, for a yardstick: how far the adapter itself moves the model.
     with model.disable_adapter():
         return reference, distance(forward, reference, policy.device)
 
@@ -141,7 +143,7 @@ def _available_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the trained model says of some rows.
+    """Predictions of the trained model on some rows.
 
     Attributes:
         rows: Each with ``input_ids`` and ``labels``.
@@ -175,6 +177,7 @@ def reference_of(forward: Forward, rows: Sequence[dict[str, Any]], vocab_size: i
     kept, total = [], 0.0
     for batch in batches:
         logits, targets = _at_trained_tokens(forward, [rows[i] for i in batch], device)
+        # On the CPU, so that the device's memory is free for the models.
         kept.append(logits.cpu())
         total += _nll(kept[-1], targets.cpu())
     return Reference(rows, batches, kept, total / sum(len(logits) for logits in kept))
@@ -186,6 +189,7 @@ def distance(forward: Forward, reference: Reference, device: torch.device) -> Di
     for batch, trained in zip(reference.batches, reference.logits, strict=True):
         logits, targets = _at_trained_tokens(forward, [reference.rows[i] for i in batch], device)
         for ours, theirs, labels in _chunks(logits, trained.to(device), targets):
+            # float64: a faithful merge may measure 1e-6 nats, which float32 sums over V would drown in rounding.
             p, q = log_softmax(theirs.double(), -1), log_softmax(ours.double(), -1)  # (n, V)
             kl += (p.exp() * (p - q)).sum().item()
             same += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
@@ -208,6 +212,7 @@ def _within(rows: Sequence[dict[str, Any]], max_tokens: int) -> list[dict[str, A
 def _batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
     """Group rows of similar length, up to a number of tokens with padding."""
     batch: list[int] = []
+    # By length, so that a batch is padded little; its last row is its longest, which decides its size.
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and lengths[i] * (len(batch) + 1) > max_tokens:
             yield batch
@@ -220,6 +225,7 @@ def _batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
 def _at_trained_tokens(forward: Forward, rows: Sequence[dict[str, Any]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the logits (N, V) that predict each trained token, and those tokens (N,)."""
     inputs = {name: value.to(device) for name, value in pad_right(rows).items()}  # (B, T) each
+    # The logits at position t predict the token at t + 1.
     targets = inputs.pop("labels")[:, 1:]
     trained = targets != IGNORE_INDEX
     return forward(**inputs)[:, :-1][trained].float(), targets[trained]
@@ -257,6 +263,7 @@ class Streamed:
         self.model, self._weight, self._device, self._keep = model, weight, device, keep
         for prefix, module in model.named_modules():
             for name, buffer in module.named_buffers(recurse=False):
+                # Rotary frequencies and the like are computed, not stored: a skeleton has them, on the CPU.
                 module._buffers[name] = buffer.to(device)
             names = [name for name, _ in module.named_parameters(recurse=False)]
             if names:
@@ -278,6 +285,7 @@ class Streamed:
 
         def fetch(*_: Any) -> None:
             for own, full in names.items():
+                # Fetched once if they are kept; a parameter used twice in a pass is fetched again if not.
                 if module.get_parameter(own).is_meta:
                     value = self._weight(full).to(self._device, torch.float32)
                     module._parameters[own] = nn.Parameter(value, requires_grad=False)
@@ -286,6 +294,7 @@ class Streamed:
             for own in () if self._keep else names:
                 _drop(module, own)
 
+        # Hooks on each module: without `keep`, only the weights of the layer that runs are in memory.
         module.register_forward_pre_hook(fetch)
         module.register_forward_hook(drop)
 

@@ -33,7 +33,7 @@ class DistanceRecord(TypedDict):
 
 
 class ProofRecord(TypedDict):
-    """What was measured on, and the two models that every strategy is compared with."""
+    """The rows measured on, and the two models that every strategy is compared with."""
 
     rows: int
     tokens: int
