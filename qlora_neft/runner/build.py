@@ -55,7 +55,7 @@ class Run:
 def policy_of(recipe: Recipe) -> PrecisionPolicy:
     """Return how this machine computes, and set the number of CPU threads."""
     machine = recipe.machine
-    choose_gpu()
+    choose_gpu()  # first: the policy asks the current GPU what it can do
     policy = resolve_precision(machine.precision, machine.device, recipe.quantization.bnb_4bit_compute_dtype)
     if machine.threads != "auto":
         torch.set_num_threads(machine.threads)
@@ -86,7 +86,8 @@ def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> DataReport:
     """Return the data report, extended by what padding costs under a plan."""
     batch = recipe.train.effective_batch_size
     rows, tokens = plan.per_device_train_batch_size, plan.max_tokens_per_micro_batch
-    lengths = sequence_lengths(data.train)
+    lengths = sequence_lengths(data.train)  # (N,)
+    # An estimate over shuffled steps, split into micro-batches as the trainer splits them.
     waste = padding_waste(lengths, batch, rows, tokens, padding_free=plan.padding_free, seed=recipe.train.seed)
     report, train = data.report.copy(), data.report["train"].copy()
     train["padding_waste"] = waste
@@ -96,4 +97,5 @@ def report_of(recipe: Recipe, data: PreparedData, plan: RunPlan) -> DataReport:
 
 def command_to_continue(output_dir: Path) -> str:
     """Return the shell command that continues a run."""
+    # The recipe in the folder, not the file the user gave: overrides are resolved in it, and that file may change.
     return shlex.join(["qlora-neft", "train", str(output_dir / RECIPE_FILE), "--output-dir", str(output_dir)])

@@ -30,6 +30,7 @@ def trainer_of(run: Run, trainer_class: type[QLoRANeftTrainer] = QLoRANeftTraine
         model_path(recipe),
         device=run.policy.device,
         compute_dtype=dtype,
+        # The packed bytes are the same under every storage dtype; see _quant_storage for who needs another.
         quantization_config=nf4_config(recipe.quantization, dtype, quant_storage=_quant_storage(run)),
         revision=recipe.model.revision,
     )
@@ -48,6 +49,7 @@ def trainer_of(run: Run, trainer_class: type[QLoRANeftTrainer] = QLoRANeftTraine
 def _arguments(run: Run) -> QLoRANeftConfig:
     recipe, plan, policy = run.recipe, run.plan, run.policy
     train, machine = recipe.train, recipe.machine
+    # Without a section upstream's defaults stand, which add no noise.
     noise: dict[str, Any] = {} if recipe.neftune is None else recipe.neftune.model_dump()
     save_steps = 0 if machine.save_steps == "auto" else machine.save_steps
     return QLoRANeftConfig(
@@ -58,6 +60,7 @@ def _arguments(run: Run) -> QLoRANeftConfig:
         micro_batch_size=plan.per_device_train_batch_size,
         max_tokens_per_micro_batch=plan.max_tokens_per_micro_batch,
         per_device_eval_batch_size=plan.per_device_eval_batch_size,
+        # transformers 5.23 calls it activation_checkpointing; the config carries it over.
         gradient_checkpointing=plan.activation_checkpointing,
         checkpointed_blocks=plan.checkpointed_blocks,
         padding_free=plan.padding_free,
@@ -77,6 +80,7 @@ def _arguments(run: Run) -> QLoRANeftConfig:
         eval_strategy="no" if run.data.eval is None else "steps",
         eval_steps=plan.eval_steps,
         dataloader_num_workers=machine.dataloader_num_workers,
+        # Pinning needs a CUDA context and only speeds up copies to a GPU.
         dataloader_pin_memory=policy.device.type == "cuda",
         bf16=policy.amp == "bf16",
         fp16=policy.amp == "fp16",
@@ -86,8 +90,8 @@ def _arguments(run: Run) -> QLoRANeftConfig:
         save_steps=save_steps or 500,  # upstream's default; it refuses 0
         save_total_limit=machine.save_total_limit,
         max_bad_steps=train.max_bad_steps,
-        report_to="none",
-        disable_tqdm=True,
+        report_to="none",  # never start a tracker only because it is installed
+        disable_tqdm=True,  # `ProgressLines` shows progress, in a pipe too
         **{f"neftune_{key}": value for key, value in noise.items()},
     )
 
@@ -100,6 +104,8 @@ def _quant_storage(run: Run) -> torch.dtype:
     """
     asked = run.recipe.machine.bnb_4bit_quant_storage
     storage = torch.uint8 if asked == "auto" else getattr(torch, asked)
+    # Under FSDP, accelerate leaves uint8 parameters unsharded: every rank would keep the whole base.
+    # https://github.com/huggingface/accelerate/issues/3983
     if uses_fsdp() and storage != run.policy.compute_dtype:
         dtype = str(run.policy.compute_dtype).removeprefix("torch.")
         raise UserInputError(

@@ -35,6 +35,7 @@ class Measurement:
         found: dict[str, Any] = {"clean_train_loss": self.clean_train_loss}
         if self.held_out_loss is not None:
             found["held_out_loss"] = self.held_out_loss
+        # One answer of three is 33%, which says nothing.
         if len(self.answers) >= MIN_ANSWERS_FOR_A_SCORE:
             found |= {"exact_match": exact_match(self.answers), "answers": len(self.answers)}
         return found
@@ -60,6 +61,7 @@ def measure(run: Run, trainer: QLoRANeftTrainer) -> Measurement:
 def _answers(run: Run, trainer: QLoRANeftTrainer, asked: Sequence[Question]) -> list[Answer]:
     if not asked:
         return []
+    # An untrained model seldom stops by itself; without this bound it would write to the limit for each prompt.
     longest = max(len(question.reference_ids) for question in asked)
     return greedy_answers(
         trainer.model,

@@ -61,6 +61,7 @@ def compare_scales(lengths: Sequence[int], width: int, alpha: float) -> list[dic
     for start in range(0, len(lengths), UPSTREAM_ROWS):
         batch = lengths[start : start + UPSTREAM_ROWS]
         for length in batch:
+            # The published L is the row's own; upstream divides by the width of the tensor the row lies in.
             published = noise_scale(alpha, length, width)
             padded, packed = noise_scale(alpha, max(batch), width), noise_scale(alpha, sum(batch), width)
             report.append({"length": length, "published": published, "padded": padded, "packed": packed})
@@ -69,6 +70,7 @@ def compare_scales(lengths: Sequence[int], width: int, alpha: float) -> list[dic
 
 def render(report: dict[str, Any], console: Console) -> None:
     """Print a report as a table."""
+    # Uniform noise has a bound; a normal component has none, so its spread is told instead.
     bound = "largest" if report["distribution"] == "uniform" else "standard deviation of a"
     console.print(
         f"NEFTune alpha {report['alpha']:g}, {report['distribution']}, d = {report['width']}: "

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 LOG_LINES, EVALUATIONS = 50, 5  # per run, roughly
 EVAL_ROWS = 8  # per evaluation pass
+# For bases the planner does not know; `fit.choose` decides for the others.
 TOKENS_PER_MICRO_BATCH = 4096  # padding included; unpacking NF4 is then a small part of a matrix product
-SMALL_GPU_BYTES = 20 * 2**30
+SMALL_GPU_BYTES = 20 * 2**30  # below this, a quarter of those tokens
+# bitsandbytes pages optimizer states between GPU and host; the update itself is that of the plain optimizer.
 PLAIN_OPTIMIZERS = {"paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit"}
 
 
@@ -93,6 +95,7 @@ def plan_of(
         config: The base's configuration; without it nothing is planned by memory.
     """
     planned = Planned() if config is None else planned_for(recipe, config.to_dict(), _card(policy))
+    # What the planner chose is filled in as if the user had stated it; plan_run decides what is left.
     machine = recipe.machine.model_copy(update=planned.machine)
     plan = plan_run(recipe.train, machine, num_rows=len(data.train), device=policy.device)
     return replace(plan, notes=(*planned.notes, *plan.notes), memory_estimate=planned.estimate)
@@ -113,9 +116,10 @@ def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.dev
     rows = machine.per_device_train_batch_size
     tokens, tokens_note = _tokens(machine.max_tokens_per_micro_batch, rows, device)
     optim, optim_note = _optimizer(train.optim, device)
-    eval_steps = _auto(machine.eval_steps, math.ceil(num_steps / EVALUATIONS))
+    eval_steps = _auto(machine.eval_steps, math.ceil(num_steps / EVALUATIONS))  # never 0, which would be "never"
     return RunPlan(
         num_steps=num_steps,
+        # A micro-batch is part of one optimizer step: rows beyond the step would belong to the next.
         per_device_train_batch_size=min(_auto(rows, batch_size), batch_size),
         max_tokens_per_micro_batch=tokens,
         per_device_eval_batch_size=_auto(machine.per_device_eval_batch_size, EVAL_ROWS),
@@ -125,7 +129,7 @@ def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.dev
         optim=optim,
         logging_steps=_auto(machine.logging_steps, max(1, num_steps // LOG_LINES)),
         eval_steps=eval_steps,
-        clean_loss_steps=_auto(machine.clean_loss_steps, eval_steps),
+        clean_loss_steps=_auto(machine.clean_loss_steps, eval_steps),  # so that both curves have the same points
         notes=tuple(note for note in (tokens_note, checkpointing_note, optim_note) if note),
     )
 
@@ -146,7 +150,7 @@ def _tokens(limit: int | Auto, rows: int | Auto, device: torch.device) -> tuple[
     """Return the tokens of a micro-batch, and a note if they were chosen here."""
     if limit != "auto":
         return limit, ""
-    if rows != "auto":
+    if rows != "auto":  # whoever states the rows wants that many, however long they are
         return None, ""
     budget = TOKENS_PER_MICRO_BATCH if device.type == "cuda" else CPU_TOKENS
     if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < SMALL_GPU_BYTES:
@@ -160,6 +164,7 @@ def _checkpointing(asked: bool | int | Auto, device: torch.device) -> tuple[bool
         on = device.type == "cuda"
         where = "on: recomputing saves GPU memory" if on else "off: this device has memory to spare"
         return on, None, f"activation checkpointing: {where}"
+    # bool before int: True is an int too, and as a number of blocks it would mean one.
     if isinstance(asked, bool):
         return asked, None, ""
     return asked > 0, asked, ""
@@ -177,7 +182,7 @@ def _optimizer(asked: str, device: torch.device) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Planned:
-    """What the planner chose for a run, by the memory of its card.
+    """The planner's choices for a run, by the memory of its card.
 
     Attributes:
         machine: Its choices for keys of the machine section that were ``auto``.
@@ -201,7 +206,7 @@ def planned_for(recipe: Recipe, config: Mapping[str, Any], card: Card) -> Planne
     try:
         geometry = geometry_of(config)
         choice, fits = choose(recipe, geometry, card)
-    except UserInputError as error:
+    except UserInputError as error:  # an unknown architecture is no reason to refuse: it is planned by rule of thumb
         return Planned(notes=(f"memory: not planned ({error})",))
     estimate = MemoryEstimate(choice.peak_bytes, choice.paged_out, choice.terms)
     return Planned(_machine(recipe, choice, card), _notes(choice, card, fits=fits), estimate)
@@ -213,9 +218,10 @@ def _machine(recipe: Recipe, choice: Choice, card: Card) -> dict[str, Any]:
     chosen = {
         "max_tokens_per_micro_batch": choice.tokens,
         "activation_checkpointing": choice.step.checkpointing,
-        "per_device_eval_batch_size": choice.eval_rows or None,
+        "per_device_eval_batch_size": choice.eval_rows or None,  # 0: there are no held-out rows
     }
     machine = recipe.machine
+    # What the user stated is never overruled, even where the planner would choose otherwise.
     return {key: value for key, value in chosen.items() if getattr(machine, key) == "auto" and value is not None}
 
 
@@ -241,6 +247,8 @@ def _card(policy: PrecisionPolicy) -> Card:
 
 
 # ---- Processes ----
+
+# Read from the environment that torchrun and accelerate set: they are asked before any process group exists.
 
 
 def num_processes() -> int:

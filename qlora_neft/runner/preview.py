@@ -53,7 +53,7 @@ def preview(recipe: Recipe, rows: int = 3, progress: Progress | None = None) -> 
         tokenizer = load_tokenizer(model_path(recipe), revision=recipe.model.revision)
         data = data_of(recipe, tokenizer, refuse=False, progress=progress)
         report = data.report
-        if len(data.train):
+        if len(data.train):  # without rows there is nothing to plan, and the gate's problems say why
             report = report_of(recipe, data, plan_of(recipe, policy_of(recipe), data))
         first = data.train.select(range(min(rows, len(data.train))))
         return Preview(report, [(_title(row, report["sources"]), _views(tokenizer, row)) for row in first])

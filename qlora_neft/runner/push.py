@@ -40,6 +40,9 @@ class CheckpointPusher(TrainerCallback):
         patience: How long one push keeps trying.
     """
 
+    # The trainer's thread calls `on_save`; `_work` runs in one background thread, started while something waits and
+    # gone once nothing does, so that there is never a second push to the same branch.
+
     def __init__(
         self, repo_id: str, every: int, export: Export, say: Callable[[str], None], patience: Patience | None = None
     ) -> None:
@@ -60,7 +63,7 @@ class CheckpointPusher(TrainerCallback):
     def push(self, checkpoint: Path) -> None:
         """Queue a checkpoint. It may vanish at any time: then a newer one is queued or about to be."""
         with self._changed:
-            self._waiting = checkpoint
+            self._waiting = checkpoint  # replaces an older one: who resumes wants the newest only
             self._start()
 
     def close(self, timeout: float | None = None) -> bool:
@@ -73,7 +76,7 @@ class CheckpointPusher(TrainerCallback):
             Whether everything is on the Hub.
         """
         with self._changed:
-            self._start()
+            self._start()  # what failed before still waits, and no thread is at it
             self._changed.wait_for(lambda: not self._is_working, timeout)
             return not self._is_working and self._waiting is None
 
@@ -107,6 +110,7 @@ class CheckpointPusher(TrainerCallback):
                 return True  # removed while it was read, as old checkpoints are
             self._report(error)
             with self._changed:
+                # Keep it for the next attempt, unless a newer one came meanwhile: then go on with that.
                 if self._waiting is None:
                     self._waiting = checkpoint
                     return False
@@ -115,6 +119,7 @@ class CheckpointPusher(TrainerCallback):
     def _push(self, checkpoint: Path) -> None:
         step = checkpoint.name.removeprefix("checkpoint-")
         again = ["qlora-neft", "export", str(checkpoint), "--repo-id", self.repo_id, "--revision", BRANCH]
+        # Built outside the run's folder: nothing half made may lie there if the machine vanishes.
         with tempfile.TemporaryDirectory(prefix="qlora_neft-push-") as temporary:
             folder = Path(temporary) / "folder"
             build_folder(find_adapter(checkpoint), folder, self.export)
@@ -133,6 +138,7 @@ class CheckpointPusher(TrainerCallback):
 
     def _report(self, error: Exception) -> None:
         cause = error.__cause__ or error
+        # By kind, not by text: request ids and times differ from one attempt to the next.
         kind = f"{type(cause).__name__} {getattr(getattr(cause, 'response', None), 'status_code', '')}"
         if kind not in self._reported:
             self._reported.add(kind)
@@ -162,6 +168,7 @@ def ready_to_push(
     if repo_id is None:
         return None
     try:
+        # Nothing is trained yet, so the folder is made up from the recipe.
         base = public_base(AdapterFolder("machine.push_to", output_dir, {}, recipe))
     except UserInputError as error:
         raise UserInputError(

@@ -50,6 +50,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "data": {name: run.data.report[name] for name in ("train", "eval", "sources", "warnings")},
         "versions": versions(),
         "hardware": hardware(run.policy.device),
+        # transformers sets it for a base from the Hub, however the revision was named; a local folder has none.
         "base_commit": getattr(run.config, "_commit_hash", None),
     }
 
@@ -97,12 +98,13 @@ def open_records(run: Run, beginning: Beginning, about: dict[str, Any], before: 
         return metrics
     step = beginning.checkpoint.step if beginning.checkpoint else None
     metrics.keep_up_to(step)  # what an interrupted run logged beyond its checkpoint will be logged again
+    # First: a folder with run.json is a run that can be continued, one with recipe.yaml alone is refused.
     write_run_file(output_dir, about)
     write_text(output_dir / RECIPE_FILE, recipe.to_yaml())
     report = report_of(recipe, run.data, run.plan)
     write_json(output_dir / DATA_REPORT_FILE, report)
     plot_lengths(report, output_dir / "lengths.png", title(recipe.to_dict()))
-    if step is None:
+    if step is None:  # a resumed run has this line already
         metrics.write(0, before.log())
     return metrics
 
@@ -130,7 +132,7 @@ def mirroring(run: Run, trainer: QLoRANeftTrainer) -> Generator[Mirror | None, N
     except KeyboardInterrupt:
         seconds = 0  # a second signal: stop at once
         raise
-    finally:
+    finally:  # also after a failure, which is when a second copy is needed
         if not mirror.close(seconds):
             trainer.say(f"mirror {mirror_dir}: not everything could be copied; the run's own folder is whole")
 
@@ -166,7 +168,7 @@ def summary_of(
         base_sha256: Hash of the base's NF4 bytes, the same before and after.
         decisions: What was decided on the way, one line each.
     """
-    peak = peak_memory(trainer.args.device)
+    peak = peak_memory(trainer.args.device)  # so late that the last measurement is in it
     assert isinstance(trainer.model, PeftModel)
     num_trained = count_trainable(trainer.model)
     with_adapter = cast("PreTrainedModel", trainer.model.get_base_model())  # the base, its layers wrapped by PEFT
@@ -182,7 +184,7 @@ def summary_of(
         "parameters": count_parameters(with_adapter) - num_trained,
         "lora_parameters": num_trained,
         "base_sha256": base_sha256,
-        "base_unchanged": True,
+        "base_unchanged": True,  # otherwise the run has failed before
         "before": finite(before.summary()),
         "after": finite(after.summary()),
         "train_seconds": round(trainer.train_seconds, 2),
@@ -197,6 +199,7 @@ def _memory(plan: RunPlan, peak: dict[str, int]) -> dict[str, Any]:
     estimate = plan.memory_estimate
     return {
         "estimated_peak_bytes": estimate.peak_bytes if estimate else None,
+        # Reserved, not allocated: what the allocator holds is what a card must have.
         "measured_peak_bytes": peak.get("cuda_reserved_bytes", peak["host_bytes"]),
         "terms": estimate.terms if estimate else None,
     }
@@ -206,4 +209,4 @@ def write_result(run: Run, after: Measurement, summary: dict[str, Any]) -> None:
     """Write answers and summary; a folder with a summary is a finished run."""
     if is_main_process():
         write_json(run.output_dir / ANSWERS_FILE, {"answers": [dataclasses.asdict(answer) for answer in after.answers]})
-        write_json(run.output_dir / SUMMARY_FILE, summary)
+        write_json(run.output_dir / SUMMARY_FILE, summary)  # last: its presence says that all the others are there

@@ -97,6 +97,7 @@ def run(
     started, output_dir, main = time.monotonic(), Path(output_dir), is_main_process()
     console = make_console(quiet=quiet, silent=not main)
     with quiet_libraries():
+        # ---- Is there anything to do? ----
         if main and not dry_run:
             mirror_dir = recipe.machine.mirror_dir
             restore_from_mirror(mirror_dir, output_dir, recipe, lambda line: say(console, [line]))
@@ -106,6 +107,7 @@ def run(
         # Before rows are prepared and weights loaded, so that a wrong token costs no time.
         pusher = ready_to_push(recipe, output_dir, lambda line: say(console, [line])) if main and not dry_run else None
 
+        # ---- Decide everything that needs no weights: a mistake should cost seconds, not a download ----
         policy = policy_of(recipe)
         config = check_base_config(model_path(recipe), revision=recipe.model.revision)
         check_context(config, recipe.data.max_length)
@@ -118,9 +120,10 @@ def run(
         if dry_run:
             return facts_of(decided)
 
+        # ---- Train. Every rank does, but one process alone holds the folder and writes ----
         with failing_with_the_disk(disk_message(output_dir)), claimed(output_dir) if main else nullcontext():
             if main:
-                remove_leftovers(output_dir)
+                remove_leftovers(output_dir)  # of a session that was killed while it wrote
             beginning = find_beginning(output_dir, recipe, resume)  # again: now the folder is ours alone
             if beginning.finished:  # by another process in the meantime
                 return _finished(output_dir, console)
@@ -133,9 +136,11 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
     """Carry a run to its end, or to the checkpoint at which it is asked to stop, and return its summary."""
     model = trainer.model
     assert isinstance(model, PeftModel)  # `trainer_of` gives every trainer an adapter
+    # Taken before and compared after: that the base stays frozen is promised, so it is checked on every run.
     frozen = frozen_fingerprints(model)
     base_sha256 = base_fingerprint(frozen)
     check_identity(beginning.earlier, data_sha256=data_sha256(run.data), base_sha256=base_sha256)
+    # The trainer loads a checkpoint only in train(), so this measures the untrained model in a resumed run too.
     before = measured_before(run, beginning) or measure(run, trainer)
     about = about_run(run, base_sha256, before)
     metrics = open_records(run, beginning, about, before)
@@ -150,6 +155,7 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
         _train(run, trainer, beginning, metrics)
         if frozen_fingerprints(model) != frozen:
             raise RunFailed("the frozen base changed during training; nothing was saved. Please report this.")
+        # The adapter leaves with the template it was trained in; the base's own would format prompts differently.
         run.tokenizer.chat_template = run.data.chat_template or run.tokenizer.chat_template
         if is_main_process():
             save_adapter(model, run.tokenizer, run.output_dir)  # first: what comes after may fail
@@ -157,7 +163,7 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
         drawn = log_result(run, metrics, trainer.state.global_step, after)
         summary = summary_of(run, trainer, beginning, before, after, base_sha256=base_sha256, decisions=decisions)
         write_result(run, after, summary)
-        if mirror is not None:
+        if mirror is not None:  # the results, which were not there when the last checkpoint was copied
             mirror.files([path.name for path in run.output_dir.iterdir() if path.is_file()])
     _show(run, before, after)
     seconds = trainer.train_seconds
@@ -176,7 +182,7 @@ def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: M
     progress = ProgressLines(console)
     estimate = run.plan.memory_estimate
     callbacks = [
-        WhenToSave(machine.save_every_minutes or None, stop),
+        WhenToSave(machine.save_every_minutes or None, stop),  # 0: not by the clock
         metrics,
         progress,
         SpeedLine(lambda: trainer.tokens_seen, lambda line: say(console, [line])),
@@ -194,6 +200,7 @@ def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: M
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     finally:
         progress.close()
+    # A signal during the last step changes nothing: the run is finished.
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise RunInterrupted(stop.signal, _how_to_go_on(run, trainer))
 

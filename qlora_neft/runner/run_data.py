@@ -38,12 +38,14 @@ def recipe_data(
     Raises:
         UserInputError: If there is no recipe, or its data cannot be read.
     """
+    # A checkpoint's recipe lies one level up, in the run's folder.
     files = [folder.path / RECIPE, folder.path.parent / RECIPE]
     file = next((path for path in files if folder.recipe is not None and path.is_file()), None)
     if file is None:
         raise UserInputError(
             f"{folder.source}: holds no {RECIPE}, so its training data is not known. Give the --output-dir of a run."
         )
+    # Not refused: the run was trained on these rows, whatever the gate says of them today.
     return data_of(load_recipe(file, overrides), tokenizer, refuse=False)
 
 
@@ -69,6 +71,7 @@ def proof_rows(
         UserInputError: If there are no rows, with what to do.
     """
     if path is not None:
+        # A Jinja file of the user's was saved as the tokenizer's chat template; the recorded path may be gone.
         own = "chat" if template.endswith(JINJA_SUFFIXES) else "auto" if template == "none" else template
         section = _like_the_runs(folder, path, own)
         found = prepare_data(tokenizer, section, key="--proof-data", refuse=False).train
@@ -89,6 +92,7 @@ def proof_rows(
 def _like_the_runs(folder: AdapterFolder, path: str, template: str) -> Data:
     """Return a data section for another path whose rows become sequences as the run's did."""
     stated = {key: getattr(folder.recipe.data, key) for key in SEQUENCE_KEYS} if folder.recipe else {}
+    # Keys of a recorded recipe that another version wrote may be missing or None: the defaults stand for them.
     kept = {"max_length": MAX_LENGTH} | {key: value for key, value in stated.items() if value is not None}
     # Not validated: no recipe may state the template "none", which is what plain text is trained with.
     return Data.model_construct(None, path=path, prompt_template=template, **kept)
@@ -115,6 +119,7 @@ def _own_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Datas
 
 def _first(dataset: Dataset, count: int) -> list[dict[str, Any]]:
     """Return the first rows that have a trained token."""
+    # labels[1:], since no position predicts the first token.
     rows: Iterable[Any] = (row for row in dataset if any(label >= 0 for label in row["labels"][1:]))
     found = [{"input_ids": list(row["input_ids"]), "labels": list(row["labels"])} for row in islice(rows, count)]
     if not found:
