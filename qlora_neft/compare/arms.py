@@ -30,7 +30,7 @@ class Arm:
     def label(self) -> str:
         """Its settings, each key without its section; without noise, the kind of noise is left out."""
         told = self.settings
-        if ALPHA in told and is_without_noise(self):
+        if ALPHA in told and is_without_noise(self):  # "alpha 0, gaussian" would speak of noise that is not there
             told = {key: value for key, value in told.items() if key == ALPHA or not key.startswith(NOISE)}
         return ", ".join(f"{key.split('.')[-1]} {show(value)}" for key, value in told.items()) or "all runs"
 
@@ -41,7 +41,7 @@ class Arm:
 
 def show(value: Any) -> str:
     """Return a recipe's value in few characters."""
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, bool) or value is None:  # before numbers, since a bool is one; as YAML writes them
         return {True: "true", False: "false", None: "none"}[value]
     if isinstance(value, float):
         return f"{value:g}"
@@ -54,11 +54,13 @@ def differing(runs: Sequence[RunRecord]) -> list[str]:
     """Return the recipe keys in which runs differ; the kind of noise is compared only among runs with noise."""
     settings = [run.settings for run in runs]
     keys = dict.fromkeys(key for found in settings for key in found)
+    # A run without noise has no distribution; against one with noise it would differ in a key that says nothing.
     noisy = [found for found in settings if "neftune.distribution" in found]
     return [key for key in keys if _differs(key, noisy if key.startswith(NOISE) and key != ALPHA else settings)]
 
 
 def _differs(key: str, settings: Sequence[dict[str, Any]]) -> bool:
+    # By repr: lists are not hashable, and 1 and True are equal.
     return len({repr(found.get(key)) for found in settings}) > 1
 
 
@@ -75,6 +77,7 @@ def arms_by(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[Arm]:
 
 def arms_of(runs: Sequence[RunRecord]) -> list[Arm]:
     """Group runs by everything that decides what is learned, except the seed."""
+    # The machine section changes how a run is computed, not what is learned.
     keys = [key for key in differing(runs) if key != SEED and not key.startswith("machine.")]
     return arms_by(runs, keys)
 
@@ -91,6 +94,7 @@ def baseline_of(arm: Arm, arms: Sequence[Arm], *, first: bool = False) -> Arm | 
         None for the baseline itself, and if there is none.
     """
     if ALPHA in arm.settings:
+        # The same settings but for the noise: the difference is then the noise's alone.
         others = {key: value for key, value in arm.settings.items() if not key.startswith(NOISE)}
         for candidate in arms:
             rest = {key: value for key, value in candidate.settings.items() if not key.startswith(NOISE)}
@@ -108,6 +112,7 @@ def is_without_noise(arm: Arm) -> bool:
 def compare(arm: Arm, other: Arm, measure: str, confidence: float = CONFIDENCE) -> Difference | None:
     """Return ``arm`` minus ``other`` over the seeds that both have; None if they share none."""
     mine, its = arm.values(measure), other.values(measure)
+    # One seed draws data order, dropout and initial weights of both runs: pairing takes that variance out.
     pairs = [mine[seed] - its[seed] for seed in mine if seed in its]
     return difference(pairs, confidence) if pairs else None
 
@@ -123,9 +128,10 @@ def rows_interval(arm: Arm, other: Arm, confidence: float = CONFIDENCE) -> Inter
     """
     pairs = [(read_row_losses(a.folder), read_row_losses(b.folder)) for a, b in _pairs(arm, other)]
     found = [(a, b) for a, b in pairs if a is not None and b is not None and a.rows == b.rows]
+    # All pairs or none: an interval over some of the seeds would not belong to the mean beside it.
     if not pairs or len(found) < len(pairs) or len({a.rows for a, _ in found}) > 1:
         return None
-    counts = np.asarray(found[0][0].counts)  # (N,)
+    counts = np.asarray(found[0][0].counts)  # (N,), the same in every run, as the rows' hashes are equal
     if len(counts) < 2:
         return None
     sums = np.mean([np.subtract(a.sums, b.sums) for a, b in found], axis=0)  # (N,), averaged over seeds
@@ -152,4 +158,4 @@ def _start(run: RunRecord) -> float | None:
 
 
 def _same(a: str | float | None, b: str | float | None) -> bool:
-    return a is not None and a == b
+    return a is not None and a == b  # two runs without a record are not known to share anything

@@ -40,16 +40,18 @@ def open_sweep(plan: SweepPlan, output_dir: Path, *, write: bool = True) -> list
         UserInputError: If the folder holds anything else, or a sweep with other runs (the difference is shown).
     """
     earlier = read_sweep(output_dir) if output_dir.is_dir() else None
+    # `sweep` has made the folder and holds its lock by now; `visible` overlooks the lock's file.
     if earlier is None and output_dir.exists():
         _check_empty(output_dir)
     before = {run.name: run.recipe for run in earlier.runs} if earlier else {}
     now = plan.to_dict()
+    # Through to_dict on both sides: what is compared is what JSON keeps of it.
     _check_same(before, {run["name"]: run["recipe"] for run in now["runs"]}, output_dir)
     if write:
         (output_dir / "recipes").mkdir(parents=True, exist_ok=True)
         for run in plan.runs:
             write_text(recipe_of(output_dir, run.name), run.recipe.to_yaml())
-        write_json(output_dir / SWEEP_FILE, now)
+        write_json(output_dir / SWEEP_FILE, now)  # last: a plan whose recipes are not there could not be continued
     return [run.name for run in plan.runs if run.name not in before]
 
 
@@ -100,7 +102,7 @@ def _check_same(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]
         old, new = _outside_the_machine(before[name]), _outside_the_machine(now[name])
         for key in sorted({*old, *new}):
             line = f"  {key}: {json.dumps(old.get(key))} before, {json.dumps(new.get(key))} now"
-            if old.get(key) != new.get(key) and line not in lines:
+            if old.get(key) != new.get(key) and line not in lines:  # most differences are the same in every run
                 lines.append(line)
     if lines:
         raise UserInputError(

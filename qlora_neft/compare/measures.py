@@ -31,7 +31,7 @@ from .folder import missing
 from .plan import check_measures
 from .records import ROW_LOSSES_FILE, read_run
 
-ROWS_AT_A_TIME = 4
+ROWS_AT_A_TIME = 4  # where the recipe leaves it to auto; changes no number beyond rounding
 NUM_SAMPLES, HELD_OUT_PROMPTS, TRAINING_PROMPTS = 8, 100, 100
 MAX_ANSWER_TOKENS = 256
 
@@ -46,9 +46,11 @@ def measure_run(folder: Path, names: Sequence[str]) -> None:
     check_measures(names)
     for name in missing(folder, names):
         numbers = MEASURES[name](folder)
+        # A run that diverged gives NaN, which JSON cannot hold and no mean survives.
         wrong = {key: value for key, value in numbers.items() if not math.isfinite(value)}
         if wrong:
             raise RunFailed(f"{folder}: measure {name} gave {wrong}; nothing of it was kept.")
+        # Read again, since some measures write the file themselves; under its name a measure is not taken twice.
         write_json(folder / MEASURES_FILE, {**read_run(folder).measures, name: numbers})
 
 
@@ -62,6 +64,7 @@ def held_out_rows(folder: Path) -> dict[str, float]:
     rows = _held_out(folder, data)
     prepare_for_losses(trained)
     found = list(losses_by_row(trained, rows, batch_size=ROWS_AT_A_TIME))
+    # Sums and counts, not means: a bootstrap over rows weighs each row by its tokens.
     sums = [value for losses in found for value in losses.sums.tolist()]
     counts = [value for losses in found for value in losses.counts.tolist()]
     described = data.report["eval"]
@@ -94,6 +97,7 @@ def text_of_answers(folder: Path) -> dict[str, float]:
     """Measure length and repetition of greedy answers to the first held-out prompts (NEFTune's Table 4)."""
     answers = _answered(folder, HELD_OUT_PROMPTS)
     found = measure_texts([answer.text for answer in answers], CUTOFFS["alpaca"]).main()
+    # Repetition is None if every answer is shorter than the chunk.
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -39,7 +39,7 @@ def train_and_measure(folder: Path, recipe: Path, names: Sequence[str]) -> None:
         run(load_recipe(recipe), folder)
         _release_memory()
     if names:
-        from .measures import measure_run
+        from .measures import measure_run  # evaluation and generation, which a run without measures does not need
 
         measure_run(folder, names)
 

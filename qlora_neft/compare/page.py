@@ -59,6 +59,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
 def page_content(folders: Sequence[Path]) -> dict[str, Any]:
     """Return everything that both forms of the page show, under the names that the templates use."""
     runs = find_runs(folders)
+    # A sweep says which keys it varies; among runs from anywhere the differing keys are found by comparing.
     sweep = read_sweep(folders[0]) if len(folders) == 1 else None
     arms = arms_by(runs, list(sweep.swept)) if sweep else arms_of(runs)
     results = results_of(arms, first=sweep is not None)
@@ -85,6 +86,7 @@ def page_content(folders: Sequence[Path]) -> dict[str, Any]:
 
 def html(content: dict[str, Any]) -> str:
     """Return the page; everything that comes from a run is escaped."""
+    # Answers of a model are foreign text: one may hold a script.
     return _environment(autoescape=True).get_template("report.html.jinja").render(content)
 
 
@@ -177,7 +179,7 @@ def _seconds(summary: RunSummary) -> str:
 
 def _memory(summary: RunSummary) -> str:
     peak = summary.peak_memory or {}
-    found = peak.get("cuda_reserved_bytes", peak.get("host_bytes"))
+    found = peak.get("cuda_reserved_bytes", peak.get("host_bytes"))  # of the GPU where there is one
     return "-" if found is None else f"{found / 2**30:.2f}"
 
 
@@ -197,7 +199,7 @@ def samples(arms: Sequence[Arm]) -> list[dict[str, Any]]:
         for answer in _before(run):
             entry = found.setdefault(answer.prompt, {**_question(answer), "answers": []})
             said = {"who": f"{run.recipe['model']['name_or_path']}, before training", "text": visible(answer.text)}
-            if said not in entry["answers"]:
+            if said not in entry["answers"]:  # runs on one base begin with the same answers
                 entry["answers"].append(said)
     for label, run in firsts:
         for answer in run.answers:
@@ -217,6 +219,7 @@ def _question(answer: SampleAnswer) -> dict[str, str]:
 
 def visible(text: str) -> str:
     """Replace control characters by the replacement character, and a blank text by a word that says so."""
+    # Browsers and Markdown drop or reinterpret control characters; a reader should see that the model wrote some.
     return "".join("\ufffd" if c < " " and c not in "\n\t" else c for c in text) if text.strip() else "(blank)"
 
 
@@ -308,6 +311,7 @@ def charts(arms: Sequence[Arm]) -> list[Chart]:
 
 def curve_of(run: RunRecord, key: str) -> Points:
     """Return steps and finite values of a logged quantity."""
+    # A step may be logged more than once, as the last one is: its last entry counts.
     points = {entry["step"]: entry[key] for entry in run.metrics if entry.get(key) is not None}
     return [(float(step), float(value)) for step, value in sorted(points.items()) if math.isfinite(value)]
 
@@ -316,6 +320,7 @@ def thinned(points: Points, most: int = MAX_POINTS) -> Points:
     """Reduce a curve to at most ``most`` points by averaging neighbors; the first and the last stay as they are."""
     if len(points) <= most:
         return points
+    # Means, not every n-th point: a training loss is noisy, and a pick would show its noise as its course.
     inner, size = points[1:-1], math.ceil((len(points) - 2) / (most - 2))
     groups = [inner[i : i + size] for i in range(0, len(inner), size)]
     means = [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
@@ -324,8 +329,9 @@ def thinned(points: Points, most: int = MAX_POINTS) -> Points:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Return about ``count`` round numbers from ``low`` to ``high``."""
-    rough = (high - low) / count or 1.0
+    rough = (high - low) / count or 1.0  # a flat curve still needs a scale
     power = 10 ** math.floor(math.log10(rough))
+    # 0.999 and 1e-9: what is a round number up to binary rounding counts as one.
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
@@ -342,8 +348,9 @@ def _chart(arms: Sequence[Arm], key: str, title: str, remark: str) -> Chart | No
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         x = LEFT + _share(point[0], x_range) * (WIDTH - LEFT - RIGHT)
+        # SVG's y axis points down.
         y = HEIGHT - BOTTOM - _share(point[1], y_range) * (HEIGHT - TOP - BOTTOM)
-        return round(x, 1), round(y, 1)
+        return round(x, 1), round(y, 1)  # a tenth of a unit is below a pixel; more digits only make the page larger
 
     lines = tuple(_line(style_of(i), run, [place(point) for point in thinned(points)]) for i, run, points in curves)
     x_ticks = tuple(Tick(place((x, y_range[0]))[0], f"{x:g}") for x in ticks(*x_range))

@@ -108,6 +108,7 @@ def plan_sweep(
     settings = _combined(swept, combine)
     first_seed = _first_seed(name, fixed, settings, seeds)
     runs, problems = [], []
+    # Seeds outside: a sweep cut short has compared every setting on the first seeds, and pairs need both sides.
     for seed in range(first_seed, first_seed + seeds):
         for setting in settings:
             try:
@@ -133,7 +134,7 @@ def check_measures(names: Sequence[str]) -> None:
         raise UserInputError(
             f"--measure: must be names from {', '.join(MEASURES)}, separated by commas, got {', '.join(unknown)}."
         )
-    if "overfit" in names:
+    if "overfit" in names:  # better now than after the first run has trained
         check_installed()
 
 
@@ -168,7 +169,7 @@ def split_words(words: Sequence[str]) -> tuple[list[SweptKey], list[str], list[s
     fixed: list[str] = []
     problems: list[str] = []
     for word in words:
-        key, _, text = word.partition("=")
+        key, _, text = word.partition("=")  # a word without "=" has one value and is refused with the overrides
         values = split_values(text)
         if len(values) == 1:
             fixed.append(word)
@@ -249,7 +250,7 @@ def _planned(setting: dict[str, str], seed: int, recipe: Recipe, swept: Sequence
     # A key goes by its last part, unless two swept keys end alike.
     short = {key.key: end if last.count(end) == 1 else key.key for key, end in zip(swept, last, strict=True)}
     parts = "-".join(_plain(f"{short[key]}_{text}") for key, text in setting.items())
-    name = f"{parts[:MAX_NAME]}-seed_{seed}"
+    name = f"{parts[:MAX_NAME]}-seed_{seed}"  # cut before the seed, which must stay; see _with_own_names
     mirror = recipe.machine.mirror_dir
     if mirror is not None:  # a mirror belongs to one run
         machine = recipe.machine.model_copy(update={"mirror_dir": str(Path(mirror) / name)})
@@ -278,6 +279,7 @@ def _without_repeats(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
             pair = " and ".join(" ".join(_words(other.settings)) for other in (exact[key], run))
             raise UserInputError(f"sweep: {pair} are the same run. Name each value once.")
         exact[key] = run
+        # Without noise its kind is moot: a grid over kinds of noise holds such a run once for each.
         noise = recipe["neftune"]
         if noise is not None and not noise["noise_alpha"] and not noise["final_alpha"]:
             recipe["neftune"] = None

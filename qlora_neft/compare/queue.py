@@ -94,10 +94,11 @@ def run_queue(
         on_start(name)
         return pool.submit(runner.train, name, lambda line: on_line(name, line))
 
-    stop = StopRequest(grace_seconds=0, on_request=heard)
+    stop = StopRequest(grace_seconds=0, on_request=heard)  # the grace is each run's own: this process trains nothing
     waiting: deque[str] = deque(names)
     running: set[Future[Outcome]] = set()
     outcomes: list[Outcome] = []
+    # Threads only wait for child processes; this one, the main thread, is where Python handles signals.
     with answered(stop), ThreadPoolExecutor(parallel) as pool:
         try:
             while running or (waiting and not stop.requested):
@@ -107,7 +108,7 @@ def run_queue(
                 for future in done:
                     outcomes.append(future.result())
                     on_end(outcomes[-1])
-        except BaseException:
+        except BaseException:  # a second signal too; the pool would otherwise wait for its children
             runner.end()
             raise
     return outcomes, stop.signal
@@ -131,6 +132,7 @@ class ProcessRunner:
         if is_done(folder, self.measures):
             return Outcome(name, 0)
         log = log_of(self.output_dir, name)
+        # The end only: the log has everything.
         lines: deque[str] = deque(maxlen=LINES_KEPT)
 
         def hear(line: str) -> None:
@@ -186,7 +188,7 @@ class Processes:
             try:
                 for line in child.stdout:
                     file.write(line)
-                    file.flush()
+                    file.flush()  # so that `tail -f` follows
                     tell(line.rstrip())
                 return child.wait()
             finally:
@@ -205,7 +207,7 @@ class Processes:
         """Stop every child at once; kill those that do not stop."""
         self.send(signal.SIGINT)
         with self._lock:
-            children = list(self._children)
+            children = list(self._children)  # waited for outside the lock, which their threads need to sign off
         for child in children:
             try:
                 child.wait(GRACE_SECONDS)
@@ -217,11 +219,12 @@ class Processes:
         with self._lock:  # otherwise a signal could arrive after the child starts and before it is noted
             child = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,  # a question would wait for ever
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
-                errors="replace",
+                errors="replace",  # a byte that is no UTF-8 must not end the reading, which would block the child
+                # The user's own OMP_NUM_THREADS wins. Unbuffered: in a pipe lines would come in blocks of 8 KiB.
                 env={**threads, **os.environ, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )

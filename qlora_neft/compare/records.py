@@ -140,6 +140,7 @@ def read_run(folder: Path, name: str | None = None) -> RunRecord:
     Raises:
         UserInputError: If it does not hold a run, or one of its files is damaged.
     """
+    # Each file may be missing: a run under way has no summary, one of an earlier version no run.json.
     about = RunFile.read(folder / RUN_FILE, LEAVE_OUT) or RunFile()
     summary = RunSummary.read(folder / SUMMARY_FILE, LEAVE_OUT)
     recipe = about.recipe or read_record_if_there(folder / RECIPE_FILE) or (summary and summary.recipe)
@@ -173,7 +174,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunRecord]:
         if not folder.is_dir():
             raise UserInputError(f"{folder}: no such folder. Give the --output-dir of train or sweep.")
         for path in _runs_of(folder):
-            found.setdefault(path.resolve(), path)
+            found.setdefault(path.resolve(), path)  # resolved: one run may be reached by two paths
     paths = list(found.values())
     return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
@@ -205,6 +206,7 @@ def _runs_of(folder: Path) -> list[Path]:
 def _names(paths: Sequence[Path]) -> list[str]:
     """Return the folders' names, each with as many parent folders as are needed to tell them apart."""
     parts = [path.resolve().parts for path in paths]
+    # Two folders have two resolved paths, so the whole of them tells them apart at the latest.
     for length in range(1, max(map(len, parts), default=1) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):

@@ -57,6 +57,7 @@ def _measure(key: str, arms: Sequence[Arm], first: bool) -> dict[str, Any]:
         base = baseline_of(arm, arms, first=first)
         found = compare(arm, base, key) if base else None
         if base and found:
+            # Losses by row are kept of held-out rows alone.
             rows_of = rows_interval(arm, base) if key == DECIDING else None
             row["difference"] = _plain(found, base.label, rows_of)
             compared.append((arm.label, row["difference"]))
@@ -90,6 +91,7 @@ def _plain(found: Difference, to: str, rows_of: Interval | None) -> dict[str, An
 
 def is_measurable(found: Difference, rows_of: Interval | None) -> bool | None:
     """Whether all intervals exclude zero, including the one over rows if there is one; None for a single seed."""
+    # `and` keeps the None of a single seed: not "no", but "cannot be told".
     return found.is_measurable and (rows_of is None or leaves_zero_out(rows_of))
 
 
@@ -103,6 +105,7 @@ def _verdict(compared: Sequence[tuple[str, dict[str, Any]]], name: MeasureName) 
     unclear = [label for label, found in compared if not found["measurable"]]
     if not clear:
         return "no measurable difference"
+    # A label of two settings holds a comma itself.
     between = "; " if any("," in label for label, _ in compared) else ", "
     rest = f"; no measurable difference: {between.join(unclear)}" if unclear else ""
     return f"measurable: {between.join(clear)}{rest}"
@@ -129,6 +132,7 @@ def best(arms: Sequence[Arm], measure: str = DECIDING) -> dict[str, Any]:
     unclear = []
     for arm in others:
         found = compare(lowest, arm, measure, confidence)
+        # The mean over shared seeds decides: over all seeds the lowest may have been lucky with those it has alone.
         if found is None or found.mean >= 0 or not is_measurable(found, rows_interval(lowest, arm, confidence)):
             unclear.append(arm.label)
     if unclear:

@@ -54,6 +54,7 @@ def write_results(plan: SweepPlan, output_dir: Path) -> dict[str, Any]:
     planned = {"recipe": plan.recipe, "keys": plan.keys, "seeds": plan.seeds, "runs": len(plan.runs)}
     results = {**planned, "finished": sum(len(arm.runs) for arm in arms), **results_of(arms, first=True)}
     write_json(output_dir / RESULTS_FILE, results)
+    # After results.json, which does not depend on whether matplotlib is installed.
     results = {**results, "picture": plot_sweep(arms, results, output_dir / PICTURE_FILE, _title(plan))}
     write_text(output_dir / MARKDOWN_FILE, markdown(plan, results))
     return results
@@ -104,6 +105,7 @@ class SweepDisplay:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=quiet, highlight=False, soft_wrap=True)
+        # A spinner in a pipe or a log would be thousands of lines.
         self._status = self.console.status("") if self.console.is_terminal else None
 
     def __enter__(self) -> SweepDisplay:
@@ -167,8 +169,8 @@ def plot_sweep(arms: Sequence[Arm], results: dict[str, Any], path: Path, title: 
     if drawing is None:
         return False
     figure, axes = drawing
-    axes.remove()
-    figure.suptitle(title, parse_math=False)
+    axes.remove()  # a picture comes with one panel; this one has two rows of them
+    figure.suptitle(title, parse_math=False)  # a dollar sign in a path is not TeX
     panels = figure.subplots(2, len(keys), squeeze=False)
     key, lines = _lines(arms)
     for column, name in enumerate(keys):
@@ -190,7 +192,7 @@ def _lines(arms: Sequence[Arm]) -> tuple[str | None, dict[str, list[tuple[float,
 
     Arms that differ in other keys as well are on different lines.
     """
-    key = next(iter(arms[0].settings), None)
+    key = next(iter(arms[0].settings), None)  # the key swept first
     numbers = [arm.settings.get(key) for arm in arms]
     if key is None or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
         return None, {"": [(float(i), i) for i in range(len(arms))]}
@@ -213,7 +215,7 @@ def _values(panel: Axes, lines: dict[str, list[tuple[float, int]]], measure: dic
         below = [row["mean"] - row["min"] for _, row in found]
         above = [row["max"] - row["mean"] for _, row in found]
         style: dict[str, Any] = {"color": color, "capsize": 3, "linewidth": 1.6, "label": label or None}
-        joined = "-" if is_numeric else "none"
+        joined = "-" if is_numeric else "none"  # between arms in no order a line would mean nothing
         panel.errorbar(places, means, (below, above), marker="_", markersize=12, linestyle=joined, **style)
 
 
@@ -224,6 +226,7 @@ def _differences(panel: Axes, lines: dict[str, list[tuple[float, int]]], measure
         found = [(x, measure["arms"][arm]["difference"]) for x, arm in line if "difference" in measure["arms"][arm]]
         for x, row in found:
             panel.plot([x] * len(row["values"]), row["values"], marker, color=color, markersize=4, alpha=0.5)
+            # One seed has no interval: a point without a bar.
             low, high = row["t_interval"] or (row["mean"], row["mean"])
             error = ([row["mean"] - low], [high - row["mean"]])
             panel.errorbar([x], [row["mean"]], error, marker="_", markersize=12, color=color, capsize=3, linewidth=1.6)
@@ -239,10 +242,12 @@ def _finish(panel: Axes, key: str | None, arms: Sequence[Arm]) -> None:
         return
     panel.set_xlabel(key)
     places = sorted({float(arm.settings[key]) for arm in arms})
+    # Learning rates span decades, noise strengths 0 to 15; a logarithm also needs every place above zero.
     if places[0] > 0 and places[-1] / places[0] >= 30:
         panel.set_xscale("log")
         panel.set_xlim(places[0] / 1.5, places[-1] * 1.5)
         return
+    # `or 1`: a single place has no extent.
     margin = 0.08 * (places[-1] - places[0]) or 1
     panel.set_xlim(places[0] - margin, places[-1] + margin)
     if len(places) <= 8:

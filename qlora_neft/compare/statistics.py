@@ -68,6 +68,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
 
 def bootstrap_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Return a percentile bootstrap interval for the mean: `RESAMPLES` draws of whole pairs, with a fixed seed."""
+    # (RESAMPLES, n): pairs are few, so all draws fit at once.
     drawn = np.random.default_rng(SEED).integers(len(values), size=(RESAMPLES, len(values)))
     means = np.asarray(values, dtype=float)[drawn].mean(axis=1)
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
@@ -90,6 +91,7 @@ def ratio_bootstrap_interval(sums: np.ndarray, counts: np.ndarray, confidence: f
     means = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
         drawn = generator.integers(num_rows, size=num_rows)
+        # A draw of rows without a single trained token has no loss: 0, instead of a division by zero.
         means[i] = sums[drawn].sum() / max(counts[drawn].sum(), 1)
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
@@ -102,10 +104,11 @@ def t_quantile(probability: float, degrees: int) -> float:
         probability: In [0.5, 1).
         degrees: Degrees of freedom, at least 1.
     """
+    # By bisection of the distribution below: NumPy has no t quantile, and SciPy would be a dependency for one number.
     low, high = 0.0, 1.0
     while t_probability(high, degrees) < probability:
         high *= 2
-    for _ in range(200):
+    for _ in range(200):  # far beyond the 60 or so that float64 can tell apart
         middle = (low + high) / 2
         low, high = (middle, high) if t_probability(middle, degrees) < probability else (low, middle)
     return high
@@ -118,7 +121,7 @@ def t_probability(t: float, degrees: int) -> float:
     """
     theta = math.atan(t / math.sqrt(degrees))
     cosine, sine = math.cos(theta), math.sin(theta)
-    odd = degrees % 2
+    odd = degrees % 2  # 26.7.3 is for odd degrees, 26.7.4 for even ones
     term, total = (cosine if odd else 1.0), 0.0
     for k in range(degrees // 2):
         total += term

@@ -69,9 +69,10 @@ def sweep(
             grown = f", {len(new)} of them new" if new else ""
             display.say(f"going on: {len(names) - len(todo)} of {len(names)} runs are finished{grown}")
         outcomes, signal = _train(todo, names, output_dir, runner, display, parallel)
-        results = write_results(plan, output_dir)
+        results = write_results(plan, output_dir)  # also after a failure or a signal: what is finished is shown
     finished = sum(is_done(output_dir / name, measures) for name in names)
     state = f"{finished} of {len(names)} runs are finished; results so far: {output_dir / MARKDOWN_FILE}"
+    # A signal that came when all was done changes nothing.
     if signal is not None and finished < len(names):
         raise RunInterrupted(signal, f"{state}. To continue from the checkpoints:\n  {command}")
     failed = [outcome for outcome in outcomes if outcome.code]
@@ -168,6 +169,7 @@ def _size(planned: PlannedRun, facts: dict[str, Any]) -> dict[str, int]:
     """Optimizer steps, and an estimate of the tokens in them from the mean length of the rows."""
     steps, rows = facts["plan"]["num_steps"], facts["data"]["train"]
     per_row = rows["tokens"] / max(rows["rows"], 1)
+    # The last step of a run may be short of rows: never more than the epochs hold.
     most = rows["tokens"] * planned.recipe.train.num_train_epochs
     return {"steps": steps, "tokens": round(min(steps * planned.recipe.train.effective_batch_size * per_row, most))}
 

@@ -57,6 +57,7 @@ def name_of(key: str) -> MeasureName:
     if key in KNOWN:
         return KNOWN[key]
     measure, _, name = key.rpartition(".")
+    # "loss.whole_train_loss" goes by its name alone, which says "loss" already.
     label = f"{measure}: {name}" if measure and measure != name.split("_")[-1] else name
     if "loss" in (measure, name.split("_")[-1]):
         return MeasureName(key, label.replace("_", " "), _LOSS, None, ".3f")
@@ -79,6 +80,7 @@ def measures_table(results: dict[str, Any]) -> Table:
     rows = []
     for i, arm in enumerate(results["arms"]):
         found = [results["measures"][key]["arms"][i] for key in keys]
+        # Not every run has every measure: the most that any column is a mean of.
         num_runs = str(max((len(row["values"]) for row in found), default=0))
         rows.append((arm["label"], num_runs, *(_spread_text(name_of(k), r) for k, r in zip(keys, found, strict=True))))
     return Table(("", "runs", *(name_of(k).title for k in keys)), rows, "Measures, mean [range over seeds]")
@@ -93,6 +95,7 @@ def differences_table(results: dict[str, Any]) -> Table | None:
             if "difference" in arm:
                 rows.append((name.label, arm["arm"], arm["difference"]["to"], *_difference(name, arm)))
     columns: tuple[str, ...] = ("measure", "", "against", "difference", "t interval", "bootstrap", "over rows", "")
+    # Columns that say the same in every row are dropped; the later one first, so that indices stay valid.
     if not any(row[6] != "-" for row in rows):
         columns, rows = _without(columns, 6), [_without(row, 6) for row in rows]
     title, others = "Paired differences", {row[2] for row in rows}

@@ -69,7 +69,7 @@ def evaluate_adapter(
     with quiet_libraries(), _quiet_lm_eval():
         trained = load_trained(folder, device=device, precision=precision)
         measured = {"adapter": _measured(trained, tasks, manager, num_fewshot, limit, batch_size)}
-        if base_alone:
+        if base_alone:  # on the same NF4 weights, the adapter switched off: the difference is the adapter's alone
             with trained.base_alone():
                 measured["base"] = _measured(trained, tasks, manager, num_fewshot, limit, batch_size)
     return {
@@ -97,6 +97,7 @@ def side_by_side(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[di
 
 
 def _is_metric(key: str, metrics: Mapping[str, Any]) -> bool:
+    # lm-eval's keys are "metric,filter" and "metric_stderr,filter", beside others such as "alias".
     return "," in key and "_stderr," not in key and isinstance(metrics[key], (int, float))
 
 
@@ -105,6 +106,7 @@ def _entry(task: str, key: str, results: Mapping[str, Mapping[str, Any]]) -> dic
     adapter = results["adapter"]
     samples = {side: _per_question(task, metric, filter_name, result) for side, result in results.items()}
     leaves = _leaves(task, adapter)
+    # The order of these keys is that of the JSON.
     entry: dict[str, Any] = {
         "task": task,
         "part_of": next((name for name, below in adapter.get("group_subtasks", {}).items() if task in below), None),
@@ -116,6 +118,7 @@ def _entry(task: str, key: str, results: Mapping[str, Mapping[str, Any]]) -> dic
         if side in results:
             found = results[side]["results"][task]
             stderr = found.get(f"{metric}_stderr,{filter_name}")
+            # Without a standard error lm-eval writes the text "N/A".
             entry[side] = {"value": found[key], "stderr": stderr if isinstance(stderr, float) else None}
     if "base" in entry:
         entry["difference"] = entry["adapter"]["value"] - entry["base"]["value"]
@@ -133,9 +136,11 @@ def paired_stderr(a: Sequence[float], b: Sequence[float], difference: float) -> 
     Returns:
         None if ``difference`` is not the mean over questions (a metric of another kind), or for fewer than two.
     """
+    # Paired: most of the variance between questions is common to both sides and cancels.
     if len(a) != len(b) or len(a) < 2:
         return None
     differences = [x - y for x, y in zip(a, b, strict=True)]
+    # Perplexities, F1 over a corpus and weighted groups are no plain means: a pairing by question would be wrong.
     if not math.isclose(statistics.fmean(differences), difference, abs_tol=1e-9):
         return None
     return statistics.stdev(differences) / math.sqrt(len(differences))
@@ -155,6 +160,7 @@ def _per_question(task: str, metric: str, filter_name: str, result: Mapping[str,
 
 
 def _import() -> Any:
+    # Not try/except: an ImportError inside an installed lm-eval is another fault and must not be called missing.
     if importlib.util.find_spec("lm_eval") is None:
         raise UserInputError("eval harness: lm-eval is missing. Install the extra: pip install 'qlora-neft[harness]'")
     import lm_eval
@@ -201,7 +207,7 @@ def _measured(
 def _by_shots(tasks: Sequence[str], num_fewshot: int | None) -> dict[int | None, list[str]]:
     """Group tasks by their number of examples; None: lm-eval's own."""
     groups: dict[int | None, list[str]] = {}
-    for name in dict.fromkeys(tasks):
+    for name in dict.fromkeys(tasks):  # each once, in the order given
         shots = LEADERBOARD_SHOTS.get(name) if num_fewshot is None else num_fewshot
         groups.setdefault(shots, []).append(name)
     return groups
@@ -225,7 +231,7 @@ def lines(report: dict[str, Any]) -> str:
     sides = SIDES if has_base else ("adapter",)
     rows = []
     for entry in report["results"]:
-        if entry["part_of"] is not None:
+        if entry["part_of"] is not None:  # MMLU alone has 57 parts; the JSON has them
             continue
         cells = [entry["task"], entry["metric"], str(entry["num_fewshot"]), f"{entry['questions']:,}"]
         cells += [_shown(entry[side]["value"], entry[side]["stderr"]) for side in sides]

@@ -81,6 +81,7 @@ def losses_of_runs(
         UserInputError: If a run or its data cannot be loaded, or a set has no row to learn from.
     """
     machine = machine or Machine()
+    # By set, rows and base: runs that share all three share a line and the base's loss, which is measured once.
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for folder in folders_of(sources, machine):
         trained = load_trained(folder, device=machine.device, precision=machine.precision)
@@ -98,7 +99,7 @@ def losses_of_runs(
             loss = set_loss(trained, part, batch_size=machine.batch_size, progress=progress).loss
             found[key]["adapters"][folder.source] = loss
             numbers[_measure_name(one.name)] = loss
-        if not rows:
+        if not rows:  # a loss on some of the rows is not the run's and does not belong into its records
             keep_measures(folder.source, "loss", numbers)
     return list(found.values())
 
@@ -145,7 +146,7 @@ def set_loss(trained: Trained, rows: Dataset, *, batch_size: int, progress: Prog
         batch_size: Sequences at a time.
         progress: Told how many sequences are done, of how many.
     """
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, 0  # sums, not means of batches: batches differ in their trained tokens
     for losses in losses_by_row(trained, rows, batch_size=batch_size, progress=progress):
         total, tokens = total + losses.sums.sum().item(), tokens + int(losses.counts.sum())
     return SetLoss(total / tokens if tokens else float("nan"), tokens, len(rows))
@@ -157,6 +158,7 @@ def losses_by_row(
     """Yield the losses of a set's rows, `SLICE` of them at a time; arguments as in `set_loss`."""
     for start in range(0, len(rows), SLICE):
         part = rows.select(range(start, min(start + SLICE, len(rows))))
+        # Without the columns that only reports need; the model takes no others.
         features = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in part]
         with _autocast(trained.policy):
             losses = row_losses(trained.model, features, batch_size=batch_size, device=trained.policy.device)

@@ -89,6 +89,7 @@ def overfit_of_runs(
         asked = training_questions(trained, rows, overrides)
         progress = progress_of(say, f"{folder.source}: answers")
         result = measure_overfit(trained, asked, decoding, batch_size=machine.batch_size, progress=progress)
+        # Kept as soon as it is known: a later run may fail to load.
         scores = {"train_prompts_rouge_l": result.rouge_l, "train_prompts_bleu": result.bleu}
         keep_measures(folder.source, "overfit", scores)
         found[folder.source] = result
@@ -125,6 +126,7 @@ def measure_overfit(
         batch_size: Prompts at a time.
         progress: Told how many are answered, of how many.
     """
+    # Answers come in the order of batches; a prompt that fills the context gets none and keeps the empty text.
     texts, prompts = [""] * len(asked), [question.prompt_ids for question in asked]
     for done, (i, text) in enumerate(answer_texts(trained, prompts, decoding, batch_size=batch_size), 1):
         texts[i] = text

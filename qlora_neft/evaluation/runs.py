@@ -49,6 +49,7 @@ def named_sets(written: Sequence[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for text in written:
+        # A file whose own name holds an equals sign is a file.
         name, path = text.split("=", 1) if "=" in text and not Path(text).exists() else (Path(text).stem, text)
         if not name or not path:
             raise UserInputError(f"--data: must be FILE or NAME=FILE, got {text!r}.")

@@ -77,6 +77,7 @@ def measure_texts(texts: Sequence[str], chunk: int) -> TextMeasures:
         chunk: Whitespace tokens at the beginning of each on which repetition is measured, at least 4.
     """
     words = [text.split() for text in texts]
+    # Repetition grows with length, so all outputs are compared on beginnings of one length (section 5.2).
     chunks = [found[:chunk] for found in words if len(found) >= chunk]
     rates = [{n: repetition(tokens, n) for n in SIZES} for tokens in chunks]
     return TextMeasures(
@@ -127,6 +128,7 @@ def log_diversity(repetitions: Mapping[int, float], *, scale: float = 100.0) -> 
     Source: Kirchenbauer et al. 2023, On the Reliability of Watermarks for Large Language Models, arXiv:2306.04634;
     ``metrics/repetition_diversity.py`` in github.com/jwkirchenbauer/lm-watermarking, by an author of NEFTune.
     """
+    # / 100 makes the percentages shares again, / scale is the paper's second division.
     diversity = math.prod(1 - percent / 100 / scale for percent in repetitions.values())
     return -math.log(max(1 - diversity, math.exp(-MAX_LOG_DIVERSITY)))
 
@@ -182,7 +184,7 @@ def read_texts(path: str | Path, key: str) -> list[str]:
     """
     path = Path(path)
     if path.suffix.lower() not in (".json", ".jsonl"):
-        text = _read(path, key).removesuffix("\n")
+        text = _read(path, key).removesuffix("\n")  # the last line's own end; further empty lines are empty outputs
         if not text:
             raise UserInputError(f"{key}: {str(path)!r} is empty.")
         return text.split("\n")
@@ -212,7 +214,7 @@ def _read(path: Path, key: str) -> str:
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserInputError(f"{key}: must be a file, {str(path)!r} {found}.")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserInputError(f"{key}: {str(path)!r} cannot be read ({error}).") from error
 
@@ -220,7 +222,7 @@ def _read(path: Path, key: str) -> str:
 def _entries(path: Path, text: str, key: str) -> list[Any]:
     try:
         rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # the second for brackets nested a thousand deep
         raise UserInputError(f"{key}: {str(path)!r} is not valid JSON ({error}).") from error
     if not isinstance(rows, list):
         raise UserInputError(f"{key}: {str(path)!r} must hold a JSON list, got {type(rows).__name__}.")

@@ -59,7 +59,7 @@ def answer_instructions(
     asked = read_instructions(instructions)
     asked = asked[:rows] if rows else asked
     file = answers_file(path, folder, asked, generator=name_of(folder), decoding=decoding, meta_prompt=meta_prompt)
-    if file.missing():
+    if file.missing():  # otherwise no model is loaded at all
         trained = load_trained(folder, device=machine.device, precision=machine.precision)
         options = {"batch_size": machine.batch_size, "progress": progress_of(say, "answers")}
         too_long = answer(trained, file, asked, decoding, meta_prompt=meta_prompt, **options)
@@ -100,6 +100,7 @@ def answers_file(
     Raises:
         UserInputError: If the file holds answers of another adapter or made with other settings.
     """
+    # The weights, not the folder's name: answers of a run trained again under its old name are refused, not mixed.
     digest = sha256_of_file(folder.path / WEIGHTS)
     base = {"base": folder.own_base} if folder.own_base else {}
     asked = {"meta_prompt": meta_prompt} if meta_prompt else {}
@@ -136,11 +137,12 @@ def answer(
     rows = [row for row in instructions if row["instruction"] in asked]
     texts = [f"{row['instruction']} {meta_prompt}" if meta_prompt else row["instruction"] for row in rows]
     prompts = [trained.prompts.ids([{"role": "user", "content": text}]) for text in texts]
+    # Written batch by batch: hours of answers survive an interruption.
     for batch in _batches(answer_texts(trained, prompts, decoding, batch_size=batch_size), batch_size):
         file.add([_row(rows[i], text) for i, text in batch])
         progress(len(file.order) - len(file.missing()), len(file.order))
     too_long = file.missing()  # no answer came for these
-    if too_long:
+    if too_long:  # judged like any other output: leaving hard rows out would flatter the model
         file.add([_row(row, "") for row in rows if row["instruction"] in set(too_long)])
     return too_long
 

@@ -97,6 +97,7 @@ def read_annotations(path: str | Path, key: str = "--score") -> list[Annotation]
         if "preference" not in row:
             raise UserInputError(f"{key}: {str(path)!r}, entry {number} has no preference, the judge's verdict.")
         value = row["preference"]
+        # bool is an int to Python; True would pass for "the reference is better".
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise UserInputError(
                 f"{key}: {str(path)!r}, entry {number}: preference must be a number or null, got {value!r}."
@@ -133,7 +134,7 @@ class RowsFile(Generic[AnyRow]):
         if not path.parent.is_dir():
             raise UserInputError(f"{key}: there is no folder {str(path.parent)!r}. Create it first.")
         stored = _with_texts(read_rows(path, key), ("instruction",), path, key) if path.exists() else []
-        for row in stored:
+        for row in stored:  # before anything is answered: mixing two models' rows would spoil both
             self._check(row)
         self.rows = cast("dict[str, AnyRow]", _by_instruction(stored, path, key))
 
@@ -144,8 +145,10 @@ class RowsFile(Generic[AnyRow]):
     def add(self, rows: Sequence[AnyRow]) -> None:
         """Keep rows and write the file."""
         self.rows |= {row["instruction"]: row for row in rows}
+        # Stored rows get the fields too, which a caller may have renamed since (the folder moved).
         for name, row in self.rows.items():
             self.rows[name] = cast("AnyRow", {**row, **self.named, **self.made_by})
+        # Rows that this call does not ask for (--rows) are kept, behind those that it does.
         asked = set(self.order)
         write_json(self.path, [*self.ordered(), *(row for name, row in self.rows.items() if name not in asked)])
 
@@ -167,7 +170,7 @@ class RowsFile(Generic[AnyRow]):
 def _difference(name: str, was: Any, now: Any) -> str:
     """Say how two values of a field differ; if both hold a JSON object as text, key by key."""
     try:
-        old, new = json.loads(was), json.loads(now)
+        old, new = json.loads(was), json.loads(now)  # `metadata`: name the setting, not two long texts
     except (TypeError, ValueError):
         old = new = None
     if not isinstance(old, dict) or not isinstance(new, dict):
@@ -186,7 +189,7 @@ def _with_texts(rows: Sequence[Any], names: Sequence[str], path: Path, key: str)
 
 
 def _joined(row: dict[str, Any]) -> dict[str, Any]:
-    more = row.get("input")
+    more = row.get("input")  # Alpaca's own format; AlpacaEval has instruction alone
     return {**row, "instruction": f"{row['instruction']}\n\n{more}"} if isinstance(more, str) and more else row
 
 

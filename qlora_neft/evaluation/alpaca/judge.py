@@ -68,6 +68,7 @@ def judge_outputs(
         UserInputError: If judge or answers cannot be used, or an instruction has no reference.
         RunFailed: If the package's program fails.
     """
+    # Both are read before a model is loaded, so that a damaged file costs nothing.
     rows, references = read_outputs(outputs), _references(reference, instructions)
     if judge == PROGRAM:
         annotations = judge_with_package(find_program(), outputs, _written(references, rows, outputs.parent), annotator)
@@ -78,6 +79,7 @@ def judge_outputs(
         too_long = sum(row["preference"] is None for row in found)
         if too_long:
             say(f"{too_long} pairs do not fit the judge's context and have no verdict")
+    # Read back from the file: what is scored now is what `score` finds later.
     return replace(score(read_annotations(annotations), rows), annotations=annotations)
 
 
@@ -126,6 +128,7 @@ def find_program() -> str:
     Raises:
         UserInputError: If it is not installed.
     """
+    # Beside Python first: an environment that is not activated is not on the search path.
     beside = Path(sys.executable).with_name(PROGRAM)
     found = str(beside) if beside.is_file() else shutil.which(PROGRAM)
     if found is None:
@@ -138,6 +141,7 @@ def find_program() -> str:
 
 def _written(references: Sequence[Output], rows: Sequence[Output], folder: Path) -> Path:
     """Write the references of what is judged to a file for the package."""
+    # Only these: with --rows the other references have no output to be compared with.
     asked = {row["instruction"] for row in rows}
     path = folder / "alpaca_reference.json"
     write_json(path, [row for row in references if row["instruction"] in asked])

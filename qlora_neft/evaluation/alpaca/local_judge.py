@@ -60,6 +60,7 @@ class Judge:
 
     def _share_of_b(self, instruction: str, a: str, b: str) -> float | None:
         asked = self.prompts.text([{"role": "user", "content": QUESTION.format(instruction=instruction, a=a, b=b)}])
+        # A base model continues text: it is led to the word before the letter, whose tokens begin with a space.
         plain = self.prompts.name == "none"
         asked, letters = (asked + PLAIN_LEAD, PLAIN_LETTERS) if plain else (asked, LETTERS)
         ids, pair = self._ids(asked, letters)
@@ -67,8 +68,9 @@ class Judge:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and len(ids) > context:
             return None
-        with torch.no_grad():
+        with torch.no_grad():  # one pass, logits of the last position only: (1, 1, V)
             output = model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
+        # In float32: bfloat16 would round two close shares to a tie.
         return output.logits[0, -1, pair].float().softmax(-1)[1].item()
 
     def _ids(self, text: str, letters: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -77,6 +79,7 @@ class Judge:
         The letter is encoded together with the text: a tokenizer may merge it with what comes before.
         """
         one, other = (self.prompts.ids_of_text(text + letter) for letter in letters)
+        # The first place where the two differ is the letter's, however the text before it was split.
         first = next(i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
         return one[:first], [one[first], other[first]]
 
@@ -144,6 +147,7 @@ def annotate(
     """
     pairs = paired(outputs, references)
     file: RowsFile[Annotation] = RowsFile(path, "--annotations", list(pairs), {"annotator": judge.name})
+    # A verdict on an answer that has been given anew since is not one on this pair.
     stale = [name for name, pair in pairs.items() if not _is_of(file.rows.get(name), pair)]
     for start in range(0, len(stale), SAVE_EVERY):
         part = [pairs[name] for name in stale[start : start + SAVE_EVERY]]

@@ -148,7 +148,9 @@ def win_rate(preferences: Sequence[float | None]) -> WinRate:
             f"the annotations have no usable preference among {len(preferences)}: it must be between 1 (the reference "
             "is better) and 2 (the model is better)."
         )
+    # fsum: exact, so that the order of the annotations does not matter.
     n, mean = len(scores), math.fsum(scores) / len(scores)
+    # Over n - 1, as pandas' sem, which the package uses.
     variance = math.fsum((score - mean) ** 2 for score in scores) / (n - 1) if n > 1 else None
     wins, ties = sum(score > 0.5 for score in scores), sum(score == 0.5 for score in scores)
     return WinRate(

@@ -101,6 +101,7 @@ def token_flips(
 
 def gaps_of(table: EmbeddingTable, sequences: Sequence[Tensor]) -> Tensor:
     """Return a lower bound (R,) on each row's distance to its nearest neighbor; infinite for rows that do not occur."""
+    # Only rows that occur: a search for all of them costs R^2 D, the whole vocabulary's.
     used = table.row_of_token[torch.cat(list(sequences)).to(table.row_of_token.device)].unique()
     gaps = torch.full((len(table.rows),), torch.inf, device=used.device)
     gaps[used] = table.gaps(used)
@@ -129,6 +130,7 @@ def noised(
     for ordinal, ids in enumerate(sequences):
         rows = table.row_of_token[ids.to(table.row_of_token.device)]
         clean = table.of_rows(rows)
+        # The hook of training itself draws the noise, here for a batch of one: (1, L, D).
         spans = [SequenceSpan(0, slice(0, len(ids)), len(ids), ordinal)]
         hook = NEFTuneNoise(spans, alpha, seed, 0, distribution, statistics=statistics)
         for _, noise in hook.drawn(clean[None]):
@@ -137,7 +139,7 @@ def noised(
 
 def whole_vocabulary(table: EmbeddingTable, length: int) -> list[Tensor]:
     """Return every token once, in the order of ids, in sequences of ``length``; the last is filled up from token 0."""
-    count = -(-table.vocabulary // length) * length
+    count = -(-table.vocabulary // length) * length  # rounded up: every sequence has L tokens, so one noise scale
     return list((torch.arange(count) % table.vocabulary).split(length))
 
 
@@ -151,6 +153,7 @@ def _flips(
     gaps: Tensor,
 ) -> Flips:
     found, statistics = Flips(alpha), NoiseStatistics()
+    # A union bound: no pair of a token and another row may be missed with more than CHANCE / pairs.
     pairs = max(sum(map(len, sequences)) * len(table.rows), 1)
     reach = math.sqrt(8 * math.log(pairs / CHANCE)) * UNIT_RMS[distribution]  # in units of the noise's scale
     left = math.inf if max_tokens is None else max_tokens
@@ -170,7 +173,8 @@ def _flips(
 
 
 def _may_flip(one: NoisedRows, gaps: Tensor, reach: float) -> Tensor:
-    norms = torch.linalg.vector_norm(one.noise, dim=1)
+    # Two bounds, the tighter of both: 2 |n| is certain, the reach holds up to CHANCE; see the module's docstring.
+    norms = torch.linalg.vector_norm(one.noise, dim=1)  # (L,)
     return gaps[one.rows] < (2 * norms).clamp(max=reach)
 
 
@@ -186,7 +190,7 @@ class _Search:
     def add(self, one: NoisedRows, which: Tensor) -> None:
         """Take some of a sequence's tokens; the sequence is the last one that was counted."""
         for part in which.split(POINTS_AT_ONCE):
-            self._points.append(one.clean[part] + one.noise[part])
+            self._points.append(one.clean[part] + one.noise[part])  # copied: the noise is valid for this sequence only
             self._rows.append(one.rows[part])
             self._sequences += [len(self._found.lengths) - 1] * len(part)
             if len(self._sequences) >= POINTS_AT_ONCE:
@@ -196,13 +200,14 @@ class _Search:
         """Compare what is collected."""
         if not self._sequences:
             return
-        points, own = torch.cat(self._points), torch.cat(self._rows)
+        points, own = torch.cat(self._points), torch.cat(self._rows)  # (N, D), (N,)
         other, _ = self._table.nearest_other(points, own)
         # The search multiplies in float32 and rounds; which of the two is nearer is decided in float64.
         flipped = _squared_distance(self._table, points, other) < _squared_distance(self._table, points, own)
         which = flipped.nonzero().flatten()
         for i in which.tolist():
             self._found.flipped[self._sequences[i]] += 1
+        # Tokens that share a row go by the smallest id.
         tokens = (self._table.first_token[rows[which].cpu()].tolist() for rows in (own, other))
         self._found.pairs.update(zip(*tokens, strict=True))
         self._found.searched += len(own)
@@ -210,4 +215,5 @@ class _Search:
 
 
 def _squared_distance(table: EmbeddingTable, points: Tensor, rows: Tensor) -> Tensor:
+    # The difference itself, not |x|^2 - 2 x.e + |e|^2, which cancels when the two are close.
     return (points.double() - table.of_rows(rows).double()).square().sum(dim=1)

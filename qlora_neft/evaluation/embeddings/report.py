@@ -52,6 +52,7 @@ def embedding_noise_report(
     """
     say = say or (lambda text: None)
     flips: list[dict[str, Any]] = []
+    # Gaps do not depend on the noise: searched once, for the whole vocabulary if it is measured anyway.
     everything = [torch.arange(table.vocabulary)] if lengths else list(sequences)
     say(f"nearest neighbours among {len(table.rows):,} embeddings of width {table.width:,}")
     gaps = gaps_of(table, everything)
@@ -65,6 +66,7 @@ def embedding_noise_report(
         common: dict[str, Any] = {"seed": seed, "distribution": distribution, "gaps": gaps}
         found = token_flips(table, whole_vocabulary(table, length), alphas, max_tokens=table.vocabulary, **common)
         flips += [_entry("vocabulary", one, length, spell) for one in found]
+    # The spectrum is shown where noise is largest, at the shortest L.
     length = min(lengths) if lengths else middle
     assert length is not None  # there are lengths or sequences
     return {
@@ -112,7 +114,7 @@ def _spectra(
     found = [_values(0.0, None, similarity_spectrum(clean_blocks(table), table.width))]
     tokens = whole_vocabulary(table, length)
     for alpha in alphas:
-        if alpha > 0:
+        if alpha > 0:  # alpha 0 is the clean one above
             say(f"singular values of the similarity matrix, alpha {alpha:g}, L = {length}")
             blocks = noised_blocks(table, noised(table, tokens, alpha, seed=seed, distribution=distribution))
             found.append(_values(alpha, length, similarity_spectrum(blocks, table.width)))
@@ -196,8 +198,8 @@ def draw(report: dict[str, Any], path: Path, title: str) -> bool:
     if picture is None:
         return False
     figure, axes = picture
-    axes.remove()
-    figure.suptitle(title, parse_math=False)
+    axes.remove()  # a picture comes with one panel; this one has two
+    figure.suptitle(title, parse_math=False)  # a dollar sign in a folder's name is not TeX
     left, right = figure.subplots(1, 2)
     _draw_flips(report, left)
     _draw_spectrum(report, right)

@@ -45,11 +45,13 @@ def similarity_spectrum(blocks: Iterable[Tensor], width: int, top: int = TOP) ->
     count = 0
     for block in blocks:
         count += len(block)
+        # (D, D) instead of (V, V); float64, as rounding adds up over the blocks of a whole vocabulary.
         grams = grams or [torch.zeros(width, width, dtype=torch.float64, device=block.device) for _ in range(2)]
         for gram, rows in zip(grams, (block, torch.nn.functional.normalize(block, dim=1)), strict=True):
             gram += rows.T @ rows
-    top = min(top, count, width)
+    top = min(top, count, width)  # no more than the rank of E
     values = []
+    # Ascending from eigvalsh; rounding can make the smallest ones negative, which S has none of.
     while grams:  # the first is freed before the second is decomposed
         values.append(torch.linalg.eigvalsh(grams.pop(0)).flip(0)[:top].clamp(min=0).tolist())
     return Spectrum(*values)
@@ -66,7 +68,7 @@ def noised_blocks(table: EmbeddingTable, sequences: Iterable[NoisedRows]) -> Ite
     waiting: list[Tensor] = []
     left = table.vocabulary
     for one in sequences:
-        waiting.append((one.clean + one.noise)[:left])
+        waiting.append((one.clean + one.noise)[:left])  # the last sequence is filled up with tokens that came before
         left -= len(waiting[-1])
         if sum(map(len, waiting)) >= ROWS_AT_ONCE or left == 0:
             yield torch.cat(waiting)

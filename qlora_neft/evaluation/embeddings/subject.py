@@ -63,14 +63,15 @@ def report_on(
     Raises:
         UserInputError: If model, recipe or data cannot be read.
     """
-    target = resolve_precision("fp32", device).device
+    target = resolve_precision("fp32", device).device  # only the device: distances are computed in float32 throughout
     subject = find_subject(source, overrides)
     with quiet_libraries():
         tokenizer = _tokenizer(subject)
         sequences = _sequences(subject, tokenizer, rows)
+        # The embedding alone is read, from the checkpoint: no model is built, however large.
         table = EmbeddingTable(read_embedding(subject.model, revision=subject.revision), target)
     if (whole_vocabulary or not sequences) and not lengths:
-        lengths = LENGTHS
+        lengths = LENGTHS  # without data there is no L of its own
     noise = subject.recipe.neftune if subject.recipe else None
     report = embedding_noise_report(
         table,
@@ -136,6 +137,7 @@ def _sequences(subject: Subject, tokenizer: Any, rows: int) -> list[Tensor]:
     if subject.recipe is None:
         return []
     train = data_of(subject.recipe, tokenizer).train
+    # Drawn, not the first: files are often sorted, and L matters here.
     order = np.random.default_rng(subject.recipe.train.seed).permutation(len(train))[:rows]
     sequences = [torch.tensor(ids) for ids in train.select(order)["input_ids"]]
     config = check_base_config(subject.model, revision=subject.revision)

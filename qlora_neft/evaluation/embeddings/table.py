@@ -31,14 +31,17 @@ class EmbeddingTable:
     """
 
     def __init__(self, weight: Tensor, device: torch.device | str = "cpu") -> None:
+        # By blocks throughout: a float32 copy of the whole embedding may not fit beside it.
         if not all(bool(block.isfinite().all()) for block in weight.split(ROWS_AT_ONCE)):
             raise UserInputError("the embedding holds NaN or infinity. Use an undamaged checkpoint.")
         row_of_token, firsts = _distinct(weight)
         if len(firsts) < 2:
             raise UserInputError(f"the embedding must have at least two different rows, got {len(firsts)}.")
+        # (R, D); without repeats no copy is made.
         rows = weight if len(firsts) == len(weight) else weight[torch.tensor(firsts)]
         self.rows, self.row_of_token = rows.to(device), row_of_token.to(device)
         self.first_token = torch.tensor(firsts)
+        # (R,), squared norms: every search needs them.
         self._squares = torch.cat([_squares(block.float()) for block in self.rows.split(ROWS_AT_ONCE)])
 
     @property
@@ -75,15 +78,16 @@ class EmbeddingTable:
         nearest = torch.zeros(len(points), dtype=torch.int64, device=points.device)
         for start in range(0, len(self.rows), ROWS_AT_ONCE):
             block = self.rows[start : start + ROWS_AT_ONCE].float()
-            # |x - e|^2 - |x|^2 = |e|^2 - 2 x.e
+            # |x - e|^2 - |x|^2 = |e|^2 - 2 x.e, (N, R_block): one matrix product; |x|^2 moves no minimum
             scores = torch.addmm(self._squares[start : start + len(block)], points, block.T, alpha=-2)
+            # A point's own row is usually the nearest: take it out of the race.
             inside = ((own >= start) & (own < start + len(block))).nonzero().flatten()
             scores[inside, own[inside] - start] = torch.inf
             smallest, where = scores.min(dim=1)
             closer = smallest < best
             best = torch.where(closer, smallest, best)
             nearest = torch.where(closer, where + start, nearest)
-        return nearest, (best + _squares(points)).clamp_(min=0)
+        return nearest, (best + _squares(points)).clamp_(min=0)  # rounding can make it negative
 
     def gaps(self, rows: Tensor) -> Tensor:
         """Return a lower bound (N,) on the distance of each row (N,) to the nearest other row, float32."""
@@ -98,6 +102,7 @@ class EmbeddingTable:
 
         It sums products of D terms in float32.
         """
+        # 1e-5 is 84 times float32's epsilon; rounding in a sum of D terms grows like sqrt(D).
         return 1e-5 * (squares + self._squares.max())
 
 
@@ -113,6 +118,7 @@ def _distinct(weight: Tensor) -> tuple[Tensor, list[int]]:
         # + 0.0 turns a negative zero into zero, which has other bytes but the same value
         block = (weight[start : start + ROWS_AT_ONCE] + 0.0).contiguous().view(torch.uint8).numpy()
         for offset, row in enumerate(block):
+            # 16 bytes of hash instead of D numbers as a key: a vocabulary of 256,000 would fill the memory twice.
             number = numbers.setdefault(hashlib.blake2b(row, digest_size=16).digest(), len(numbers))
             if number == len(firsts):
                 firsts.append(start + offset)
