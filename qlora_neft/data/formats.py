@@ -191,6 +191,7 @@ def _instruction(row: Mapping[str, Any]) -> tuple[Example, int]:
 def _prompt_completion(row: Mapping[str, Any]) -> tuple[Example, int]:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
+        # TRL does not train a prompt's responses, and a `Dialogue` trains them all: refuse rather than guess.
         if any(isinstance(m, Mapping) and m.get("role") == "assistant" for m in prompt):
             raise BadRow("prompt holds an assistant's message; put the whole conversation into one column, messages")
         return _messages({**row, "messages": [*prompt, *completion]})

@@ -19,6 +19,14 @@ from .worker import BAD, EMPTY, NO_ROOM, UNFIT, Outcome
 PLACES_NAMED = 5  # rows named of each kind
 WARN_TRUNCATED = 0.01  # share of rows from which cut responses are worth a line
 FEW_TRAINED = 0.02  # share of trained tokens below which nearly all computing is spent on prompts
+# What is said of rows that may be as intended, by the kind of finding: ``n`` rows, at the places ``p``.
+SUSPICIOUS = {
+    "special": "{n} with the spelling of a special token, read as that token: {p}.",
+    "replacement": "{n} with U+FFFD, the mark of text that was decoded wrongly: {p}.",
+    "cut apart": "in {n} a token would reach from prompt into response; the two are tokenized apart: {p}.",
+    "across": "in {n} a token reaches from prompt into response, and is not trained: {p}.",
+    "duplicate": "{n} repeated: {p}.",
+}
 
 
 @dataclass
@@ -149,22 +157,9 @@ def find_problems(tally: Tally, section: Data, key: str = "data.path") -> list[s
 
 def find_warnings(tally: Tally, section: Data, key: str = "data.path") -> list[str]:
     """Return what is suspicious but may be intended, one line each; arguments as in `find_problems`."""
-    found = tally.findings
-    lines = [
-        _line(found, "special", f"{key}: {{n}} with the spelling of a special token, read as that token: {{p}}."),
-        _line(found, "replacement", f"{key}: {{n}} with U+FFFD, the mark of text that was decoded wrongly: {{p}}."),
-        _line(
-            found,
-            "cut apart",
-            f"{key}: in {{n}} a token would reach from prompt into response; the two are tokenized apart: {{p}}.",
-        ),
-        _line(
-            found,
-            "across",
-            f"{key}: in {{n}} a token reaches from prompt into response, and is not trained: {{p}}.",
-        ),
-        _line(found, "duplicate", f"{key}: {{n}} repeated: {{p}}."),
-    ]
+    # Only the texts are templates: a key names a path, which may hold braces.
+    found = ((text, tally.findings.get(kind)) for kind, text in SUSPICIOUS.items())
+    lines = [f"{key}: {text.format(n=_rows(f.count), p=f)}" for text, f in found if f and f.count]
     dropped = tally.num_dropped()
     if dropped and _share(dropped, tally) <= section.max_dropped_fraction:
         named = "; ".join(str(tally.finding(kind)) for kind in (EMPTY, UNFIT, NO_ROOM) if tally.finding(kind).count)
@@ -172,12 +167,12 @@ def find_warnings(tally: Tally, section: Data, key: str = "data.path") -> list[s
     if tally.turns_left_out:
         turns = "1 turn" if tally.turns_left_out == 1 else f"{tally.turns_left_out:,} turns"
         lines.append(f"{key}: {turns} left out (before the first request, or after the last response).")
-    cut = found.get("truncated", Finding()).count
+    cut = tally.findings.get("truncated", Finding()).count
     if cut and WARN_TRUNCATED <= _share(cut, tally) <= section.max_truncated_fraction:
         lines.append(f"data.max_length: {_of(cut, tally)} ({_percent(cut, tally)}) cut inside a response.")
     if tally.tokens and tally.trained_tokens < FEW_TRAINED * tally.tokens:
         lines.append(f"{key}: {tally.trained_tokens / tally.tokens:.1%} of the tokens are trained; the rest is prompt.")
-    return [line for line in lines if line]
+    return lines
 
 
 def _not_rows(tally: Tally, section: Data, key: str) -> str | None:
@@ -253,11 +248,6 @@ def _cut(tally: Tally, section: Data, key: str) -> str | None:
         f"data.max_truncated_fraction={section.max_truncated_fraction:g}: {cut}. Raise data.max_length, or allow it "
         f"with data.max_truncated_fraction={_rounded_up(_share(cut.count, tally))}."
     )
-
-
-def _line(found: dict[str, Finding], kind: str, text: str) -> str | None:
-    finding = found.get(kind)
-    return text.format(n=_rows(finding.count), p=finding) if finding and finding.count else None
 
 
 def _share(count: int, tally: Tally) -> float:

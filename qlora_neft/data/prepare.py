@@ -105,6 +105,7 @@ def prepare_data(
         preparation = _Preparation(tokenizer, section, num_proc, streaming, progress)
         ready = preparation.run(cache_key, sources, eval_sources)
     state, train, held_out = ready
+    # Made anew each time: the gate's limits are not part of the cache key.
     report = data_report(state, train, held_out, section)
     if refuse and report["problems"]:
         raise DataRefused(report["problems"], report)

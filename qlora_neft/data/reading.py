@@ -90,6 +90,7 @@ def _slices(files: Sequence[Path], source: Source) -> list[tuple[int, int]]:
         raise UserInputError(
             f"{where} does not fit {source.path!r}, {what} with the one split {EVERY_ROW!r}. ({error})"
         ) from error
+    # Several parts, as in train[:10]+train[20:30], in the order given.
     slices = [(part.from_, part.to) for part in parts if part.from_ < part.to]
     if not slices:
         raise UserInputError(

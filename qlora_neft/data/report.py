@@ -104,6 +104,7 @@ def data_report(state: State, train: Dataset, held_out: Dataset | None, section:
             eval_key = _named("data.eval_path", state["eval_sources"])
             problems += find_problems(eval_tally, section, eval_key)
             warnings += find_warnings(eval_tally, section, eval_key)
+        # Rows go to a side by their hash, so a few rows may all go to one.
         elif not problems and not (tally.sequences and eval_tally.sequences):
             problems.append(
                 f"data.eval_fraction: {section.eval_fraction:g} of {tally.rows + eval_tally.rows} rows leaves no "
@@ -180,6 +181,7 @@ def histogram(lengths: np.ndarray) -> Histogram:
     if not len(lengths):
         return {"edges": [], "counts": []}
     longest = int(lengths.max())
+    # The narrowest bins of which no more than MAX_BINS are needed.
     width = next((w for w in BIN_WIDTHS if longest // w < MAX_BINS), BIN_WIDTHS[-1])
     counts = np.bincount(lengths // width)
     return {"edges": [width * i for i in range(len(counts) + 1)], "counts": counts.tolist()}
@@ -206,6 +208,7 @@ def padding_waste(
     naive = sum(len(step) * max(step) for step in steps)
     split = sum(_computed(step, max_rows, max_tokens) for step in steps)
     waste = {"random_batches": naive, "as_run": real if padding_free else split}
+    # Positions are what is computed: tokens and padding.
     return {name: round(1 - real / positions, 4) if positions else 0.0 for name, positions in waste.items()}
 
 

@@ -61,6 +61,7 @@ def held_out_sources(section: Data, key: str = "data.path") -> list[Source]:
     # Each held-out row is measured once.
     own = replace(_source(section, key), weight=1.0)
     if section.eval_path is not None:
+        # Format and template are the section's: the two files are rows of one kind.
         path, split = resolve_bundled(section.eval_path), section.eval_split or "train"
         # Revision and files are those of ``section.path``, another dataset.
         return [replace(own, path=path, split=split, revision=None, data_files=None, name=None, key="data.eval_path")]

@@ -49,6 +49,7 @@ _SYNONYMS = {
     "bf16": "machine.precision",
     "fp16": "machine.precision",
 }
+# gradient_accumulation_steps has no counterpart here, so it gets an explanation in place of a synonym.
 _ACCUMULATION = (
     "train.effective_batch_size sets the sequences of a step, machine.per_device_train_batch_size how many of them at "
     "most go through one forward pass; the number of passes follows."

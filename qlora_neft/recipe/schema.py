@@ -102,6 +102,7 @@ class MixedSource(Section):
 class Data(Section):
     """The examples. Local paths are relative to the current directory."""
 
+    # Which rows.
     path: Text = Field(description="local .jsonl, .json, .csv or .parquet, a glob of them, a Hub id, or bundled:NAME")
     revision: Text | None = Field(None, description="branch, tag or commit, for path on the Hub")
     split: Text = Field("train", description="split or slice in the syntax of datasets, such as train[:128]")
@@ -113,11 +114,13 @@ class Data(Section):
     mixture: list[MixedSource] = Field(
         [], description="more sources, each with keys such as path, split, format, weight"
     )
+    # Which rows are held out.
     eval_path: Text | None = Field(None, description="held-out examples, named like path")
     eval_split: Text | None = Field(None, description="held-out split, of eval_path (default train) or of path")
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="share of the rows to hold out, the same ones on every machine"
     )
+    # How a row becomes a sequence.
     format: Format = Field("auto", description="how columns are read; auto: by their names")
     prompt_template: Template = Field(
         "auto", description="alpaca, vicuna, chat (the tokenizer's own), or a .jinja file; auto: by format"
@@ -126,6 +129,7 @@ class Data(Section):
     train_on_prompt: bool = Field(False, description="compute the loss on prompts too")
     split_conversations: bool = Field(True, description="split conversations longer than max_length between turns")
     keep_end_token: bool = Field(True, description="end a response that is cut at max_length with the end token")
+    # How many rows the gate lets through in spite of a fault.
     max_truncated_fraction: Share = Field(0.5, description="share of rows whose response may be cut")
     max_dropped_fraction: Share = Field(
         0.01, description="share of rows that may be dropped: empty, unusable, or too long"
@@ -215,6 +219,7 @@ class Lora(Section):
     """The adapter: all that is trained."""
 
     r: Count = Field(description="rank of the update")
+    # Both types, so that 16 stays a whole number in PEFT's configuration.
     lora_alpha: Count | Positive = Field(description="the update is scaled by lora_alpha / r")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="dropout probability on the adapter's input")
     target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
@@ -276,16 +281,19 @@ class Neftune(Section):
 class Train(Section):
     """The optimization."""
 
+    # How long.
     effective_batch_size: Count = Field(description="sequences per optimizer step, on any hardware")
     num_train_epochs: Positive = Field(description="passes over the examples")
     max_steps: Count | None = Field(
         None, description="maximum number of optimizer steps; the run ends at whichever limit comes first"
     )
+    # How fast.
     learning_rate: Positive = Field(description="peak learning rate")
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
         description="learning rate schedule"
     )
     warmup_steps: NotNegative = Field(0.0, description="optimizer steps of warm-up; below 1: a share of all steps")
+    # By which optimizer, and with which of its constants.
     optim: Literal["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit", "adamw_torch"] = Field(
         description="optimizer, and how its state is stored"
     )
@@ -296,6 +304,7 @@ class Train(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="decay rate of the squared gradient's running mean"
     )
+    # What is done about a gradient that is too large, or not finite.
     max_grad_norm: NotNegative = Field(description="L2 norm that gradients are clipped to; 0: no clipping")
     max_bad_steps: Count = Field(
         10, description="steps in a row that may be skipped for NaN or infinity before the run fails"
@@ -329,11 +338,13 @@ class Train(Section):
 class Machine(Section):
     """How the run is carried out: nothing here changes what is learned. With auto, the machine decides."""
 
+    # Where, and in which arithmetic.
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of the model")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="precision of the arithmetic")
     bnb_4bit_quant_storage: Literal["auto", "uint8", "bfloat16", "float16", "float32"] = Field(
         "auto", description="dtype that holds the NF4 bytes; FSDP needs the compute dtype; auto: uint8"
     )
+    # How a step is divided, and what memory it takes.
     per_device_train_batch_size: Auto | Count = Field(
         "auto", description="maximum number of sequences in a forward pass; a step is split into such micro-batches"
     )
@@ -345,6 +356,7 @@ class Machine(Section):
         "auto", description="recompute activations: true, false, or the number of blocks that do"
     )
     padding_free: Auto | bool = Field("auto", description="concatenate sequences instead of padding them")
+    # How data is read and prepared.
     dataloader_num_workers: CountOrZero = Field(
         0, description="processes that prepare batches; 0: none beside the main one"
     )
@@ -352,6 +364,7 @@ class Machine(Section):
         "auto", description="processes that tokenize; the result does not depend on it"
     )
     streaming: bool = Field(False, description="read Hub data row by row instead of downloading it first")
+    # When checkpoints are written, and where they go.
     save_steps: Auto | CountOrZero = Field(
         "auto", description="optimizer steps between checkpoints; auto, 0: no checkpoints by steps"
     )
@@ -366,6 +379,7 @@ class Machine(Section):
     push_to: Text | None = Field(None, description="Hub repository (owner/name) whose branch checkpoints receives them")
     push_every: Count = Field(1, description="push every so many checkpoints")
     threads: Auto | Count = Field("auto", description="number of CPU threads")
+    # What is measured, and how often.
     logging_steps: Auto | Count = Field("auto", description="optimizer steps between log lines")
     eval_steps: Auto | Count = Field("auto", description="optimizer steps between evaluations")
     eval_answers: Auto | CountOrZero = Field(

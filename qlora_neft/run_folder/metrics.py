@@ -49,11 +49,13 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one line per log."""
+        # Every rank logs the same, into the same folder.
         if state.is_world_process_zero and logs:
             self.write(state.global_step, logs)
 
     def write(self, step: int, logs: dict[str, Any]) -> None:
         """Append one line and flush it."""
+        # Opened and closed for every line, so that it is in the file whatever happens next.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **finite(logs)}, sort_keys=True) + "\n")
 
@@ -97,6 +99,8 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts KiB on Linux, bytes on macOS
     peaks = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if device.type == "cuda":
+        # Allocated is what tensors took; reserved, what PyTorch's allocator held for them, is nearer to what nvidia-smi
+        # shows.
         peaks["cuda_allocated_bytes"] = torch.cuda.max_memory_allocated(device)
         peaks["cuda_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
     return peaks

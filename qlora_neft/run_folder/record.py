@@ -132,6 +132,7 @@ class RunFile(Record):
     measured_on: dict[str, Any] | None = None
 
 
+# Without the first three keys it is no such record; a published one has only some of the others.
 class Rows(Record):
     """One part of the data in numbers, as in ``data_report.json``."""
 

@@ -85,6 +85,7 @@ def _continued(output_dir: Path, earlier: RunFile, resume: str) -> Beginning:
     found = find_checkpoints(output_dir)
     if resume != "auto" and named.resolve() != output_dir.resolve():
         checkpoint = read_checkpoint(named)
+        # Going back would lose the steps of the newer one, or mix the two.
         if found.newest and found.newest.step > checkpoint.step:
             raise UserInputError(
                 f"--resume: {named.name} is not the newest checkpoint of {str(output_dir)!r}, which is "
@@ -100,6 +101,7 @@ def _continued(output_dir: Path, earlier: RunFile, resume: str) -> Beginning:
 def _from_elsewhere(source: Path, recipe: Recipe) -> Beginning:
     if not source.is_dir():
         raise UserInputError(f"--resume: must be auto, never or a folder, and there is no folder {str(source)!r}.")
+    # A checkpoint, whatever its folder is called; otherwise a run's folder.
     if (source / MANIFEST).exists():
         checkpoint, notes = read_checkpoint(source), []
     else:
@@ -156,7 +158,7 @@ def check_identity(earlier: RunFile | None, *, data_sha256: str, base_sha256: st
         ("data.path", "rows", earlier.data_sha256, data_sha256),
         ("model.name_or_path", "weights", earlier.base_sha256, base_sha256),
     ):
-        if before not in (None, now):
+        if before not in (None, now):  # None: not recorded, as in a damaged file
             raise UserInputError(
                 f"{key}: the {what} are not those this run began with. Put them back (a revision pins them), or give a "
                 "new --output-dir."
@@ -261,6 +263,7 @@ def restore_from_mirror(mirror_dir: str | None, output_dir: Path, recipe: Recipe
         check_same(mirrored, recipe, Path(mirror_dir), key="machine.mirror_dir")
     if output_dir.exists() and (not output_dir.is_dir() or visible(output_dir)):
         return
+    # Claimed: the same command, started twice, must not restore twice at once.
     with claimed(output_dir):
         try:
             found = restore(Path(mirror_dir).expanduser(), output_dir)

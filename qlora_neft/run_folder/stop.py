@@ -31,8 +31,8 @@ class StopRequest:
     def __init__(self, grace_seconds: float, on_request: Callable[[str], None] | None = None) -> None:
         self.grace_seconds, self.on_request = grace_seconds, on_request
         self.signal: signal.Signals | None = None
-        self._is_heard = False
-        self._since = 0.0
+        self._is_heard = False  # by this process; `signal` may come from another rank
+        self._since = 0.0  # of the monotonic clock, which nobody sets
 
     @property
     def requested(self) -> bool:

@@ -243,6 +243,11 @@ def test_suspicious_rows_are_named(tmp_path, rows, warning):
     assert said(rows, tmp_path) == [[], [f"data.path: PATH: {warning}"]]
 
 
+def test_a_file_name_may_hold_braces(tmp_path):
+    source = write(tmp_path / "{n} {of} {0}.jsonl", [*plain(3), *plain(1)])
+    assert said(source, tmp_path) == [[], ["data.path: PATH: 1 row repeated: line 4 repeats row 1."]]
+
+
 def test_a_token_across_the_beginning_of_a_response_is_told(tmp_path):
     rows = [{"prompt": "a:", "completion": "=b"}, {"prompt": "a:", "completion": "c"}]
     warning = (
