@@ -113,6 +113,7 @@ class Update:
         self._replaced: dict[str, str] = {}  # by parameter, the tensor in the adapter's file that replaces it
         for module, rank in self._weights.ranks.items():
             self._add_pair(module, rank, shapes, tied)
+        # Whatever is left is taken for a whole module; a name that the base lacks is refused there.
         for key in self._weights.shapes:
             if not key.endswith((A, B)):
                 self._add_whole(key, shapes, quantized, tied)

@@ -85,6 +85,7 @@ def tensor_files(source: str, find: Callable[[str], Path | None]) -> dict[str, s
     name = INDEX
     try:
         if (index := find(INDEX)) is not None:
+            # The index alone: the headers of many shards need not be fetched.
             return read_json(index)["weight_map"]
         name = SINGLE
         if (single := find(SINGLE)) is not None:

@@ -68,6 +68,7 @@ def load_nf4_base(
     # A checkpoint that is stored in NF4 keeps its own constants and configuration.
     if getattr(config, "quantization_config", None) is None:
         kwargs["quantization_config"] = quantization_config or nf4_config(Quantization(), compute_dtype)
+    # Straight to the device: a 16-bit copy of the base need not fit into host memory.
     kwargs.setdefault("device_map", {"": device})
     kwargs = {**NOT_RUN, "dtype": "auto", **kwargs}
     try:

@@ -25,7 +25,7 @@ from ..paths import kind_of
 from .tables import Table
 
 if TYPE_CHECKING:
-    from ..recipe.schema import Neftune
+    from ..recipe.schema import Neftune, Recipe
 
 
 def make_console(*, quiet: bool = False, silent: bool = False) -> Console:
@@ -126,10 +126,10 @@ def lines_after(output_dir: Path, base: str, steps: int, seconds: float, *, draw
     ]
 
 
-def title(recipe: Mapping[str, Any]) -> str:
-    """Return the heading of a picture: base, data and noise of a recipe, given as plain values."""
-    alpha = (recipe["neftune"] or {}).get("noise_alpha", 0)
-    return f"{recipe['model']['name_or_path']} on {recipe['data']['path']}, alpha {alpha:g}"
+def title(recipe: Recipe) -> str:
+    """Return the heading of a picture: base, data and noise of a recipe."""
+    alpha = recipe.neftune.noise_alpha if recipe.neftune else 0
+    return f"{recipe.model.name_or_path} on {recipe.data.path}, alpha {alpha:g}"
 
 
 def show_result(console: Console, before: Mapping[str, float | None], after: Mapping[str, float | None]) -> None:
@@ -161,6 +161,7 @@ def show_answers(console: Console, answers: Iterable[tuple[str, str, str, str]])
 
 def _request(prompt: str) -> str:
     """Return the part of a prompt that differs from row to row."""
+    # Alpaca's prompt begins with the same lines in every row.
     if "### Instruction:\n" in prompt:
         body = prompt.split("### Instruction:\n")[-1].removesuffix("### Response:")
         return _one_line(body.replace("### Input:\n", ""), 200)

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 LogEntry = Mapping[str, float | None]  # ``step`` and what was measured there; a line of metrics.jsonl
 
@@ -26,7 +31,7 @@ PERCENTILES = (("p50", "median", ":"), ("p95", "95% of rows at most", "--"))
 FAR = 1.5  # a max_length beyond this multiple of the longest row would squeeze the bars: it is named below the axis
 
 
-def new_picture(title: str, size: tuple[float, float] = (8, 4.5)) -> tuple[Any, Any] | None:
+def new_picture(title: str, size: tuple[float, float] = (8, 4.5)) -> tuple[Figure, Axes] | None:
     """Return a new figure and its axes; None if matplotlib is not installed (extra ``plots``).
 
     Args:
@@ -47,7 +52,7 @@ def new_picture(title: str, size: tuple[float, float] = (8, 4.5)) -> tuple[Any, 
     return figure, axes
 
 
-def save_picture(figure: Any, path: Path) -> bool:
+def save_picture(figure: Figure, path: Path) -> bool:
     """Write a PNG. Returns True, for callers that report whether there is a picture."""
     with whole_file(path) as draft:
         figure.savefig(draft, format="png")
@@ -109,7 +114,7 @@ def plot_lengths(report: Mapping[str, Any], path: Path, title: str) -> bool:
     return save_picture(figure, path)
 
 
-def _draw_parts(axes: Any, report: Mapping[str, Any]) -> None:
+def _draw_parts(axes: Axes, report: Mapping[str, Any]) -> None:
     train, held_out = report["train"], report.get("eval")
     both = bool(held_out) and any(held_out["histogram"]["counts"])
     # The unit of the axis is the width of a bin, which a part without rows does not have.
@@ -131,7 +136,8 @@ def _draw_parts(axes: Any, report: Mapping[str, Any]) -> None:
     axes.set_ylim(bottom=0)
     for axis in (axes.xaxis, axes.yaxis):
         # Rows and tokens are whole: no ticks between.
-        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        locator = cast("MaxNLocator", axis.get_major_locator())  # upstream's annotation names its base class
+        locator.set_params(integer=True, min_n_ticks=1)
         axis.set_major_formatter("{x:,.0f}")
 
 
@@ -150,7 +156,7 @@ def _label(name: str, part: Mapping[str, Any]) -> str:
     return f"{name}: {rows}" + (f", {share:.0%} of tokens trained" if share is not None else "")
 
 
-def _draw_marks(axes: Any, report: Mapping[str, Any]) -> None:
+def _draw_marks(axes: Axes, report: Mapping[str, Any]) -> None:
     lengths = report["train"]["lengths"]
     for key, name, style in PERCENTILES:
         if lengths.get(key) is not None:

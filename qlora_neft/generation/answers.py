@@ -61,9 +61,11 @@ def questions(
     for row in dataset.select(range(min(count, len(dataset)))):
         # In a conversation earlier responses are trained too; they belong to the prompt.
         begin, end = _last_response(row["labels"])
+        # An answer is compared without its end token, and a row that was cut has none.
         if row["input_ids"][end - 1] in stop_token_ids:
             end -= 1
         prompt, reference = row["input_ids"][:begin], row["input_ids"][begin:end]
+        # Plain text is trained from its first token, so nothing is asked.
         if prompt:
             found.append(Question(prompt, reference, text_of(tokenizer, prompt), text_of(tokenizer, reference)))
     return found

@@ -208,6 +208,7 @@ class TextStream(BaseStreamer):
 
 def text_stream(trained: Trained, write: Callable[[str], None]) -> TextStream:
     """Return a stream that passes an answer's text to ``write`` as it grows."""
+    # Without a template the answer continues the prompt, white space included.
     as_it_is = trained.prompts.name == "none"
     return TextStream(trained.tokenizer, write, stop_token_ids=trained.stop_token_ids, as_it_is=as_it_is)
 

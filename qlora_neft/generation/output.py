@@ -134,6 +134,7 @@ class SavedChat:
         """
         if not name:
             raise UserInputError("/save: needs a file, as in /save talk.jsonl.")
+        # In a comparison one side may have said nothing; that is no reason to refuse the other.
         if not any(rows.values()):
             raise UserInputError("/save: nothing was said yet.")
         path = Path(name).expanduser()

@@ -90,6 +90,7 @@ def requests_of_file(name: str) -> list[Request]:
         raise UserInputError(f"--file: must be a .txt, {', '.join(DATA_SUFFIXES)} file or -, got {name!r}.")
     if name != STDIN and not Path(name).expanduser().is_file():
         raise UserInputError(f"--file: no file at {name!r}. Paths are relative to the current directory.")
+    # Problems are collected, not raised, so that one message names all bad lines.
     found = _of_rows(name) if suffix in DATA_SUFFIXES else _of_lines(name)
     return _all_good(list(found), f"--file: {name!r}, ")
 

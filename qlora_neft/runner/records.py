@@ -103,7 +103,7 @@ def open_records(run: Run, beginning: Beginning, about: dict[str, Any], before: 
     write_text(output_dir / RECIPE_FILE, recipe.to_yaml())
     report = report_of(recipe, run.data, run.plan)
     write_json(output_dir / DATA_REPORT_FILE, report)
-    plot_lengths(report, output_dir / "lengths.png", title(recipe.to_dict()))
+    plot_lengths(report, output_dir / "lengths.png", title(recipe))
     if step is None:  # a resumed run has this line already
         metrics.write(0, before.log())
     return metrics
@@ -145,7 +145,7 @@ def log_result(run: Run, metrics: MetricsFile, step: int, after: Measurement) ->
     if not is_main_process():
         return True
     metrics.write(step, after.log())
-    return plot_losses(metrics.read(), run.output_dir / "loss.png", title(run.recipe.to_dict()))
+    return plot_losses(metrics.read(), run.output_dir / "loss.png", title(run.recipe))
 
 
 def summary_of(

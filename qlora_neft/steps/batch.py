@@ -75,6 +75,7 @@ class StepBatch:
         """Split the same step into other micro-batches; every sequence keeps its ordinal, a ready-made batch stays."""
         if self.collator is None:
             return self
+        # The collator numbers sequences by their rows' places, which another split leaves as they are.
         return replace(self.collator, max_rows=max_rows, max_tokens=max_tokens)(list(self.rows))
 
     def num_sequences(self) -> int:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -94,7 +97,7 @@ class TokenMean:
         self.total = self.total + batch_mean.detach().double() * num_tokens
         self.count = self.count + num_tokens
 
-    def value(self, accelerator: Any = None) -> float:
+    def value(self, accelerator: Accelerator | None = None) -> float:
         """Return the mean over all batches, and over all ranks if an accelerator is given; NaN without tokens."""
         pair = torch.stack([torch.as_tensor(self.total).double(), torch.as_tensor(self.count).double()])
         if accelerator is not None and accelerator.num_processes > 1:

@@ -59,6 +59,7 @@ def find_sequences(inputs: Mapping[str, Any], *, num_tokens: int | None = None) 
             f"attention_mask: must be (B, T) = {tuple(ids.shape)} like input_ids, got {tuple(mask.shape)}. NEFTune "
             "needs each sequence's own length: collate a 2-D mask, or position_ids that restart at 0."
         )
+    # (N + 1,) bounds in one flattened row; a mask, where there is one, says more.
     if mask is None and inputs.get("cu_seq_lens_q") is not None:
         return _from_cumulative(inputs["cu_seq_lens_q"].tolist(), num_tokens)
     if mask is None and positions is None:

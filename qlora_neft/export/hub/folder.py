@@ -233,7 +233,7 @@ def _prompts(folder: AdapterFolder, made: Path) -> tuple[Prompts, int | None]:
 def _draw(records: Records, recipe: Recipe, folder: AdapterFolder, path: Path) -> bool:
     """Draw the curves again: the run's own picture is headed by the path of its base."""
     if records.log:
-        return plot_losses(records.log, path, title(recipe.to_dict()))
+        return plot_losses(records.log, path, title(recipe))
     if Published.of(folder.summary).files is not None and (folder.path / CURVES).is_file():
         shutil.copyfile(folder.path / CURVES, path)  # an export of an export
     return path.is_file()
