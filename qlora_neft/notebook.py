@@ -132,6 +132,7 @@ class _Picture:
             return
         from IPython.display import Image
 
+        # Not loss.png in the run's folder, which the training process writes itself.
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "loss.png")
             if plot_losses(entries, path, self.title) and self.place is not None:  # None: not in a notebook

@@ -189,6 +189,7 @@ def answer_judge_or_score(
     as_json: JsonOption = False,
 ) -> None:
     """Do the work of all three verbs, as the form before them did. It goes with the next version."""
+    # Score only: options of the other verbs would have no effect, and are refused.
     if annotations is not None:
         if source is not None or by is not None:
             raise UserInputError("--score: scores existing annotations; give no DIR and no --judge with it.")
@@ -199,6 +200,7 @@ def answer_judge_or_score(
 
         _print_score(score_files(annotations, outputs, "--score"), as_json)
         return
+    # A model answers (DIR), or its answers are at hand (--outputs): one of the two.
     if (source is None) == (outputs is None):
         raise UserInputError("eval alpaca: give a DIR that answers, or --outputs FILE with --judge or --score.")
     if by is None and source is None:
@@ -210,6 +212,7 @@ def answer_judge_or_score(
     from ..evaluation.runs import Machine
 
     machine = Machine(device, precision, base, batch_size)
+    # Answer, and judge if there is a judge.
     asked = {"output": output, "instructions": instructions, "rows": rows, "meta_prompt": meta_prompt}
     comparing = {"reference": reference, "annotator": annotator, "instructions": instructions}
     found = None
@@ -254,6 +257,7 @@ def _print_outputs(outputs: Path, as_json: bool) -> None:
 
 
 def _print_score(found: Score, as_json: bool) -> None:
+    # On stderr: stdout holds the score alone.
     say(*found.notes())
     if as_json:
         print_json(found.to_dict())

@@ -58,10 +58,12 @@ def sweep(
     measures = [word for word in (part.strip() for part in measure.split(",")) if word]
     # All checks of words come before the slow imports.
     check_measures(measures)
+    # Every run's recipe is checked here: a wrong value is reported before the first run begins.
     plan = plan_sweep(name, words, seeds=seeds, combine="list" if as_list else "grid")
     check_held_out(measures, plan)
     _check_parallel(plan, parallel)
     output_dir = output_dir or Path("-".join(["sweep", Path(name).stem, *(key.split(".")[-1] for key in plan.keys)]))
+    # Heavier imports from here on.
     from ..compare.show import SweepDisplay, show_plan, show_results
 
     if dry_run:

@@ -71,6 +71,7 @@ def examine() -> Report:
     """Examine the machine and its packages."""
     packages = {requirement.name: _version(requirement.name) for requirement in _requirements()}
     findings = [_package_finding(requirement) for requirement in _requirements()]
+    # Not required, but one breaks PEFT by being there, and the other is missed for pictures.
     findings += [_torchao_finding(_version("torchao")), _matplotlib_finding(_version("matplotlib"))]
     devices, device_findings = _devices()
     findings += device_findings

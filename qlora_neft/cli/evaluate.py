@@ -83,6 +83,7 @@ def text(
     from ..evaluation.texts import chunk_length, measure_texts, read_texts, text_table
     from ..run_folder.record import keep_measures
 
+    # Options first; files and models after them.
     length = chunk_length(chunk, cutoff)
     named = [*(sources or []), *(str(path) for path in outputs or [])]
     if not named:

@@ -99,6 +99,7 @@ def generate(
     names = ["base", "adapter"] if compare else ["base"] if base_alone else ["adapter"]
     from ..generation.output import check_new
 
+    # Never overwritten: answers took hours to compute.
     if output is not None:
         check_new(output, "--output")
     with _loaded(adapter, prompt_template, device, precision) as trained:
@@ -200,6 +201,7 @@ def _loaded(
     with quiet_libraries():
         with json_only(), console.status(f"loading {adapter.source}"):
             trained = load_trained(adapter, device=device, precision=precision, prompt_template=prompt_template)
+        # After loading: the guess needs the tokenizer.
         if trained.template_is_guessed:
             say(
                 f"prompt template: {trained.prompts.name}, a guess: no record says what {adapter.source} was "
@@ -242,6 +244,7 @@ def _answer_all(
     sides = [replies(trained, requests, decoding, base_alone=name == "base", batch_size=batch_size) for name in names]
     found = (dict(zip(names, together, strict=True)) for together in zip(*sides, strict=True))
     suffix = "" if output is None else output.suffix.lower()
+    # The file's ending decides, and --json for what goes to the terminal or to other endings.
     form = "list" if suffix == ".json" else "lines" if as_json or suffix == ".jsonl" else "text"
     reasons: set[str] = set()
     lines = entries(_remarked(with_progress(found, len(requests)), reasons), form, len(requests))

@@ -131,6 +131,7 @@ def decoding_of(
             max_new_tokens, min_new_tokens, do_sample=sample, repetition_penalty=repetition_penalty, **given
         )
     except UserInputError as error:  # it names the field; say the option that the user wrote
+        # Messages of `Decoding` start with the field's name.
         name, rule = str(error).split(":", 1)
         raise UserInputError(f"--{name.replace('_', '-')}:{rule}") from error
 

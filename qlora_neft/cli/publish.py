@@ -190,6 +190,7 @@ def gguf(
     target = path.with_name("Modelfile")
     if modelfile:
         ollama.check_no_modelfile(target)
+    # The Modelfile's text first: a prompt that nobody knows is reported before gigabytes are written.
     text = None
     if is_model:
         if modelfile:
@@ -201,6 +202,7 @@ def gguf(
             text = ollama.modelfile_of_adapter(adapter, path, from_)
         notes = write_lora_gguf(adapter, path, dtype or "f32")
     typer.echo(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    # Put down last, so that it never names a GGUF that is not there.
     if text is not None:
         ollama.write_modelfile(text, target)
         typer.echo(f"written: {target}")
@@ -270,6 +272,7 @@ def export(
     _check_repo_id(repo_id)
     if license is not None and not LICENSE.fullmatch(license):
         raise UserInputError(f"--license: must be an id such as apache-2.0 (hf.co/docs: licenses), got {license!r}.")
+    # The name and the license are checked first, before a Hub id is downloaded.
     folder = find_adapter(source)
     place = output or _default_output(source, folder)
     facts = _build(folder, place, repo_id, base_id, base_revision, license, dtype)

@@ -100,6 +100,7 @@ def diff(
     from ..recipe import load_recipe
 
     left, right = load_recipe(a).flat(), load_recipe(b, overrides or ()).flat()
+    # A dictionary as an ordered set: A's keys in the order of the recipe, then those that only B has.
     keys = [key for key in {**left, **right} if left.get(key) != right.get(key)]
     if as_json:
         print_json({key: [left.get(key), right.get(key)] for key in keys})
@@ -118,6 +119,7 @@ def cp(
     """Copy a recipe, comments included, to edit it."""
     from ..recipe.load import find_recipe
 
+    # The file itself, not the loaded recipe: comments and layout are copied too.
     source = find_recipe(name)
     target = dest / source.name if dest.is_dir() else dest
     if target.exists() and target.samefile(source):
@@ -156,6 +158,7 @@ def validate(
     overrides = [name for name in names if name not in recipes]
     if not recipes:
         raise UserInputError(f"validate: name a recipe to check, got overrides alone: {' '.join(overrides)}")
+    # Every recipe is checked, whatever is wrong with the ones before.
     problems: dict[str, list[str]] = {}
     for name in recipes:
         try:

@@ -255,6 +255,7 @@ def _vllm(facts: Facts, verdict: Verdict) -> None:
     rank_flag = vllm_rank_flag(facts.rank)
     if facts.beyond_matrices:
         verdict.breaks(f"vLLM takes the matrices A and B only, not {', '.join(facts.beyond_matrices)}", merge)
+    # Not an error in vLLM: it reads r and lora_alpha, and would serve a wrongly scaled adapter without a word.
     patterns = [key for key in ("rank_pattern", "alpha_pattern") if facts.config.get(key)]
     if patterns:
         verdict.breaks(f"vLLM reads one r and one lora_alpha: {' and '.join(patterns)} would be ignored", merge)
@@ -299,6 +300,7 @@ def _ollama(facts: Facts, verdict: Verdict) -> None:
     merge = f"{_merge(facts)}; qlora-neft gguf OUT model.gguf --modelfile"
     _only_matrices_fit(facts, verdict, merge)
     flag = f"{_gguf(facts)} --modelfile"
+    # Two ways into Ollama: the adapter's folder for some architectures, or a LoRA GGUF for those that are written here.
     as_folder = facts.model_type is None or facts.model_type in OLLAMA_TYPES
     if facts.model_type is not None and facts.model_type not in (*OLLAMA_TYPES, *GGUF_TYPES):
         verdict.breaks(f"Ollama does not take an adapter of {facts.model_type} as a folder", merge)

@@ -193,6 +193,7 @@ def _phi(keys: SimpleNamespace) -> Parts:
     return Parts(_in_blocks(keys, "model.layers", shapes, True), norms, head_dim, hidden, head_bias=True)
 
 
+# The order of the numbers in `_defaults` below.
 _SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
 )
@@ -213,6 +214,7 @@ FAMILIES: dict[str, tuple[Callable[[SimpleNamespace], Parts], dict[str, int | bo
     "qwen2": (_qwen2, _defaults(*_QWEN, num_key_value_heads=32, head_dim=None)),
     "qwen3": (_qwen3, _defaults(*_QWEN, num_key_value_heads=32, head_dim=128, attention_bias=False)),
     "gemma2": (_gemma2, _defaults(256000, 2304, 9216, 26, 8, 8192, **_GEMMA)),
+    # The text part of a multimodal Gemma 3 names itself so as well.
     "gemma3_text": (_gemma3, _defaults(262208, 2304, 9216, 26, 8, 131072, **_GEMMA)),
     "gpt_neox": (_gpt_neox, _defaults(50432, 6144, 24576, 44, 64, 2048, attention_bias=True)),
     "phi": (

@@ -123,6 +123,7 @@ def fit_report(recipe: Recipe, geometry: Geometry, card: Card, stored: int | Non
 
 def _resolved_machine(machine: Mapping[str, Any], choice: Choice, card: Card) -> dict[str, Any]:
     """Return the recipe's machine section with the planner's choices in place of ``auto``."""
+    # Only where the recipe says "auto"; what it states is kept, even if it does not fit.
     chosen = {
         "device": "cuda" if card.is_gpu else "cpu",
         "precision": ("bf16" if card.has_bf16 else "fp16") if card.is_gpu else "fp32",
@@ -189,6 +190,7 @@ def _changes(recipe: Recipe) -> list[dict[str, Any]]:
         {"lora.r": min(16, recipe.lora.r)},
         {"data.max_length": min(256, recipe.data.max_length)},
     ]
+    # A change that the recipe has already made would be no advice.
     new = [{key: value for key, value in change.items() if _value(recipe, key) != value} for change in wanted]
     return [change for change in new if change]
 
@@ -202,6 +204,7 @@ def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
     """Return the recipe with other values; they are the planner's own, so the recipe is not checked again."""
     for name, value in change.items():
         section, key = name.split(".")
+        # Recipes are frozen, so both section and recipe are copied.
         new = getattr(recipe, section).model_copy(update={key: value})
         recipe = recipe.model_copy(update={section: new})
     return recipe

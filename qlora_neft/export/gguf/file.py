@@ -85,6 +85,7 @@ def write_gguf(
         writer = gguf.GGUFWriter(draft, architecture)
         describe(writer)
         for tensor in tensors:
+            # GGUF lists all tensors, with their sizes, before the data of the first: so none has to be read yet.
             _announce(writer, tensor)
         try:
             writer.write_header_to_file()
@@ -99,6 +100,7 @@ def write_gguf(
 @contextmanager
 def _new_file(path: Path) -> Generator[Path, None, None]:
     """Give a draft to write to, which becomes ``path``; speak of OUT if it cannot."""
+    # Checked at once, not when the draft is renamed: a large model takes minutes to write.
     if path.exists():
         raise UserInputError(f"OUT: {str(path)!r} exists already. Name another file, or remove it.")
     if not path.parent.is_dir():
@@ -117,6 +119,7 @@ def _announce(writer: GGUFWriter, tensor: GgufTensor) -> None:
     """Write a tensor's name, shape and dtype into the header."""
     name, numpy_dtype = _KINDS[tensor.dtype]
     dtype, kind = np.dtype(numpy_dtype), gguf_library().GGMLQuantizationType[name]
+    # The library reverses the shape itself: GGUF lists the fastest axis first.
     writer.add_tensor_info(tensor.name, tensor.shape, dtype, math.prod(tensor.shape) * dtype.itemsize, kind)
 
 

@@ -96,6 +96,7 @@ def check_no_modelfile(path: Path) -> None:
 
 
 def _template_of_model(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    # The merge's report names the adapter, whose run names the prompt.
     report = model_dir / REPORT
     adapter = read_json(report).get("adapter") if report.is_file() else None
     if adapter is not None and (Path(adapter) / CONFIG).is_file():
@@ -114,6 +115,7 @@ def _modelfile(head: Sequence[str], prompts: Prompts, tokenizer: PreTrainedToken
     lines = [*head]
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
+    # Ollama ends at the GGUF's end token by itself; a chat template may end its turns with another.
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     notes = [] if template is not None else [_NO_TEMPLATE]
     if _gets_another_begin_token(prompts, tokenizer):

@@ -97,6 +97,7 @@ def card_data(repo_id: str, training: Training, public: Recipe | None, license: 
 
 def _tags(training: Training) -> list[str]:
     """Return the tags that the adapter can be found by."""
+    # The Hub's own form of tag by which a base's page lists its adapters.
     found = ["lora", "text-generation", f"base_model:adapter:{training.base.id}"]
     if training.recipe is None:
         return found
@@ -170,6 +171,7 @@ def _losses(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         first = form.format(before[key]) if before.get(key) is not None else ""
         last = form.format(after[key]) if after.get(key) is not None else ""
         if key in latest:
+            # A checkpoint's last value may be older than the checkpoint, so its step is given.
             last = f"{form.format(latest[key]['value'])} (step {latest[key]['step']})"
         if first or last:
             rows.append((label, first, last))

@@ -63,6 +63,7 @@ class Export:
 
 def license_of(stated: str | None, facts: BaseFacts) -> dict[str, str]:
     """Return front matter of the license: as stated, else the base's."""
+    # A stated license stands alone: the base's name and link would belong to another.
     return {"license": stated} if stated else facts.license or {}
 
 
@@ -137,6 +138,7 @@ def _fill(made: Path, folder: AdapterFolder, export: Export) -> str:
     _write_weights(folder.path / WEIGHTS, made / WEIGHTS, trained_dtype, dtype)
     config = _write_config(made / CONFIG, folder.config, export.base)
     prompts, eos = _prompts(folder, made) if _write_tokenizer(folder, made) else (None, None)
+    # The recipe with public names, from which the training can be repeated.
     if public is not None:
         (made / RECIPE).write_text(public_recipe_text(public), encoding="utf-8")
     card = render_card(
@@ -173,6 +175,7 @@ def stored_dtype(path: Path) -> str:
 
 def _write_weights(source: Path, target: Path, trained_dtype: str, dtype: str) -> None:
     """Copy an adapter's weights, rounded to ``float32`` or ``bfloat16`` if they are stored in another dtype."""
+    # Copied byte for byte: the same adapter gives the same hash, and the Hub transfers nothing twice.
     if trained_dtype == dtype:
         shutil.copyfile(source, target)
         return

@@ -174,6 +174,7 @@ class _Push:
             OSError: Or another of the client's errors.
             RunFailed: If the repository does not hold what was sent.
         """
+        # Look first: an earlier attempt may have landed although its answer was lost.
         branch, head = self.branch, self.branch.head()
         changes = self._changes(branch.files_at(head))
         if changes:
@@ -185,6 +186,7 @@ class _Push:
         return Pushed(branch.repo_id, branch.revision, head, branch.url, len(self.wanted), up_to_date)
 
     def _changes(self, there: dict[str, RepoFile]) -> list[Change]:
+        # Only names that an export writes: files that somebody added by hand stay.
         gone = sorted(OURS & there.keys() - self.wanted.keys())
         new = [CommitOperationAdd(name, str(self.folder / name)) for name in self._differing(there)]
         return [*new, *(CommitOperationDelete(name) for name in gone)]
@@ -195,6 +197,7 @@ class _Push:
     def _commit(self, head: str, changes: list[Change]) -> str:
         """Make the commit. If it is refused because the branch has moved, an earlier attempt may have moved it."""
         branch = self.branch
+        # Before the request, not after: an answer that never came may belong to a commit that was made.
         self.has_sent = True
         try:
             return branch.commit(changes, self.message, parent=head)
@@ -246,6 +249,7 @@ class _Branch:
         """Return the newest commit; create repository and branch if they are missing. Harmless to repeat."""
         try:
             commit, is_private = self._ask()
+        # The repository exists, the branch does not.
         except RevisionNotFoundError:
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
         except RepositoryNotFoundError:
@@ -287,10 +291,13 @@ class _Branch:
             # 409: an earlier attempt created it, or just now someone else did.
             if error.response.status_code != 409 or not self.api.repo_exists(self.repo_id):
                 raise
+        # A new repository has "main" alone.
         if self.revision != "main":
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
 
     def _tell_if_otherwise(self, is_private: bool) -> None:
+        # Said once, not at each attempt; never changed: publishing or hiding somebody's repository is not a push's
+        # business.
         if not self._is_known and is_private != self.private:
             kind, other = ("private", "public") if is_private else ("public", "private")
             settings = f"{self.place.endpoint}/{self.repo_id}/settings"
@@ -309,6 +316,7 @@ class _Hashes:
         """Return whether a file of a repository has the same content."""
         if file is None:
             return False
+        # The Hub decides by size and name which files are in LFS; each kind has its own hash.
         return file.lfs.sha256 == self.sha256 if file.lfs else file.blob_id == self.blob_id
 
 

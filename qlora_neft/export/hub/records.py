@@ -23,6 +23,8 @@ MEANS = {
     "neftune_expected_norm": "expected_norm",
     "neftune_noise_to_embedding": "noise_to_embedding",
 }
+# Only what is listed here is published of the data: a key that a later version adds stays private until it is looked
+# at.
 COUNTS = ("rows", "tokens", "trained_tokens", "truncated", "dropped", "duplicates", "lengths", "sha256")
 SOURCE_KEYS = ("path", "rows", "format", "prompt_template", "weight", "end")
 
@@ -66,6 +68,7 @@ def read_records(folder: AdapterFolder) -> Records:
     # A run writes its summary at the end: a folder with the trainer's state alone is a checkpoint.
     if folder.summary is None and state.is_file():
         return _of_checkpoint(folder, read_record(state))
+    # Lenient: another program's summary, or an older one's, gives what it has.
     return Records(RunSummary.of(folder.summary), _log(folder.path / "metrics.jsonl"))
 
 
@@ -134,6 +137,7 @@ class Training:
         facts, recipe = self.records.facts, self.recipe
         values: dict[str, Any] = {
             "summary_version": SUMMARY_VERSION,
+            # None is omitted below: of another program's training nothing is claimed.
             "status": "done" if self.records.step is None and not self.records.is_empty else None,
             "checkpoint_step": self.records.step,
             "base": {"id": self.base.id, "revision": self.base.commit},
@@ -181,6 +185,7 @@ class Training:
 
 
 def _counts(rows: Rows) -> dict[str, Any]:
+    # What the record lacks is omitted, not published as a default.
     stated = rows.model_dump(exclude_unset=True)
     return {key: stated[key] for key in COUNTS if key in stated}
 

@@ -39,6 +39,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 model = AutoPeftModelForCausalLM.from_pretrained("{repo}", quantization_config=nf4, device_map="auto").eval()
 tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 {ask}"""
+# Spelled out, not left to defaults: with other settings the base is other weights than the adapter was trained on.
 NF4 = """\
 nf4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -46,6 +47,8 @@ nf4 = BitsAndBytesConfig(
     bnb_4bit_use_double_quant={double_quant},
     bnb_4bit_compute_dtype=torch.{dtype},
 )"""
+# return_token_type_ids: `generate` rejects them on models that take none. The penalty and greedy decoding are
+# NEFTune's.
 ASK = """\
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False{special}).to(model.device)
 output = model.generate(**inputs, max_new_tokens=256, do_sample=False, repetition_penalty=1.2{end})
@@ -127,6 +130,7 @@ def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:
         return f'prompt = "{QUESTION}"\n' + ASK.format(special="", end="")
     end, special = "", ""
     if prompts.name == "none":
+        # JSON's quotes and escapes are Python's too.
         prompt = json.dumps(TEXT)
     elif prompts.name in ("alpaca", "vicuna"):
         prompt = json.dumps(prompts.text([{"role": "user", "content": QUESTION}]), ensure_ascii=False)
@@ -147,6 +151,7 @@ def _vllm(repo_id: str, base: PublicBase, config: Mapping[str, Any]) -> list[Sni
     if others or beyond_plain(config) or rank_flag is None:
         return []
     words = ["vllm", "serve", base.id, *(["--revision", base.commit] if base.commit else [])]
+    # vLLM quantizes the base as it loads it; without these words it would serve the adapter on the 16-bit base.
     words += ["--quantization", "bitsandbytes", "--enable-lora", *rank_flag.split()]
     words += ["--lora-modules", f"{repo_id.split('/')[-1]}={repo_id}"]
     return [Snippet("vLLM", VLLM_NOTE, "bash", shlex.join(words))]

@@ -86,6 +86,7 @@ def check_out(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserInputError(f"OUT: must be a new or empty folder, {str(out)!r} is not. Name another.")
     failed = _failed_place(out)
+    # A failed merge is replaced by the next one; anything else of that name is somebody's own.
     if failed.exists() and not (failed / REPORT).is_file():
         raise UserInputError(
             f"OUT: {str(failed)!r}, where a merge that fails is kept, exists and is not a failed merge. Move it."

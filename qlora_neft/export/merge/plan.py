@@ -110,6 +110,7 @@ class Merge:
 
     def exact(self, name: str, strategy: str) -> Tensor:
         """Return a merged weight in float32, before it is rounded for storage."""
+        # modules_to_save: trained whole, so there is nothing to add to.
         trained = self.update.whole(name)
         if trained is not None:
             return trained.float()

@@ -85,11 +85,13 @@ def report_of(plan: Plan, evidence: Evidence | None, num_bytes: int) -> MergeRep
         "strategies": {} if evidence is None else {name: _record(found) for name, found in evidence.strategies.items()},
         "kl_limit": KL_LIMIT,
         "proof": None if evidence is None else _proof(evidence),
+        # A bundled base by its name: its path is that of this machine's installation.
         "base": shown_path(plan.folder.base),
         "base_revision": plan.folder.base_revision,
         "base_commit": getattr(plan.config, "_commit_hash", None),
         "bnb_4bit_use_double_quant": plan.merge.double_quant,
         "adapter": plan.folder.source,
+        # Which weights were merged, also after the run's folder has gone on training.
         "adapter_sha256": sha256_of_file(plan.folder.path / WEIGHTS),
         "merged_layers": len(plan.merge.update.pairs),
         "bytes": num_bytes,
@@ -121,6 +123,7 @@ def lines(report: MergeReport, out: Path) -> list[str]:
         return [f"{out}: merged without proof ({size})"]
     kl = report["strategies"][report["chosen"]]["kl"]
     found = [*_table(report, report["proof"]), f"{out}: merged, {report['chosen']}, {size}"]
+    # Reached by the other two strategies alone: a default merge beyond the limit has failed before.
     if kl is None or kl > report["kl_limit"]:
         measured = "not finite" if kl is None else f"{kl:.2g}, more than {report['kl_limit']:g}"
         found.append(
