@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -123,9 +123,21 @@ def find_recipe(name_or_path: str | Path) -> Path:
 # ---- Overrides ----
 
 
-def apply_overrides(
-    values: dict[str, Any], overrides: Sequence[str]
-) -> tuple[dict[str, Any], dict[tuple[str, ...], str], list[str]]:
+class Overridden(NamedTuple):
+    """A recipe's values with overrides applied.
+
+    Attributes:
+        values: The new values.
+        origins: The override that set each key, by the key's place.
+        problems: One line per override that cannot be understood.
+    """
+
+    values: dict[str, Any]
+    origins: dict[tuple[str, ...], str]
+    problems: list[str]
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> Overridden:
     """Apply overrides to a recipe's values, later ones over earlier ones.
 
     A whole section can be overridden too: ``neftune=null`` removes it, ``machine={}`` empties it. Overriding a key of
@@ -134,10 +146,6 @@ def apply_overrides(
     Args:
         values: The recipe as read from its file; not changed.
         overrides: ``section.key=value`` each.
-
-    Returns:
-        The new values; the override that set each key, by the key's place; and one line per override that cannot be
-        understood.
     """
     merged = {section: dict(keys) if isinstance(keys, dict) else keys for section, keys in values.items()}
     origins: dict[tuple[str, ...], str] = {}
@@ -157,7 +165,7 @@ def apply_overrides(
         # An override of a whole section makes earlier ones of its keys void.
         origins = {other: text for other, text in origins.items() if other[: len(place)] != place}
         origins[place] = override
-    return merged, origins, problems
+    return Overridden(merged, origins, problems)
 
 
 def _put(values: dict[str, Any], place: tuple[str, ...], value: Any) -> None:

@@ -14,9 +14,9 @@ import socket
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserInputError
 
@@ -148,27 +148,37 @@ def _is_same_file(path: Path, descriptor: int) -> bool:
 # ---- The file's content ----
 
 
+@dataclass(frozen=True)
+class _Owner:
+    """The process that a lock file names. A damaged file, or one not written yet, may hold anything or nothing."""
+
+    pid: object = None
+    host: object = None
+    started: object = None
+
+
 def _write(descriptor: int) -> None:
     started = datetime.now().astimezone().isoformat(timespec="seconds")
-    body = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+    owner = _Owner(os.getpid(), socket.gethostname(), started)
     # In place, since a rename would leave the lock on the old file.
     os.lseek(descriptor, 0, os.SEEK_SET)
     os.ftruncate(descriptor, 0)
-    os.write(descriptor, (json.dumps(body) + "\n").encode())
+    os.write(descriptor, (json.dumps(asdict(owner)) + "\n").encode())
 
 
-def _read(descriptor: int) -> dict[str, Any]:
-    """Return the content; empty if there is none to read, as in the moment between making the file and writing it."""
+def _read(descriptor: int) -> _Owner:
+    """Return the owner; unknown if there is none to read, as in the moment between making the file and writing it."""
     os.lseek(descriptor, 0, os.SEEK_SET)
     try:
         body = json.loads(os.read(descriptor, 4096))
     except ValueError:
-        return {}
-    return body if isinstance(body, dict) else {}
+        return _Owner()
+    known = body if isinstance(body, dict) else {}
+    return _Owner(known.get("pid"), known.get("host"), known.get("started"))
 
 
-def _refusal(path: Path, body: dict[str, Any], remedy: str = "") -> UserInputError:
-    pid, host, started = (body.get(key, "unknown") for key in ("pid", "host", "started"))
+def _refusal(path: Path, owner: _Owner, remedy: str = "") -> UserInputError:
+    pid, host, started = ("unknown" if value is None else value for value in (owner.pid, owner.host, owner.started))
     return UserInputError(
         f"{path.parent}: another run (process {pid} on {host}, since {started}) is writing there. "
         f"Wait for it, stop it, or give another --output-dir.{remedy}"
@@ -191,9 +201,9 @@ def _remove_stale(path: Path, descriptor: int) -> None:
     Raises:
         UserInputError: If the owner is not gone.
     """
-    body = _read(descriptor)
-    if not _is_stale(path, body, time.time() - os.fstat(descriptor).st_mtime):
-        raise _refusal(path, body, f" If that process is gone, remove {path}.")
+    owner = _read(descriptor)
+    if not _is_stale(path, owner, time.time() - os.fstat(descriptor).st_mtime):
+        raise _refusal(path, owner, f" If that process is gone, remove {path}.")
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         path.rename(aside)
@@ -205,10 +215,10 @@ def _remove_stale(path: Path, descriptor: int) -> None:
         aside.rename(path)  # that process was faster, and what we moved is its new lock
 
 
-def _is_stale(path: Path, body: dict[str, Any], age: float) -> bool:
-    pid = body.get("pid")
+def _is_stale(path: Path, owner: _Owner, age: float) -> bool:
+    pid = owner.pid
     # Another machine's processes cannot be looked up, nor can numbers that os.kill takes for groups: go by the age.
-    if body.get("host") != socket.gethostname() or type(pid) is not int or not 0 < pid < 2**31:
+    if owner.host != socket.gethostname() or type(pid) is not int or not 0 < pid < 2**31:
         return age > STALE_SECONDS
     if pid == os.getpid():
         return path not in _held.values()  # in containers a process often gets the number of its predecessor

@@ -16,6 +16,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..files import finite, read_json_lines, write_text
+from .record import Hardware
 
 PACKAGES = (
     "qlora-neft",
@@ -88,10 +89,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
+def hardware(device: torch.device) -> Hardware:
     """Describe the machine of a run."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "platform": platform.platform()}
+    return Hardware(device=str(device), name=name, threads=torch.get_num_threads(), platform=platform.platform())
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -49,7 +49,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "plan": dataclasses.asdict(run.plan),
         "data": {name: run.data.report[name] for name in ("train", "eval", "sources", "warnings")},
         "versions": versions(),
-        "hardware": hardware(run.policy.device),
+        "hardware": hardware(run.policy.device).model_dump(),
         # transformers sets it for a base from the Hub, however the revision was named; a local folder has none.
         "base_commit": getattr(run.config, "_commit_hash", None),
     }
