@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from ..adapter.folder import find_adapter
 from ..adapter.load import Trained, load_trained
@@ -25,6 +25,41 @@ from ..paths import shown_path
 # Examples before each question on the Open LLM Leaderboard, which the paper reports. Other tasks: lm-eval's default.
 LEADERBOARD_SHOTS = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0}
 SIDES = ("base", "adapter")
+
+
+class Measured(TypedDict):
+    """A metric of one side, a share in [0, 1] or whatever the task's metric is."""
+
+    value: float
+    stderr: float | None
+
+
+class Entry(TypedDict):
+    """One metric of one task.
+
+    ``part_of`` is the task's group. ``base`` and the differences (adapter - base, paired by question) are there if the
+    base was measured.
+    """
+
+    task: str
+    part_of: str | None
+    metric: str
+    num_fewshot: int | None
+    questions: int
+    base: NotRequired[Measured]
+    adapter: Measured
+    difference: NotRequired[float]
+    difference_stderr: NotRequired[float | None]
+
+
+class HarnessReport(TypedDict):
+    """The JSON of ``eval harness``; ``adapter`` and ``base`` are names, ``lm_eval`` is a version."""
+
+    adapter: str
+    base: str
+    lm_eval: str
+    limit: int | None
+    results: list[Entry]
 
 
 def evaluate_adapter(
@@ -40,7 +75,7 @@ def evaluate_adapter(
     revision: str | None = None,
     device: str = "auto",
     precision: str = "auto",
-) -> dict[str, Any]:
+) -> HarnessReport:
     """Measure an adapter, and its base alone, on tasks of lm-eval.
 
     Args:
@@ -54,10 +89,7 @@ def evaluate_adapter(
         base, revision, device, precision: As in `load_trained`.
 
     Returns:
-        ``adapter``, ``base`` (names), ``lm_eval`` (version), ``limit`` and ``results``: one entry per task and metric
-        with ``task``, ``part_of`` (its group, or null), ``metric``, ``num_fewshot``, ``questions``, and for ``base``
-        and ``adapter`` each ``value`` and ``stderr``; with both, ``difference`` (adapter - base) and
-        ``difference_stderr``, paired by question.
+        The report, with one entry per task and metric.
 
     Raises:
         UserInputError: If lm-eval is missing, a task is unknown, or the adapter cannot be loaded.
@@ -81,7 +113,7 @@ def evaluate_adapter(
     }
 
 
-def side_by_side(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def side_by_side(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Entry]:
     """Return the entries of `evaluate_adapter`.
 
     Args:
@@ -101,12 +133,12 @@ def _is_metric(key: str, metrics: Mapping[str, Any]) -> bool:
     return "," in key and "_stderr," not in key and isinstance(metrics[key], (int, float))
 
 
-def _entry(task: str, key: str, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _entry(task: str, key: str, results: Mapping[str, Mapping[str, Any]]) -> Entry:
     metric, filter_name = key.split(",", 1)
     adapter = results["adapter"]
     samples = {side: _per_question(task, metric, filter_name, result) for side, result in results.items()}
     leaves = _leaves(task, adapter)
-    # The order of these keys is that of the JSON.
+    # Filled in the order of the JSON, where the base, which may not be measured, stands before the adapter.
     entry: dict[str, Any] = {
         "task": task,
         "part_of": next((name for name, below in adapter.get("group_subtasks", {}).items() if task in below), None),
@@ -123,7 +155,7 @@ def _entry(task: str, key: str, results: Mapping[str, Mapping[str, Any]]) -> dic
     if "base" in entry:
         entry["difference"] = entry["adapter"]["value"] - entry["base"]["value"]
         entry["difference_stderr"] = paired_stderr(samples["adapter"], samples["base"], entry["difference"])
-    return entry
+    return cast("Entry", entry)
 
 
 def paired_stderr(a: Sequence[float], b: Sequence[float], difference: float) -> float | None:
@@ -225,7 +257,7 @@ def _quiet_lm_eval() -> Generator[None, None, None]:
         logger.setLevel(level)
 
 
-def lines(report: dict[str, Any]) -> str:
+def lines(report: HarnessReport) -> str:
     """Return a report as a table, in percent; a group is shown without its parts."""
     has_base = any("base" in entry for entry in report["results"])
     sides = SIDES if has_base else ("adapter",)

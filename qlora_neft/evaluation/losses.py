@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from datasets import Dataset
@@ -45,6 +45,17 @@ class SetLoss:
     rows: int
 
 
+class LossesOfSet(TypedDict):
+    """Losses on one set of rows, in nats per trained token: of a base alone, and of adapters on it by their source."""
+
+    set: str
+    rows: int
+    tokens: int
+    base_model: str
+    base: float
+    adapters: dict[str, float]
+
+
 @dataclass(frozen=True)
 class _Set:
     name: str
@@ -60,7 +71,7 @@ def losses_of_runs(
     machine: Machine | None = None,
     overrides: Sequence[str] = (),
     say: Say = lambda line: None,
-) -> list[dict[str, Any]]:
+) -> list[LossesOfSet]:
     """Measure several runs and their bases, on their own training and held-out rows and on other data.
 
     Each run keeps its losses on whole sets in ``measures.json``.
@@ -74,15 +85,14 @@ def losses_of_runs(
         say: Told how far it is, and what is wrong with further data.
 
     Returns:
-        For each set ``set``, ``rows``, ``tokens``, ``base_model``, ``base`` and ``adapters``: losses in nats per
-        trained token, those of the adapters by source. Runs with the same rows and base share an entry.
+        An entry for each set; runs with the same rows and base share one.
 
     Raises:
         UserInputError: If a run or its data cannot be loaded, or a set has no row to learn from.
     """
     machine = machine or Machine()
     # By set, rows and base: runs that share all three share a line and the base's loss, which is measured once.
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    found: dict[tuple[str | None, ...], LossesOfSet] = {}
     for folder in folders_of(sources, machine):
         trained = load_trained(folder, device=machine.device, precision=machine.precision)
         prepare_for_losses(trained)
@@ -94,8 +104,14 @@ def losses_of_runs(
             if key not in found:
                 with trained.base_alone():
                     alone = set_loss(trained, part, batch_size=machine.batch_size, progress=progress)
-                about = {"set": one.name, "rows": alone.rows, "tokens": alone.tokens, "base_model": folder.base}
-                found[key] = {**about, "base": alone.loss, "adapters": {}}
+                found[key] = {
+                    "set": one.name,
+                    "rows": alone.rows,
+                    "tokens": alone.tokens,
+                    "base_model": folder.base,
+                    "base": alone.loss,
+                    "adapters": {},
+                }
             loss = set_loss(trained, part, batch_size=machine.batch_size, progress=progress).loss
             found[key]["adapters"][folder.source] = loss
             numbers[_measure_name(one.name)] = loss
@@ -177,9 +193,9 @@ def _autocast(policy: PrecisionPolicy) -> AbstractContextManager[Any]:
 # ---- Shown ----
 
 
-def loss_table(found: Sequence[dict[str, Any]], sources: Sequence[str]) -> Table:
+def loss_table(found: Sequence[LossesOfSet], sources: Sequence[str]) -> Table:
     """Return one row per set, with base and adapters in columns."""
-    rows = []
+    rows: list[list[str]] = []
     for entry in found:
         losses = [entry["base"], *(entry["adapters"].get(source) for source in sources)]
         counts = [f"{entry['rows']:,}", f"{entry['tokens']:,}"]

@@ -6,7 +6,7 @@ This needs the tokenizer, the data and the model's configuration, but no weights
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 from rich.console import Console
 
@@ -21,17 +21,35 @@ from .build import data_of, model_path
 UPSTREAM_ROWS = 4  # rows padded or packed together in the comparison
 
 
-def noise_report(recipe: Recipe, rows: int = 8) -> dict[str, Any]:
+class SequenceNoise(TypedDict):
+    """Bounds on one noise component of a sequence of ``length`` tokens.
+
+    ``published`` is alpha / sqrt(L * d); ``padded`` and ``packed`` are what transformers' hook would use if the row
+    were padded or packed together with its neighbors.
+    """
+
+    length: int
+    published: float
+    padded: float
+    packed: float
+
+
+class NoiseReport(TypedDict):
+    """The JSON of the verb ``noise``; ``width`` is d, ``expected_norm`` that of a whole sequence's noise."""
+
+    alpha: float
+    distribution: str
+    width: int
+    expected_norm: float
+    sequences: list[SequenceNoise]
+
+
+def noise_report(recipe: Recipe, rows: int = 8) -> NoiseReport:
     """Return the effective noise of the first sequences of a recipe's data.
 
     Args:
         recipe: What is learned.
         rows: Number of sequences.
-
-    Returns:
-        ``alpha``, ``distribution``, ``width`` (d), ``expected_norm`` and ``sequences``: for each its ``length``, the
-        ``published`` bound alpha / sqrt(L * d) on one component, and the bound that transformers' hook would use if
-        the row were ``padded`` or ``packed`` together with its neighbors.
 
     Raises:
         UserInputError: If model or data cannot be read.
@@ -51,13 +69,13 @@ def noise_report(recipe: Recipe, rows: int = 8) -> dict[str, Any]:
     }
 
 
-def compare_scales(lengths: Sequence[int], width: int, alpha: float) -> list[dict[str, Any]]:
+def compare_scales(lengths: Sequence[int], width: int, alpha: float) -> list[SequenceNoise]:
     """Return bounds on one noise component per sequence: as published, and as transformers' hook computes them.
 
     The hook divides by the width of the row it sees (``transformers/integrations/neftune.py``): the longest row of a
     padded batch, or everything packed into one row (huggingface/transformers#34659).
     """
-    report = []
+    report: list[SequenceNoise] = []
     for start in range(0, len(lengths), UPSTREAM_ROWS):
         batch = lengths[start : start + UPSTREAM_ROWS]
         for length in batch:
@@ -68,7 +86,7 @@ def compare_scales(lengths: Sequence[int], width: int, alpha: float) -> list[dic
     return report
 
 
-def render(report: dict[str, Any], console: Console) -> None:
+def render(report: NoiseReport, console: Console) -> None:
     """Print a report as a table."""
     # Uniform noise has a bound; a normal component has none, so its spread is told instead.
     bound = "largest" if report["distribution"] == "uniform" else "standard deviation of a"

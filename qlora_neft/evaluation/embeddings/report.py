@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,6 +21,59 @@ RANKS = (1, 2, 10, 20, 50, 100)  # singular values in the text
 COLORS = (BLUE, ORANGE, VERMILION, PURPLE, GREEN, SKY)
 
 
+class FlippedPair(TypedDict):
+    """A token, the one its noised embedding is nearest to, both as text, and how often that occurred."""
+
+    token: int
+    nearest: int
+    text: list[str]
+    count: int
+
+
+class FlipsEntry(TypedDict):
+    """Flips under noise of one strength; ``length`` is L, for data the median. See `Flips` for the rest."""
+
+    over: Literal["data", "vocabulary"]
+    alpha: float
+    length: int
+    tokens: int
+    flipped: int
+    share: float
+    share_per_sequence: float
+    sequences_with_flips: int
+    noise_to_embedding: float
+    searched: int
+    pairs: list[FlippedPair]
+
+
+class SpectrumEntry(TypedDict):
+    """Singular values under noise of one strength; without noise ``alpha`` is 0 and ``length`` null."""
+
+    alpha: float
+    length: int | None
+    inner_product: list[float]
+    cosine: list[float]
+
+
+class EmbeddingNoise(TypedDict):
+    """Flips and singular values of one embedding; ``sequences`` counts those of the data."""
+
+    vocabulary: int
+    distinct_embeddings: int
+    width: int
+    seed: int
+    distribution: str
+    sequences: int
+    flips: list[FlipsEntry]
+    singular_values: list[SpectrumEntry]
+
+
+class EmbeddingNoiseReport(EmbeddingNoise):
+    """The JSON of ``eval flips``."""
+
+    model: str
+
+
 def embedding_noise_report(
     table: EmbeddingTable,
     sequences: Sequence[Tensor],
@@ -31,7 +84,7 @@ def embedding_noise_report(
     distribution: str = "uniform",
     spell: Callable[[int], str] | None = None,
     say: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> EmbeddingNoise:
     """Measure an embedding under noise.
 
     Args:
@@ -43,21 +96,15 @@ def embedding_noise_report(
         distribution: ``uniform`` or ``gaussian``.
         spell: Gives a token id's text, to name the tokens that flip.
         say: Told what is being done.
-
-    Returns:
-        ``vocabulary``, ``distinct_embeddings``, ``width``; ``flips``, a list of entries with ``over`` (``data`` or
-        ``vocabulary``), ``alpha``, ``length`` (of data: the median), ``tokens``, ``flipped``, ``share``,
-        ``share_per_sequence``, ``noise_to_embedding``, ``pairs``; ``singular_values``, a list of entries with ``alpha``
-        (0: clean), ``length`` (null: clean), ``inner_product`` and ``cosine``.
     """
     say = say or (lambda text: None)
-    flips: list[dict[str, Any]] = []
+    flips: list[FlipsEntry] = []
     # Gaps do not depend on the noise: searched once, for the whole vocabulary if it is measured anyway.
     everything = [torch.arange(table.vocabulary)] if lengths else list(sequences)
     say(f"nearest neighbours among {len(table.rows):,} embeddings of width {table.width:,}")
     gaps = gaps_of(table, everything)
     middle = int(statistics.median(map(len, sequences))) if sequences else None
-    if sequences:
+    if middle is not None:
         say(f"token flips in {len(sequences):,} sequences")
         found = token_flips(table, sequences, alphas, seed=seed, distribution=distribution, gaps=gaps)
         flips += [_entry("data", one, middle, spell) for one in found]
@@ -81,7 +128,9 @@ def embedding_noise_report(
     }
 
 
-def _entry(over: str, found: Flips, length: int | None, spell: Callable[[int], str] | None) -> dict[str, Any]:
+def _entry(
+    over: Literal["data", "vocabulary"], found: Flips, length: int, spell: Callable[[int], str] | None
+) -> FlipsEntry:
     spelled = spell or str
     return {
         "over": over,
@@ -109,7 +158,7 @@ def _spectra(
     *,
     seed: int,
     distribution: str,
-) -> list[dict[str, Any]]:
+) -> list[SpectrumEntry]:
     say("singular values of the similarity matrix, without noise")
     found = [_values(0.0, None, similarity_spectrum(clean_blocks(table), table.width))]
     tokens = whole_vocabulary(table, length)
@@ -121,7 +170,7 @@ def _spectra(
     return found
 
 
-def _values(alpha: float, length: int | None, spectrum: Spectrum) -> dict[str, Any]:
+def _values(alpha: float, length: int | None, spectrum: Spectrum) -> SpectrumEntry:
     return {
         "alpha": alpha,
         "length": length,
@@ -133,7 +182,7 @@ def _values(alpha: float, length: int | None, spectrum: Spectrum) -> dict[str, A
 # ---- Text ----
 
 
-def lines(report: dict[str, Any]) -> str:
+def lines(report: EmbeddingNoise) -> str:
     """Return a report as text."""
     shared = report["vocabulary"] - report["distinct_embeddings"]
     found = [f"embedding of {report['vocabulary']:,} tokens, width {report['width']:,}"]
@@ -151,7 +200,7 @@ def lines(report: dict[str, Any]) -> str:
     return "\n".join(found)
 
 
-def _flips(report: dict[str, Any]) -> str:
+def _flips(report: EmbeddingNoise) -> str:
     rows = []
     for entry in report["flips"]:
         is_data = entry["over"] == "data"
@@ -174,21 +223,21 @@ def _percent(share: float) -> str:
     return "0" if share == 0 else f"{share:.3%}"
 
 
-def _spectrum(report: dict[str, Any], kind: str) -> str:
+def _spectrum(report: EmbeddingNoise, kind: Literal["inner_product", "cosine"]) -> str:
     spectra = report["singular_values"]
     ranks = [rank for rank in RANKS if rank <= len(spectra[0][kind])]
     rows = [[_label(entry), *(f"{entry[kind][rank - 1]:.4g}" for rank in ranks)] for entry in spectra]
     return Table(("noise", *(f"#{rank}" for rank in ranks)), rows).plain()
 
 
-def _label(entry: dict[str, Any]) -> str:
+def _label(entry: SpectrumEntry) -> str:
     return "none" if entry["length"] is None else f"alpha {entry['alpha']:g}, L {entry['length']}"
 
 
 # ---- Picture ----
 
 
-def draw(report: dict[str, Any], path: Path, title: str) -> bool:
+def draw(report: EmbeddingNoise, path: Path, title: str) -> bool:
     """Draw shares of flips against alpha, one line for each L, beside the singular values.
 
     Returns:
@@ -210,7 +259,7 @@ def draw(report: dict[str, Any], path: Path, title: str) -> bool:
     return save_picture(figure, path)
 
 
-def _draw_flips(report: dict[str, Any], axes: Any) -> None:
+def _draw_flips(report: EmbeddingNoise, axes: Any) -> None:
     lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for entry in report["flips"]:
         lines.setdefault((entry["over"], entry["length"]), []).append((entry["alpha"], 100 * entry["share"]))
@@ -224,7 +273,7 @@ def _draw_flips(report: dict[str, Any], axes: Any) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _draw_spectrum(report: dict[str, Any], axes: Any) -> None:
+def _draw_spectrum(report: EmbeddingNoise, axes: Any) -> None:
     for i, entry in enumerate(report["singular_values"]):
         values = entry["cosine"]
         color = "black" if entry["length"] is None else COLORS[(i - 1) % len(COLORS)]

@@ -20,7 +20,7 @@ from ...errors import UserInputError
 from ...paths import kind_of, resolve_bundled, shown_path
 from ...recipe import Recipe, load_recipe
 from ...runner.build import data_of, model_path
-from .report import embedding_noise_report
+from .report import EmbeddingNoiseReport, embedding_noise_report
 from .table import EmbeddingTable
 
 RECIPE, CONFIG = "recipe.yaml", "config.json"
@@ -47,7 +47,7 @@ def report_on(
     rows: int,
     device: str = "auto",
     say: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
+) -> EmbeddingNoiseReport:
     """Measure token flips and singular values, see `embedding_noise_report`.
 
     Args:
