@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .records import RunRecord, read_row_losses
+from .results_file import Shared
 from .statistics import CONFIDENCE, Difference, Interval, difference, ratio_bootstrap_interval
 
 NOISE, ALPHA, SEED = "neftune.", "neftune.noise_alpha", "train.seed"
@@ -138,7 +139,7 @@ def rows_interval(arm: Arm, other: Arm, confidence: float = CONFIDENCE) -> Inter
     return ratio_bootstrap_interval(sums, counts, confidence)
 
 
-def pairing(arm: Arm, other: Arm) -> dict[str, bool]:
+def pairing(arm: Arm, other: Arm) -> Shared:
     """Check what the pairs of two arms share: ``data``, ``base``, and the clean loss before training (``start``)."""
     pairs = _pairs(arm, other)
     return {

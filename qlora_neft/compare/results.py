@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from .arms import Arm, baseline_of, compare, pairing, rows_interval
+from .results_file import ArmMeasure, Best, MeasureResults, PairedDifference, Results
 from .statistics import CONFIDENCE, RESAMPLES, Difference, Interval, leaves_zero_out
 from .tables import KNOWN, MeasureName, in_order, name_of
 
@@ -20,7 +20,7 @@ METHOD = (
 )
 
 
-def results_of(arms: Sequence[Arm], *, first: bool = False) -> dict[str, Any]:
+def results_of(arms: Sequence[Arm], *, first: bool = False) -> Results:
     """Return every measure of every arm, the differences to the baseline, and a sentence on each.
 
     Args:
@@ -48,12 +48,14 @@ def _compared(arms: Sequence[Arm], first: bool) -> list[tuple[Arm, Arm]]:
     return [(arm, base) for arm, base in found if base is not None]
 
 
-def _measure(key: str, arms: Sequence[Arm], first: bool) -> dict[str, Any]:
+def _measure(key: str, arms: Sequence[Arm], first: bool) -> MeasureResults:
     name = name_of(key)
-    rows, compared = [], []
+    rows: list[ArmMeasure] = []
+    compared: list[tuple[str, PairedDifference]] = []
     for arm in arms:
         values = arm.values(key)
-        row: dict[str, Any] = {"arm": arm.label, "values": values, **_spread(list(values.values()))}
+        mean, low, high = _spread(list(values.values()))
+        row: ArmMeasure = {"arm": arm.label, "values": values, "mean": mean, "min": low, "max": high}
         base = baseline_of(arm, arms, first=first)
         found = compare(arm, base, key) if base else None
         if base and found:
@@ -62,24 +64,21 @@ def _measure(key: str, arms: Sequence[Arm], first: bool) -> dict[str, Any]:
             row["difference"] = _plain(found, base.label, rows_of)
             compared.append((arm.label, row["difference"]))
         rows.append(row)
-    label = {"label": name.label, "unit": name.unit, "better": name.better}
-    return {**label, "arms": rows, "verdict": _verdict(compared, name)}
+    verdict = _verdict(compared, name)
+    return {"label": name.label, "unit": name.unit, "better": name.better, "arms": rows, "verdict": verdict}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    if not values:
-        return {"mean": None, "min": None, "max": None}
-    return {"mean": _mean(values), "min": min(values), "max": max(values)}
+def _spread(values: Sequence[float]) -> tuple[float, float, float] | tuple[None, None, None]:
+    """Return mean, minimum and maximum."""
+    return (_mean(values), min(values), max(values)) if values else (None, None, None)
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _plain(found: Difference, to: str, rows_of: Interval | None) -> dict[str, Any]:
-    over_rows = {} if rows_of is None else {"rows_interval": rows_of}
-    return {
-        **over_rows,
+def _plain(found: Difference, to: str, rows_of: Interval | None) -> PairedDifference:
+    plain: PairedDifference = {
         "to": to,
         "values": list(found.values),
         "mean": found.mean,
@@ -87,6 +86,7 @@ def _plain(found: Difference, to: str, rows_of: Interval | None) -> dict[str, An
         "bootstrap_interval": found.bootstrap,
         "measurable": is_measurable(found, rows_of),
     }
+    return plain if rows_of is None else {"rows_interval": rows_of, **plain}
 
 
 def is_measurable(found: Difference, rows_of: Interval | None) -> bool | None:
@@ -95,7 +95,7 @@ def is_measurable(found: Difference, rows_of: Interval | None) -> bool | None:
     return found.is_measurable and (rows_of is None or leaves_zero_out(rows_of))
 
 
-def _verdict(compared: Sequence[tuple[str, dict[str, Any]]], name: MeasureName) -> str:
+def _verdict(compared: Sequence[tuple[str, PairedDifference]], name: MeasureName) -> str:
     """Return one sentence, empty if there is nothing to compare with."""
     if not compared:
         return ""
@@ -111,7 +111,7 @@ def _verdict(compared: Sequence[tuple[str, dict[str, Any]]], name: MeasureName) 
     return f"measurable: {between.join(clear)}{rest}"
 
 
-def best(arms: Sequence[Arm], measure: str = DECIDING) -> dict[str, Any]:
+def best(arms: Sequence[Arm], measure: str = DECIDING) -> Best:
     """Find the arm with the lowest held-out loss, and whether its lead can be told from chance.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.text import Text
@@ -29,6 +29,7 @@ from .folder import is_trained
 from .plan import SweepPlan
 from .records import read_run
 from .results import results_of
+from .results_file import DryRun, MeasureResults, Results, SweepResults
 from .tables import differences_table, measures_table, name_of, pairing_line, short_table, verdict_lines
 
 if TYPE_CHECKING:
@@ -44,18 +45,24 @@ RESULTS_FILE, MARKDOWN_FILE, PICTURE_FILE = "results.json", "sweep.md", "sweep.p
 # ---- Files ----
 
 
-def write_results(plan: SweepPlan, output_dir: Path) -> dict[str, Any]:
+def write_results(plan: SweepPlan, output_dir: Path) -> SweepResults:
     """Write the results of the runs that are finished.
 
     Returns:
         The content of ``results.json``, and ``picture``, whether one was drawn.
     """
     arms = finished_arms(plan, output_dir)
-    planned = {"recipe": plan.recipe, "keys": plan.keys, "seeds": plan.seeds, "runs": len(plan.runs)}
-    results = {**planned, "finished": sum(len(arm.runs) for arm in arms), **results_of(arms, first=True)}
+    results: SweepResults = {
+        "recipe": plan.recipe,
+        "keys": plan.keys,
+        "seeds": plan.seeds,
+        "runs": len(plan.runs),
+        "finished": sum(len(arm.runs) for arm in arms),
+        **results_of(arms, first=True),
+    }
     write_json(output_dir / RESULTS_FILE, results)
     # After results.json, which does not depend on whether matplotlib is installed.
-    results = {**results, "picture": plot_sweep(arms, results, output_dir / PICTURE_FILE, _title(plan))}
+    results["picture"] = plot_sweep(arms, results, output_dir / PICTURE_FILE, _title(plan))
     write_text(output_dir / MARKDOWN_FILE, markdown(plan, results))
     return results
 
@@ -66,7 +73,7 @@ def finished_arms(plan: SweepPlan, output_dir: Path) -> list[Arm]:
     return arms_by([read_run(folder) for folder in folders if is_trained(folder)], plan.keys)
 
 
-def markdown(plan: SweepPlan, results: dict[str, Any]) -> str:
+def markdown(plan: SweepPlan, results: SweepResults) -> str:
     """Return the content of ``sweep.md``."""
     unfinished = "" if results["finished"] == results["runs"] else f"; {results['finished']} of them finished"
     parts = [
@@ -84,12 +91,12 @@ def _title(plan: SweepPlan) -> str:
     return f"{plan.recipe}: {' and '.join(plan.keys)}"
 
 
-def _tables(results: dict[str, Any]) -> list[Table]:
+def _tables(results: Results) -> list[Table]:
     found = [measures_table(results), differences_table(results)]  # without a baseline there are no differences
     return [table for table in found if table is not None and table.rows]
 
 
-def _sentences(results: dict[str, Any]) -> list[str]:
+def _sentences(results: Results) -> list[str]:
     return [line for line in (*verdict_lines(results), pairing_line(results)) if line]
 
 
@@ -127,7 +134,7 @@ class SweepDisplay:
             self._status.update(Text(f"{name}: {line.strip()}"))
 
 
-def show_results(results: dict[str, Any], output_dir: Path) -> None:
+def show_results(results: SweepResults, output_dir: Path) -> None:
     """Print a table, what the results show, and where everything is."""
     console = Console(highlight=False)
     console.print(short_table(results).rich(framed=False))
@@ -138,7 +145,7 @@ def show_results(results: dict[str, Any], output_dir: Path) -> None:
     console.print(f"next:\n  qlora-neft report {output_dir}", markup=False, soft_wrap=True)
 
 
-def show_plan(report: dict[str, Any], *, as_json: bool) -> None:
+def show_plan(report: DryRun, *, as_json: bool) -> None:
     """Print the answer of a dry run."""
     if as_json:
         print(json.dumps(report, indent=2))
@@ -152,7 +159,7 @@ def show_plan(report: dict[str, Any], *, as_json: bool) -> None:
 # ---- The picture ----
 
 
-def plot_sweep(arms: Sequence[Arm], results: dict[str, Any], path: Path, title: str) -> bool:
+def plot_sweep(arms: Sequence[Arm], results: Results, path: Path, title: str) -> bool:
     """Draw the seeds of each arm as points with mean and range, and differences to the baseline with their t interval.
 
     Args:
@@ -203,7 +210,7 @@ def _lines(arms: Sequence[Arm]) -> tuple[str | None, dict[str, list[tuple[float,
     return key, {name: sorted(line) for name, line in lines.items()}
 
 
-def _values(panel: Axes, lines: dict[str, list[tuple[float, int]]], measure: dict[str, Any], is_numeric: bool) -> None:
+def _values(panel: Axes, lines: dict[str, list[tuple[float, int]]], measure: MeasureResults, is_numeric: bool) -> None:
     for i, (label, line) in enumerate(lines.items()):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
         found = [(x, measure["arms"][arm]) for x, arm in line if measure["arms"][arm]["values"]]
@@ -211,15 +218,16 @@ def _values(panel: Axes, lines: dict[str, list[tuple[float, int]]], measure: dic
         if not found:
             continue
         panel.plot(*zip(*seeds, strict=True), marker, color=color, markersize=4, alpha=0.5, linestyle="none")
-        places, means = [x for x, _ in found], [row["mean"] for _, row in found]
-        below = [row["mean"] - row["min"] for _, row in found]
-        above = [row["max"] - row["mean"] for _, row in found]
+        # None only without values.
+        spreads = [cast("tuple[float, float, float]", (row["mean"], row["min"], row["max"])) for _, row in found]
+        places, means = [x for x, _ in found], [mean for mean, _, _ in spreads]
+        below, above = [mean - low for mean, low, _ in spreads], [high - mean for mean, _, high in spreads]
         style: dict[str, Any] = {"color": color, "capsize": 3, "linewidth": 1.6, "label": label or None}
         joined = "-" if is_numeric else "none"  # between arms in no order a line would mean nothing
         panel.errorbar(places, means, (below, above), marker="_", markersize=12, linestyle=joined, **style)
 
 
-def _differences(panel: Axes, lines: dict[str, list[tuple[float, int]]], measure: dict[str, Any]) -> None:
+def _differences(panel: Axes, lines: dict[str, list[tuple[float, int]]], measure: MeasureResults) -> None:
     panel.axhline(0, color=LIGHT_GREY, linewidth=1)
     for i, line in enumerate(lines.values()):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]

@@ -15,6 +15,7 @@ from .folder import is_begun, is_done, is_trained, open_sweep
 from .plan import PlannedRun, SweepPlan
 from .queue import Outcome, Runner, run_queue
 from .records import read_run
+from .results_file import DryRun, DryRunEntry, SweepResults
 from .show import MARKDOWN_FILE, write_results
 from .tables import name_of
 
@@ -38,7 +39,7 @@ def sweep(
     measures: Sequence[str] = (),
     parallel: int = 1,
     command: str = "the same command",
-) -> dict[str, Any]:
+) -> SweepResults:
     """Train every run of a plan that is not finished, and write down the results of all of them.
 
     Writes into ``output_dir``: ``sweep.json`` (the plan), ``recipes/``, ``logs/``, a folder for each run, and
@@ -137,7 +138,7 @@ def _result(output_dir: Path, outcome: Outcome) -> str:
 # ---- Dry run ----
 
 
-def check_runs(plan: SweepPlan, output_dir: Path) -> dict[str, Any]:
+def check_runs(plan: SweepPlan, output_dir: Path) -> DryRun:
     """Check the runs and count their tokens; nothing is written. Runs that differ in noise or seed are checked once.
 
     Returns:
@@ -148,30 +149,32 @@ def check_runs(plan: SweepPlan, output_dir: Path) -> dict[str, Any]:
     """
     open_sweep(plan, output_dir, write=False)
     checked: dict[str, dict[str, Any]] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[DryRunEntry] = []
     for planned in plan.runs:
         key = _key(planned)
         if key not in checked:
             checked[key] = run(planned.recipe, output_dir / planned.name, dry_run=True, quiet=True)
-        rows.append({"name": planned.name, "state": _state(output_dir / planned.name), **_size(planned, checked[key])})
+        steps, tokens = _size(planned, checked[key])
+        state = _state(output_dir / planned.name)
+        rows.append({"name": planned.name, "state": state, "steps": steps, "tokens": tokens})
     return {"runs": rows, "tokens": sum(row["tokens"] for row in rows if row["state"] != "finished")}
 
 
 def _key(planned: PlannedRun) -> str:
-    """Everything in a run's recipe that its steps and tokens depend on."""
+    """Return everything in a run's recipe that its steps and tokens depend on."""
     recipe = planned.recipe.to_dict()
     recipe["train"] = {**recipe["train"], "seed": None}
     recipe["machine"] = {**recipe["machine"], "mirror_dir": None}
     return repr({**recipe, "neftune": None})
 
 
-def _size(planned: PlannedRun, facts: dict[str, Any]) -> dict[str, int]:
-    """Optimizer steps, and an estimate of the tokens in them from the mean length of the rows."""
+def _size(planned: PlannedRun, facts: dict[str, Any]) -> tuple[int, int]:
+    """Return optimizer steps, and an estimate of the tokens in them from the mean length of the rows."""
     steps, rows = facts["plan"]["num_steps"], facts["data"]["train"]
     per_row = rows["tokens"] / max(rows["rows"], 1)
     # The last step of a run may be short of rows: never more than the epochs hold.
     most = rows["tokens"] * planned.recipe.train.num_train_epochs
-    return {"steps": steps, "tokens": round(min(steps * planned.recipe.train.effective_batch_size * per_row, most))}
+    return steps, round(min(steps * planned.recipe.train.effective_batch_size * per_row, most))
 
 
 def _state(folder: Path) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..display.tables import Table
+from .results_file import ArmMeasure, PairedDifference, Results
 
 _LOSS = "nats per token"
 
@@ -74,7 +75,7 @@ SAYS = {True: "measurable", False: "not measurable", None: "one seed"}
 SHORT = {True: "yes", False: "no", None: "one seed"}
 
 
-def measures_table(results: dict[str, Any]) -> Table:
+def measures_table(results: Results) -> Table:
     """Return mean and range over seeds of every measure, one row per arm."""
     keys = list(results["measures"])
     rows = []
@@ -86,14 +87,14 @@ def measures_table(results: dict[str, Any]) -> Table:
     return Table(("", "runs", *(name_of(k).title for k in keys)), rows, "Measures, mean [range over seeds]")
 
 
-def differences_table(results: dict[str, Any]) -> Table | None:
+def differences_table(results: Results) -> Table | None:
     """Return every paired difference with its intervals; None without a baseline."""
     rows: list[tuple[str, ...]] = []
     for key, measure in results["measures"].items():
         name = name_of(key)
         for arm in measure["arms"]:
             if "difference" in arm:
-                rows.append((name.label, arm["arm"], arm["difference"]["to"], *_difference(name, arm)))
+                rows.append((name.label, arm["arm"], arm["difference"]["to"], *_difference(name, arm["difference"])))
     columns: tuple[str, ...] = ("measure", "", "against", "difference", "t interval", "bootstrap", "over rows", "")
     # Columns that say the same in every row are dropped; the later one first, so that indices stay valid.
     if not any(row[6] != "-" for row in rows):
@@ -105,7 +106,7 @@ def differences_table(results: dict[str, Any]) -> Table | None:
     return Table(columns, rows, f"{title}, 95% intervals") if rows else None
 
 
-def short_table(results: dict[str, Any]) -> Table:
+def short_table(results: Results) -> Table:
     """Return a narrow table: every measure of every arm, and its difference with Student's interval."""
     rows: list[tuple[str, ...]] = []
     for key, measure in results["measures"].items():
@@ -120,34 +121,38 @@ def short_table(results: dict[str, Any]) -> Table:
     return Table(("", "mean [range]", "difference [95%]", "measurable"), rows)
 
 
-def verdict_lines(results: dict[str, Any]) -> list[str]:
+def verdict_lines(results: Results) -> list[str]:
     """Return one sentence on each measure, and one on the best arm."""
     said = [f"{name_of(key).label}: {m['verdict']}" for key, m in results["measures"].items() if m["verdict"]]
     return [*said, results["best"]["sentence"]]
 
 
-def pairing_line(results: dict[str, Any]) -> str:
+def pairing_line(results: Results) -> str:
     """Say what the runs of a pair share, as found in their own records."""
     if not results["pairing"]:
         return ""
-    words = {"data": "training rows", "base": "base weights", "start": "loss before training"}
+    words: dict[Literal["data", "base", "start"], str] = {
+        "data": "training rows",
+        "base": "base weights",
+        "start": "loss before training",
+    }
     shared = [word for key, word in words.items() if all(pair[key] for pair in results["pairing"])]
     other = [word for word in words.values() if word not in shared]
     line = "Pairs share the seed" + "".join(f", {word}" for word in shared) + " (checked in their records)."
     return line + (f" Not shared: {', '.join(other)}." if other else "")
 
 
-def _difference(name: MeasureName, arm: dict[str, Any]) -> tuple[str, ...]:
-    found = arm["difference"]
-    intervals = (_interval(name, found.get(k)) for k in ("t_interval", "bootstrap_interval", "rows_interval"))
-    return (name.show_difference(found["mean"]), *intervals, SAYS[found["measurable"]])
+def _difference(name: MeasureName, found: PairedDifference) -> tuple[str, ...]:
+    intervals = (found["t_interval"], found["bootstrap_interval"], found.get("rows_interval"))
+    texts = (_interval(name, interval) for interval in intervals)
+    return (name.show_difference(found["mean"]), *texts, SAYS[found["measurable"]])
 
 
 def _interval(name: MeasureName, interval: Sequence[float] | None) -> str:
     return "-" if interval is None else f"[{', '.join(name.show_difference(end) for end in interval)}]"
 
 
-def _spread_text(name: MeasureName, row: dict[str, Any]) -> str:
+def _spread_text(name: MeasureName, row: ArmMeasure) -> str:
     if len(row["values"]) < 2:
         return name.show(row["mean"])
     return f"{name.show(row['mean'])} [{name.show(row['min'])}, {name.show(row['max'])}]"

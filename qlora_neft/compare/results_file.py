@@ -1,0 +1,115 @@
+"""The content of ``results.json``, typed. The order of the keys is that of the file. No torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+from .statistics import Interval
+
+
+class PairedDifference(TypedDict):
+    """An arm's measure minus that of the arm ``to``, by seeds that both have; see `statistics.Difference`.
+
+    ``rows_interval`` is a bootstrap over held-out rows, there if the losses of single rows are known. ``measurable`` is
+    null for a single seed.
+    """
+
+    rows_interval: NotRequired[Interval]
+    to: str
+    values: list[float]
+    mean: float
+    t_interval: Interval | None
+    bootstrap_interval: Interval | None
+    measurable: bool | None
+
+
+class ArmMeasure(TypedDict):
+    """A measure of one arm: ``values`` by seed, their mean and range, null without values."""
+
+    arm: str
+    values: dict[int, float]
+    mean: float | None
+    min: float | None
+    max: float | None
+    difference: NotRequired[PairedDifference]
+
+
+class MeasureResults(TypedDict):
+    """A measure of all arms, and a sentence on its differences, empty if there are none."""
+
+    label: str
+    unit: str
+    better: Literal["lower", "higher"] | None
+    arms: list[ArmMeasure]
+    verdict: str
+
+
+class ArmEntry(TypedDict):
+    """An arm and the names of its runs."""
+
+    label: str
+    settings: dict[str, Any]
+    runs: list[str]
+
+
+class Shared(TypedDict):
+    """Whether the runs of all pairs share their training rows, base weights and loss before training."""
+
+    data: bool
+    base: bool
+    start: bool
+
+
+class Pairing(Shared):
+    """What an arm and the one it is compared with share."""
+
+    arm: str
+    to: str
+
+
+class Best(TypedDict):
+    """The arm with the lowest held-out loss: ``arm`` if its lead is measurable, ``lowest`` in any case."""
+
+    arm: str | None
+    lowest: str | None
+    sentence: str
+
+
+class Results(TypedDict):
+    """The results of some arms."""
+
+    method: str
+    arms: list[ArmEntry]
+    pairing: list[Pairing]
+    measures: dict[str, MeasureResults]
+    best: Best
+
+
+class SweepResults(Results):
+    """``results.json`` of a sweep of ``runs`` runs, ``finished`` of which are in it.
+
+    ``picture`` tells whether one was drawn; it is not in the file.
+    """
+
+    recipe: str
+    keys: list[str]
+    seeds: list[int]
+    runs: int
+    finished: int
+    picture: NotRequired[bool]
+
+
+class DryRunEntry(TypedDict):
+    """A run of a sweep that is only checked; ``state`` is ``finished``, ``begun`` or empty."""
+
+    name: str
+    state: str
+    steps: int
+    tokens: int
+
+
+class DryRun(TypedDict):
+    """The JSON of a sweep's dry run; ``tokens`` are those of the runs not finished."""
+
+    runs: list[DryRunEntry]
+    tokens: int
