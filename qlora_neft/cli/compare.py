@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -105,7 +106,7 @@ def _check_parallel(plan: SweepPlan, parallel: int) -> None:
         )
 
 
-def _command(name: str, words: list[str], options: dict[str, Any], as_list: bool) -> str:
+def _command(name: str, words: list[str], options: Mapping[str, object], as_list: bool) -> str:
     """Return the command that continues the sweep."""
     # The folder is always stated, so that the command continues this sweep and no other.
     defaults = {"--measure": "", "--parallel": 1, "--seeds": 3}

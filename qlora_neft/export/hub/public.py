@@ -167,8 +167,8 @@ def refuse_secrets(folder: Path, local_paths: Iterable[str]) -> None:
         RunFailed: If there is a path.
     """
     tokens = [token.encode() for token in _own_tokens()]
-    # Weights are numbers, and large; a token in them would be chance.
     for path in sorted(folder.rglob("*")):
+        # Weights are numbers, and large; a token in them would be chance.
         if not path.is_file() or path.name == WEIGHTS:
             continue
         content = path.read_bytes()

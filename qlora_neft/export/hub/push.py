@@ -249,8 +249,7 @@ class _Branch:
         """Return the newest commit; create repository and branch if they are missing. Harmless to repeat."""
         try:
             commit, is_private = self._ask()
-        # The repository exists, the branch does not.
-        except RevisionNotFoundError:
+        except RevisionNotFoundError:  # the repository exists, the branch does not
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
         except RepositoryNotFoundError:
             self._create()

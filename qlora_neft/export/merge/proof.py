@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import NOT_RUN
 from ...base.precision import PrecisionPolicy
 from ...steps import IGNORE_INDEX
-from ...steps.losses import pad_right
+from ...steps.losses import Rows, pad_right
 from .plan import Plan
 
 MAX_LOGITS = 2**28  # logits of the trained model that are kept, and that one forward pass makes: 1 GiB in float32
@@ -36,7 +36,7 @@ class ProofRows:
         origin: Where they come from, in words.
     """
 
-    rows: list[dict[str, Any]]
+    rows: Rows
     origin: str
 
 
@@ -152,7 +152,7 @@ class Reference:
         loss: Mean negative log-likelihood, nats per token.
     """
 
-    rows: Sequence[dict[str, Any]]
+    rows: Rows
     batches: list[list[int]]
     logits: list[Tensor]
     loss: float
@@ -163,7 +163,7 @@ class Reference:
         return sum(len(logits) for logits in self.logits)
 
 
-def reference_of(forward: Forward, rows: Sequence[dict[str, Any]], vocab_size: int, device: torch.device) -> Reference:
+def reference_of(forward: Forward, rows: Rows, vocab_size: int, device: torch.device) -> Reference:
     """Record what the trained model says of the first rows, as many as `MAX_LOGITS` allows.
 
     Args:
@@ -198,15 +198,14 @@ def distance(forward: Forward, reference: Reference, device: torch.device) -> Di
     return Distance(kl / count, same / count, loss / count)
 
 
-def _within(rows: Sequence[dict[str, Any]], max_tokens: int) -> list[dict[str, Any]]:
+def _within(rows: Rows, max_tokens: int) -> Rows:
     """Return the first rows, up to a number of tokens but always one."""
-    kept, tokens = [], 0
-    for row in rows:
+    tokens = 0
+    for count, row in enumerate(rows):
         tokens += len(row["input_ids"])
-        if kept and tokens > max_tokens:
-            break
-        kept.append(row)
-    return kept
+        if count and tokens > max_tokens:
+            return rows[:count]
+    return rows
 
 
 def _batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
@@ -222,7 +221,7 @@ def _batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _at_trained_tokens(forward: Forward, rows: Sequence[dict[str, Any]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _at_trained_tokens(forward: Forward, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the logits (N, V) that predict each trained token, and those tokens (N,)."""
     inputs = {name: value.to(device) for name, value in pad_right(rows).items()}  # (B, T) each
     # The logits at position t predict the token at t + 1.
