@@ -123,6 +123,7 @@ def find_adapter(source: str | Path, *, revision: str | None = None, base: str |
     """
     source = str(source)
     path = Path(source).expanduser()
+    # A folder wins over a Hub id of the same name, as in transformers.
     if not path.is_dir():
         path = _downloaded(source, revision)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():

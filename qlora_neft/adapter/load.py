@@ -26,7 +26,7 @@ class Trained:
     Attributes:
         folder: Where its adapter is.
         model: NF4 base and adapter, in eval mode.
-        tokenizer: Its own, with a pad token.
+        tokenizer: The model's own, with a pad token.
         prompts: Requests as it was trained with.
         policy: How this machine computes.
         template_is_guessed: Whether neither a record nor the caller says which prompt template it was trained with.

@@ -27,7 +27,7 @@ class AdapterWeights:
         folder: The adapter.
 
     Attributes:
-        shapes: Of all tensors, by their names in the file.
+        shapes: Shape of each tensor, by its name in the file.
         ranks: Rank of each module with a pair of matrices A (r, in) and B (out, r), by its name in the base.
         embedding_ranks: Rank of each embedding with such a pair.
         others: Sorted names of tensors that belong to no pair, such as whole modules (``modules_to_save``).
@@ -97,7 +97,7 @@ class Update:
         tied: Names of the parameters that share a weight with another.
 
     Attributes:
-        pairs: By parameter that gets ``scale * B @ A``, the module whose pair that is.
+        pairs: Module whose pair is added, for each parameter that gets ``scale * B @ A``.
 
     Raises:
         UserInputError: If the adapter does not fit the base, or is of a kind that cannot be merged.

@@ -48,8 +48,8 @@ class Checkpoint:
     Attributes:
         folder: As given.
         model: The model without weights; its parameter names are those used here.
-        key_of: By parameter, its name in the files; a tied parameter that is not stored has that of its twin.
-        shapes: By parameter.
+        key_of: Name of each parameter in the files; a tied parameter that is not stored has its twin's.
+        shapes: Shape of each parameter.
         stored_nf4: Parameters stored in NF4.
         dtype: Dtype that unquantized weights are loaded in: the configuration's, else that of the first stored weight.
 

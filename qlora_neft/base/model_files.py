@@ -24,7 +24,7 @@ class StoredTensor:
     """A tensor, by the header of its file.
 
     Attributes:
-        shape: Its sizes.
+        shape: Size of each dimension.
         dtype: As safetensors names it, such as ``F32`` or ``BF16``.
     """
 

@@ -124,7 +124,7 @@ def continuations(
         batch_size: Prompts per forward pass.
         stop_token_ids: Tokens that end an answer; by default the tokenizer's end token.
         streamer: Receives the tokens as they are chosen; needs a ``batch_size`` of 1.
-        should_stop: Asked after every token whether to end all answers of the batch there.
+        should_stop: Called after every token; True ends all answers of the batch there.
         first_number: Number of the first prompt, a part of every draw's key: with it, two halves of a list are
             sampled as the whole list would be.
 

@@ -97,8 +97,8 @@ class StepCollator:
 
     Attributes:
         collator: Collates the rows of one micro-batch (TRL's, or the user's own).
-        max_rows: Most rows per micro-batch.
-        max_tokens: Most tokens per micro-batch, padding counted; None for no limit. A single row may exceed it.
+        max_rows: Maximum rows per micro-batch.
+        max_tokens: Maximum tokens per micro-batch, padding counted; None for no limit. A single row may exceed it.
         padding_free: Whether ``collator`` flattens, so that padding costs nothing.
     """
 
@@ -146,8 +146,8 @@ def split_rows(
 
     Args:
         lengths: Tokens per row.
-        max_rows: Most rows per micro-batch.
-        max_tokens: Most tokens per micro-batch, or None; a row longer than that gets one of its own.
+        max_rows: Maximum rows per micro-batch.
+        max_tokens: Maximum tokens per micro-batch, or None; a row longer than that gets one of its own.
         padded: Whether rows are padded to the longest of their micro-batch; else they are flattened.
 
     Returns:

@@ -127,6 +127,7 @@ def pad_right(rows: Rows, pad_token_id: int = 0) -> dict[str, Tensor]:
 def _token_losses(model: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return each predicted token's loss, zero where it is not trained, and whether it is; (B, T - 1) each."""
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    # log_probs and label_mask, (B, T - 1): shifted by one, since the token before it predicts each label.
     outputs = model(**moved, use_cache=False, fused_lm_head=True)
     return -outputs.log_probs, outputs.label_mask
 

@@ -76,6 +76,7 @@ class StepSampler(Sampler[list[int]]):
 
     def _steps(self) -> Iterator[list[int]]:
         indices = iter(self.order)
+        # Steps are cut from the order as it is, before ranks divide them: their number cannot change a step.
         while rows := list(islice(indices, self.rows_per_step)):
             if len(rows) == self.rows_per_step or not self.drop_last:
                 yield rows
@@ -106,6 +107,7 @@ class StepRows(Dataset[Mapping[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[Mapping[str, Any]]:
         """Return several rows at once, which is how `datasets` is fastest."""
+        # A negative index would mean a row counted from the end to the dataset itself.
         if not hasattr(self.dataset, "__getitems__") or any(index < 0 for index in indices):
             return [self[index] for index in indices]
         return self.dataset.__getitems__(list(indices))

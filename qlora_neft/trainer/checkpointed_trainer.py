@@ -65,7 +65,7 @@ class CheckpointedTrainer(SFTTrainer):
     Attributes:
         checkpoint_about: What a checkpoint's manifest says of its run; plain values.
         on_checkpoint: Called with the folder of each finished checkpoint.
-        stop: Asked between micro-batches whether to give the step up.
+        stop: Checked between micro-batches; an overdue request gives the step up.
         split: Largest micro-batches found to fit so far.
         tokens_seen: Real tokens trained on by this rank.
         trained_tokens_seen: Those of them that have a label.

@@ -18,8 +18,8 @@ class Split:
     """The largest micro-batch that an optimizer step is split into.
 
     Attributes:
-        rows: Most sequences.
-        tokens: Most tokens, padding counted; None for no such limit.
+        rows: Maximum number of sequences.
+        tokens: Maximum number of tokens, padding counted; None for no limit.
         is_smaller: Whether the run began with larger ones.
     """
 

@@ -125,8 +125,8 @@ class StepTrainer(CheckpointedTrainer):
         Args:
             micro: The micro-batch.
             first_ordinal: Ordinal of this rank's first sequence in the step.
-            index: Of the micro-batch in this rank's part of the step.
-            number: Of the pass over it.
+            index: Index of the micro-batch in this rank's part of the step.
+            number: Index of the pass over it.
         """
         dropout = stream_key("dropout", self.args.seed, self.state.global_step, self.args.process_index, index)
         noise = self._noise_of_pass(micro, first_ordinal, number)
