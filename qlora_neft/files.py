@@ -34,7 +34,7 @@ _TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 @contextmanager
 def whole_file(path: Path, *, synced: bool = False, keep_draft: bool = False) -> Generator[Path, None, None]:
-    """Give a hidden file beside ``path`` to write to; at the end of the block it takes that name, over an older file.
+    """Yield a hidden file beside ``path`` to write to, and rename it to ``path`` at the end of the block.
 
     Args:
         path: A name in an existing folder.
@@ -62,9 +62,9 @@ def whole_file(path: Path, *, synced: bool = False, keep_draft: bool = False) ->
 
 @contextmanager
 def whole_folder(path: Path, *, synced: bool = False) -> Generator[Path, None, None]:
-    """Give a new hidden folder beside ``path`` to write into; at the end it takes that name, in place of what has it.
+    """Yield a new hidden folder beside ``path`` to write into, and rename it to ``path`` at the end of the block.
 
-    It is removed if an exception leaves the block.
+    Whatever has the name is replaced. If an exception leaves the block, the new folder is removed.
 
     Args:
         path: A name in an existing folder.
@@ -89,9 +89,9 @@ def whole_folder(path: Path, *, synced: bool = False) -> Generator[Path, None, N
 
 
 def put_folder(draft: Path, path: Path, *, synced: bool = False) -> None:
-    """Rename a folder, in place of what has the name.
+    """Rename a folder, replacing whatever has the name.
 
-    A folder cannot be renamed over one that holds something, so that one is moved aside first, and back if it must be.
+    A folder cannot be renamed over a non-empty one, so the old one is moved aside first, and back if renaming fails.
 
     Args:
         draft: A folder beside ``path``.
@@ -125,7 +125,7 @@ def hidden_name(path: Path, why: str) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder as far as it goes: what resists is no reason to end a run."""
+    """Remove a file or folder as far as possible: leftovers of a folder are no reason to end a run."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -138,7 +138,7 @@ def visible(folder: Path) -> list[Path]:
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on the disk; at once where a file system cannot say."""
+    """Wait until a file, or the names in a folder, are on the disk; do nothing on a file system without fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -166,14 +166,14 @@ def write_json(
 
     Raises:
         OSError: If it cannot be written.
-        ValueError: If a value has no word in JSON; `finite` replaces them.
+        ValueError: If a number is NaN or infinite; `finite` replaces those.
     """
     # Python would write NaN and Infinity as bare words, which other JSON parsers refuse.
     write_text(path, json.dumps(content, indent=2, allow_nan=False, sort_keys=sort_keys) + "\n")
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace numbers that JSON has no word for (NaN, infinity) by null."""
+    """Replace numbers that JSON cannot express (NaN, infinity) with None."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
@@ -244,7 +244,7 @@ def sha256_of_text(text: str) -> str:
 
 
 def disk_problem(error: BaseException) -> str | None:
-    """Return the cause if a disk is to blame for an exception, None if it is not."""
+    """Return the cause of an exception if a disk is to blame, otherwise None."""
     if isinstance(error, OSError):
         # A path that is missing or forbidden is for the user to correct.
         return error.strerror if error.errno in _DISK else None
@@ -259,7 +259,7 @@ def disk_problem(error: BaseException) -> str | None:
 
 @contextmanager
 def failing_with_the_disk(message: Callable[[str], str]) -> Generator[None, None, None]:
-    """Let a command fail with a message where its disk does.
+    """Turn the errors of a failing disk into a message that ends the command.
 
     Args:
         message: Makes it from the cause.

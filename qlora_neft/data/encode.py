@@ -139,6 +139,7 @@ def cut_to_length(encoded: Encoded, max_length: int, *, keep_end_token: bool) ->
     if inside_response and keep_end_token:
         if max_length >= 2 and not trained[-2]:  # only the end token of this response would be left
             return _up_to_last_trained(Encoded(ids[:-1], trained[:-1], encoded.crossed)), True
+        # The end token of this very response: templates may end turns in several ways.
         ids = np.concatenate([ids[:-1], encoded.ids[[_end_of_stretch(encoded.trained, max_length)]]])
         return Encoded(ids, trained, encoded.crossed), True
     # A request whose response is gone would be computed for nothing.

@@ -131,6 +131,7 @@ def detect_format(rows: Sequence[Mapping[str, Any]], key: str = "data.path", pat
     Raises:
         UserInputError: If none fits.
     """
+    # Of all the rows looked at: in JSON, a row may omit what another one has.
     columns = {str(name) for row in rows for name in row}
     for name, required in REQUIRED_COLUMNS.items():
         if columns >= set(required):
@@ -177,6 +178,7 @@ def to_example(row: Mapping[str, Any], format: str) -> tuple[Example, int]:
 
 
 def _instruction(row: Mapping[str, Any]) -> tuple[Example, int]:
+    # Missing or null means no input, as an empty text does.
     given = "" if row.get("input") is None else row["input"]
     example = Instruction(
         _text(row.get("instruction"), "instruction"), _text(given, "input"), _text(row.get("output"), "output")

@@ -148,6 +148,7 @@ def find_problems(tally: Tally, section: Data, key: str = "data.path") -> list[s
         key: The name of the rows' source in messages.
     """
     checks = (_not_rows, _nothing_to_learn, _left_out, _no_end, _repeated, _cut)
+    # One line for each kind of fault, so that a user can settle all of them before the next try.
     problems = [problem for check in checks if (problem := check(tally, section, key))]
     # All rows may be left out, if data.max_dropped_fraction allows that many.
     if not problems and not tally.sequences:
@@ -202,6 +203,7 @@ def _left_out(tally: Tally, section: Data, key: str) -> str | None:
     }
     found = [(tally.finding(kind), said) for kind, said in kinds.items()]
     parts = [f"{_of(finding.count, tally)} {said}: {finding}" for finding, said in found if finding.count]
+    # Only what would help with the kinds of rows that were found.
     remedies = ["raise data.max_length"] * bool(tally.finding(NO_ROOM).count)
     remedies += ["choose another data.prompt_template"] * bool(tally.finding(UNFIT).count) + ["remove them"]
     if tally.sequences:

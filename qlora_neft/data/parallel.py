@@ -1,4 +1,4 @@
-"""Rows worked on by several processes, in order and with a bounded number of rows under way."""
+"""Work on rows in several processes, in order and with a bounded number of rows in flight."""
 
 from __future__ import annotations
 

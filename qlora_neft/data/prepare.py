@@ -98,6 +98,7 @@ def prepare_data(
         UserInputError: If the data cannot be read at all.
     """
     sources, eval_sources = training_sources(section, key), held_out_sources(section, key)
+    # From the cache, or prepared now.
     cache_key = _cache_key(tokenizer, section, sources, eval_sources)
     ready = _load(cache_key)
     from_cache = ready is not None
@@ -186,6 +187,7 @@ class _Preparation:
     def run(self, cache_key: str, sources: Sequence[Source], eval_sources: Sequence[Source]) -> Ready:
         """Prepare sources from the beginning and keep the result under a key of the cache."""
         with store.new_folder(cache_key) as folder:
+            # Held-out rows are a share of the training sources' rows, or all rows of sources of their own.
             train = Part(SequenceWriter(folder / TRAIN))
             held_out = Part(SequenceWriter(folder / EVAL)) if self.section.has_eval_rows else None
             found = self._read(sources, train, held_out if self.section.eval_fraction is not None else None)
@@ -224,6 +226,7 @@ class _Preparation:
         found: list[SourceFacts] = []
         for index, source in enumerate(sources):
             format, rows = _with_format(source, streaming=self.streaming)
+            # A worker for each source, since the format and the template may differ.
             worker = RowWorker(self.tokenizer, format, source.prompt_template, self.section)
             prefix = f"{Path(source.path).name}, " if len(sources) > 1 else ""
             count = 0

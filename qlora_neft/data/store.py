@@ -171,7 +171,7 @@ def load_state(key: str) -> tuple[Path, State] | None:
 
 @contextlib.contextmanager
 def new_folder(key: str) -> Generator[Path, None, None]:
-    """Give a folder to prepare data in, to be handed to `keep`; after an exception it is removed."""
+    """Yield a folder to prepare data in, for `keep`; remove it after an exception."""
     root = cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)

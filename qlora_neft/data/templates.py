@@ -168,6 +168,7 @@ def make_template(name: str, format: str, tokenizer: PreTrainedTokenizerBase) ->
     if name.endswith(JINJA_SUFFIXES):
         return JinjaTemplate(ChatTemplate(tokenizer, read_jinja(name), name))
     plain = {"none": NoTemplate, "alpaca": AlpacaTemplate, "vicuna": VicunaTemplate}
+    # These end a response with the tokenizer's own end token, as the code they are from does.
     return plain[name](tokenizer.eos_token)
 
 
@@ -221,6 +222,7 @@ def _system_and_turns(messages: Sequence[Message]) -> tuple[str, list[Message]]:
     has_system = messages[0]["role"] == "system"
     turns = list(messages[1:] if has_system else messages)
     for number, turn in enumerate(turns):
+        # FastChat asserts the same order.
         expected = ("user", "assistant")[number % 2]
         if turn["role"] != expected or turn.get("tool_calls"):
             got = "tool_calls" if turn.get("tool_calls") else turn["role"]

@@ -1,4 +1,4 @@
-"""One row at a time: read it, render its template, tokenize it, cut it. Runs in any number of processes.
+"""Prepare one row at a time: read it, render its template, tokenize it, cut it. Runs in any number of processes.
 
 What becomes of a row depends on the row alone, never on the process that handles it or on its neighbours.
 """
@@ -88,6 +88,7 @@ class RowWorker:
     def __call__(self, rows: Sequence[Row]) -> list[Outcome]:
         """Prepare some rows, in order; a fast tokenizer gets them as one batch."""
         read = [self._read(row) for row in rows]
+        # Tokenized in one call: a fast tokenizer works on a batch much faster than on single texts.
         encoded = iter(self.encoder.encode([r.pieces for r in read if isinstance(r, _Readable)]))
         return [
             self._finished(row, r, next(encoded)) if isinstance(r, _Readable) else r
@@ -149,6 +150,7 @@ class RowWorker:
         too_long = len(encoded.ids) > self.section.max_length
         if not (too_long and self.section.split_conversations and isinstance(example, Dialogue)):
             return [encoded]
+        # Measured by rendering and tokenizing: what a template adds to a piece is not known before.
         pieces = split_dialogue(example, self.section.max_length, self._length)
         return self.encoder.encode([self.template.render(piece) for piece in pieces])
 

@@ -111,6 +111,7 @@ def describe_type(field: FieldInfo) -> str:
 
 def unknown_key(name: str) -> str:
     """Return the message for a key or a section that does not exist, with what may have been meant."""
+    # Whatever section it was written in.
     last = name.rsplit(".", 1)[-1]
     if last == "gradient_accumulation_steps":
         return f"unknown key: {_ACCUMULATION}"

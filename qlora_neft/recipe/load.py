@@ -109,6 +109,7 @@ def find_recipe(name_or_path: str | Path) -> Path:
         RecipeError: If there is no such recipe or file, or it is a folder.
     """
     path = Path(name_or_path).expanduser()
+    # A `Path` is always a path, even if a recipe has the same name.
     is_name = isinstance(name_or_path, str) and path.name == name_or_path and path.suffix not in (".yaml", ".yml")
     if is_name and (name_or_path in list_recipes() or not path.is_file()):
         return recipe_path(str(name_or_path))

@@ -28,6 +28,7 @@ def describe_problems(
     Returns:
         The lines of problems in the file, in the file's order, then those of overrides.
     """
+    # The first error of each key, with a number to sort by.
     found: dict[tuple[Place, str], tuple[int, str]] = {}
     for details in error.errors():
         context = details.get("ctx", {})

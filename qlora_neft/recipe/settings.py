@@ -1,4 +1,4 @@
-"""A recipe as ``section.key`` to value, and the part of it that decides what is learned.
+"""Flatten a recipe to ``section.key`` and value, and pick the part that decides what is learned.
 
 The functions take plain mappings, so that they serve for recorded recipes too: what an older or newer version wrote is
 compared as it was written, unknown keys included.

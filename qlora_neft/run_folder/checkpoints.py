@@ -95,7 +95,7 @@ class Search:
 
 @contextmanager
 def new_checkpoint(output_dir: Path, step: int, about: dict[str, Any]) -> Generator[Path, None, None]:
-    """Give a hidden folder to write into, which becomes a checkpoint at the end of the block.
+    """Yield a hidden folder to write into, which becomes a checkpoint at the end of the block.
 
     If an exception leaves the block, nothing remains.
 
@@ -153,6 +153,7 @@ def find_checkpoints(output_dir: Path) -> Search:
 
 def _newest_first(output_dir: Path) -> list[Path]:
     paths = output_dir.iterdir() if output_dir.is_dir() else ()
+    # By number, since checkpoint-10 comes before checkpoint-9 by name.
     steps = {path: int(named[1]) for path in paths if (named := _NAME.fullmatch(path.name)) and path.is_dir()}
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 

@@ -34,7 +34,7 @@ _held: dict[int, Path] = {}  # the locks this process holds, by descriptor
 
 @contextmanager
 def run_lock(output_dir: Path) -> Generator[None, None, None]:
-    """Hold a folder during a block. A forked child neither holds the lock nor releases it.
+    """Lock a folder for the length of a block. A forked child neither holds the lock nor releases it.
 
     Args:
         output_dir: An existing folder.

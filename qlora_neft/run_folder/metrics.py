@@ -61,7 +61,7 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps({"step": step, **finite(logs)}, sort_keys=True) + "\n")
 
     def keep_up_to(self, step: int | None) -> None:
-        """Forget what was logged after a step, or all of it for None; a last line that was cut off goes as well."""
+        """Drop what was logged after a step, or everything for None, and a last line that was cut off."""
         if not self.path.exists():
             return
         # A resumed run takes the steps after its checkpoint again, and logs them again.

@@ -64,6 +64,7 @@ class Mirror:
             names: Files directly in the run's folder. Missing and hidden ones, such as the lock, are skipped.
         """
         with self._changed:
+            # A dict and not a set, because it keeps the order.
             self._files.update(dict.fromkeys(name for name in names if not name.startswith(".")))
             self._start()
 
@@ -192,8 +193,10 @@ def copy_tree(source: Path, folder: Path) -> None:
         OSError: If they cannot be copied, or the copy is not sound.
     """
     for name in files_in(source):
+        # Checkpoints may hold folders.
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
+    # Compared with the manifest that was copied along.
     if wrong := verify(folder):
         raise OSError(errno.EIO, f"the copy of a checkpoint is not sound: {'; '.join(wrong)}", str(source))
 

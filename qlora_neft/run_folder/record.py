@@ -61,6 +61,7 @@ class Record(BaseModel):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
+            # The first is enough: a damaged file is made anew or removed, not repaired.
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise UserInputError(f"{path}: is damaged at {place} ({first['msg']}). {remedy}") from error
@@ -273,10 +274,12 @@ def keep_measures(folder: str | Path, name: str, numbers: Mapping[str, Any]) -> 
     folder = Path(folder).expanduser()
     if not (folder / RECIPE_FILE).is_file():
         return
+    # JSON has no NaN: a number that could not be measured is absent.
     found = {key: value for key, value in numbers.items() if _is_number(value)}
     stored = read_record_if_there(folder / MEASURES_FILE, "Remove it to measure again.") or {}
     write_json(folder / MEASURES_FILE, {**stored, name: found})
 
 
 def _is_number(value: object) -> bool:
+    # bool is an int to Python.
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -202,7 +202,7 @@ def read_summary(output_dir: Path) -> dict[str, Any]:
 
 @contextmanager
 def claimed(output_dir: Path) -> Generator[None, None, None]:
-    """Hold a folder for this run alone. Folders made for it are removed again if nothing was written.
+    """Lock a folder for this run. Folders made for it are removed again if nothing was written.
 
     Raises:
         UserInputError: If another run is writing there, or the folder cannot be made.
@@ -236,7 +236,7 @@ def _check_writable(output_dir: Path) -> None:
 
 
 def disk_message(output_dir: Path) -> Callable[[str], str]:
-    """Return what makes the message for a run whose disk fails, from the cause."""
+    """Return a function that makes the message for a run whose disk fails, from the cause."""
 
     def message(cause: str) -> str:
         newest = find_checkpoints(output_dir).newest

@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether training was asked to stop, and since when. The first signal asks; a second one stops at once.
+    """A request to stop training, and when it was made. The first signal asks; a second one stops at once.
 
     Args:
         grace_seconds: Time to finish the step and write a checkpoint. A step that takes more than half of it is
@@ -45,7 +45,7 @@ class StopRequest:
         return self.requested and time.monotonic() - self._since > self.grace_seconds / 2
 
     def request(self, number: int) -> None:
-        """Take a signal.
+        """Handle a signal.
 
         Raises:
             KeyboardInterrupt: If it is the second one.
