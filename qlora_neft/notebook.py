@@ -152,13 +152,13 @@ def _show_command(words: list[str]) -> None:
 
 
 def _check(words: list[str], code: int) -> None:
-    """Raise what an exit code stands for."""
+    """Raise the error that an exit code stands for."""
     # A negative code is the signal that ended the process before it could end by itself.
     if code in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if code:
         kind = UserInputError if code == 2 else RunFailed
-        raise kind(f"qlora-neft {words[0]} ended with exit code {code}; why stands in the output above")
+        raise kind(f"qlora-neft {words[0]} ended with exit code {code}; the output above says why")
 
 
 # ---- In a process of its own ----
@@ -205,7 +205,7 @@ def _environment() -> dict[str, str]:
 
 
 class _Pipe(io.TextIOBase):
-    """Where a verb in the kernel prints: like the pipe of a process, it is no terminal and holds nothing back."""
+    """Output of a verb in the kernel: like the pipe of a process, it is not a terminal, and it is not buffered."""
 
     encoding = "utf-8"
 

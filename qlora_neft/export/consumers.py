@@ -345,7 +345,7 @@ CONSUMERS: dict[str, Callable[[Facts, Verdict], None]] = {
 
 
 def _only_matrices_fit(facts: Facts, verdict: Verdict, merge: str) -> None:
-    """Break what a LoRA GGUF cannot hold."""
+    """Refuse an adapter with parts that a LoRA GGUF cannot hold."""
     if facts.beyond_matrices:
         verdict.breaks(f"a LoRA GGUF holds the matrices A and B only, not {', '.join(facts.beyond_matrices)}", merge)
     # Head and embedding are one tensor in the GGUF, so this cannot be merged either: other advice than below.
@@ -357,7 +357,7 @@ def _only_matrices_fit(facts: Facts, verdict: Verdict, merge: str) -> None:
 
 
 def _base_can_be_loaded(facts: Facts, verdict: Verdict) -> None:
-    """Break an adapter whose recorded base is not here: PEFT and transformers load it by that name."""
+    """Refuse an adapter whose recorded base is missing here: PEFT and transformers load it by that name."""
     recorded = facts.recorded_base
     if not recorded:
         verdict.breaks("adapter_config.json names no base", "qlora-neft export writes the base's Hub id into it")

@@ -113,7 +113,7 @@ def _gated(
     shapes = {**_attention(keys, head_dim, "o_proj"), **_gated_mlp(keys)}
     linears = _in_blocks(keys, "model.layers", shapes, {"self_attn": attention_bias, "mlp": mlp_bias})
     # RMS norms have a weight and no bias. The norms of queries and keys have the width of one head, which all heads
-    # share; the last one stands after the blocks.
+    # share. One more norm follows the blocks.
     block = norms_per_block * keys.hidden_size + (2 * head_dim if head_norms else 0)
     return Parts(linears, keys.num_hidden_layers * block + keys.hidden_size, head_dim, keys.hidden_size)
 

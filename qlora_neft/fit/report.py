@@ -71,7 +71,7 @@ class FitReport(TypedDict):
 
 
 def plan_recipe(recipe: Recipe, vram: str | None = None) -> FitReport:
-    """Look up a recipe's base and a card, and report whether the one trains on the other; see `fit_report`.
+    """Look up a recipe's base and a card, and report whether the base trains on the card; see `fit_report`.
 
     Args:
         recipe: The recipe.

@@ -50,7 +50,7 @@ class Architecture:
         return bool(self.config.tie_word_embeddings)
 
     def namer(self) -> Callable[[str], str | None]:
-        """Return what gives GGUF's name of a weight by transformers' name, None if llama.cpp has no place for it."""
+        """Return a function from transformers' name of a weight to GGUF's, None where llama.cpp has no place for it."""
         gguf = gguf_library()
         # The library's own map of names, so that a GGUF written here names its tensors as llama.cpp's converter does.
         arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
@@ -131,7 +131,7 @@ def _check(config: Any, source: str) -> None:
 
 
 def notes_on(architecture: Architecture) -> list[str]:
-    """Say what llama.cpp does differently from transformers."""
+    """List where llama.cpp differs from transformers."""
     config = architecture.config
     window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
     if window and window < config.max_position_embeddings:
@@ -161,7 +161,7 @@ def add_hyper_parameters(writer: GGUFWriter, architecture: Architecture) -> None
 
 
 def rope_factors(architecture: Architecture) -> torch.Tensor | None:
-    """Return what llama.cpp divides each rotary frequency by, (head_dim / 2,); None to leave them as they are.
+    """Return llama.cpp's divisors of the rotary frequencies, (head_dim / 2,); None to leave them unchanged.
 
     Llama 3.1's rule: long waves are stretched by ``factor``, short ones left alone, with a ramp in between. It is
     transformers' ``_compute_llama3_parameters`` as divisors.

@@ -99,7 +99,7 @@ def write_gguf(
 
 @contextmanager
 def _new_file(path: Path) -> Generator[Path, None, None]:
-    """Give a draft to write to, which becomes ``path``; speak of OUT if it cannot."""
+    """Yield a draft to write to, which becomes ``path``; errors name OUT."""
     # Checked at once, not when the draft is renamed: a large model takes minutes to write.
     if path.exists():
         raise UserInputError(f"OUT: {str(path)!r} exists already. Name another file, or remove it.")

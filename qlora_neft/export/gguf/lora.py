@@ -31,7 +31,7 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
         dtype: ``f32`` (as trained), ``f16`` or ``bf16``.
 
     Returns:
-        What llama.cpp will do differently from PEFT; empty for most models.
+        Differences between llama.cpp and PEFT; empty for most models.
 
     Raises:
         UserInputError: If llama.cpp has no place for a part of the adapter.

@@ -33,7 +33,7 @@ def write_model_gguf(model_dir: Path, path: Path, dtype: str = "f16") -> list[st
         dtype: Dtype of matrices: ``f16``, ``bf16`` or ``f32``. Norms and biases are in f32.
 
     Returns:
-        What llama.cpp will do differently from transformers; empty for most models.
+        Differences between llama.cpp and transformers; empty for most models.
 
     Raises:
         UserInputError: If the model cannot be written exactly, or ``path`` cannot be written.

@@ -1,7 +1,8 @@
 """A Modelfile: how Ollama should prompt a model as it was trained, and decode as NEFTune's authors do.
 
-A chat template is Jinja, and Ollama's templates are Go's. It is translated by asking: conversations of marked contents
-show what the template writes around each role. The translation is used only if it gives the same text again.
+A chat template is Jinja, and Ollama's templates are Go's. It is translated by experiment: conversations with marked
+contents show what the template writes around each role. The translation is used only if it reproduces the template's
+text.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Modelfile:
 
     Attributes:
         text: Its content.
-        notes: What its reader has to know.
+        notes: Facts its reader must know.
     """
 
     text: str
@@ -126,7 +127,7 @@ def _modelfile(head: Sequence[str], prompts: Prompts, tokenizer: PreTrainedToken
 
 
 def _gets_another_begin_token(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a prompt has no begin token in training, but has one where the tokenizer's own habit decides."""
+    """Return whether the tokenizer puts a begin token before a prompt that had none in training."""
     ids = tokenizer("a")["input_ids"]
     return ids[0] == tokenizer.bos_token_id != prompts.ids([{"role": "user", "content": "a"}])[0]
 
@@ -165,7 +166,7 @@ class _Pieces:
 
     Attributes:
         default: Before a conversation without a system message.
-        around: By role, what stands before and after a content; without ``system`` if the template refuses one.
+        around: By role, the text before and after a content; without ``system`` if the template refuses one.
         opening: Before a response.
     """
 
@@ -221,7 +222,7 @@ def _pieces(prompts: Prompts) -> _Pieces | None:
 
 
 def _ends(end: str, to_answer: str) -> Iterator[tuple[str, str, str]]:
-    """Yield ways to cut what stands after the last request, given what stands before an answer."""
+    """Yield ways to cut the text after the last request, given the text before an answer."""
     # The longest end of a request first: a shorter one would put part of it into the opening.
     for cut in range(len(end), -1, -1):
         if to_answer.startswith(end[:cut]):
@@ -229,7 +230,7 @@ def _ends(end: str, to_answer: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _starts(start: str, to_request: str, end_of_turn: str | None) -> Iterator[tuple[str, str, str]]:
-    """Yield ways to cut what stands before the first request, given what stands between an answer and the next."""
+    """Yield ways to cut the text before the first request, given the text between an answer and the next request."""
     ways = [
         (start[:cut], start[cut:], to_request.removesuffix(start[cut:]))
         for cut in range(len(start) + 1)
@@ -240,7 +241,7 @@ def _starts(start: str, to_request: str, end_of_turn: str | None) -> Iterator[tu
 
 
 def _ask(prompts: Prompts, roles: str) -> list[str] | None:
-    """Return what stands around the marked contents of a conversation, None if the template refuses it."""
+    """Return the text around the marked contents of a conversation, None if the template refuses it."""
     contents = [f"content{number}of" for number in range(len(roles))]
     text = _written(prompts, [(_role(letter), content) for letter, content in zip(roles, contents, strict=True)])
     if text is None:

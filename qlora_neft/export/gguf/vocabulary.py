@@ -50,7 +50,7 @@ class Vocabulary:
         special: Ids by role.
         flags: ``add_bos_token``, ``add_eos_token``, ``add_space_prefix``.
         chat_template: Jinja, None without one.
-        notes: What llama.cpp does differently.
+        notes: Differences in llama.cpp.
     """
 
     model: str

@@ -114,7 +114,7 @@ def _datasets(recipe: Recipe | None) -> list[str]:
 
 
 def _results(training: Training, recipe: Recipe | None) -> list[EvalResult]:
-    """Return what was measured on held-out rows: after the run, or at the last evaluation before a checkpoint."""
+    """Return the measurements on held-out rows: after the run, or at the last evaluation before a checkpoint."""
     if recipe is None:
         return []
     after, latest = training.records.facts.after or {}, training.records.facts.latest or {}

@@ -34,7 +34,7 @@ class Place:
         repo_id: As the caller wrote it.
         endpoint: URL of the Hub.
         token: Never shown: `text` removes it from every message.
-        token_source: Where the token came from, in words.
+        token_source: Where the token came from, for messages.
         resume_command: Command that repeats the push.
     """
 

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     TEMPLATE_FILE,
 )
-# Keys of machine that concern only the author of a run.
+# Keys of the machine section that concern only the author of a run.
 AUTHORS_KEYS = ("mirror_dir", "push_to", "push_every")
 # Files written here, in which a local path is a leak. A tokenizer's vocabulary may hold "/home".
 SEARCHED_FOR_PATHS = (CARD, CONFIG, RECIPE, SUMMARY)
@@ -134,7 +134,7 @@ def public_recipe_text(recipe: Recipe) -> str:
 
 
 def uses_template_file(recipe: Recipe) -> bool:
-    """Return whether a recipe puts a Jinja file of the user's around the rows."""
+    """Return whether a recipe formats its rows with a Jinja file."""
     return any(is_template_file(source.prompt_template) for source in (recipe.data, *recipe.data.mixture))
 
 
@@ -179,7 +179,7 @@ def refuse_secrets(folder: Path, local_paths: Iterable[str]) -> None:
             )
         found = [local for local in local_paths if path.name in SEARCHED_FOR_PATHS and _names(content, local)]
         if found:
-            # A bug of ours, not of the user's: everything that writes these files leaves paths out.
+            # Our own bug, not the user's: everything that writes these files omits paths.
             raise RunFailed(
                 f"{path.name} would publish the path {found[0]!r}; nothing was written. Please report this."
             )

@@ -65,7 +65,7 @@ def push_folder(
     token: str | None = None,
     patience: Patience | None = None,
 ) -> Pushed:
-    """Bring a branch to hold a folder's files, by one commit or by none, and compare what is there afterwards.
+    """Make a branch hold a folder's files, by one commit or none, and compare its content afterwards.
 
     A missing repository or branch is created. In an existing one, files of the same names are replaced, files of `OURS`
     that the folder lacks are removed, and all others stay; it stays as private or public as it is.

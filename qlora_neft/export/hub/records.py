@@ -49,7 +49,7 @@ class Records:
         return not self.facts.model_fields_set
 
     def measured_noise(self) -> dict[str, float]:
-        """Return means over the logged steps of what the noise measured."""
+        """Return the measurements of the noise, averaged over the logged steps."""
         found = {}
         for key, name in MEANS.items():
             values = [entry[key] for entry in self.log if entry.get(key) is not None]

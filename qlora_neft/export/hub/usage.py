@@ -1,4 +1,4 @@
-"""How others use a published adapter: programs and commands to copy, each only if it holds for this adapter."""
+"""Ways to use a published adapter: code and commands to copy, only those that work for it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Snippet:
 
     Attributes:
         title: The program it is for.
-        note: What to know before, empty for nothing.
+        note: Shown before the code; may be empty.
         language: ``bash`` or ``python``.
         code: The text.
     """
@@ -92,7 +92,7 @@ def snippets(
     prompts: Prompts | None,
     eos_token_id: int | None,
 ) -> list[Snippet]:
-    """Return every way to use the adapter that holds for it.
+    """Return every way to use the adapter that works for it.
 
     Args:
         repo_id: Repository of the adapter.
@@ -158,7 +158,7 @@ def _vllm(repo_id: str, base: PublicBase, config: Mapping[str, Any]) -> list[Sni
 
 
 def _merged(repo_id: str, config: Mapping[str, Any]) -> list[Snippet]:
-    """Return the ways over a merged model; `qlora-neft merge` accepts plain LoRA only."""
+    """Return the ways that go through a merged model; `qlora-neft merge` accepts plain LoRA only."""
     if beyond_plain(config):
         return []
     whole_modules = config.get("modules_to_save")  # a LoRA GGUF has no place for them

@@ -1,4 +1,4 @@
-"""The story of a merge: an adapter and its base in; a plain model out, with proof that it is the trained one."""
+"""Merge an adapter and its base into a plain model, and prove that it is the trained one."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _write_companions(
     dtype: torch.dtype,
     quantization: BitsAndBytesConfig | None,
 ) -> None:
-    """Write what belongs beside the weights: configuration, generation settings, tokenizer with its chat template."""
+    """Write the files beside the weights: configuration, generation settings, tokenizer with its chat template."""
     config = read_json(base / "config.json")
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers before 4.56 reads torch_dtype only
     config |= {key: str(dtype).removeprefix("torch.")}
@@ -167,7 +167,7 @@ def _why(plan: Plan, evidence: Evidence, out: Path) -> str:
 
 @contextmanager
 def _draft_of(out: Path) -> Generator[Path, None, None]:
-    """Give a hidden folder beside OUT to write into; whatever ends the block early removes it.
+    """Yield a hidden folder beside OUT to write into; it is removed if the block ends early.
 
     Raises:
         UserInputError: If another merge into OUT is under way.
@@ -197,7 +197,7 @@ def _empty(draft: Path) -> None:
 
 
 def _disk_message(out: Path) -> Callable[[str], str]:
-    """Return what to say if the disk fails, given the cause."""
+    """Return a function from the cause of a disk failure to its message."""
 
     def message(cause: str) -> str:
         return f"{str(out)!r} cannot be written ({cause}); nothing is left of it. Free space or name another disk."
@@ -206,7 +206,7 @@ def _disk_message(out: Path) -> Callable[[str], str]:
 
 
 def _failed_place(out: Path) -> Path:
-    """Return where a merge is kept whose proof fails."""
+    """Return the place where a merge is kept if its proof fails."""
     return out.with_name(f"{out.name}.failed")
 
 

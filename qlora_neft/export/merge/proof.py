@@ -33,7 +33,7 @@ class ProofRows:
 
     Attributes:
         rows: Each with ``input_ids`` and ``labels``.
-        origin: Where they come from, in words.
+        origin: Where they come from, for messages.
     """
 
     rows: Rows
@@ -65,7 +65,7 @@ class Evidence:
         loss: Loss of the trained model, nats per token.
         num_rows: Rows it was measured on.
         num_tokens: Trained tokens in them.
-        origin: Where the rows come from, in words.
+        origin: Where the rows come from, for messages.
         streamed: Whether weights were fetched layer by layer, because the model does not fit in memory.
     """
 
@@ -108,7 +108,7 @@ def measure(
 
 
 def sized(num_bytes: int) -> str:
-    """Write a size as people do."""
+    """Format a size for people."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
@@ -127,7 +127,7 @@ def _trained(plan: Plan, rows: ProofRows, policy: PrecisionPolicy) -> tuple[Refe
 
 
 def _weights(plan: Plan, strategy: str, written: Path) -> Callable[[str], Tensor]:
-    """Return what gives a strategy's weights by name: the files for the written one, the merge for the others."""
+    """Return a function from name to weight: it reads the files of the written strategy, and merges for the others."""
     if strategy != plan.strategy:
         return lambda name: plan.merge.loaded(name, strategy, plan.dtype)
     files = Checkpoint(written, AutoConfig.from_pretrained(written, **NOT_RUN), str(written))

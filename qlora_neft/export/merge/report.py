@@ -117,7 +117,7 @@ def _record(distance: Distance) -> DistanceRecord:
 
 
 def lines(report: MergeReport, out: Path) -> list[str]:
-    """Write what is printed at the end of a merge that is done."""
+    """Return the lines printed at the end of a successful merge."""
     size = f"{report['dtype']}, {sized(report['bytes'])}"
     if report["proof"] is None:
         return [f"{out}: merged without proof ({size})"]
@@ -134,7 +134,7 @@ def lines(report: MergeReport, out: Path) -> list[str]:
 
 
 def _table(report: MergeReport, proof: ProofRecord) -> list[str]:
-    """Write the strategies' distances from the trained model."""
+    """Format the strategies' distances from the trained model."""
     rows = [["trained model", "0", "100%", f"{proof['reference_loss']:.4f}", ""]]
     for name, values in report["strategies"].items():
         mark = " <" if name == report["chosen"] else ""
