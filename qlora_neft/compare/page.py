@@ -186,25 +186,41 @@ def _memory(summary: RunSummary) -> str:
 # ---- Answers ----
 
 
-def samples(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Said:
+    """An answer, and a line on the model that gave it."""
+
+    who: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, its reference, and what models said, in the order of the page."""
+
+    prompt: str
+    reference: str
+    answers: list[Said]
+
+
+def samples(arms: Sequence[Arm]) -> list[Sample]:
     """Return the first prompts with their reference and the answers of the base and of each arm's first run.
 
-    Returns:
-        ``prompt``, ``reference`` and ``answers`` (``who``, ``text``) each. A run's answers before training come from
-        its ``run.json``, those after training from its ``answers.json``.
+    A run's answers before training come from its ``run.json``, those after training from its ``answers.json``.
     """
     firsts = [(arm.label, arm.runs[0]) for arm in arms]
-    found: dict[str, dict[str, Any]] = {}
+    # By prompt: runs with the same held-out rows answer the same ones.
+    found: dict[str, Sample] = {}
     for _, run in firsts:
         for answer in _before(run):
-            entry = found.setdefault(answer.prompt, {**_question(answer), "answers": []})
-            said = {"who": f"{run.recipe['model']['name_or_path']}, before training", "text": visible(answer.text)}
-            if said not in entry["answers"]:  # runs on one base begin with the same answers
-                entry["answers"].append(said)
+            answers = found.setdefault(answer.prompt, _sample(answer)).answers
+            said = Said(f"{run.recipe['model']['name_or_path']}, before training", visible(answer.text))
+            if said not in answers:  # runs on one base begin with the same answers
+                answers.append(said)
     for label, run in firsts:
         for answer in run.answers:
-            entry = found.setdefault(answer.prompt, {**_question(answer), "answers": []})
-            entry["answers"].append({"who": f"{label}, after (seed {run.seed})", "text": visible(answer.text)})
+            said = Said(f"{label}, after (seed {run.seed})", visible(answer.text))
+            found.setdefault(answer.prompt, _sample(answer)).answers.append(said)
     return list(found.values())[:MAX_PROMPTS]
 
 
@@ -213,8 +229,8 @@ def _before(run: RunRecord) -> list[SampleAnswer]:
     return (before.answers if before else None) or []
 
 
-def _question(answer: SampleAnswer) -> dict[str, str]:
-    return {"prompt": visible(answer.prompt), "reference": visible(answer.reference)}
+def _sample(answer: SampleAnswer) -> Sample:
+    return Sample(visible(answer.prompt), visible(answer.reference), [])
 
 
 def visible(text: str) -> str:

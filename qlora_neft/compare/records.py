@@ -105,7 +105,7 @@ class RunRecord:
     recipe: dict[str, Any]
     about: RunFile = field(default_factory=RunFile)
     summary: RunSummary | None = None
-    metrics: list[dict[str, Any]] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
     measures: dict[str, dict[str, float]] = field(default_factory=dict)
     answers: list[SampleAnswer] = field(default_factory=list)
 
@@ -214,7 +214,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _logged(path: Path) -> list[dict[str, Any]]:
+def _logged(path: Path) -> list[dict[str, float]]:
     """Read the numbers that were logged; the last line may be incomplete."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -225,7 +225,7 @@ def _logged(path: Path) -> list[dict[str, Any]]:
     return list(_parsed(text.splitlines()))
 
 
-def _parsed(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+def _parsed(lines: Iterable[str]) -> Iterable[dict[str, float]]:
     for line in lines:
         with suppress(ValueError, RecursionError):
             entry = json.loads(line)
