@@ -67,6 +67,7 @@ def _differs(key: str, settings: Sequence[dict[str, Any]]) -> bool:
 
 def arms_by(runs: Sequence[RunRecord], keys: Sequence[str]) -> list[Arm]:
     """Group runs by some keys of their recipes, in the order in which each group appears."""
+    # Keys by repr, as in _differs.
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(repr([run.settings.get(key) for key in keys]), []).append(run)
@@ -101,6 +102,7 @@ def baseline_of(arm: Arm, arms: Sequence[Arm], *, first: bool = False) -> Arm | 
             rest = {key: value for key, value in candidate.settings.items() if not key.startswith(NOISE)}
             if rest == others and is_without_noise(candidate):
                 return None if candidate is arm else candidate
+    # Not all sweeps are about noise: a sweep of learning rates is compared with its first.
     return arms[0] if first and arm is not arms[0] else None
 
 

@@ -111,7 +111,7 @@ MEASURES: dict[str, Callable[[Path], dict[str, float]]] = {
 
 
 def _machine(folder: Path) -> Machine:
-    stated = read_run(folder).recipe["machine"]
+    stated = read_run(folder).recipe["machine"]  # measured where and as it was trained
     rows = stated["per_device_eval_batch_size"]  # what is measured does not depend on it
     batch_size = ROWS_AT_A_TIME if rows == "auto" else rows
     return Machine(device=stated["device"], precision=stated["precision"], batch_size=batch_size)

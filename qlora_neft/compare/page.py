@@ -62,6 +62,7 @@ def page_content(folders: Sequence[Path]) -> dict[str, Any]:
     # A sweep says which keys it varies; among runs from anywhere the differing keys are found by comparing.
     sweep = read_sweep(folders[0]) if len(folders) == 1 else None
     arms = arms_by(runs, list(sweep.swept)) if sweep else arms_of(runs)
+    # In a sweep the first setting serves as baseline if none is without noise; among any runs none is singled out.
     results = results_of(arms, first=sweep is not None)
     has_several = len(arms) > 1
     shown = [measures_table(results), differences_table(results)] if has_several else []
@@ -129,7 +130,7 @@ def facts_table(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for key in dict.fromkeys(key for fact in facts for key in fact):
         values = {run.name: fact[key] for run, fact in zip(runs, facts, strict=True) if key in fact}
-        if len(set(values.values())) == 1:
+        if len(set(values.values())) == 1:  # a run that lacks the fact, unfinished, does not count against it
             rows.append((key, next(iter(values.values()))))
         else:
             rows += [(f"{key}, {name}", value) for name, value in values.items()]
@@ -251,7 +252,7 @@ def _environment(*, autoescape: bool) -> Environment:
 
 def _fenced(text: str) -> str:
     """Return a code block whose fence is longer than any in the text, so that the text cannot end it."""
-    ticks = "```"
+    ticks = "```"  # CommonMark: a fence ends only at one at least as long
     while ticks in text:
         ticks += "`"
     return f"{ticks}text\n{text}\n{ticks}"
@@ -360,6 +361,7 @@ def _chart(arms: Sequence[Arm], key: str, title: str, remark: str) -> Chart | No
         return None
     xs = [x for _, _, points in curves for x, _ in points]
     ys = [y for _, _, points in curves for _, y in points]
+    # Steps begin at 0, where the untrained model was measured; losses need no zero.
     x_range, y_range = (min(0.0, *xs), max(xs)), _padded(min(ys), max(ys))
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
@@ -385,5 +387,6 @@ def _share(value: float, span: tuple[float, float]) -> float:
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
+    # A flat curve is padded by its height, one at zero by half a unit: the range is never empty.
     pad = (high - low) * 0.05 or abs(high) * 0.05 or 0.5
     return low - pad, high + pad

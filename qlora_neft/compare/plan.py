@@ -249,6 +249,7 @@ def _planned(setting: dict[str, str], seed: int, recipe: Recipe, swept: Sequence
     last = [key.key.split(".")[-1] for key in swept]
     # A key goes by its last part, unless two swept keys end alike.
     short = {key.key: end if last.count(end) == 1 else key.key for key, end in zip(swept, last, strict=True)}
+    # Setting and seed are in the name, so that a folder tells what it holds.
     parts = "-".join(_plain(f"{short[key]}_{text}") for key, text in setting.items())
     name = f"{parts[:MAX_NAME]}-seed_{seed}"  # cut before the seed, which must stay; see _with_own_names
     mirror = recipe.machine.mirror_dir
@@ -269,6 +270,7 @@ def _without_repeats(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     Raises:
         UserInputError: If a value is named twice.
     """
+    # `exact` finds values named twice, a mistake; `kept` runs that train alike only because they add no noise.
     exact: dict[str, PlannedRun] = {}
     kept: dict[str, PlannedRun] = {}
     for run in runs:

@@ -236,6 +236,7 @@ class Processes:
 
 def _reason(lines: Sequence[str]) -> str:
     """Return the line that says why a run failed: its error message, or else the last line it printed."""
+    # A traceback's last line is its message; the prefixes are those of `one_run.main`.
     told = [line for line in lines if line.startswith(("error: ", "failed: ", "interrupted: "))]
     spoken = [line for line in lines if line.strip()]
     return (told or spoken or ["no output"])[-1]

@@ -130,6 +130,7 @@ class RunRecord:
         for measure, numbers in self.measures.items():
             found |= {f"{measure}.{name}": value for name, value in numbers.items()}
         found.pop("loss.held_out_loss", None)  # the same as the summary's
+        # Texts and nulls go: a measure is a number.
         numbers = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
 

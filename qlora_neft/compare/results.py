@@ -125,6 +125,7 @@ def best(arms: Sequence[Arm], measure: str = DECIDING) -> Best:
     label = name_of(measure).label
     if len(measured) < 2:
         return {"arm": None, "lowest": None, "sentence": f"{label}: measured in fewer than two arms"}
+    # Chosen by the mean over all its seeds, then compared over shared ones.
     lowest = min(measured, key=lambda arm: _mean(list(arm.values(measure).values())))
     others = [arm for arm in measured if arm is not lowest]
     # Bonferroni: the lowest of many arms is low by chance more often than one of two is.

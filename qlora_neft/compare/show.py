@@ -205,6 +205,7 @@ def _lines(arms: Sequence[Arm]) -> tuple[str | None, dict[str, list[tuple[float,
         return None, {"": [(float(i), i) for i in range(len(arms))]}
     lines: dict[str, list[tuple[float, int]]] = {}
     for i, arm in enumerate(arms):
+        # Further swept keys make further lines, so that a line varies in one key alone.
         rest = ", ".join(f"{k.split('.')[-1]} {show(v)}" for k, v in arm.settings.items() if k != key)
         lines.setdefault(rest, []).append((float(arm.settings[key]), i))
     return key, {name: sorted(line) for name, line in lines.items()}
@@ -214,6 +215,7 @@ def _values(panel: Axes, lines: dict[str, list[tuple[float, int]]], measure: Mea
     for i, (label, line) in enumerate(lines.items()):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
         found = [(x, measure["arms"][arm]) for x, arm in line if measure["arms"][arm]["values"]]
+        # Every seed as a faint point, over it the mean with its range.
         seeds = [(x, value) for x, row in found for value in row["values"].values()]
         if not found:
             continue

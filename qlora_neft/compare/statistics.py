@@ -61,6 +61,7 @@ def difference(values: Sequence[float], confidence: float = CONFIDENCE) -> Diffe
 
 def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Return Student's interval for the mean of two or more values."""
+    # ddof=1: the standard deviation is estimated from the same few values as the mean.
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
     half = t_quantile(0.5 + confidence / 2, len(values) - 1) * error
     return mean - half, mean + half

@@ -76,6 +76,7 @@ def sweep(
     # A signal that came when all was done changes nothing.
     if signal is not None and finished < len(names):
         raise RunInterrupted(signal, f"{state}. To continue from the checkpoints:\n  {command}")
+    # Only now: the others were to be trained first.
     failed = [outcome for outcome in outcomes if outcome.code]
     if failed:
         lines = [f"  {outcome.name}: {outcome.reason}" for outcome in failed]
@@ -153,6 +154,7 @@ def check_runs(plan: SweepPlan, output_dir: Path) -> DryRun:
     for planned in plan.runs:
         key = _key(planned)
         if key not in checked:
+            # A dry run prepares the data, which takes minutes: once for all runs that differ in noise or seed.
             checked[key] = run(planned.recipe, output_dir / planned.name, dry_run=True, quiet=True)
         steps, tokens = _size(planned, checked[key])
         state = _state(output_dir / planned.name)

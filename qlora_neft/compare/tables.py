@@ -108,6 +108,7 @@ def differences_table(results: Results) -> Table | None:
 
 def short_table(results: Results) -> Table:
     """Return a narrow table: every measure of every arm, and its difference with Student's interval."""
+    # A heading per measure, its arms indented below: no column repeats itself.
     rows: list[tuple[str, ...]] = []
     for key, measure in results["measures"].items():
         name = name_of(key)

@@ -95,6 +95,7 @@ def evaluate_adapter(
         UserInputError: If lm-eval is missing, a task is unknown, or the adapter cannot be loaded.
         RunFailed: If the data of a task cannot be read.
     """
+    # A missing extra, a wrong folder and an unknown task are told before a model is loaded.
     lm_eval = _import()
     folder = find_adapter(source, revision=revision, base=base)
     manager = _task_manager(tasks, include_path)
@@ -137,7 +138,7 @@ def _entry(task: str, key: str, results: Mapping[str, Mapping[str, Any]]) -> Ent
     metric, filter_name = key.split(",", 1)
     adapter = results["adapter"]
     samples = {side: _per_question(task, metric, filter_name, result) for side, result in results.items()}
-    leaves = _leaves(task, adapter)
+    leaves = _leaves(task, adapter)  # a group has no questions or shots of its own
     # Filled in the order of the JSON, where the base, which may not be measured, stands before the adapter.
     entry: dict[str, Any] = {
         "task": task,
@@ -187,6 +188,7 @@ def _leaves(task: str, result: Mapping[str, Any]) -> list[str]:
 def _per_question(task: str, metric: str, filter_name: str, result: Mapping[str, Any]) -> list[float]:
     """Return a metric's values in the order of questions; empty if it has none, or they are not numbers."""
     samples = [one for leaf in _leaves(task, result) for one in result["samples"].get(leaf, ())]
+    # lm-eval lists each question once per filter.
     values = [one.get(metric) for one in samples if one["filter"] == filter_name]
     return [float(value) for value in values] if all(isinstance(value, (int, float)) for value in values) else []
 
@@ -223,6 +225,7 @@ def _measured(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    # A loaded model is taken as it is; from a name lm-eval would load the base itself, in 16 bits.
     model = HFLM(pretrained=trained.model, tokenizer=trained.tokenizer, batch_size=batch_size)
     results = []
     for shots, names in _by_shots(tasks, num_fewshot).items():
@@ -248,7 +251,7 @@ def _by_shots(tasks: Sequence[str], num_fewshot: int | None) -> dict[int | None,
 @contextmanager
 def _quiet_lm_eval() -> Generator[None, None, None]:
     """Silence lm-eval's warnings about what is intended here: a loaded model, and other numbers of examples."""
-    logger = logging.getLogger("lm_eval")
+    logger = logging.getLogger("lm_eval")  # the parent of all its loggers
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -80,9 +80,9 @@ def losses_of_runs(
         sources: Folders of runs, or adapters of other origin, which have no data of their own.
         data: Further sets by name: local files or Hub ids, prepared as each run prepares its own.
         rows: Use only the first N sequences of each set; 0 for all.
-        machine: Where it is computed.
+        machine: Where to compute.
         overrides: Changes to the recipes, for data that has moved.
-        say: Told how far it is, and what is wrong with further data.
+        say: Called with progress messages, and with what is wrong with further data.
 
     Returns:
         An entry for each set; runs with the same rows and base share one.
@@ -124,6 +124,7 @@ def _sets(trained: Trained, data: Mapping[str, str], overrides: Sequence[str], s
     """Yield a run's own sets, then the others."""
     folder = trained.folder
     if folder.recipe is not None:
+        # An adapter of other origin has no recipe, and no rows of its own.
         own = recipe_data(folder, trained.tokenizer, overrides)
         yield _Set(TRAIN, own.train, own.report["train"]["sha256"])
         held_out = own.report["eval"]
@@ -160,7 +161,7 @@ def set_loss(trained: Trained, rows: Dataset, *, batch_size: int, progress: Prog
         trained: After `prepare_for_losses`.
         rows: ``input_ids`` and ``labels``, at least one row.
         batch_size: Sequences at a time.
-        progress: Told how many sequences are done, of how many.
+        progress: Called with how many sequences are done, and of how many.
     """
     total, tokens = 0.0, 0  # sums, not means of batches: batches differ in their trained tokens
     for losses in losses_by_row(trained, rows, batch_size=batch_size, progress=progress):
@@ -172,6 +173,7 @@ def losses_by_row(
     trained: Trained, rows: Dataset, *, batch_size: int, progress: Progress = no_progress
 ) -> Iterator[RowLosses]:
     """Yield the losses of a set's rows, `SLICE` of them at a time; arguments as in `set_loss`."""
+    # By slices: a whole training set as Python lists would take more memory than the model.
     for start in range(0, len(rows), SLICE):
         part = rows.select(range(start, min(start + SLICE, len(rows))))
         # Without the columns that only reports need; the model takes no others.
@@ -183,7 +185,7 @@ def losses_by_row(
 
 
 def _autocast(policy: PrecisionPolicy) -> AbstractContextManager[Any]:
-    """As in training."""
+    """Return the autocast of training, so that losses round as the run's own did."""
     if policy.amp == "no":
         return nullcontext()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[policy.amp]

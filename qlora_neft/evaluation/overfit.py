@@ -73,9 +73,9 @@ def overfit_of_runs(
         sources: Folders of runs.
         rows: Training rows of each.
         decoding: How tokens are chosen; the paper's are greedy.
-        machine: Where it is computed.
+        machine: Where to compute.
         overrides: Changes to the recipes, for data that has moved.
-        say: Told how far it is.
+        say: Called with progress messages.
 
     Returns:
         Results by source.
@@ -124,15 +124,16 @@ def measure_overfit(
         asked: Training rows, from `training_questions`; at least one.
         decoding: How tokens are chosen.
         batch_size: Prompts at a time.
-        progress: Told how many are answered, of how many.
+        progress: Called with how many are answered, and of how many.
     """
     # Answers come in the order of batches; a prompt that fills the context gets none and keeps the empty text.
     texts, prompts = [""] * len(asked), [question.prompt_ids for question in asked]
     for done, (i, text) in enumerate(answer_texts(trained, prompts, decoding, batch_size=batch_size), 1):
         texts[i] = text
+        # Once per batch: a line for each answer would only scroll.
         if done % batch_size == 0 or done == len(asked):
             progress(done, len(asked))
-    references = [question.reference for question in asked]
+    references = [question.reference for question in asked]  # the last response of each row, as it was trained
     scores = rouge_l(texts, references)
     answers = [Answer(question.prompt, question.reference, text) for question, text in zip(asked, texts, strict=True)]
     return Overfit(answers, sum(scores) / len(scores), bleu(texts, references))

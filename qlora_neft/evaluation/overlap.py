@@ -47,6 +47,7 @@ def bleu(texts: Sequence[str], references: Sequence[str]) -> float:
 
     Source: Papineni et al. 2002, BLEU: a Method for Automatic Evaluation of Machine Translation.
     """
+    # Of the corpus, as BLEU is defined: counts of n-grams are added over all answers before they are divided.
     return _libraries()[1].corpus_bleu(list(texts), [list(references)]).score
 
 

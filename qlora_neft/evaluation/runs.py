@@ -38,6 +38,7 @@ def folders_of(sources: Sequence[str], machine: Machine) -> list[AdapterFolder]:
     """
     if len(set(sources)) < len(sources):
         raise UserInputError("DIR: a folder is named twice. Name each once.")
+    # All of them first: a typo in the last name should not cost the hours that the others take.
     return [find_adapter(source, base=machine.base) for source in sources]
 
 

@@ -76,7 +76,7 @@ def measure_texts(texts: Sequence[str], chunk: int) -> TextMeasures:
         texts: At least one.
         chunk: Whitespace tokens at the beginning of each on which repetition is measured, at least 4.
     """
-    words = [text.split() for text in texts]
+    words = [text.split() for text in texts]  # tokens as the paper counts them: between white space
     # Repetition grows with length, so all outputs are compared on beginnings of one length (section 5.2).
     chunks = [found[:chunk] for found in words if len(found) >= chunk]
     rates = [{n: repetition(tokens, n) for n in SIZES} for tokens in chunks]
@@ -130,6 +130,7 @@ def log_diversity(repetitions: Mapping[int, float], *, scale: float = 100.0) -> 
     """
     # / 100 makes the percentages shares again, / scale is the paper's second division.
     diversity = math.prod(1 - percent / 100 / scale for percent in repetitions.values())
+    # The floor is exp(-20), so that the logarithm ends at MAX_LOG_DIVERSITY.
     return -math.log(max(1 - diversity, math.exp(-MAX_LOG_DIVERSITY)))
 
 

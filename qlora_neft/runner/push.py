@@ -36,7 +36,7 @@ class CheckpointPusher(TrainerCallback):
         repo_id: A repository on the Hub that has the branch `BRANCH`.
         every: Push every n-th checkpoint.
         export: What is published of a checkpoint.
-        say: Told once of each kind of failure, from the background thread.
+        say: Called once for each kind of failure, from the background thread.
         patience: How long one push keeps trying.
     """
 

@@ -44,8 +44,8 @@ def answer_instructions(
         decoding: How tokens are chosen.
         meta_prompt: Text appended to every instruction, as in the paper's Table 5; what is written and judged is the
             instruction alone.
-        machine: Where it is computed.
-        say: Told how far it is.
+        machine: Where to compute.
+        say: Called with progress messages.
 
     Returns:
         The file.
@@ -105,6 +105,7 @@ def answers_file(
     base = {"base": folder.own_base} if folder.own_base else {}
     asked = {"meta_prompt": meta_prompt} if meta_prompt else {}
     metadata = json.dumps({"adapter_sha256": digest, **base, **asked, **asdict(decoding)}, sort_keys=True)
+    # The file's order is that of the instructions, whatever the order of answering.
     order = [row["instruction"] for row in instructions]
     return RowsFile(path, "--output", order, {"metadata": metadata}, {"generator": generator})
 
@@ -128,13 +129,14 @@ def answer(
         decoding: How tokens are chosen.
         meta_prompt: Text appended to every instruction.
         batch_size: Prompts at a time.
-        progress: Told how many are answered, of how many.
+        progress: Called with how many are answered, and of how many.
 
     Returns:
         Instructions that fill the model's context; their output is empty.
     """
     asked = set(file.missing())
     rows = [row for row in instructions if row["instruction"] in asked]
+    # The meta-prompt is asked but not written: a judge must compare answers to the same instruction.
     texts = [f"{row['instruction']} {meta_prompt}" if meta_prompt else row["instruction"] for row in rows]
     prompts = [trained.prompts.ids([{"role": "user", "content": text}]) for text in texts]
     # Written batch by batch: hours of answers survive an interruption.

@@ -70,10 +70,11 @@ def read_instructions(path: str | Path | None) -> list[Instruction]:
     Raises:
         UserInputError: If there are none, or two are the same.
     """
+    # Downloaded once, to the Hub's cache.
     file = _from_hub() if path is None else Path(path)
     rows = _with_texts(read_rows(file, "--instructions"), ("instruction",), file, "--instructions")
     rows = [_joined(row) for row in rows]
-    _by_instruction(rows, file, "--instructions")
+    _by_instruction(rows, file, "--instructions")  # after joining: Alpaca repeats instructions with other inputs
     return cast("list[Instruction]", rows)
 
 
@@ -195,7 +196,7 @@ def _joined(row: dict[str, Any]) -> dict[str, Any]:
 
 def _by_instruction(rows: Sequence[dict[str, Any]], path: Path, key: str) -> dict[str, dict[str, Any]]:
     """Index rows by their instruction; one that occurs twice is refused."""
-    found = {row["instruction"]: row for row in rows}
+    found = {row["instruction"]: row for row in rows}  # the instruction is what AlpacaEval joins files by
     if len(found) < len(rows):
         raise UserInputError(f"{key}: {str(path)!r} has {len(rows) - len(found)} instructions twice; each must differ.")
     return found

@@ -32,7 +32,7 @@ def check_judging(judge: str, reference: Path | None = None, instructions: Path 
     Raises:
         UserInputError: If there is no such judge, or no reference answers.
     """
-    _references(reference, instructions)
+    _references(reference, instructions)  # read for its errors alone
     if judge == PROGRAM:
         find_program()
     else:
@@ -59,7 +59,7 @@ def judge_outputs(
         annotator: The package's annotator.
         instructions: As in `read_instructions`.
         machine: Where a local judge is computed.
-        say: Told how far it is.
+        say: Called with progress messages.
 
     Returns:
         The score, with the file of the annotations.
@@ -76,6 +76,7 @@ def judge_outputs(
         annotations, machine = outputs.with_name(f"{outputs.stem}.annotations.json"), machine or Machine()
         model = load_judge(judge, device=machine.device, precision=machine.precision)
         found = annotate(model, rows, references, annotations, progress=progress_of(say, "verdicts"))
+        # Told, since these pairs are missing from the win rate.
         too_long = sum(row["preference"] is None for row in found)
         if too_long:
             say(f"{too_long} pairs do not fit the judge's context and have no verdict")

@@ -55,7 +55,7 @@ class Judge:
         preference for a letter or a place cancels, and equal answers give 1.5.
         """
         first = self._share_of_b(instruction, output_1, output_2)
-        second = self._share_of_b(instruction, output_2, output_1)
+        second = self._share_of_b(instruction, output_2, output_1)  # now B is output_1
         return None if first is None or second is None else 1 + (first + 1 - second) / 2
 
     def _share_of_b(self, instruction: str, a: str, b: str) -> float | None:
@@ -65,6 +65,7 @@ class Judge:
         asked, letters = (asked + PLAIN_LEAD, PLAIN_LETTERS) if plain else (asked, LETTERS)
         ids, pair = self._ids(asked, letters)
         model = cast("Any", self.model)  # a PreTrainedModel, or a PEFT model that forwards its attributes
+        # A multimodal model keeps its context length in the text part of its configuration.
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None and len(ids) > context:
             return None
@@ -108,6 +109,7 @@ def load_judge(source: str, *, device: str = "auto", precision: str = "auto") ->
     """
     if (Path(source).expanduser() / CONFIG).is_file():
         trained = load_trained(source, device=device, precision=precision)
+        # A model trained here can judge too, asked in the template of its training.
         return Judge(source, trained.model, trained.tokenizer, trained.prompts)
     policy = resolve_precision(precision, device)
     with _named():
@@ -140,7 +142,7 @@ def annotate(
         outputs: The model's answers.
         references: The reference model's answers.
         path: Where the annotations are written, and found again.
-        progress: Told how many are judged, of how many.
+        progress: Called with how many are judged, and of how many.
 
     Raises:
         UserInputError: If an instruction has no reference, or ``path`` holds another judge's annotations.

@@ -125,6 +125,7 @@ def score(annotations: Sequence[Annotation], outputs: Sequence[Output] | None = 
         UserInputError: If none of the outputs was annotated, or no preference is usable.
     """
     texts = [row["output_2"] for row in annotations] if outputs is None else [row["output"] for row in outputs]
+    # By output as well: annotations of earlier answers to the same instructions do not count for these.
     judged = {(row["instruction"], row["output_2"]) for row in annotations}
     others = sum((row["instruction"], row["output"]) not in judged for row in outputs or ())
     if outputs is not None and others == len(outputs):
@@ -176,4 +177,5 @@ def _score(preference: float | None) -> float | None:
         return None
     if preference == OLD_TIE:
         preference = TIE
+    # NaN fails both comparisons.
     return preference - 1 if 1 <= preference <= 2 else None

@@ -95,7 +95,7 @@ def embedding_noise_report(
         seed: Seed of the noise.
         distribution: ``uniform`` or ``gaussian``.
         spell: Gives a token id's text, to name the tokens that flip.
-        say: Told what is being done.
+        say: Called with what is being done.
     """
     say = say or (lambda text: None)
     flips: list[FlipsEntry] = []
@@ -263,6 +263,7 @@ def _draw_flips(report: EmbeddingNoise, axes: Any) -> None:
     lines: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for entry in report["flips"]:
         lines.setdefault((entry["over"], entry["length"]), []).append((entry["alpha"], 100 * entry["share"]))
+    # One line for each L; the data's own lengths are drawn apart, in black.
     for i, ((over, length), points) in enumerate(lines.items()):
         is_data = over == "data"
         label = f"data, own L (median {length})" if is_data else f"vocabulary, L = {length}"
@@ -276,6 +277,7 @@ def _draw_flips(report: EmbeddingNoise, axes: Any) -> None:
 def _draw_spectrum(report: EmbeddingNoise, axes: Any) -> None:
     for i, entry in enumerate(report["singular_values"]):
         values = entry["cosine"]
+        # i - 1: the first entry is the one without noise.
         color = "black" if entry["length"] is None else COLORS[(i - 1) % len(COLORS)]
         label = "no noise" if entry["length"] is None else _label(entry)
         axes.plot(range(1, len(values) + 1), values, color=color, label=label, linewidth=1.6)

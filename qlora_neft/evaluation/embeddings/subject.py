@@ -58,7 +58,7 @@ def report_on(
         whole_vocabulary: Measure it even without ``lengths``; without data it is always measured.
         rows: Maximum number of training sequences to measure, drawn at random by the recipe's seed.
         device: ``auto``, ``cpu`` or ``cuda``.
-        say: Told what is being done.
+        say: Called with what is being done.
 
     Raises:
         UserInputError: If model, recipe or data cannot be read.
@@ -104,6 +104,7 @@ def find_subject(source: str, overrides: Sequence[str] = ()) -> Subject:
         return _model(source, None, overrides)
     if not folder.is_dir():
         return _of_recipe(load_recipe(source, overrides))
+    # A run's folder also holds an adapter, so its recipe is looked for first.
     for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
         if (place / RECIPE).is_file():
             return _of_recipe(load_recipe(place / RECIPE, overrides))
@@ -140,6 +141,7 @@ def _sequences(subject: Subject, tokenizer: Any, rows: int) -> list[Tensor]:
     # Drawn, not the first: files are often sorted, and L matters here.
     order = np.random.default_rng(subject.recipe.train.seed).permutation(len(train))[:rows]
     sequences = [torch.tensor(ids) for ids in train.select(order)["input_ids"]]
+    # A tokenizer with more tokens than the embedding has rows would fail deep inside the search.
     config = check_base_config(subject.model, revision=subject.revision)
     check_vocabulary(config, max(int(ids.max()) for ids in sequences))
     return sequences
