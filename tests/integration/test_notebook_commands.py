@@ -153,7 +153,7 @@ def test_what_would_keep_memory_of_a_gpu_has_its_own_process(monkeypatch):
 
 @pytest.mark.parametrize("call", [command, output_of])
 def test_a_wrong_word_ends_the_cell_with_the_message_shown(call, capsys):
-    with pytest.raises(UserInputError, match="qlora-neft fit ended with exit code 2; why"):
+    with pytest.raises(UserInputError, match="qlora-neft fit ended with exit code 2; the output above says why"):
         call("fit", "demo", "lora.rank=8")
     assert "lora.rank" in capsys.readouterr().out
 
@@ -162,7 +162,7 @@ def test_a_command_that_fails_ends_the_cell(llama, tmp_path, capsys):
     config = {"peft_type": "LORA", "use_dora": True, "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(llama)}))
     save_file({"q_proj.lora_A.weight": np.zeros((4, 64), np.float32)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(RunFailed, match="qlora-neft check ended with exit code 1; why"):
+    with pytest.raises(RunFailed, match="qlora-neft check ended with exit code 1; the output above says why"):
         command("check", tmp_path, "--for", "vllm")
     assert "breaks" in capsys.readouterr().out
 
