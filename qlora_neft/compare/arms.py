@@ -29,7 +29,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """Its settings, each key without its section; without noise, the kind of noise is left out."""
+        """The arm's settings, each key without its section; without noise, the kind of noise is left out."""
         told = self.settings
         if ALPHA in told and is_without_noise(self):  # "alpha 0, gaussian" would speak of noise that is not there
             told = {key: value for key, value in told.items() if key == ALPHA or not key.startswith(NOISE)}

@@ -1,4 +1,4 @@
-"""The story of a sweep: plan in, every run trained, results out; the same call goes on where an earlier one ended."""
+"""The story of a sweep: plan in, every run trained, results out; the same call continues where an earlier one ended."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..generation.answers import Answer, Question, exact_match, greedy_answers, questions
 from ..trainer import QLoRANeftTrainer
@@ -30,9 +29,9 @@ class Measurement:
     held_out_loss: float | None = None
     answers: list[Answer] = field(default_factory=list)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, float]:
         """Return the losses, and the share of exact answers if there are enough for a score."""
-        found: dict[str, Any] = {"clean_train_loss": self.clean_train_loss}
+        found: dict[str, float] = {"clean_train_loss": self.clean_train_loss}
         if self.held_out_loss is not None:
             found["held_out_loss"] = self.held_out_loss
         # One answer of three is 33%, which says nothing.

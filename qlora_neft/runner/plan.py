@@ -257,12 +257,12 @@ def num_processes() -> int:
 
 
 def is_main_process() -> bool:
-    """Tell whether this process writes and speaks for all."""
+    """Return whether this process writes and speaks for all."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def uses_fsdp() -> bool:
-    """Tell whether ``accelerate launch`` asks for fully sharded data parallelism."""
+    """Return whether ``accelerate launch`` asks for fully sharded data parallelism."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
 
 

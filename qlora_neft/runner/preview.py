@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from rich.console import Console
 
@@ -23,6 +23,13 @@ from .plan import plan_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class TextPiece(TypedDict):
+    """Text of neighboring tokens that are all trained, or all not."""
+
+    text: str
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,9 @@ def _title(row: dict[str, Any], sources: Sequence[SourceFacts]) -> str:
     return f"row {row['row']}{source}: {len(row['input_ids'])} tokens, {trained} trained"
 
 
-def _pieces(views: Sequence[TokenView]) -> list[dict[str, Any]]:
+def _pieces(views: Sequence[TokenView]) -> list[TextPiece]:
     """Join neighboring tokens of one kind."""
-    pieces: list[dict[str, Any]] = []
+    pieces: list[TextPiece] = []
     for view in views:
         if pieces and pieces[-1]["trained"] == view.trained:
             pieces[-1]["text"] += view.text

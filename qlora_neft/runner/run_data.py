@@ -103,7 +103,7 @@ def _own_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Datas
     data = recipe.data
     if data.eval_fraction is not None:
         found = data_of(recipe, tokenizer, refuse=False).eval
-        assert found is not None  # a share of the rows is held out, be it none of them
+        assert found is not None  # a dataset even if the share comes to no row
         return found, f"held-out rows of {data.path}"
     if not data.has_eval_rows:
         return data_of(recipe, tokenizer, refuse=False).train, f"training rows of {data.path}, none are held out"

@@ -69,7 +69,7 @@ class Score:
         }
         return found if self.annotations is None else {**found, "annotations": str(self.annotations)}
 
-    def measures(self) -> dict[str, Any]:
+    def measures(self) -> dict[str, float | None]:
         """Return what a run keeps of it in ``measures.json``."""
         return {
             "alpaca_win_rate": self.rate.win_rate,

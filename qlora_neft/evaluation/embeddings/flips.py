@@ -92,7 +92,7 @@ def token_flips(
         alphas: Noise strengths, each >= 0.
         seed: Seed of the noise.
         distribution: ``uniform`` or ``gaussian``.
-        max_tokens: Count only the first so many tokens; the others only fill the last sequence.
+        max_tokens: Count only the first N tokens; the others only fill the last sequence.
         gaps: From `gaps_of`, to share among several calls with one table.
     """
     gaps = gaps_of(table, sequences) if gaps is None else gaps
