@@ -197,6 +197,7 @@ def read_json_lines(path: Path) -> list[Any]:
         OSError: If it cannot be read.
         ValueError: If it is not UTF-8, or a line is not JSON.
     """
+    # splitlines() also splits at U+2028 and the like, which json.dumps escapes unless told not to.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

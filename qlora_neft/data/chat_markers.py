@@ -78,6 +78,7 @@ def read_marks(marked: str) -> tuple[str, list[Marker]]:
     """Return a rendering without its markers, and the markers in the order of the text."""
     markers = []
     for number, found in enumerate(MARKER.finditer(marked)):
+        # Two characters to a message: the even one begins a string, the odd one ends it.
         owner, is_end = divmod(ord(found.group()) - FIRST, 2)
         markers.append(Marker(found.start() - number, owner, not is_end))  # the text loses those before it too
     return MARKER.sub("", marked), markers

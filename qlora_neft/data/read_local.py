@@ -132,6 +132,7 @@ def _json_row(number: int, place: str, value: Any) -> Row:
 
 
 def _is_too_deep(row: dict[str, Any]) -> bool:
+    # Level by level: recursion would fail on just the rows that are looked for.
     level: list[Any] = [row]
     for _ in range(DEEPEST_ROW):
         inner = chain.from_iterable(outer.values() if isinstance(outer, dict) else outer for outer in level)

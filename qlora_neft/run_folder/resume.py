@@ -219,6 +219,7 @@ def claimed(output_dir: Path) -> Generator[None, None, None]:
 
 def _make(output_dir: Path) -> list[Path]:
     """Make a folder and return those that had to be made for it, innermost first."""
+    # Innermost first, the order in which they can be removed again.
     missing = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -110,6 +110,7 @@ class WhenToSave(TrainerCallback):
             control.should_training_stop, control.should_evaluate = True, False
             if self.stop is not None:
                 self.stop.agree(number)  # otherwise a rank without a signal would take the run for finished
+        # What the trainer's own schedule asked for stays.
         control.should_save = bool(control.should_save or number or due)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
