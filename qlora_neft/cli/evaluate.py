@@ -111,6 +111,8 @@ def text(
 
 def _is_model(name: str) -> bool:
     """Whether a source is a folder or a Hub id; anything else is a file of outputs."""
+    # A name that ends like a file is one, even if it is missing: it is then reported as a file, not looked up on the
+    # Hub.
     is_hub_id = kind_of(name, suffixes=OUTPUT_SUFFIXES) == "hub" and "/" in name
     return is_hub_id or Path(name).expanduser().is_dir()
 

@@ -268,6 +268,7 @@ def _remarked(answers: Iterator[Replies], reasons: set[str]) -> Iterator[Replies
 
 def _fail_if_unanswered(reasons: set[str]) -> None:
     """End with exit code 1 if no prompt left room for an answer; a script would take the empty text for one."""
+    # All of them: with several prompts, those that were answered are a result.
     if reasons == {"no room"}:
         raise typer.Exit(1)
 
@@ -284,5 +285,6 @@ def _named(option: str) -> Generator[None, None, None]:
     """Prefix errors of the block with the option they are about."""
     try:
         yield
+    # The error speaks of the text, and a user looks for the option.
     except UserInputError as error:
         raise UserInputError(f"{option}: {error}") from error

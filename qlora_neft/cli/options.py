@@ -121,6 +121,7 @@ def decoding_of(
     # Only what was given, so that the defaults of `Decoding` are stated once, there.
     given: dict[str, Any] = {name: value for name, value in drawing.items() if value is not None}
     if given and not sample:
+        # Refused rather than ignored: an answer without the temperature that was asked for looks like one with it.
         unused = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise UserInputError(f"{unused}: no effect without --sample. Add it, or omit {unused}.")
     with imports_that_stay():
