@@ -61,7 +61,7 @@ class Shared(TypedDict):
 
 
 class Pairing(Shared):
-    """What an arm and the one it is compared with share."""
+    """The keys shared by an arm and the arm it is compared with."""
 
     arm: str
     to: str
