@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import RunFailed
+from ..fused.under_way import UnderWay
 from ..noise.freelb import Perturbation
 from ..noise.neftune import NEFTuneNoise, NoiseStatistics, alpha_at, expected_norm, lookup_scale, noisy_embeddings
 from ..noise.streams import keyed_rng, stream_key
@@ -45,6 +46,7 @@ class StepTrainer(CheckpointedTrainer):
 
     Attributes:
         say: Called with every decision taken during training, one line each.
+        under_way: The micro-batch of the pass under way.
     """
 
     say: Callable[[str], None] = staticmethod(logging.getLogger(__name__).warning)
@@ -58,6 +60,7 @@ class StepTrainer(CheckpointedTrainer):
         # Upstream's own hook stays off: it scales by the padded width (huggingface/transformers#34659).
         self.neftune_noise_alpha = None
         self.loss_is_scaled_for_ga = True  # every micro-batch is divided by the tokens of the whole step
+        self.under_way = UnderWay()
         self._steps: StepSampler | None = None
         self._loss_is_finite = True
         self._noise_statistics = NoiseStatistics()
@@ -129,9 +132,11 @@ class StepTrainer(CheckpointedTrainer):
             number: Index of the pass over it.
         """
         dropout = stream_key("dropout", self.args.seed, self.state.global_step, self.args.process_index, index)
+        spans = None if micro.spans is None else [span.shifted(first_ordinal) for span in micro.spans]
+        under_way = self.under_way.of(spans, self.args.seed, self.state.global_step)
         noise = self._noise_of_pass(micro, first_ordinal, number)
         # The embedding runs outside the checkpointed blocks: recomputing activations draws no noise a second time.
-        with noisy_embeddings(self._embedding(), noise), keyed_rng(dropout, self.args.device):
+        with under_way, noisy_embeddings(self._embedding(), noise), keyed_rng(dropout, self.args.device):
             yield
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ LAYERS = (
     {"files", "paths", "steps"},
     {"noise", "recipe"},
     {"base", "data", "display", "run_folder"},
-    {"adapter", "fit"},
+    {"adapter", "fit", "fused"},
     {"export", "generation", "trainer"},
     {"runner"},
     {"evaluation"},
