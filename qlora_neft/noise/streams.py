@@ -5,7 +5,8 @@ Noise is drawn by Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: a
 are computed with tensor operations. torch's own generators give other numbers on a CPU than on a GPU, and may give
 others on another GPU; then where a run happens would change what it learns.
 
-Dropout is torch's and cannot be drawn that way: its global generators are seeded by a key for the length of a block.
+The adapters' dropout is drawn the same way (`qlora_neft.fused.masks`). A base model's own dropout is torch's and cannot
+be: its global generators are seeded by a key for the length of a block.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 
 Key = tuple[int, int]
+Stream = tuple[int, int, int]  # the upper three words of a counter; its first word counts blocks
 
 ROUNDS = 10
 FLOATS_PER_BLOCK = 8  # 256 bits, 32 for each
+SIXTEENS_PER_BLOCK = 16
 FLOATS_AT_ONCE = 2**22  # by tensor operations; about 16 int64 words of scratch for every 8 of them: 64 MiB
 _LOW = 0xFFFFFFFF
 # Multipliers and Weyl constants of Philox4x64, as signed 64-bit integers where torch needs them.
@@ -82,6 +85,40 @@ def uniform_by_tensors(counts: Sequence[int], keys: Sequence[Key], device: torch
     return [row[:count] for row, count in zip(rows, counts, strict=True)]
 
 
+def sixteens(count: int, key: Key, stream: Stream) -> np.ndarray:
+    """Draw integers of 16 random bits by NumPy.
+
+    Args:
+        count: How many, a multiple of 16.
+        key: Two integers in [0, 2**64).
+        stream: The upper three words of the counter; blocks count from 1 in the first.
+
+    Returns:
+        uint16 (count,), the four of each 64-bit word from its low bits up.
+    """
+    bits = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=np.array((0, *stream), dtype=np.uint64))
+    return bits.random_raw(count // 4).astype("<u8", copy=False).view("<u2")
+
+
+def sixteens_by_tensors(counter: Tensor, key: tuple[int | Tensor, int | Tensor], stream: Stream) -> Tensor:
+    """Compute what `sixteens` draws, by integer tensor operations on any device.
+
+    Args:
+        counter: First words of the counters, int64 of any shape.
+        key: Two words, integers or int64 tensors that broadcast with ``counter``.
+        stream: The upper three words.
+
+    Returns:
+        int64 (..., 16), one row for each counter.
+    """
+    k0, k1 = (
+        torch.full_like(counter, _signed(k)) if isinstance(k, int) else k.expand_as(counter).contiguous() for k in key
+    )
+    words = torch.stack(_philox(counter, k0, k1, stream), dim=-1)  # (..., 4)
+    shifts = torch.arange(0, 64, 16, device=counter.device)
+    return ((words[..., None] >> shifts) & 0xFFFF).flatten(-2)
+
+
 def _parts(counts: Sequence[int]) -> Iterator[slice]:
     """Yield runs of neighbors whose scratch memory stays bounded: few kernel launches, and no burst of memory."""
     start, size = 0, 0
@@ -95,8 +132,10 @@ def _parts(counts: Sequence[int]) -> Iterator[slice]:
         yield slice(start, len(counts))
 
 
-def _philox(counter: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    a, b, c, d = counter, torch.zeros_like(counter), torch.zeros_like(counter), torch.zeros_like(counter)
+def _philox(
+    counter: Tensor, k0: Tensor, k1: Tensor, stream: Stream = (0, 0, 0)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, (b, c, d) = counter, (torch.full_like(counter, _signed(word)) for word in stream)
     for _ in range(ROUNDS):
         # One round: each product's low word passes on, its high word is mixed with a neighbor and the key;
         # then the key is bumped by the Weyl constants.

@@ -74,6 +74,7 @@ class StepTrainer(CheckpointedTrainer):
     ) -> Tensor:
         """Run forward and backward through the micro-batches of one optimizer step; return the step's loss."""
         step = inputs if isinstance(inputs, StepBatch) else StepBatch.of(inputs)
+        self.under_way.passes += 1
         # Once a run: a resumed one passed it in its first session.
         if self.tokens_seen == 0:
             check_labels(step, self.processing_class)
@@ -133,7 +134,8 @@ class StepTrainer(CheckpointedTrainer):
         """
         dropout = stream_key("dropout", self.args.seed, self.state.global_step, self.args.process_index, index)
         spans = None if micro.spans is None else [span.shifted(first_ordinal) for span in micro.spans]
-        under_way = self.under_way.of(spans, self.args.seed, self.state.global_step)
+        shape = micro.inputs["input_ids"].shape  # (B, T)
+        under_way = self.under_way.of(spans, shape, self.args.seed, self.state.global_step)
         noise = self._noise_of_pass(micro, first_ordinal, number)
         # The embedding runs outside the checkpointed blocks: recomputing activations draws no noise a second time.
         with under_way, noisy_embeddings(self._embedding(), noise), keyed_rng(dropout, self.args.device):
