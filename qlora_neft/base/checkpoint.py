@@ -22,6 +22,7 @@ from ..files import write_json
 from .config import check_base_config
 from .model_files import INDEX, SINGLE, file_in, file_on_hub, tensor_files
 from .nf4 import from_nf4
+from .text_part import CausalModel, causal_model
 
 STATE = ".quant_state.bitsandbytes__nf4"  # follows the name of a weight stored in NF4
 
@@ -29,10 +30,13 @@ STATE = ".quant_state.bitsandbytes__nf4"  # follows the name of a weight stored 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model of a configuration without weights: parameters on the meta device, buffers computed."""
     config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    # Of a text part that a checkpoint stores quantized, both configurations say so.
+    for one in (config, config.get_text_config()):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+    causal = causal_model(config) or CausalModel(AutoModelForCausalLM, config)  # else one that brings its own code
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return causal.build(dtype=torch.float32).eval()
 
 
 class Checkpoint:
@@ -66,6 +70,8 @@ class Checkpoint:
             if not (folder / name).is_file():
                 raise _missing(source, name)
         self.model = skeleton(config)
+        causal = causal_model(config)
+        self._key_mapping = dict(causal.key_mapping) if causal else {}
         # remove_duplicate=False: tied parameters under each of their names.
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
         self.key_of = self._names()
@@ -77,6 +83,18 @@ class Checkpoint:
         # Reversed, so that of tied parameters the first in the model's order keeps the key.
         stored = {key: name for name, key in reversed(self.key_of.items())}
         return {name: key for name, key in self.key_of.items() if stored[key] == name}
+
+    def others(self) -> list[str]:
+        """Return the stored tensors that are no part of the model, by their names in the files: towers, say."""
+        own = set(self.key_of.values())
+        # The constants of a weight in NF4 belong to it.
+        parts = {f"{self.key_of[name]}." for name in self.stored_nf4}
+        return [key for key in self._file_of if key not in own and not key.startswith(tuple(parts))]
+
+    def other(self, key: str) -> Tensor:
+        """Read a tensor of `others`, in the dtype it is stored in."""
+        with self._opened(key) as file:
+            return file.get_tensor(key)
 
     def weight(self, name: str) -> Tensor:
         """Read a parameter as it is loaded: in ``dtype``; one stored in NF4 is dequantized to float32."""
@@ -111,7 +129,7 @@ class Checkpoint:
 
     def _names(self) -> dict[str, str]:
         """Match parameters with stored tensors by the rules that transformers loads with."""
-        transforms = get_model_conversion_mapping(self.model)
+        transforms = get_model_conversion_mapping(self.model, self._key_mapping)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         state, found = self.model.state_dict(), {}
@@ -242,10 +260,10 @@ def _name_and_shape(name_or_path: str, revision: str | None) -> tuple[str, torch
     """Return name and shape of the embedding in this architecture; the model is built without memory for weights."""
     config = check_base_config(name_or_path, **({"revision": revision} if revision else {}))
     # Names differ between architectures, so the model itself is asked.
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = skeleton(config)
     weight = model.get_input_embeddings().weight
-    return next(name for name, param in model.named_parameters() if param is weight), weight.shape
+    name, table = next((name, param) for name, param in model.named_parameters() if param is weight)
+    return name, table.shape
 
 
 def _stored_name(name: str, files: Mapping[str, str], source: str) -> str:

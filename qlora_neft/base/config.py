@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..errors import UserInputError, first_line
 from ..paths import kind_of
+from .text_part import CausalModel, causal_model
 
 # Passed explicitly to every load: without it transformers asks at a terminal, and a "y" runs the code.
 NOT_RUN = {"trust_remote_code": False}
+ENCODERS = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES)  # model types made to fill in masked tokens
+_CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def check_base_config(name_or_path: str, **kwargs: Any) -> PreTrainedConfig:
@@ -36,18 +39,18 @@ def check_base_config(name_or_path: str, **kwargs: Any) -> PreTrainedConfig:
         "directory with a config.json."
     )
     config = read_config(name_or_path, refusal, **kwargs)
-    architectures = config.architectures or []
-    is_built_in = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    causal = causal_model(config)
     brings_its_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     # A repository may bring code for a model that transformers has too; then its code is not needed.
-    if brings_its_code and not is_built_in and not kwargs.get("trust_remote_code"):
+    if brings_its_code and causal is None and not kwargs.get("trust_remote_code"):
         raise _needs_its_own_code(name_or_path)
-    if not _is_causal(config, architectures, is_built_in=is_built_in, brings_its_code=brings_its_code):
+    if not brings_its_code and (why := _why_not_causal(config, causal)):
         raise UserInputError(
-            f"model.name_or_path: must be a causal language model, {name_or_path!r} is "
-            f"{', '.join(architectures) or config.model_type}. Choose a decoder such as Llama, Mistral, Qwen or Gemma."
+            f"model.name_or_path: must be a causal language model, {name_or_path!r} is {why}. Choose a decoder such as "
+            "Llama, Mistral, Qwen or Gemma."
         )
-    _check_stored_quantization(name_or_path, getattr(config, "quantization_config", None))
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        _check_stored_quantization(name_or_path, getattr(part, "quantization_config", None))
     return config
 
 
@@ -126,12 +129,19 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _is_causal(config: PreTrainedConfig, architectures: list[str], *, is_built_in: bool, brings_its_code: bool) -> bool:
-    if config.is_encoder_decoder or not (is_built_in or brings_its_code):
-        return False
-    # A configuration class may serve several heads: if the checkpoint names one, it must be a causal one.
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    return not architectures or brings_its_code or bool(causal & set(architectures))
+def _why_not_causal(config: PreTrainedConfig, causal: CausalModel | None) -> str:
+    """Say what a configuration is, if it is not that of a causal language model; nothing if it is."""
+    named = ", ".join(config.architectures or []) or config.model_type
+    if config.is_encoder_decoder or causal is None:
+        return named
+    # Encoders can be built with a causal head, but without this flag every token sees those after it.
+    if getattr(causal.config, "is_decoder", True) is False and causal.config.model_type in ENCODERS:
+        return f"{named}, an encoder (is_decoder is false in its configuration)"
+    # A configuration class may serve several heads: if the checkpoint names one, it must be a causal one. A text part's
+    # checkpoint is named after the whole, whose name says nothing but that it is no classifier.
+    if causal.is_text_part:
+        return named if "Classification" in named else ""
+    return "" if not config.architectures or _CAUSAL & set(config.architectures) else named
 
 
 def _refuse_remote_code(name_or_path: str, error: Exception) -> None:

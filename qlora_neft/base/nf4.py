@@ -12,11 +12,13 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 
 from ..errors import UserInputError, first_line
 from ..files import sha256_of_text
 from ..recipe.schema import Quantization
 from .config import NOT_RUN, check_base_config
+from .text_part import causal_model
 
 
 def nf4_config(
@@ -65,17 +67,17 @@ def load_nf4_base(
     """
     config_kwargs = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     config = check_base_config(name_or_path, **config_kwargs)
+    causal = causal_model(config)
+    part = causal if causal is not None and causal.is_text_part else None
     # A checkpoint that is stored in NF4 keeps its own constants and configuration.
-    if getattr(config, "quantization_config", None) is None:
+    if getattr(config if part is None else part.config, "quantization_config", None) is None:
         kwargs["quantization_config"] = quantization_config or nf4_config(Quantization(), compute_dtype)
     # Straight to the device: a 16-bit copy of the base need not fit into host memory.
     kwargs.setdefault("device_map", {"": device})
-    kwargs = {**NOT_RUN, "dtype": "auto", **kwargs}
+    kwargs = {**NOT_RUN, "dtype": "auto", **kwargs, **({} if part is None else part.load_kwargs())}
+    loader: Any = AutoModelForCausalLM if part is None else part.model_class
     try:
-        # Upstream's annotation does not know what output_loading_info returns.
-        model, info = AutoModelForCausalLM.from_pretrained(  # ty: ignore[not-iterable]
-            name_or_path, output_loading_info=True, **kwargs
-        )
+        model, info = loader.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     except (OSError, SafetensorError) as error:
         raise UserInputError(
             f"model.name_or_path: no weights could be read from {name_or_path!r}. ({first_line(error)})"
@@ -99,7 +101,7 @@ def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype, matmul_dtype: 
     architecture wants in float32 stay in it. Buffers (rotary frequencies) are left alone.
     """
     keep_nf4_layout(model)
-    keep_fp32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    islands = float32_islands(model, dtype)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = matmul_dtype or dtype
@@ -109,10 +111,22 @@ def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype, matmul_dtype: 
         # Packed bytes are not numbers: a cast would destroy them.
         if isinstance(param, Params4bit) or not param.is_floating_point():
             continue
-        if any(part in keep_fp32 for part in name.split(".")) and dtype != torch.float32:
-            continue
-        param.data = param.data.to(dtype)
+        param.data = param.data.to(torch.float32 if name in islands else dtype)
     model.config.dtype = dtype
+
+
+def float32_islands(model: PreTrainedModel, dtype: torch.dtype) -> frozenset[str]:
+    """Return the parameters that stay in float32 while the others are in ``dtype``.
+
+    An architecture names them by patterns, ``_keep_in_fp32_modules`` for float16 alone and
+    ``_keep_in_fp32_modules_strict`` for bfloat16 too: routers, their corrections, some norms. They are read and matched
+    as `from_pretrained` does (``core_model_loading.convert_and_load_state_dict_in_model``).
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return frozenset()
+    pattern, *_ = build_glob_alternation(list(plan))
+    return frozenset(name for name, _ in model.named_parameters(remove_duplicate=False) if pattern.search(name))
 
 
 def keep_nf4_layout(model: nn.Module) -> None:

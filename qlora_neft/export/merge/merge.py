@@ -123,6 +123,9 @@ def _write(plan: Plan, draft: Path, tokenizer: PreTrainedTokenizerBase, max_shar
     # One tensor at a time, in the order of the model: neither base nor result is ever whole in memory.
     for name, key in plan.merge.base.parameters().items():
         writer.add(key, plan.merge.stored(name, plan.strategy, plan.dtype))
+    # Of a checkpoint that also sees, the towers: unchanged, so that the folder loads as the base does.
+    for key in plan.merge.base.others():
+        writer.add(key, plan.merge.base.other(key))
     writer.close()
     section = Quantization(bnb_4bit_use_double_quant=plan.merge.double_quant)
     quantization = nf4_config(section, plan.dtype) if plan.strategy == NF4 else None
