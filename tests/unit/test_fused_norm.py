@@ -22,6 +22,8 @@ NORMS = {
     "without a weight by a flag": lambda: Gemma4RMSNorm(48, with_scale=False),
 }
 
+ROUNDED_ALIKE = ("llama", "without a weight", "without a weight by a flag")
+
 
 def frozen(make, dtype=torch.float32):
     """A norm as a training base has it: a weight that is not all ones, and frozen."""
@@ -73,8 +75,9 @@ def test_in_bf16_it_is_as_close_to_float64_as_upstreams(kind):
 
     for found, theirs, wanted in zip(ours, upstream, exact, strict=True):
         assert found.dtype == torch.bfloat16
-        # Some families round once, these operations two or three times: sqrt(3) of their error at most.
-        assert (found - wanted).norm() <= 1.8 * (theirs - wanted).norm()
+        # Most families round as often as these operations; some round once: twice their error at most.
+        bound = 1.1 if kind in ROUNDED_ALIKE else 2.0
+        assert (found - wanted).norm() <= bound * (theirs - wanted).norm()
 
 
 def test_strided_rows_and_recomputation_change_nothing():
