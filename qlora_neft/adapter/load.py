@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +16,7 @@ from ..base.nf4 import load_nf4_base, nf4_config
 from ..base.precision import PrecisionPolicy, resolve_precision
 from ..errors import UserInputError, first_line
 from .folder import MEND, WEIGHTS, AdapterFolder, find_adapter
+from .names import check_names
 from .prompts import Prompts, recorded_template, template_of
 
 
@@ -85,6 +86,7 @@ def load_trained(
     """
     folder = source if isinstance(source, AdapterFolder) else find_adapter(source, revision=revision, base=base)
     policy = resolve_precision(precision, device, folder.quantization.bnb_4bit_compute_dtype)
+    check_names(folder)
     # Tokenizer and template come before gigabytes of weights, so that a mistake in them shows at once.
     tokenizer = tokenizer_of_adapter(folder)
     try:
@@ -118,22 +120,55 @@ def nf4_base_of(folder: AdapterFolder, policy: PrecisionPolicy) -> PreTrainedMod
         )
 
 
-def with_adapter(base: PreTrainedModel, folder: AdapterFolder) -> PeftModel:
-    """Put the adapter on a base, in eval mode.
+def with_adapter(base: PreTrainedModel, folder: AdapterFolder, *, is_trainable: bool = False) -> PeftModel:
+    """Put the adapter on a base, in eval mode; every tensor of its file is used, and none of the model's is missing.
+
+    Args:
+        base: The loaded base.
+        folder: The adapter.
+        is_trainable: Whether it goes on training.
 
     Raises:
-        UserInputError: If the adapter does not fit the base.
+        UserInputError: If the adapter does not fit the base, or only a part of it would be loaded.
     """
     try:
-        return PeftModel.from_pretrained(base, str(folder.path)).eval()
+        config = PeftConfig.from_pretrained(str(folder.path))
+        config.inference_mode = not is_trainable
+        made = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
+        # What PeftModel.from_pretrained does, which keeps the names that found no match to itself, and only warns.
+        model = made(base, config)
+        mapping = getattr(base, "_checkpoint_conversion_mapping", {})
+        found = model.load_adapter(str(folder.path), "default", is_trainable=is_trainable, key_mapping=mapping)
     except SafetensorError as error:
         raise UserInputError(f"{folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}") from error
-    # PEFT raises ValueError for target modules that are missing, torch RuntimeError for other shapes.
-    except (RuntimeError, ValueError) as error:
+    # PEFT raises ValueError for target modules that the base lacks, KeyError for modules_to_save that the file lacks;
+    # torch RuntimeError for other shapes.
+    except (RuntimeError, ValueError, KeyError) as error:
         raise UserInputError(
             f"{folder.source}: the adapter does not fit the base {folder.base!r}. Give the base it was trained on "
             f"with --base. ({first_line(error)})"
         ) from error
+    _check_all_used(folder, found.missing_keys, found.unexpected_keys)
+    return model.eval()
+
+
+def _check_all_used(folder: AdapterFolder, missing: list[str], unused: list[str]) -> None:
+    """Refuse an adapter of which a part was not loaded: PEFT leaves out what it does not know, and the base answers.
+
+    Raises:
+        UserInputError: With a name of each kind.
+    """
+    if not missing and not unused:
+        return
+    parts = []
+    if unused:
+        parts.append(f"{len(unused)} weights of its file have no place in the model, such as {unused[0]}")
+    if missing:
+        parts.append(f"{len(missing)} weights of the model are not in its file, such as {missing[0]}")
+    raise UserInputError(
+        f"{folder.source}: the adapter does not fit the base {folder.base!r}: {'; '.join(parts)}. Give the base it was "
+        "trained on with --base, or copy the adapter again."
+    )
 
 
 @contextmanager

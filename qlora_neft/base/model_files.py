@@ -127,3 +127,41 @@ def file_on_hub(source: str, revision: str | None) -> Callable[[str], Path | Non
             raise UserInputError(f"{source}: {name} cannot be fetched from the Hub. ({first_line(error)})") from error
 
     return find
+
+
+def tensors_at_hand(name_or_path: str, revision: str | None = None) -> dict[str, StoredTensor] | None:
+    """Read the headers of a model's files on this machine; nothing is fetched.
+
+    Args:
+        name_or_path: A folder, or a Hub id that may be in the download cache.
+        revision: Hub branch, tag or commit.
+
+    Returns:
+        Every stored tensor by its name; None if a file is not here, damaged, or not safetensors.
+    """
+    folder = Path(name_or_path).expanduser()
+    find = file_in(folder) if folder.is_dir() else file_in_cache(name_or_path, revision)
+    found: dict[str, StoredTensor] = {}
+    try:
+        for name in dict.fromkeys(tensor_files(name_or_path, find).values()):
+            if (path := find(name)) is None:
+                return None
+            found |= stored_tensors(path)
+    except (OSError, SafetensorError, UserInputError):
+        return None
+    return found
+
+
+def file_in_cache(source: str, revision: str | None = None) -> Callable[[str], Path | None]:
+    """Return a function that looks a file of a Hub repository up in the download cache, without asking the Hub."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    def find(name: str) -> Path | None:
+        try:
+            found = try_to_load_from_cache(source, name, revision=revision)
+        except HFValidationError:  # a folder that is gone
+            return None
+        return Path(found) if isinstance(found, str) else None
+
+    return find

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter.folder import AdapterFolder, beyond_plain
+from ..adapter.names import base_names, fault_of
 from ..adapter.weights import AdapterWeights
 from ..errors import UserInputError
 from ..files import read_json
 from ..fit import read_config
+from ..fit.geometry import FAMILIES
 from ..paths import kind_of
 
 WORKS, FLAG, BREAKS = "works", "works with a flag", "breaks"
@@ -49,6 +51,7 @@ class Facts:
         others: Weights other than the matrices A and B.
         dtypes: Dtypes of the weights, as safetensors names them.
         largest_token: Largest id of the tokenizer beside the adapter, None without one.
+        fault: Why its file is not a whole adapter of this base, None if nothing can be seen.
     """
 
     source: str
@@ -59,6 +62,7 @@ class Facts:
     others: tuple[str, ...]
     dtypes: tuple[str, ...]
     largest_token: int | None
+    fault: str | None = None
 
     @property
     def rank(self) -> int:
@@ -142,7 +146,13 @@ def facts_of(folder: AdapterFolder) -> Facts:
         others=weights.others,
         dtypes=weights.dtypes,
         largest_token=_largest_token(folder.path / "tokenizer.json"),
+        fault=fault_of(weights, base_names(folder, base_config, _num_equal_layers(base_config))),
     )
+
+
+def _num_equal_layers(config: dict[str, Any] | None) -> int | None:
+    """Return the number of blocks of a family all of whose blocks have the same layers."""
+    return (config or {}).get("num_hidden_layers") if (config or {}).get("model_type") in FAMILIES else None
 
 
 def _largest_token(path: Path) -> int | None:
@@ -207,6 +217,9 @@ class Verdict:
 def verdict_for(consumer: str, facts: Facts) -> Verdict:
     """Judge an adapter for one tool, named by a key of `CONSUMERS`."""
     verdict = Verdict(consumer)
+    if facts.fault is not None:
+        verdict.breaks(facts.fault, "an adapter whose file is whole")
+        return verdict
     # The tool's own rules first: `breaks` keeps the first remedy, and theirs say more.
     CONSUMERS[consumer](facts, verdict)
     # Ids beyond the base's rows have no embedding, whatever the tool.

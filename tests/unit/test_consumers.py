@@ -25,7 +25,8 @@ def adapter(tmp_path):
         folder.mkdir(exist_ok=True)
         stated = {**PLAIN, "base_model_name_or_path": str(base_dir), **(config or {})}
         (folder / "adapter_config.json").write_text(json.dumps(stated))
-        weights = {f"base_model.model.{m}.lora_{x}.weight": np.zeros((rank, 4), "f") for m in modules for x in "AB"}
+        weights = {f"base_model.model.{m}.lora_A.weight": np.zeros((rank, 4), "f") for m in modules}
+        weights |= {f"base_model.model.{m}.lora_B.weight": np.zeros((10, rank), "f") for m in modules}
         save_file(weights | {name: np.zeros(4, "f") for name in others}, folder / "adapter_model.safetensors")
         if vocab is not None:
             stored = {"model": {"vocab": {str(n): n for n in range(vocab)}}, "added_tokens": []}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...adapter.folder import AdapterFolder, beyond_plain
+from ...adapter.names import check_names
 from ...adapter.weights import A, AdapterWeights, B
 from ...errors import UserInputError
 from .architecture import Architecture, architecture_of, notes_on, read_model_config
@@ -40,6 +41,7 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
     gguf = gguf_library()
     # Dtype, library and architecture are checked before the weights are read.
     written = check_dtype(dtype)
+    check_names(folder)
     architecture = architecture_of(read_model_config(folder.base, folder.base_revision), folder.source)
     weights = _weights(folder, architecture)
     alpha = float(folder.config["lora_alpha"])

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from ...adapter.folder import CONFIG, MEND, RECIPE, WEIGHTS, AdapterFolder
 from ...adapter.load import tokenizer_of_adapter
+from ...adapter.names import check_names
 from ...adapter.prompts import Prompts, template_of
 from ...base.config import load_tokenizer
 from ...base.model_files import stored_tensors
@@ -83,6 +84,7 @@ def build_folder(folder: AdapterFolder, output: Path, export: Export) -> str:
     """
     # Before the work: a folder with somebody's own files is never replaced.
     _check_replaceable(output)
+    check_names(folder)  # nobody could use an adapter that is not whole
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with whole_folder(output) as draft:

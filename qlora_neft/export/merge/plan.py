@@ -14,6 +14,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ...adapter.folder import AdapterFolder
 from ...adapter.load import naming_the_base
+from ...adapter.names import check_names
 from ...adapter.weights import Update
 from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import check_base_config
@@ -65,6 +66,7 @@ def plan_merge(folder: AdapterFolder, strategy: str = DEQUANTIZED, dtype: str = 
     Raises:
         UserInputError: If they cannot be merged.
     """
+    check_names(folder)
     with naming_the_base(folder):
         config = check_base_config(folder.base, revision=folder.base_revision)
     # The configuration is checked before this, which may download gigabytes.
