@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback
 
 from ..base.lora import lora_config
 from ..base.nf4 import load_nf4_base, nf4_config
@@ -15,27 +15,22 @@ from .build import Run, model_path
 from .plan import num_processes, uses_fsdp
 
 
-def trainer_of(run: Run, trainer_class: type[QLoRANeftTrainer] = QLoRANeftTrainer) -> QLoRANeftTrainer:
+def trainer_of(
+    run: Run, trainer_class: type[QLoRANeftTrainer] = QLoRANeftTrainer, *, model: PreTrainedModel | None = None
+) -> QLoRANeftTrainer:
     """Load the base and return the run's trainer.
 
     Args:
         run: Everything decided before.
         trainer_class: A subclass to train with, for experiments.
+        model: A base that is in NF4 already; else the recipe's is loaded.
 
     Raises:
         UserInputError: If the base cannot be loaded, or the machine section does not fit FSDP.
     """
-    recipe, dtype = run.recipe, run.policy.compute_dtype
-    model = load_nf4_base(
-        model_path(recipe),
-        device=run.policy.device,
-        compute_dtype=dtype,
-        # The packed bytes are the same under every storage dtype; see _quant_storage for who needs another.
-        quantization_config=nf4_config(recipe.quantization, dtype, quant_storage=_quant_storage(run)),
-        revision=recipe.model.revision,
-    )
+    recipe = run.recipe
     trainer = trainer_class(
-        model,
+        model or _base(run),
         _arguments(run),
         train_dataset=run.data.train,
         eval_dataset=run.data.eval,
@@ -44,6 +39,18 @@ def trainer_of(run: Run, trainer_class: type[QLoRANeftTrainer] = QLoRANeftTraine
     )
     trainer.remove_callback(PrinterCallback)  # our own lines say the same, readably
     return trainer
+
+
+def _base(run: Run) -> PreTrainedModel:
+    recipe, dtype = run.recipe, run.policy.compute_dtype
+    return load_nf4_base(
+        model_path(recipe),
+        device=run.policy.device,
+        compute_dtype=dtype,
+        # The packed bytes are the same under every storage dtype; see _quant_storage for who needs another.
+        quantization_config=nf4_config(recipe.quantization, dtype, quant_storage=_quant_storage(run)),
+        revision=recipe.model.revision,
+    )
 
 
 def _arguments(run: Run) -> QLoRANeftConfig:

@@ -84,7 +84,11 @@ class RunPlan:
 
 
 def plan_of(
-    recipe: Recipe, policy: PrecisionPolicy, data: PreparedData, config: PretrainedConfig | None = None
+    recipe: Recipe,
+    policy: PrecisionPolicy,
+    data: PreparedData,
+    config: PretrainedConfig | None = None,
+    card: Card | None = None,
 ) -> RunPlan:
     """Return how a recipe is carried out on this machine.
 
@@ -93,8 +97,9 @@ def plan_of(
         policy: How this machine computes.
         data: The sequences to train on.
         config: The base's configuration; without it nothing is planned by memory.
+        card: The device, if it is to be planned for less memory than it has.
     """
-    planned = Planned() if config is None else planned_for(recipe, config.to_dict(), _card(policy))
+    planned = Planned() if config is None else planned_for(recipe, config.to_dict(), card or _card(policy))
     # What the planner chose is filled in as if the user had stated it; plan_run decides what is left.
     machine = recipe.machine.model_copy(update=planned.machine)
     plan = plan_run(recipe.train, machine, num_rows=len(data.train), device=policy.device)
