@@ -1,0 +1,330 @@
+"""What a training step asks of a device, counted operation by operation on the CPU.
+
+`StepCounter` is a dispatch mode: inside it every operation that reaches a device is added up, views aside, as the bytes
+of the tensors it reads and of those it writes, and as one launch. Together with it, storages that autograd keeps for
+the backward pass, the most bytes alive at once, and places where the host would wait for the device.
+
+What is not counted: what a cache saves (every read counts, as if from memory), the time of anything, an operation's
+scratch memory inside itself, and operations of a foreign library that do not pass through torch's dispatcher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+# Kinds of work, each a line of its own: "other" is what fusion can save.
+OTHER, BASE, ATTENTION, UNPACKING = "other", "base products", "attention", "unpacking"
+KINDS = (OTHER, BASE, ATTENTION, UNPACKING)
+
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_addmm_activation", "addmm_"}
+# Memory is set aside or given another shape; nothing is read or written.
+FREE = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "detach_", "alias", "set_",
+    "_unsafe_view", "_reshape_alias", "lift_fresh", "resize_", "is_same_size", "_has_compatible_shallow_copy_type",
+    "sym_size", "sym_stride", "stride", "size",
+}  # fmt: skip
+# Operations whose result the host must have before it can go on.
+WAITS = {
+    "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
+    "unique_consecutive", "item",
+}  # fmt: skip
+# In-place operations that read nothing of what they overwrite.
+OVERWRITES = {"zero_", "fill_", "copy_", "bernoulli_", "uniform_", "normal_", "random_", "exponential_"}
+OURS = (
+    "qlora_neft",
+    "trl",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+)  # packages that a wait is named after
+HOST_READS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
+
+
+class StepCounter(TorchDispatchMode):
+    """Count everything between its entry and its exit.
+
+    Args:
+        model: Its parameters, buffers and the scales of its NF4 weights are memory that is there anyway.
+        lengths: Tokens of a sequence, or of a flattened micro-batch: a tensor with two such dimensions holds scores of
+            attention.
+        as_on_cuda: Count a function of `qlora_neft.fused.ops` as one launch that reads its inputs and writes its
+            outputs; otherwise whatever it runs here is counted.
+
+    Attributes:
+        bytes: Read and written, by kind.
+        launches: By kind.
+        kept: Bytes that autograd keeps for the backward pass, each storage once.
+        peak: Most bytes alive at once, beyond the model's own.
+        waits: Places where the host would wait for the device, by operation.
+    """
+
+    def __init__(self, model: nn.Module, lengths: Iterable[int] = (), *, as_on_cuda: bool = False) -> None:
+        super().__init__()
+        self.lengths, self.as_on_cuda = set(lengths), as_on_cuda
+        self.bytes: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+        self.waits_at: Counter[str] = Counter()  # the same, with the line that waits
+        self.operations: Counter[tuple[str, str]] = Counter()  # launches by (kind, name), to see what they are
+        self.bytes_of: Counter[tuple[str, str]] = Counter()
+        self.kept = self.peak = 0
+        self._frozen = {_key(t) for t in model.parameters() if not t.requires_grad and t.dim() >= 2}
+        self._packed = {_key(t) for t in _quantized(model)}
+        own = [*model.parameters(), *model.buffers(), *_quantized(model)]
+        self._own = {_key(t) for t in own}
+        self._base: set[int] = set()  # unpacked base weights
+        self._on_device = set(self._own)
+        # Weak references keep an address from being used twice, and not the memory behind it.
+        self._storages: dict[int, StorageWeakRef] = {}
+        self._alive: list[tuple[StorageWeakRef, int]] = []
+        self._saved: set[int] = set()
+        self._paused = False
+        self._stack = ExitStack()
+
+    def __enter__(self) -> StepCounter:
+        """Begin to count."""
+        super().__enter__()
+        self._stack.enter_context(saved_tensors_hooks(self._keep, lambda tensor: tensor))
+        self._stack.enter_context(_HostReads(self))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Count no more."""
+        self._stack.close()
+        super().__exit__(*error)
+
+    # ---- Operations ----
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and count it."""
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        result = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self._count(_name(func), inputs, outputs, written=_mutated(func, args, kwargs))
+        return result
+
+    @contextmanager
+    def one_launch(self, name: str, inputs: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Count what runs inside the block as one launch; its outputs are put into the list that it yields."""
+        outputs: list[Tensor] = []
+        before, self._paused = self._paused, True
+        try:
+            yield outputs
+        finally:
+            self._paused = before
+        if not self._paused:
+            self._count(name, inputs, outputs, written=[])
+
+    def _count(self, name: str, inputs: list[Tensor], outputs: list[Tensor], *, written: list[Tensor]) -> None:
+        for tensor in inputs:
+            self._meet(tensor)
+        self._wait(name, inputs)
+        known = {_key(tensor) for tensor in inputs}
+        device = any(key in self._on_device for key in known)
+        unpacks = any(key in self._packed for key in known) or any(key in self._base for key in known)
+        for tensor in outputs:
+            self._meet(tensor, made=True)
+            if device:
+                self._on_device.add(_key(tensor))
+        self._alive = [(storage, size) for storage, size in self._alive if not storage.expired()]
+        self.peak = max(self.peak, sum(size for _, size in self._alive))
+        kind = self._kind(name, inputs, outputs)
+        if kind == UNPACKING or (kind == OTHER and unpacks and name in ("_to_copy", "clone", "t", "copy")):
+            self._base.update(_key(tensor) for tensor in outputs)
+        if name in FREE or self._is_view(inputs, outputs, written):
+            return
+        if kind == OTHER and unpacks and name in ("_to_copy", "clone", "copy"):
+            kind = UNPACKING
+        reads = inputs[1:] if name in OVERWRITES else inputs
+        touched = sum(_touched(t) for t in reads) + sum(_touched(t) for t in [*outputs, *_new(written, outputs)])
+        self.bytes[kind] += touched
+        self.launches[kind] += 1
+        self.operations[kind, name] += 1
+        self.bytes_of[kind, name] += touched
+
+    def _is_view(self, inputs: list[Tensor], outputs: list[Tensor], written: list[Tensor]) -> bool:
+        if written or not outputs:
+            return not written and not outputs and not inputs
+        known = {_key(tensor) for tensor in inputs}
+        return all(_key(tensor) in known for tensor in outputs)
+
+    def _kind(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> str:
+        if "4bit" in name or "blockwise" in name:
+            return BASE if "gemm" in name or "gemv" in name else UNPACKING
+        known = [_key(tensor) for tensor in inputs]
+        if name in PRODUCTS and any(key in self._base or key in self._frozen for key in known):
+            return BASE
+        if "attention" in name or any(self._is_scores(tensor) for tensor in (*inputs, *outputs)):
+            return ATTENTION
+        # Double quantization: the scales are unpacked first.
+        if any(key in self._packed for key in known):
+            return UNPACKING
+        return OTHER
+
+    def _is_scores(self, tensor: Tensor) -> bool:
+        return sum(size in self.lengths for size in tensor.shape) >= 2
+
+    # ---- Storages ----
+
+    def _meet(self, tensor: Tensor, *, made: bool = False) -> None:
+        """Note a storage; one that no operation made came from NumPy, and counts as written once."""
+        key = _key(tensor)
+        if key in self._storages or key in self._own:
+            return
+        storage = tensor.untyped_storage()
+        self._storages[key] = StorageWeakRef(storage)
+        self._alive.append((self._storages[key], storage.nbytes()))
+        if not made and tensor.numel() > 1:
+            self.bytes[OTHER] += storage.nbytes()
+            self.launches[OTHER] += 1
+            self.operations[OTHER, "from the host"] += 1
+            self.bytes_of[OTHER, "from the host"] += storage.nbytes()
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd saves, by its whole storage, which stays alive with it."""
+        key = _key(tensor)
+        if not self._paused and key not in self._saved and key not in self._own and key not in self._base:
+            self._meet(tensor, made=True)
+            self._saved.add(key)
+            self.kept += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def keep_contexts(self, loss: Tensor) -> None:
+        """Count what autograd functions keep on their contexts beside ``save_for_backward``.
+
+        Args:
+            loss: Its graph is walked; call between the forward and the backward pass.
+        """
+        assert loss.grad_fn is not None
+        seen, queue = set(), [loss.grad_fn]
+        while queue:
+            node = queue.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            queue += [following for following, _ in node.next_functions if following is not None]
+            for value in list(getattr(node, "__dict__", {}).values()):
+                for tensor in _tensors_in(value):
+                    self._keep(tensor)
+
+    # ---- Waiting ----
+
+    def _wait(self, name: str, inputs: list[Tensor]) -> None:
+        masks = [t for t in inputs[1:] if t.dtype in (torch.bool, torch.uint8)]
+        by_mask = name in ("index", "index_put_", "_index_put_impl_", "index_put", "_unsafe_index") and any(masks)
+        if (name in WAITS or by_mask) and any(_key(tensor) in self._on_device for tensor in inputs):
+            self._waited(f"{name} of a mask" if by_mask else name)
+
+    def read_by_host(self, name: str, tensor: Tensor) -> None:
+        """Count a tensor of the device that Python reads."""
+        if _key(tensor) in self._on_device:
+            self._waited(name)
+
+    def _waited(self, name: str) -> None:
+        self.waits[name] += 1
+        self.waits_at[f"{name} in {_place()}"] += 1
+
+    def on_device(self, tensors: Any) -> None:
+        """Say that tensors, in whatever nest of containers, have been moved to the device."""
+        for leaf in tree_leaves(tensors):
+            if isinstance(leaf, Tensor):
+                self._meet(leaf, made=True)
+                self._on_device.add(_key(leaf))
+
+
+class _HostReads(TorchFunctionMode):
+    """Sees the ways of reading a tensor that pass no dispatcher on a CPU."""
+
+    def __init__(self, counter: StepCounter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in HOST_READS and not self.counter._paused:
+            self.counter.read_by_host(func.__name__, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _place() -> str:
+    """Return the innermost line of a package that has to do with training."""
+    for frame in reversed(traceback.extract_stack(limit=40)):
+        path = Path(frame.filename)
+        package = next((part for part in reversed(path.parts) if part in OURS), None)
+        if package is not None:
+            return f"{package}: {path.name}:{frame.lineno} {frame.name}"
+    return "elsewhere"
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.split("::")[-1]
+
+
+def _mutated(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    found = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
+
+
+def _new(written: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    known = {_key(tensor) for tensor in outputs}
+    return [tensor for tensor in written if _key(tensor) not in known]
+
+
+def _touched(tensor: Tensor) -> int:
+    """Bytes of a tensor as it is stored: a dimension that is only repeated (stride 0) is read once."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride else 1
+    return count * tensor.element_size()
+
+
+def _quantized(model: nn.Module) -> list[Tensor]:
+    """Return the packed NF4 weights of a model and everything they are unpacked with."""
+    found = []
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            found.append(parameter.data)
+            found += [t for t in (state.absmax, state.code, state.offset) if isinstance(t, Tensor)]
+            if state.state2 is not None:
+                found += [state.state2.absmax, state.state2.code]
+    return found
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors_in([getattr(value, field.name) for field in dataclasses.fields(value)])
