@@ -20,6 +20,7 @@ from ..errors import UserInputError
 from ..run_folder.record import keep_measures
 from ..runner.run_data import other_data, recipe_data
 from ..steps.losses import RowLosses, row_losses
+from ..trainer.loss_head import settle_loss_head
 from .runs import HELD_OUT, TRAIN, Machine, Progress, Say, folders_of, no_progress, progress_of
 
 if TYPE_CHECKING:
@@ -149,9 +150,13 @@ def _measure_name(set_name: str) -> str:
 
 
 def prepare_for_losses(trained: Trained) -> None:
-    """Give the model TRL's fused head, as in training, so that full logits are never built. Once per model."""
+    """Give the model the head it was trained through: TRL's fused one where that is the model's. Once per model."""
     # PEFT types the base as any module; load_trained made it from a PreTrainedModel.
-    add_fused_lm_head(cast("PreTrainedModel", trained.model.get_base_model()))
+    base, policy = cast("PreTrainedModel", trained.model.get_base_model()), trained.policy
+    add_fused_lm_head(base)
+    settle_loss_head(
+        trained.model, range(1, 9), device=policy.device, dtype=policy.compute_dtype, autocast=_autocast(policy)
+    )
 
 
 def set_loss(trained: Trained, rows: Dataset, *, batch_size: int, progress: Progress = no_progress) -> SetLoss:

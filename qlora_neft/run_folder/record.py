@@ -192,6 +192,17 @@ class MemoryUse(Record):
     terms: dict[str, Any] | None = None
 
 
+class LossOfOneRow(Record):
+    """The loss of one row before the first step, nats per token, and the head that is trained through.
+
+    ``head`` is ``fused`` where TRL's fused head gives the loss of the model's own logits, else ``plain``.
+    """
+
+    head: str
+    model_loss: float | None = None
+    fused_loss: float | None = None
+
+
 class RunSummary(Record):
     """The content of ``summary.json``: what a run was and what it led to.
 
@@ -230,6 +241,7 @@ class RunSummary(Record):
     lora_parameters: int | None = None
     base_sha256: str | None = None
     base_unchanged: bool | None = None
+    loss_check: LossOfOneRow | None = None
     before: dict[str, Any] | None = None
     after: dict[str, Any] | None = None
     latest: dict[str, Any] | None = None

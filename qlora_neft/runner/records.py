@@ -185,6 +185,7 @@ def summary_of(
         "lora_parameters": num_trained,
         "base_sha256": base_sha256,
         "base_unchanged": True,  # otherwise the run has failed before
+        "loss_check": finite(dataclasses.asdict(trainer.loss_check)),
         "before": finite(before.summary()),
         "after": finite(after.summary()),
         "train_seconds": round(trainer.train_seconds, 2),

@@ -1,7 +1,8 @@
 """Losses of tokenized rows: the negative log-likelihood of their trained tokens, without noise or dropout.
 
 The model runs with TRL's fused head (``fused_lm_head=True``, see ``trl.trainer.utils.add_fused_lm_head``), so that the
-logits, (B, T, V), are never built. `QLoRANeftTrainer` puts that head on its model; add it to any other model first.
+logits, (B, T, V), are never built. `QLoRANeftTrainer` puts that head on its model, or the model's own where the two
+differ (`qlora_neft.trainer.loss_head`); add it to any other model first.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def row_losses(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.d
     counts = torch.zeros(len(rows), dtype=torch.int64)
     # Like lengths together waste the least padding; results go back to the rows' own places.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             losses, trained = _token_losses(model, pad_right([rows[i] for i in batch]), device)
@@ -77,7 +78,7 @@ def mean_token_loss(
         device: Device of the model.
     """
     mean = TokenMean()
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(rows), batch_size):
             losses, trained = _token_losses(model, collator(list(rows[start : start + batch_size])), device)
             # clamp: a batch without a trained token counts as 0, not as NaN, and has no weight.
@@ -133,7 +134,7 @@ def _token_losses(model: nn.Module, inputs: Mapping[str, Any], device: torch.dev
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None, None, None]:
+def evaluating(model: nn.Module) -> Generator[None, None, None]:
     """Switch dropout and gradients off inside the block."""
     was_training = model.training
     model.eval()

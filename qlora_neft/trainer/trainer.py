@@ -36,6 +36,7 @@ from ..run_folder.checkpoints import save_adapter
 from ..steps import IGNORE_INDEX
 from ..steps.losses import TokenMean, mean_token_loss
 from .config import QLoRANeftConfig
+from .loss_head import PLAIN, LossCheck, settle_loss_head
 from .memory import Split
 from .step_trainer import StepTrainer
 
@@ -62,7 +63,12 @@ class QLoRANeftTrainer(StepTrainer):
     Raises:
         UserInputError: If the model cannot be loaded as an NF4 base.
         ValueError: If noise is on and the packing keeps no sequence boundaries.
+
+    Attributes:
+        loss_check: Loss of one row by the model's own logits and by the fused head, and which of them is trained on.
     """
+
+    loss_check: LossCheck
 
     def __init__(
         self,
@@ -98,9 +104,12 @@ class QLoRANeftTrainer(StepTrainer):
             **kwargs,
         )
         self._restore_trainable(initial)
+        self.loss_check = self._settle_loss_head()
         self._eval_loss: TokenMean | None = None  # of the evaluation under way
         self._clean_loss_due = CleanLossDue(args.clean_loss_steps)
         self.add_callback(self._clean_loss_due)
+        if self.loss_check.head == PLAIN:
+            self.add_callback(SaidOnce(self, str(self.loss_check)))
         if args.checkpointed_blocks:
             self.add_callback(CheckpointSomeBlocks(args.checkpointed_blocks))
 
@@ -113,6 +122,21 @@ class QLoRANeftTrainer(StepTrainer):
         for name, param in self.model.named_parameters():
             if name in initial:
                 param.data = initial[name].to(param.device, torch.float32)
+
+    def _settle_loss_head(self) -> LossCheck:
+        """Make sure that the training loss is the model's own, see `.loss_head`."""
+        row = next(iter(self.train_dataset), {})
+        ids = row.get("input_ids") or ()
+        weight = cast("nn.Embedding", self.model.get_input_embeddings()).weight
+        with preserved_rng():
+            return settle_loss_head(
+                self.model,
+                # Rows that are tokenized only when they are collated (images) are stood in for.
+                ids if len(ids) > 1 else range(1, 9),
+                device=weight.device,
+                dtype=min(self.args.compute_dtype, weight.dtype, key=lambda dtype: torch.finfo(dtype).bits),
+                autocast=self.accelerator.autocast(),
+            )
 
     # ---- Evaluation: it depends on the model and the rows alone, and changes nothing else ----
 
@@ -187,6 +211,19 @@ class QLoRANeftTrainer(StepTrainer):
             # A processor, which upstream allows as well, is saved in the same way.
             tokenizer = cast("PreTrainedTokenizerBase | None", self.processing_class)
             save_adapter(self.model, tokenizer, output_dir or self._output_dir)
+
+
+class SaidOnce(TrainerCallback):
+    """Tell a trainer's ``say`` a line when training begins."""
+
+    def __init__(self, trainer: QLoRANeftTrainer, line: str) -> None:
+        self.trainer, self.line = trainer, line
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say it."""
+        self.trainer.say(self.line)
 
 
 class CleanLossDue(TrainerCallback):
