@@ -97,7 +97,7 @@ class Counts:
         bytes: Read and written, by kind, forward and backward.
         launches: By kind, in one layer.
         kept: Bytes kept for the backward pass.
-        peak: Bytes alive at most.
+        peak: Bytes alive at most in one block, forward or backward, what it keeps included.
         waits: Places where the host waits, in a step of one micro-batch and two layers; `waits_at`: with their lines.
         waits_a_layer: Those of two layers less those of one.
     """
@@ -136,7 +136,8 @@ def count(arm: Arm, lengths: tuple[int, int] = LENGTHS) -> Counts:
         bytes={kind: slope(lambda c, kind=kind: c.bytes[kind]) for kind in KINDS},
         launches={kind: two.launches[kind] - one.launches[kind] for kind in KINDS},
         kept=slope(lambda c: c.kept),
-        peak=slope(lambda c: c.peak),
+        # Of one layer: with more of them, what the others keep is alive as well.
+        peak=(found[1, long].peak - found[1, short].peak) / tokens,
         waits=dict(two.waits),
         waits_at=dict(two.waits_at),
         waits_a_layer=two.waits.total() - one.waits.total(),

@@ -13,8 +13,8 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-aten = torch.ops.aten
+from qlora_neft.fused import ops
+
+from .regions import Region, Regions
 
 # Kinds of work, each a line of its own: "other" is what fusion can save.
 OTHER, BASE, ATTENTION, UNPACKING = "other", "base products", "attention", "unpacking"
@@ -44,6 +47,7 @@ WAITS = {
     "_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
     "unique_consecutive", "item",
 }  # fmt: skip
+COPIES = {"_to_copy", "clone", "copy_", "t", "transpose", "view"}
 # In-place operations that read nothing of what they overwrite.
 OVERWRITES = {"zero_", "fill_", "copy_", "bernoulli_", "uniform_", "normal_", "random_", "exponential_"}
 OURS = (
@@ -71,7 +75,7 @@ class StepCounter(TorchDispatchMode):
         bytes: Read and written, by kind.
         launches: By kind.
         kept: Bytes that autograd keeps for the backward pass, each storage once.
-        peak: Most bytes alive at once, beyond the model's own.
+        peak: Most bytes alive at once in a decoder block, forward or backward, beyond those before the first one.
         waits: Places where the host would wait for the device, by operation.
     """
 
@@ -95,7 +99,10 @@ class StepCounter(TorchDispatchMode):
         self._storages: dict[int, StorageWeakRef] = {}
         self._alive: list[tuple[StorageWeakRef, int]] = []
         self._saved: set[int] = set()
-        self._paused = False
+        self._regions, self._made_in = Regions(), {}
+        self._blocks: list[range] = []  # autograd nodes of each pass through a decoder block
+        self._in_block, self._before_blocks = 0, 0
+        self._model, self._paused = model, False
         self._stack = ExitStack()
 
     def __enter__(self) -> StepCounter:
@@ -103,6 +110,13 @@ class StepCounter(TorchDispatchMode):
         super().__enter__()
         self._stack.enter_context(saved_tensors_hooks(self._keep, lambda tensor: tensor))
         self._stack.enter_context(_HostReads(self))
+        for module in self._model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                self._stack.callback(module.register_forward_pre_hook(self._enter_block).remove)
+                self._stack.callback(module.register_forward_hook(self._leave_block, always_call=True).remove)
+        if self.as_on_cuda:
+            ops.observer = self._observe
+            self._stack.callback(setattr, ops, "observer", None)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -120,47 +134,86 @@ class StepCounter(TorchDispatchMode):
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self._count(_name(func), inputs, outputs, written=_mutated(func, args, kwargs))
+        name = _name(func)
+        # What is overwritten is not read, nor is a sum that a product begins anew.
+        unread = name in OVERWRITES or (name in ("addmm_", "addmm", "baddbmm_") and kwargs.get("beta", 1) == 0)
+        reads = inputs[1:] if unread else inputs
+        self._count(name, inputs, outputs, reads=reads, written=_mutated(func, args, kwargs))
         return result
 
-    @contextmanager
-    def one_launch(self, name: str, inputs: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Count what runs inside the block as one launch; its outputs are put into the list that it yields."""
-        outputs: list[Tensor] = []
-        before, self._paused = self._paused, True
+    def _observe(self, name: str, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Count a function of the fast path as one launch."""
+        if self._paused:
+            return run(*args, **kwargs)
+        inputs = [tensor for value in (args, kwargs) for tensor in _tensors_in(value)]
+        self._paused = True
         try:
-            yield outputs
+            result = run(*args, **kwargs)
         finally:
-            self._paused = before
-        if not self._paused:
-            self._count(name, inputs, outputs, written=[])
+            self._paused = False
+        self._count(name, inputs, list(_tensors_in(result)), reads=inputs, written=inputs[: name.endswith("_")])
+        return result
 
-    def _count(self, name: str, inputs: list[Tensor], outputs: list[Tensor], *, written: list[Tensor]) -> None:
+    def _count(
+        self, name: str, inputs: list[Tensor], outputs: list[Tensor], *, reads: list[Tensor], written: list[Tensor]
+    ) -> None:
+        region = None
+        if self.as_on_cuda:
+            region = self._regions.current(makes_node=any(tensor.requires_grad for tensor in inputs))
         for tensor in inputs:
-            self._meet(tensor)
+            self._meet(tensor, made=self._leave_region(tensor, region))
         self._wait(name, inputs)
         known = {_key(tensor) for tensor in inputs}
-        device = any(key in self._on_device for key in known)
-        unpacks = any(key in self._packed for key in known) or any(key in self._base for key in known)
+        device = not known.isdisjoint(self._on_device)
+        kind = self._kind(name, inputs, outputs)
         for tensor in outputs:
-            self._meet(tensor, made=True)
+            if region is None:
+                self._meet(tensor, made=True)
             if device:
                 self._on_device.add(_key(tensor))
-        self._alive = [(storage, size) for storage, size in self._alive if not storage.expired()]
-        self.peak = max(self.peak, sum(size for _, size in self._alive))
-        kind = self._kind(name, inputs, outputs)
-        if kind == UNPACKING or (kind == OTHER and unpacks and name in ("_to_copy", "clone", "t", "copy")):
-            self._base.update(_key(tensor) for tensor in outputs)
+            if kind == UNPACKING:
+                self._base.add(_key(tensor))
+        self._look_at_memory()
         if name in FREE or self._is_view(inputs, outputs, written):
             return
-        if kind == OTHER and unpacks and name in ("_to_copy", "clone", "copy"):
-            kind = UNPACKING
-        reads = inputs[1:] if name in OVERWRITES else inputs
+        if region is not None:
+            self._count_in(region, reads, outputs)
+            return
         touched = sum(_touched(t) for t in reads) + sum(_touched(t) for t in [*outputs, *_new(written, outputs)])
+        self._add(kind, name, 1, touched)
+
+    def _add(self, kind: str, name: str, launches: int, touched: int) -> None:
         self.bytes[kind] += touched
-        self.launches[kind] += 1
-        self.operations[kind, name] += 1
+        self.launches[kind] += launches
         self.bytes_of[kind, name] += touched
+        self.operations[kind, name] += launches
+
+    # ---- Calls that are one kernel on CUDA ----
+
+    def _count_in(self, region: Region, reads: list[Tensor], outputs: list[Tensor]) -> None:
+        """Count what a call reads from outside; what it makes counts when somebody outside reads it."""
+        if not region.read and not region.made:
+            self._add(OTHER, region.name, 1, 0)
+        for tensor in reads:
+            key = _key(tensor)
+            if key not in region.made and key not in region.read:
+                region.read.add(key)
+                self._add(OTHER, region.name, 0, _touched(tensor))
+        for tensor in outputs:
+            key = _key(tensor)
+            if key not in region.read:
+                region.made[key] = max(region.made.get(key, 0), _touched(tensor))
+                self._made_in[key] = region
+
+    def _leave_region(self, tensor: Tensor, now: Region | None) -> bool:
+        """Count a tensor as written by the call that made it if something else reads it; whether a call made it."""
+        region = self._made_in.get(_key(tensor))
+        if region is not None and region is not now:
+            del self._made_in[_key(tensor)]
+            self._add(OTHER, region.name, 0, region.made[_key(tensor)])
+        return region is not None
+
+    # ---- What an operation is ----
 
     def _is_view(self, inputs: list[Tensor], outputs: list[Tensor], written: list[Tensor]) -> bool:
         if written or not outputs:
@@ -176,10 +229,9 @@ class StepCounter(TorchDispatchMode):
             return BASE
         if "attention" in name or any(self._is_scores(tensor) for tensor in (*inputs, *outputs)):
             return ATTENTION
-        # Double quantization: the scales are unpacked first.
-        if any(key in self._packed for key in known):
-            return UNPACKING
-        return OTHER
+        # Double quantization: the scales are unpacked first; and a weight may be unpacked to another dtype.
+        packed = any(key in self._packed for key in known)
+        return UNPACKING if packed or (name in COPIES and any(key in self._base for key in known)) else OTHER
 
     def _is_scores(self, tensor: Tensor) -> bool:
         return sum(size in self.lengths for size in tensor.shape) >= 2
@@ -195,14 +247,14 @@ class StepCounter(TorchDispatchMode):
         self._storages[key] = StorageWeakRef(storage)
         self._alive.append((self._storages[key], storage.nbytes()))
         if not made and tensor.numel() > 1:
-            self.bytes[OTHER] += storage.nbytes()
-            self.launches[OTHER] += 1
-            self.operations[OTHER, "from the host"] += 1
-            self.bytes_of[OTHER, "from the host"] += storage.nbytes()
+            self._add(OTHER, "from the host", 1, storage.nbytes())
 
     def _keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd saves, by its whole storage, which stays alive with it."""
         key = _key(tensor)
+        inside = self._made_in.get(key)
+        if inside is not None and inside is self._regions.current(makes_node=False):
+            return tensor  # the one kernel keeps nothing of its own
         if not self._paused and key not in self._saved and key not in self._own and key not in self._base:
             self._meet(tensor, made=True)
             self._saved.add(key)
@@ -227,11 +279,36 @@ class StepCounter(TorchDispatchMode):
                 for tensor in _tensors_in(value):
                     self._keep(tensor)
 
+    # ---- Memory ----
+
+    def _look_at_memory(self) -> None:
+        """Note the memory in use if a decoder block, forward or backward, is under way."""
+        self._alive = [(storage, size) for storage, size in self._alive if not storage.expired()]
+        if self._in_block or self._is_backward_of_a_block():
+            self.peak = max(self.peak, self._in_use() - self._before_blocks)
+
+    def _in_use(self) -> int:
+        return sum(size for storage, size in self._alive if not storage.expired())
+
+    def _is_backward_of_a_block(self) -> bool:
+        node = torch._C._current_autograd_node()
+        return node is not None and any(node._sequence_nr() in nodes for nodes in self._blocks)
+
+    def _enter_block(self, *hook_arguments: Any) -> None:
+        if not self._blocks and not self._in_block:
+            self._before_blocks = self._in_use()
+        self._in_block += 1
+        self._first_node = torch._C._autograd._get_sequence_nr()
+
+    def _leave_block(self, *hook_arguments: Any) -> None:
+        self._in_block -= 1
+        self._blocks.append(range(self._first_node, torch._C._autograd._get_sequence_nr()))
+
     # ---- Waiting ----
 
     def _wait(self, name: str, inputs: list[Tensor]) -> None:
         masks = [t for t in inputs[1:] if t.dtype in (torch.bool, torch.uint8)]
-        by_mask = name in ("index", "index_put_", "_index_put_impl_", "index_put", "_unsafe_index") and any(masks)
+        by_mask = name in ("index", "index_put_", "_index_put_impl_", "index_put", "_unsafe_index") and bool(masks)
         if (name in WAITS or by_mask) and any(_key(tensor) in self._on_device for tensor in inputs):
             self._waited(f"{name} of a mask" if by_mask else name)
 
@@ -321,6 +398,9 @@ def _quantized(model: nn.Module) -> list[Tensor]:
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
+    elif isinstance(value, nn.Module):
+        yield from value.parameters()
+        yield from _quantized(value)
     elif isinstance(value, (list, tuple, set)):
         for item in value:
             yield from _tensors_in(item)
