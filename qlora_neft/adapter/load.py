@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel, PeftModelForCausalLM
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.config import load_tokenizer
+from ..base.expert_lora import for_experts
 from ..base.nf4 import load_nf4_base, nf4_config
 from ..base.precision import PrecisionPolicy, resolve_precision
 from ..errors import UserInputError, first_line
@@ -133,6 +134,8 @@ def with_adapter(base: PreTrainedModel, folder: AdapterFolder, *, is_trainable: 
     """
     try:
         config = PeftConfig.from_pretrained(str(folder.path))
+        if isinstance(config, LoraConfig):
+            config = for_experts(config)
         config.inference_mode = not is_trainable
         made = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
         # What PeftModel.from_pretrained does, which keeps the names that found no match to itself, and only warns.

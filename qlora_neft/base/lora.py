@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserInputError
 from ..recipe.schema import Lora
+from .targets import resolved
 
 LARGE_MODEL_PARAMETERS = 14_000_000_000  # the dropout rule is "up to 13B": LLaMA-13B has 13.02 billion
 
@@ -40,6 +41,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
     Raises:
         UserInputError: If a named target is not a module of the model; PEFT would silently leave it out.
     """
+    config = resolved(model, config)
     targets = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
     names = [name for name, _ in model.named_modules()]
     # As PEFT matches: a target is a module's path or the end of it.

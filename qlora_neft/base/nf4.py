@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from ..errors import UserInputError, first_line
 from ..files import sha256_of_text
 from ..recipe.schema import Quantization
 from .config import NOT_RUN, check_base_config
+from .experts import QuantizedExperts
+from .quantizer import Nf4Config, quantize_leftovers
 from .text_part import causal_model
 
 
@@ -71,7 +73,10 @@ def load_nf4_base(
     part = causal if causal is not None and causal.is_text_part else None
     # A checkpoint that is stored in NF4 keeps its own constants and configuration.
     if getattr(config if part is None else part.config, "quantization_config", None) is None:
-        kwargs["quantization_config"] = quantization_config or nf4_config(Quantization(), compute_dtype)
+        chosen = quantization_config or nf4_config(Quantization(), compute_dtype)
+        # An NF4 base also has its experts in NF4, which bitsandbytes' own configuration would leave in 16 bits.
+        is_nf4 = chosen.load_in_4bit and chosen.bnb_4bit_quant_type == "nf4"
+        kwargs["quantization_config"] = Nf4Config.of(chosen) if is_nf4 else chosen
     # Straight to the device: a 16-bit copy of the base need not fit into host memory.
     kwargs.setdefault("device_map", {"": device})
     kwargs = {**NOT_RUN, "dtype": "auto", **kwargs, **({} if part is None else part.load_kwargs())}
@@ -89,6 +94,8 @@ def load_nf4_base(
             f"model.name_or_path: the checkpoint {name_or_path!r} lacks {len(names)} weights of "
             f"{type(model).__name__}, among them {names[0]}. A frozen base must be complete."
         )
+    if getattr(model, "is_loaded_in_4bit", False):
+        quantize_leftovers(model, double_quant=model.config.quantization_config.bnb_4bit_use_double_quant)
     own_choice = None if quantization_config is None else quantization_config.bnb_4bit_compute_dtype
     set_compute_dtype(model, compute_dtype, own_choice)
     return model
@@ -107,6 +114,8 @@ def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype, matmul_dtype: 
             module.compute_dtype = matmul_dtype or dtype
             module.compute_type_is_set = True  # else bitsandbytes takes the dtype of the first input it sees
             module.weight.quant_state.dtype = matmul_dtype or dtype  # ty: ignore[missing-attribute]  # a Params4bit
+        elif isinstance(module, QuantizedExperts):
+            module.compute_dtype = matmul_dtype or dtype
     for name, param in model.named_parameters():
         # Packed bytes are not numbers: a cast would destroy them.
         if isinstance(param, Params4bit) or not param.is_floating_point():
@@ -148,8 +157,16 @@ def frozen_fingerprints(model: nn.Module) -> dict[str, str]:
 
     Equal dictionaries before and after training prove that the base did not move by a single bit.
     """
+    beside = {  # an experts module keeps the constants of its packed parameters as buffers
+        f"{prefix}.{name}": module.constants(name)
+        for prefix, module in model.named_modules()
+        if isinstance(module, QuantizedExperts)
+        for name in module.weight_names()
+    }
     return {
-        name: _sha256(_stored_tensors(param)) for name, param in model.named_parameters() if not param.requires_grad
+        name: _sha256([*_stored_tensors(param), *beside.get(name, ())])
+        for name, param in model.named_parameters()
+        if not param.requires_grad
     }
 
 
@@ -186,7 +203,7 @@ def _stored_tensors(param: Tensor) -> Iterator[Tensor]:
         yield state.state2.absmax
 
 
-def _sha256(tensors: Iterator[Tensor]) -> str:
+def _sha256(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         # As bytes, since NumPy has no bfloat16.

@@ -255,9 +255,15 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, ou
 
 
 def _sort_config(path: Path) -> None:
-    """Sort the lists and keys: PEFT writes sets, in an order that changes from run to run."""
+    """Sort the lists and keys: PEFT writes sets, in an order that changes from run to run.
+
+    With experts among the targets, dropout is written as 0: PEFT loads them with no other, not even to answer, when it
+    has no effect. What the run trained with stands in its recipe.
+    """
     config = read_json(path)
-    for key in ("target_modules", "modules_to_save", "exclude_modules"):
+    if config.get("target_parameters"):
+        config["lora_dropout"] = 0.0
+    for key in ("target_modules", "target_parameters", "modules_to_save", "exclude_modules"):
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
     write_json(path, config, sort_keys=True)
