@@ -7,7 +7,8 @@ leaves no input to drop out. Here the update is applied to the expert's input, a
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -15,7 +16,7 @@ from peft.tuners.lora import layer as peft_layer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .experts import QuantizedExperts, _Pairs
+from .experts import Pairs, QuantizedExperts
 
 
 class ParamWrapper(peft_layer.ParamWrapper):
@@ -36,6 +37,9 @@ class ParamWrapper(peft_layer.ParamWrapper):
     ) -> None:
         super().__init__(base_layer, adapter_name, parameter_name, config=_without_dropout(config), **kwargs)
         self._set_dropout(adapter_name, config)
+
+    # Makes the dropout mask of a training step, (pairs, in), scaled; None where it knows no better than chance.
+    mask: Callable[[Tensor, Pairs, float], Tensor | None] | None = None
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add or renew an adapter, as PEFT does; its dropout acts on the experts' inputs."""
@@ -68,30 +72,39 @@ class ParamWrapper(peft_layer.ParamWrapper):
         with self.experts.adapted(self.parameter_name, self):
             return self.base_layer(x, *args, **kwargs)
 
-    def update(self, rows: Tensor, pairs: _Pairs) -> Tensor:
+    def update(self, rows: Tensor, pairs: Pairs) -> Tensor:
         """Return ``scaling * B A dropout(rows)`` of each pair's expert, (pairs, in) to (pairs, out)."""
         result: Tensor | None = None
         for name in self.active_adapters:
             if name not in self.lora_A:
                 continue
             lora_a, lora_b = self.factors(name)
-            dropped = self.lora_dropout[name](rows)
+            dropped = self._dropped(rows, pairs, name)
             if not torch.is_autocast_enabled(rows.device.type):
                 dropped = dropped.to(lora_a[0].dtype)
             parts = dropped.split([count for _, count in pairs.used])
-            pieces = [linear(linear(part, lora_a[e]), lora_b[e]) for part, (e, _) in zip(parts, pairs.used, strict=True)]
-            out = torch.cat(pieces) if pieces else rows.new_zeros(0, self.out_features)
+            pieces = [
+                linear(linear(part, lora_a[e]), lora_b[e]) for part, (e, _) in zip(parts, pairs.used, strict=True)
+            ]
+            out = torch.cat(pieces) if pieces else rows.new_zeros(0, cast(int, self.out_features))
             out = out * self.scaling[name]
             result = out if result is None else result + out
         assert result is not None, "an adapter is active"
         return result
+
+    def _dropped(self, rows: Tensor, pairs: Pairs, name: str) -> Tensor:
+        dropout = self.lora_dropout[name]
+        if not self.training or not isinstance(dropout, nn.Dropout):
+            return rows
+        mask = None if self.mask is None else self.mask(rows, pairs, dropout.p)
+        return dropout(rows) if mask is None else rows * mask
 
     def factors(self, adapter_name: str) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Return every expert's A (r, in) and B (out, r).
 
         PEFT stores them side by side: A as (experts * r, in), B as (out, r * experts) with the experts innermost.
         """
-        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        a, b = (cast(nn.Linear, matrices[adapter_name]).weight for matrices in (self.lora_A, self.lora_B))
         stacked = b.view(b.shape[0], -1, self.num_experts).permute(2, 0, 1)  # (experts, out, r)
         # unbind, not indexing: its backward pass writes one gradient, not one of full size for every expert.
         return a.view(self.num_experts, -1, a.shape[1]).unbind(0), stacked.unbind(0)

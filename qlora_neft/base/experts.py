@@ -60,7 +60,12 @@ class PackedStack:
 
 
 def pack(stack: Tensor, *, double_quant: bool) -> PackedStack:
-    """Quantize a stack of matrices (experts, rows, columns), each by itself, from the dtype it comes in."""
+    """Quantize a stack of matrices (experts, rows, columns), each by itself, from the dtype it comes in.
+
+    A stack on the meta device, which has no values, gives tensors of the same shapes there.
+    """
+    if stack.is_meta:
+        return _packed_on_meta(stack, double_quant=double_quant)
     packed, states = [], []
     for matrix in stack:
         data, state = quantize_4bit(
@@ -77,6 +82,23 @@ def pack(stack: Tensor, *, double_quant: bool) -> PackedStack:
             "nested_code": second[0].code,
         }
     return PackedStack(torch.stack(packed), constants, tuple(stack.shape[1:]))
+
+
+def _packed_on_meta(stack: Tensor, *, double_quant: bool) -> PackedStack:
+    count, weights = stack.shape[0], stack[0].numel()
+    blocks = -(-weights // BLOCK)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    constants = {
+        "absmax": empty(count, blocks, dtype=torch.uint8 if double_quant else torch.float32),
+        "code": empty(16),
+    }
+    if double_quant:
+        constants |= {"offset": empty(count), "nested_code": empty(256)}
+        constants["nested_absmax"] = empty(count, -(-blocks // SECOND_BLOCK))
+    return PackedStack(empty(count, -(-weights // 2), dtype=torch.uint8), constants, tuple(stack.shape[1:]))
 
 
 def store(module: nn.Module, name: str, stack: PackedStack) -> nn.Parameter:
@@ -123,23 +145,23 @@ class QuantizedExperts(nn.Module):
 
     def state(self, name: str, expert: int, dtype: torch.dtype | None = None) -> QuantState:
         """Return bitsandbytes' description of one expert's matrix."""
-        constant = self._buffers
-        second = None
-        if f"{name}_offset" in constant:
+        second = offset = None
+        if f"{name}_offset" in self._buffers:
+            offset = self.get_buffer(f"{name}_offset")[expert]
             second = QuantState(
-                absmax=constant[f"{name}_nested_absmax"][expert],
-                code=constant[f"{name}_nested_code"],
+                absmax=self.get_buffer(f"{name}_nested_absmax")[expert],
+                code=self.get_buffer(f"{name}_nested_code"),
                 blocksize=SECOND_BLOCK,
                 dtype=torch.float32,
             )
         return QuantState(
-            absmax=constant[f"{name}_absmax"][expert],
+            absmax=self.get_buffer(f"{name}_absmax")[expert],
             shape=torch.Size(self.matrix_shapes[name]),
-            code=constant[f"{name}_code"],
+            code=self.get_buffer(f"{name}_code"),
             blocksize=BLOCK,
             quant_type="nf4",
             dtype=dtype or self.compute_dtype,
-            offset=constant[f"{name}_offset"][expert] if second is not None else None,
+            offset=offset,
             state2=second,
         )
 
@@ -150,7 +172,7 @@ class QuantizedExperts(nn.Module):
     def constants(self, name: str) -> list[Tensor]:
         """Return what a packed parameter needs besides its bytes, without the code books, which never differ."""
         endings = ("absmax", "offset", "nested_absmax")
-        return [self._buffers[f"{name}_{end}"] for end in endings if f"{name}_{end}" in self._buffers]
+        return [self.get_buffer(f"{name}_{end}") for end in endings if f"{name}_{end}" in self._buffers]
 
     @contextmanager
     def adapted(self, name: str, adapter: Any) -> Generator[None, None, None]:
@@ -185,7 +207,7 @@ class QuantizedExperts(nn.Module):
         used = [(expert, count) for expert, count in enumerate(counts) if count]
         up = next(name for name in UP_NAMES if name in self.matrix_shapes)
         kept = order[: sum(counts)]
-        pairs = _Pairs(kept, used, len(tokens), top_k)
+        pairs = Pairs(kept, experts[kept], used, len(tokens), top_k)
         inner = self._product(up, tokens[kept // top_k], pairs)
         own = cast(Any, self)  # the members below are transformers'
         inner = own._apply_gate(inner) if own.has_gate else own.act_fn(inner)
@@ -197,20 +219,17 @@ class QuantizedExperts(nn.Module):
         result = out.new_zeros(len(experts), out.shape[-1]).index_copy(0, kept, out)
         return result.view(len(tokens), top_k, -1).sum(dim=1).to(tokens.dtype)
 
-    def _product(self, name: str, rows: Tensor, pairs: _Pairs) -> Tensor:
+    def _product(self, name: str, rows: Tensor, pairs: Pairs) -> Tensor:
         """Multiply the rows of each expert by its matrix, (pairs, in) to (pairs, out), its LoRA and bias added."""
-        sizes = [count for _, count in pairs.used]
-        parts = rows.to(self.compute_dtype).split(sizes)
-        pieces = [_Product.apply(part, self, name, expert) for part, (expert, _) in zip(parts, pairs.used, strict=True)]
+        cast_rows = rows.to(self.compute_dtype)
+        pieces = [_Product.apply(part, self, name, expert) for expert, part in pairs.by_expert(cast_rows)]
         out = torch.cat(pieces) if pieces else rows.new_zeros(0, self._out_features(name))
         adapter = self.adapters.get(name)
         if adapter is not None:
             out = out + adapter.update(rows, pairs).to(out.dtype)
         if self.has_bias:
             bias = cast(Tensor, getattr(self, f"{name}_bias"))  # (experts, out)
-            numbers = torch.tensor([expert for expert, _ in pairs.used], device=out.device)
-            chosen = numbers.repeat_interleave(torch.tensor(sizes, device=out.device), output_size=len(rows))
-            out = out + bias[chosen].to(out.dtype)
+            out = out + bias[pairs.experts].to(out.dtype)
         return out.to(rows.dtype)
 
     def _out_features(self, name: str) -> int:
@@ -218,20 +237,27 @@ class QuantizedExperts(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class Pairs:
     """Pairs of a token and one of its experts, sorted by expert.
 
     Attributes:
         order: Number of each pair, token * k + slot, (pairs,).
+        experts: Expert of each pair, (pairs,).
         used: Experts with pairs, and how many each has.
         num_tokens: Tokens of the micro-batch.
         top_k: Experts of a token.
     """
 
     order: Tensor
+    experts: Tensor
     used: list[tuple[int, int]]
     num_tokens: int
     top_k: int
+
+    def by_expert(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Split rows, one for each pair, by expert."""
+        parts = rows.split([count for _, count in self.used])
+        return ((expert, part) for (expert, _), part in zip(self.used, parts, strict=True))
 
 
 class _Product(torch.autograd.Function):

@@ -20,7 +20,18 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .experts import DOWN, UP_NAMES, QuantizedExperts, expert_modules, is_fused_experts, pack, quantized_class, store
+from .experts import (
+    DOWN,
+    UP_NAMES,
+    QuantizedExperts,
+    expert_modules,
+    expert_weights,
+    is_fused_experts,
+    pack,
+    quantize_experts,
+    quantized_class,
+    store,
+)
 
 METHOD = "qlora_neft_nf4"
 # Subclasses of nn.Linear whose own forward computes what nn.Linear's does: Falcon's keeps the rounding of two steps.
@@ -89,9 +100,10 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
             if "matrix_shapes" in module.__dict__:
                 quantized_class(module)
                 self._has_experts = True
+        assert isinstance(self.quantization_config, Nf4Config), "registered for it alone"
         self.quantization_config = self.quantization_config.plain()
         model.config.quantization_config = self.quantization_config
-        model.quantization_method = QuantizationMethod.BITS_AND_BYTES
+        setattr(model, "quantization_method", QuantizationMethod.BITS_AND_BYTES)  # noqa: B010  as upstream, for checkers
         return super()._process_model_after_weight_loading(model, **kwargs)
 
 
@@ -144,10 +156,24 @@ def _router_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield f"{parent}.{name}" if parent else name, child
 
 
+def in_nf4(model: PreTrainedModel, config: BitsAndBytesConfig) -> PreTrainedModel:
+    """Turn a model on the meta device into what would be loaded in NF4, still without weights; it is changed.
+
+    Linear layers become bitsandbytes' (their weights not packed yet), fused experts have packed bytes and constants.
+    """
+    quantizer = Nf4Quantizer(Nf4Config.of(config))
+    quantizer.preprocess_model(model, device_map={"": "meta"})
+    for _, module in list(expert_modules(model)):
+        for name in expert_weights(module):
+            stack = getattr(module, name)
+            setattr(module, name, store(module, name, pack(stack, double_quant=config.bnb_4bit_use_double_quant)))
+    model.config.quantization_config = quantizer.quantization_config
+    quantizer._process_model_after_weight_loading(model)
+    return model
+
+
 def quantize_leftovers(model: PreTrainedModel, *, double_quant: bool) -> None:
     """Quantize what a checkpoint stored in NF4 keeps in 16 bits and this project would have quantized: its experts."""
-    from .experts import quantize_experts
-
     left = [module for _, module in expert_modules(model) if not isinstance(module, QuantizedExperts)]
     with torch.no_grad():
         quantize_experts(left, double_quant=double_quant)

@@ -66,10 +66,8 @@ def resolved(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
     parameters |= {f"{name}.weight" for name in hidden} | set(config.target_parameters or ())
     config = copy.copy(config)
     every = [name for name, _ in model.named_modules()]
-    config.target_modules = set(_short(modules - hidden, every, parts=1))
+    config.target_modules = _short(modules - hidden, every, parts=1)
     config.target_parameters = _short(parameters, [name for name, _ in model.named_parameters()], parts=2)
-    if not modules - hidden:
-        config.target_modules = []
     _check_dropout(config, experts.values())
     return config
 
@@ -116,7 +114,7 @@ def _is_renamed(model: PreTrainedModel, config: LoraConfig, name: str) -> bool:
     name alone. Can go when it leaves names that the model has.
     """
     probe = copy.copy(config)
-    probe.target_modules, probe.target_parameters, probe.rank_pattern, probe.alpha_pattern = {name}, None, {}, {}
+    probe.target_modules, probe.target_parameters, probe.rank_pattern, probe.alpha_pattern = [name], None, {}, {}
     try:
         convert_peft_config_for_transformers(probe, model, None)
     except ValueError:  # one of a pair

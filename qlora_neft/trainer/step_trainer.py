@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import RunFailed
+from ..fused.expert_dropout import key_expert_dropout
 from ..fused.under_way import UnderWay
 from ..noise.freelb import Perturbation
 from ..noise.neftune import NEFTuneNoise, NoiseStatistics, alpha_at, expected_norm, lookup_scale, noisy_embeddings
@@ -61,6 +62,7 @@ class StepTrainer(CheckpointedTrainer):
         self.neftune_noise_alpha = None
         self.loss_is_scaled_for_ga = True  # every micro-batch is divided by the tokens of the whole step
         self.under_way = UnderWay()
+        key_expert_dropout(self.model, self.under_way)
         self._steps: StepSampler | None = None
         self._loss_is_finite = True
         self._noise_statistics = NoiseStatistics()
