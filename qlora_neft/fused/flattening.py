@@ -1,0 +1,192 @@
+"""Whether rows are padded or flattened, and which attention keeps flattened sequences apart.
+
+Which families may be flattened is not believed but found out: ``python -m scripts.probe_flattening`` builds each one tiny
+and compares. Its result lies beside this module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+import torch
+
+from ..errors import UserInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+VARLEN, PER_SEQUENCE = "varlen", "per_sequence"  # as `machine.attn_implementation` names them
+OURS = (VARLEN, PER_SEQUENCE)
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+ATTENTIONS = ("auto", "sdpa", "eager", *OURS, *FLASH)
+LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that our attention knows
+# Names of the probability with which a family drops attention weights.
+DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout", "attention_dropout_prob")
+MAX_HEAD_DIM = 256  # FlashAttention's
+
+
+class Probed(TypedDict):
+    """What the probe found, families by ``model_type``.
+
+    Attributes:
+        flattens: Exact under our attention.
+        padded: Not exact, and why.
+        kept_apart_by_masks: Those of ``padded`` that are exact under transformers' own attention and its block masks.
+    """
+
+    flattens: list[str]
+    padded: dict[str, str]
+    kept_apart_by_masks: list[str]
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """How a run's rows are laid out, and attended over.
+
+    Attributes:
+        padding_free: Whether rows are flattened.
+        flattened: Attention of flattened batches, one of `ATTENTIONS`; "auto" for the model's own.
+        model: Attention of the model otherwise, as transformers names it; "auto" for transformers' choice.
+        note: What was not possible, in one line; or "".
+    """
+
+    padding_free: bool
+    flattened: str
+    model: str
+    note: str = ""
+
+    @property
+    def implementation(self) -> str:
+        """The attention of training passes."""
+        return self.flattened if self.padding_free and self.flattened != "auto" else self.model
+
+
+def choose_attention(
+    config: PreTrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    padding_free: bool | None = None,
+    implementation: str = "auto",
+    packed: bool = False,
+) -> AttentionChoice:
+    """Decide whether rows are flattened, and how they are attended over.
+
+    Left open, rows are flattened with CUDA, where a model family allows it, and padded on a CPU, whose kernels are
+    slower on many short sequences than on one padded rectangle.
+
+    Args:
+        config: The model's configuration.
+        device: Device of the model.
+        dtype: Dtype that attention computes in.
+        padding_free: Whether to flatten; None decides.
+        implementation: One of `ATTENTIONS`.
+        packed: Whether rows hold several sequences already, so that they cannot be padded.
+
+    Raises:
+        UserInputError: If what is asked for contradicts itself, does not run here, or would mix packed sequences.
+    """
+    _check(implementation, config, device, dtype, padding_free=padding_free, packed=packed)
+    model = "auto" if implementation in OURS else implementation
+    by_default = implementation in (*OURS, *FLASH) or (implementation == "auto" and device.type == "cuda")
+    if not packed and not (by_default if padding_free is None else padding_free):
+        return AttentionChoice(False, "auto", model)
+    why = why_padded(config)
+    if not why:
+        if implementation != "auto":
+            return AttentionChoice(True, implementation, model)
+        if varlen_runs(device, dtype, head_dim_of(config)):
+            return AttentionChoice(True, VARLEN, model)
+        if _flash_runs(device, dtype):
+            return AttentionChoice(True, FLASH[0], FLASH[0])
+        return AttentionChoice(True, PER_SEQUENCE, model)
+    # Only for those who ask: a mask over the whole flattened row costs more than padding.
+    if (packed or padding_free) and _family(config) in probed()["kept_apart_by_masks"]:
+        return AttentionChoice(True, "auto", model, f"flattened rows are kept apart by a mask over the whole row: {why}")
+    if packed:
+        raise UserInputError(f"packing: not possible with {_family(config)!r}: {why}. Set packing=False.")
+    return AttentionChoice(False, "auto", model, f"rows are padded: {why}")
+
+
+def why_padded(config: PreTrainedConfig) -> str:
+    """Return why the rows of a model must be padded; "" if they may be flattened under our attention."""
+    text = config.get_text_config()
+    for part in {config.model_type: config, text.model_type: text}.values():
+        # A family's own code under a known name is not the code that was probed.
+        if hasattr(part, "auto_map") or part.model_type not in probed()["flattens"]:
+            known = probed()["padded"].get(part.model_type)
+            return f"{part.model_type}: {known}" if known else f"{part.model_type}: not known to flatten exactly"
+    if dropout := [name for name in DROPOUT if getattr(text, name, None)]:
+        return f"{dropout[0]} is {getattr(text, dropout[0])}, and attention by sequence has no dropout"
+    if others := set(getattr(text, "layer_types", None) or ()) - LAYERS:
+        return f"layers of kind {sorted(others)[0]}"
+    return ""
+
+
+@cache
+def probed() -> Probed:
+    """Return what the probe found."""
+    return json.loads(Path(__file__).with_name("flattening.json").read_text(encoding="utf-8"))
+
+
+def varlen_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Return whether torch's kernel for sequences of varying length runs here."""
+    if not _is_half_on_ampere(device, dtype) or find_spec("torch.nn.attention.varlen") is None:  # torch 2.10
+        return False
+    return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Return the width of a head's queries; that of DeepSeek's latent attention is the sum of its two parts."""
+    text = config.get_text_config()
+    if (plain := getattr(text, "qk_nope_head_dim", None)) is not None:
+        return plain + text.qk_rope_head_dim
+    return getattr(text, "head_dim", None) or math.ceil(text.hidden_size / text.num_attention_heads)
+
+
+def _check(
+    implementation: str,
+    config: PreTrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    padding_free: bool | None,
+    packed: bool,
+) -> None:
+    if implementation not in ATTENTIONS:
+        raise UserInputError(f"attn_implementation: must be one of {', '.join(ATTENTIONS)}, got {implementation!r}.")
+    if implementation in OURS and padding_free is False and not packed:
+        raise UserInputError(
+            f"attn_implementation: {implementation} attends over flattened rows, got padding_free: false. Write auto, "
+            "or leave padding_free out."
+        )
+    where = f"{device.type} in {str(dtype).removeprefix('torch.')}"
+    if implementation == VARLEN and not varlen_runs(device, dtype, head_dim_of(config)):
+        raise UserInputError(
+            "attn_implementation: varlen needs a GPU of compute capability 8.0, bf16 or fp16, and heads no wider than "
+            f"{MAX_HEAD_DIM}, got {where}, heads of {head_dim_of(config)}. Write auto, or {PER_SEQUENCE}."
+        )
+    if implementation in FLASH and not _is_half_on_ampere(device, dtype):
+        raise UserInputError(
+            f"attn_implementation: {implementation} needs a GPU of compute capability 8.0 and bf16 or fp16, got "
+            f"{where}. Write auto."
+        )
+
+
+def _family(config: PreTrainedConfig) -> str:
+    return config.get_text_config().model_type
+
+
+def _is_half_on_ampere(device: torch.device, dtype: torch.dtype) -> bool:
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _flash_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    return _is_half_on_ampere(device, dtype) and find_spec("flash_attn") is not None
