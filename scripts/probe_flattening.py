@@ -1,13 +1,13 @@
-"""Find out which model families may be flattened: their sequences, laid one behind another, compute what each computes alone.
+"""Find out which model families may be flattened: sequences in one row compute what each of them computes alone.
 
-    python -m scripts.probe_flattening                 # all causal decoders of transformers, some minutes; writes the list
+    python -m scripts.probe_flattening                 # all causal decoders of transformers, a minute; writes the list
     python -m scripts.probe_flattening llama bloom     # some of them, printed only
 
-Each family is built tiny and random, with a window shorter than the sequences where it has one. Logits of every sequence
-alone (transformers' own attention) and of all of them flattened (ours) must be equal, and so must the gradient of the
-embeddings. What differs, raises, or does not hand the bounds down stays padded; whether transformers' own block masks keep
-such a family's sequences apart is found out too, for those who ask for flattening or packing. A family that would not
-notice if its sequences saw each other proves nothing and is left out.
+Each family is built tiny and random, with a window shorter than the sequences where it has one. Logits of every
+sequence alone (transformers' own attention) and of all of them flattened (ours) must be equal, and so must the gradient
+of the embeddings. What differs, raises, or does not hand the bounds down stays padded; whether transformers' own block
+masks keep such a family's sequences apart is found out too, for those who ask for flattening or packing. A family that
+would not notice if its sequences saw each other proves nothing and is left out.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import qlora_neft.fused
 from qlora_neft.fused.attention import PER_SEQUENCE, FlattenedAttention, FlatteningCollator
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 LIST = Path(qlora_neft.fused.__file__).with_name("flattening.json")
 LENGTHS = (13, 1, 9, 13)  # the window is shorter, one sequence is a single token
@@ -157,7 +157,7 @@ def _problem(model: PreTrainedModel, expected: tuple[Tensor, Any], implementatio
         found = logits_and_gradient(model, rows(), implementation)
     except NotImplementedError as error:
         return str(error)
-    except Exception:
+    except Exception:  # noqa: BLE001  # any refusal is one
         return "the model refuses flattened rows"
     return "" if _apart(found, expected) < TOLERANCE else "sequences of a flattened row would see each other"
 

@@ -56,11 +56,11 @@ class FlattenedAttention:
 
     Args:
         model: The model; its text part's configuration is what its attention modules read.
-        implementation: ``"varlen"``, ``"per_sequence"``, or the name of one of transformers', whose masks keep
-            sequences apart by ``position_ids`` (or, FlashAttention, by ``cu_seq_lens_q``).
+        implementation: ``"varlen"`` or ``"per_sequence"``. Under any other the model attends in its own way:
+            transformers' masks keep sequences apart by ``position_ids``, FlashAttention by ``cu_seq_lens_q``.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, implementation: str) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, implementation: str = "auto") -> None:
         self.config = model.config.get_text_config()
         self.implementation = implementation
 
@@ -232,7 +232,7 @@ def _as_batch(x: Tensor, start: int, length: int, count: int) -> Tensor:
 
 
 def _for_every_head(x: Tensor, num_heads: int) -> Tensor:
-    """Repeat the heads of (1, H_kv, T, D) until there are H: grouped queries have few kernels outside FlashAttention."""
+    """Repeat the heads of (1, H_kv, T, D): outside FlashAttention, grouped queries have few kernels."""
     groups = num_heads // x.shape[1]
     return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 

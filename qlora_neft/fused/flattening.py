@@ -1,7 +1,7 @@
 """Whether rows are padded or flattened, and which attention keeps flattened sequences apart.
 
-Which families may be flattened is not believed but found out: ``python -m scripts.probe_flattening`` builds each one tiny
-and compares. Its result lies beside this module.
+Which families may be flattened is not believed but found out: ``python -m scripts.probe_flattening`` builds each one
+tiny and compares. Its result lies beside this module.
 """
 
 from __future__ import annotations
@@ -108,7 +108,9 @@ def choose_attention(
         return AttentionChoice(True, PER_SEQUENCE, model)
     # Only for those who ask: a mask over the whole flattened row costs more than padding.
     if (packed or padding_free) and _family(config) in probed()["kept_apart_by_masks"]:
-        return AttentionChoice(True, "auto", model, f"flattened rows are kept apart by a mask over the whole row: {why}")
+        return AttentionChoice(
+            True, "auto", model, f"flattened rows are kept apart by a mask over the whole row: {why}"
+        )
     if packed:
         raise UserInputError(f"packing: not possible with {_family(config)!r}: {why}. Set packing=False.")
     return AttentionChoice(False, "auto", model, f"rows are padded: {why}")

@@ -37,6 +37,13 @@ class MicroBatch:
     inputs: dict[str, Any]
     spans: list[SequenceSpan] | None
 
+    def pin_memory(self) -> MicroBatch:
+        """Return it in page-locked memory, from which it moves to a GPU while the host goes on."""
+        pinned = {
+            key: value.pin_memory() if hasattr(value, "pin_memory") else value for key, value in self.inputs.items()
+        }
+        return replace(self, inputs=pinned)
+
     def num_trained_tokens(self) -> int:
         """Count positions with a label, as a causal LM does: the first of a row has nothing to predict it."""
         return int(self.inputs["labels"][..., 1:].ne(IGNORE_INDEX).sum())
@@ -70,6 +77,10 @@ class StepBatch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
         """Stay on the CPU: each micro-batch moves when its turn comes, so only one is on the device at a time."""
         return self
+
+    def pin_memory(self) -> StepBatch:
+        """Pin every micro-batch; torch's dataloader calls it under ``dataloader_pin_memory``."""
+        return replace(self, micro_batches=tuple(micro.pin_memory() for micro in self.micro_batches))
 
     def split_again(self, max_rows: int, max_tokens: int | None) -> StepBatch:
         """Split the same step into other micro-batches; every sequence keeps its ordinal, a ready-made batch stays."""

@@ -8,7 +8,7 @@ differ (`qlora_neft.trainer.loss_head`); add it to any other model first.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Rows = Sequence[Mapping[str, Any]]
+# A block that a model's pass over a batch runs in; it yields the model's inputs.
+PassOver = Callable[[Mapping[str, Any]], AbstractContextManager[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,12 @@ def row_losses(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.d
 
 
 def mean_token_loss(
-    model: nn.Module, rows: Rows, collator: Callable[[list], dict[str, Any]], batch_size: int, device: torch.device
+    model: nn.Module,
+    rows: Rows,
+    collator: Callable[[list], dict[str, Any]],
+    batch_size: int,
+    device: torch.device,
+    over: PassOver = nullcontext,
 ) -> float:
     """Return the mean negative log-likelihood of the rows' trained tokens, in nats; NaN if no token is trained.
 
@@ -76,11 +83,13 @@ def mean_token_loss(
         collator: Makes a batch with ``labels``.
         batch_size: Rows per forward pass, in the order given.
         device: Device of the model.
+        over: Wraps each pass, for a model that attends over flattened batches in another way.
     """
     mean = TokenMean()
     with evaluating(model):
         for start in range(0, len(rows), batch_size):
-            losses, trained = _token_losses(model, collator(list(rows[start : start + batch_size])), device)
+            with over(collator(list(rows[start : start + batch_size]))) as inputs:
+                losses, trained = _token_losses(model, inputs, device)
             # clamp: a batch without a trained token counts as 0, not as NaN, and has no weight.
             mean.add(losses.sum() / trained.sum().clamp(min=1), trained.sum())
     return mean.value()

@@ -51,6 +51,10 @@ class QLoRANeftConfig(SFTConfig):
         effective_batch_size: Sequences per optimizer step of all ranks together, for a step that ranks do not divide
             evenly; None for ``per_device_train_batch_size`` times ``gradient_accumulation_steps`` times ranks.
         max_bad_steps: The run fails after this many steps in a row whose loss or gradient is not finite, each skipped.
+        padding_free: Whether the rows of a micro-batch are flattened instead of padded; None decides by device and
+            model family, see `qlora_neft.fused.flattening`. Works with ``max_length`` and without packing.
+        attn_implementation: ``"auto"``, ``"varlen"`` or ``"per_sequence"`` (attention over flattened rows, ours), or
+            one of transformers' (``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...).
         bf16, fp16: None decides by capability, see `qlora_neft.base.precision`.
 
     Raises:
@@ -69,9 +73,13 @@ class QLoRANeftConfig(SFTConfig):
     checkpointed_blocks: int | None = field(default=None, metadata={"help": "decoder blocks; None = all"})
     effective_batch_size: int | None = field(default=None, metadata={"help": "sequences per step, of all ranks"})
     max_bad_steps: int = field(default=10, metadata={"help": "steps in a row that are not finite"})
-    # Wider than upstream's bool until __post_init__ has decided.
+    attn_implementation: str = field(default="auto", metadata={"help": "attention; auto decides"})
+    # Wider than upstream's bool until __post_init__, or for `padding_free` the trainer, has decided.
     gradient_checkpointing: bool | None = field(  # ty: ignore[incompatible-attribute-override]
         default=None, metadata={"help": "None decides by device"}
+    )
+    padding_free: bool | None = field(  # ty: ignore[incompatible-attribute-override]
+        default=None, metadata={"help": "None decides by device and model"}
     )
 
     def __post_init__(self) -> None:

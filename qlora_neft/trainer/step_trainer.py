@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import RunFailed
+from ..fused.attention import FlattenedAttention
 from ..fused.expert_dropout import key_expert_dropout
 from ..fused.under_way import UnderWay
 from ..noise.freelb import Perturbation
@@ -35,6 +36,7 @@ from ..steps.rows import StepLoader, StepRows, StepSampler, step_loader, step_or
 from ..steps.sequences import find_sequences
 from .checkpointed_trainer import CheckpointedTrainer, StepGivenUp
 from .memory import too_large
+from .step_metrics import StepMetrics, token_loss
 
 ROWS_NAMED = 16  # rows of a bad step that an error message names
 
@@ -48,6 +50,7 @@ class StepTrainer(CheckpointedTrainer):
     Attributes:
         say: Called with every decision taken during training, one line each.
         under_way: The micro-batch of the pass under way.
+        attention: How the model attends over flattened batches.
     """
 
     say: Callable[[str], None] = staticmethod(logging.getLogger(__name__).warning)
@@ -63,6 +66,8 @@ class StepTrainer(CheckpointedTrainer):
         self.loss_is_scaled_for_ga = True  # every micro-batch is divided by the tokens of the whole step
         self.under_way = UnderWay()
         key_expert_dropout(self.model, self.under_way)
+        self.attention = FlattenedAttention(self.model)
+        self._step_metrics = StepMetrics()
         self._steps: StepSampler | None = None
         self._loss_is_finite = True
         self._noise_statistics = NoiseStatistics()
@@ -89,7 +94,7 @@ class StepTrainer(CheckpointedTrainer):
         self.tokens_seen += step.num_tokens()
         self.trained_tokens_seen += step.num_trained_tokens()
         # Acted upon in `_get_grad_norm`, which upstream calls next.
-        self._loss_is_finite = math.isfinite(loss.item())
+        self._loss_is_finite = math.isfinite(self._read_metrics(loss))
         return loss
 
     def _accumulate(self, model: nn.Module, step: StepBatch, num_items: Tensor | int | None) -> Tensor | None:
@@ -101,6 +106,7 @@ class StepTrainer(CheckpointedTrainer):
             self.current_gradient_accumulation_steps = len(step)  # upstream averages a router loss over these
         # A sum, not a mean: TRL divides each micro-batch's loss by the trained tokens of the whole step.
         first_ordinal, loss = self._first_ordinal(step), torch.zeros((), device=self.args.device)
+        self._step_metrics.clear()  # an attempt that did not fit has left some
         passes = self._num_passes()
         if passes > 1:  # the gradient is the mean of the passes
             assert num_items is not None, "a StepBatch is always counted"
@@ -113,9 +119,10 @@ class StepTrainer(CheckpointedTrainer):
             try:
                 for number in range(passes):
                     synced = self._gradient_sync(model, now=is_last and number == passes - 1)
-                    # dict(): TRL adds keys to the inputs, and FreeLB passes over the same batch again.
-                    with synced, self.randomness(micro, first_ordinal, index, number):
-                        loss = loss + super().training_step(model, dict(micro.inputs), num_items)
+                    by_sequence = self.attention.over(micro.inputs)
+                    with synced, self.randomness(micro, first_ordinal, index, number), by_sequence as inputs:
+                        loss = loss + super().training_step(model, inputs, num_items)
+                    self._count_tokens(micro)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 # accelerate knows the messages of cuDNN and of the CPU's allocator as well.
                 if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
@@ -143,14 +150,60 @@ class StepTrainer(CheckpointedTrainer):
         with under_way, noisy_embeddings(self._embedding(), noise), keyed_rng(dropout, self.args.device):
             yield
 
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """Compute TRL's loss; its training metrics (entropy, accuracy, tokens) are this rank's own.
 
-        TRL gathers them in every micro-batch, and ranks split a step into different numbers of micro-batches: they
-        would wait for each other forever.
+        TRL gathers them in every micro-batch: the host waits for the device several times, and ranks, which split a
+        step into different numbers of micro-batches, would wait for each other forever.
         """
-        with _ungathered(self.accelerator) if model.training and self.args.world_size > 1 else nullcontext():
-            return super().compute_loss(model, *args, **kwargs)
+        if not model.training or return_outputs or self._loss_is_custom():
+            with _ungathered(self.accelerator) if model.training and self.args.world_size > 1 else nullcontext():
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = model(**{**inputs, **router, "use_cache": False, "fused_lm_head": True})
+        self._step_metrics.add(outputs)
+        loss = token_loss(outputs, num_items_in_batch, self.args.loss_type)
+        # The tokens are those of all ranks, and the ranks' gradients are averaged.
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if self.aux_loss_enabled:  # a mean over the micro-batch, whatever the tokens of the step
+            parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / parts
+        return loss
+
+    def _loss_is_custom(self) -> bool:
+        """Whether the loss needs the logits, or upstream's sequence parallelism."""
+        parallelism = self.accelerator.parallelism_config
+        smooths = self.label_smoother is not None and self.args.loss_type == "nll"
+        return self.compute_loss_func is not None or smooths or getattr(parallelism, "sp_enabled", False)
+
+    def _count_tokens(self, micro: MicroBatch) -> None:
+        """Count a pass's tokens as TRL does, padding left out where a mask tells; on the CPU, before it moves."""
+        if self._loss_is_custom():
+            return  # TRL has counted
+        mask = micro.inputs.get("attention_mask")
+        self._total_train_tokens += int(mask.sum()) if mask is not None else micro.inputs["input_ids"].shape[1]
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def _read_metrics(self, loss: Tensor) -> float:
+        """Hand the metrics of a step's micro-batches to TRL's log, and return its loss: one wait for the device."""
+        value, rows = self._step_metrics.read(loss)
+        for row in rows:
+            for name, metric in row.items():
+                self._metrics["train"][name].append(metric)
+        return value
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Move a tensor as upstream does, without waiting for it."""
+        if isinstance(data, Tensor) and data.device.type == "cpu" and not self.is_deepspeed_enabled:
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def _gradient_sync(self, model: nn.Module, *, now: bool) -> AbstractContextManager:
         """Average the gradients of all ranks only after the last backward pass of a step."""

@@ -27,10 +27,14 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import EvalLoopOutput
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..base.config import load_tokenizer
 from ..base.lora import add_adapters, count_parameters, default_lora_config
 from ..base.nf4 import keep_nf4_layout, load_nf4_base
+from ..errors import UserInputError, first_line
+from ..fused.attention import FlattenedAttention, FlatteningCollator
+from ..fused.flattening import AttentionChoice, choose_attention
 from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import save_adapter
 from ..steps import IGNORE_INDEX
@@ -85,12 +89,15 @@ class QLoRANeftTrainer(StepTrainer):
     ) -> None:
         args = _own_arguments(args)
         _check_packing(args)
+        if args.padding_free and data_collator is not None:
+            raise ValueError("padding_free: the data_collator given decides it. Leave one of them out.")
         if isinstance(model, (str, Path)):
             processing_class = processing_class or _tokenizer_of(str(model), args)
             model = _load_base(str(model), args, quantization_config)
         # A ready model comes here without `load_nf4_base`, and its first evaluation would rewrite its weights.
         keep_nf4_layout(model)
         model = _with_adapters(model, peft_config, args.seed)
+        attention = _attention_of(model, args, given_collator=data_collator is not None)
         # Taken now, since TRL's constructor rounds them to bf16; put back right after it.
         initial = _quantized_trainable(model)
         super().__init__(
@@ -104,6 +111,7 @@ class QLoRANeftTrainer(StepTrainer):
             **kwargs,
         )
         self._restore_trainable(initial)
+        self._use_attention(attention)
         self.loss_check = self._settle_loss_head()
         self._eval_loss: TokenMean | None = None  # of the evaluation under way
         self._clean_loss_due = CleanLossDue(args.clean_loss_steps)
@@ -112,6 +120,16 @@ class QLoRANeftTrainer(StepTrainer):
             self.add_callback(SaidOnce(self, str(self.loss_check)))
         if args.checkpointed_blocks:
             self.add_callback(CheckpointSomeBlocks(args.checkpointed_blocks))
+
+    def _use_attention(self, choice: AttentionChoice) -> None:
+        """Flatten batches if that was chosen; TRL's own switch also gives up ``max_length``."""
+        self.attention_choice = choice
+        self.attention = FlattenedAttention(self.model, choice.flattened)
+        self.args.padding_free = choice.padding_free
+        if choice.padding_free and isinstance(self.data_collator, DataCollatorForLanguageModeling):
+            self.padding_free = True
+            padded = self.data_collator
+            self.data_collator = FlatteningCollator(padded.pad_token_id, pad_to_multiple_of=padded.pad_to_multiple_of)
 
     def _restore_trainable(self, initial: dict[str, Tensor]) -> None:
         """Undo TRL's cast of a quantized model's adapters to bf16: fp32 values from before it, not rounded ones.
@@ -163,7 +181,8 @@ class QLoRANeftTrainer(StepTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch as upstream does, and count its loss by its trained tokens."""
         labels = inputs.get("labels")  # (B, T)
-        found = super().prediction_step(model, inputs, *args, **kwargs)
+        with self.attention.over(inputs) as moved:
+            found = super().prediction_step(model, moved, *args, **kwargs)
         loss = found[0]
         if self._eval_loss is not None and labels is not None and loss is not None:
             # The first label of a row is never predicted, so it counts for nothing.
@@ -190,7 +209,7 @@ class QLoRANeftTrainer(StepTrainer):
         size, device = self.args.per_device_eval_batch_size, self.args.device
         # Autocast as in training, so that the two losses differ by noise and dropout, not by number format.
         with preserved_rng(), self.accelerator.autocast():
-            return mean_token_loss(self.model, features, self.data_collator, size, device)
+            return mean_token_loss(self.model, features, self.data_collator, size, device, self.attention.over)
 
     # ---- Logging and saving ----
 
@@ -296,6 +315,7 @@ def _step_arguments(args: QLoRANeftConfig) -> QLoRANeftConfig:
     # Upstream's loop then steps the optimizer after every batch, and counts steps, epochs and logs by it.
     step.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     step.gradient_accumulation_steps = 1
+    step.padding_free = False  # done here: TRL's collator is replaced, its refusals and warnings do not apply
     if step.n_gpu > 1:
         step._n_gpu = 1  # as transformers does: the base is on one device, and other visible GPUs are left alone
     return step
@@ -308,6 +328,35 @@ def _check_packing(args: QLoRANeftConfig) -> None:
             "packing_strategy: 'wrapped' keeps no sequence boundaries, so that NEFTune's L is unknown. Use 'bfd', or "
             "neftune_noise_alpha=None."
         )
+
+
+def _attention_of(
+    model: PreTrainedModel | PeftModel, args: QLoRANeftConfig, *, given_collator: bool
+) -> AttentionChoice:
+    """Choose how rows are laid out and attended over, and set the model's own attention.
+
+    Args:
+        model: The model, with its adapters.
+        args: What was asked for.
+        given_collator: Whether a collator of the caller's pads or flattens as it likes.
+    """
+    choice = choose_attention(
+        model.config,
+        args.device,
+        args.compute_dtype,
+        padding_free=False if given_collator else args.padding_free,
+        implementation=args.attn_implementation,
+        packed=bool(args.packing) and args.packing_strategy != "wrapped",
+    )
+    if choice.model not in ("auto", model.config._attn_implementation):
+        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        try:
+            base.set_attn_implementation(choice.model)
+        except (ImportError, ValueError) as error:
+            raise UserInputError(
+                f"attn_implementation: {choice.model} does not run here. ({first_line(error)})"
+            ) from error
+    return choice
 
 
 def _tokenizer_of(name_or_path: str, args: QLoRANeftConfig) -> PreTrainedTokenizerBase:
