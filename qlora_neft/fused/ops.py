@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
@@ -85,6 +85,11 @@ class Activation:
     name: str
     function: Callable[[Tensor], Tensor]
 
+    def of(self, x: Tensor) -> Tensor:
+        """Return activation(x) in memory of its own, which the caller may write to."""
+        active = self.function(x)
+        return active if self.name in ACTIVATIONS else active.clone()  # of the others, some return their argument
+
     @torch.no_grad()
     def derivative_times(self, grad: Tensor, x: Tensor) -> Tensor:
         """Return ``grad`` times the derivative at ``x``."""
@@ -103,7 +108,7 @@ class Activation:
 @one_kernel
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     """Return activation(gate) * up, all (M, F)."""
-    return activation.function(gate).mul_(up)
+    return activation.of(gate).mul_(up)
 
 
 @one_kernel
@@ -112,7 +117,7 @@ def gated_backward(gate: Tensor, up: Tensor, grad: Tensor, activation: Activatio
 
     All (M, F).
     """
-    active = activation.function(gate)
+    active = activation.of(gate)
     grad_up = active * grad
     grad_gate = activation.derivative_times(grad.mul_(up), gate)
     return active.mul_(up), grad_gate, grad_up
@@ -121,13 +126,13 @@ def gated_backward(gate: Tensor, up: Tensor, grad: Tensor, activation: Activatio
 @one_kernel
 def activated(x: Tensor, activation: Activation) -> Tensor:
     """Return activation(x), (M, F)."""
-    return activation.function(x)
+    return activation.of(x)
 
 
 @one_kernel
 def activated_backward(x: Tensor, grad: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """Return `activated` again, and the gradient of ``x``; ``grad`` may be overwritten."""
-    return activation.function(x), activation.derivative_times(grad, x)
+    return activation.of(x), activation.derivative_times(grad, x)
 
 
 # ---- The base's weight ----
@@ -163,11 +168,16 @@ def dequantized(linear: Linear4bit, dtype: torch.dtype) -> Tensor:
     dequantizes again (bitsandbytes-foundation/bitsandbytes#2034).
     """
     weight: Any = linear.weight
-    state = weight.quant_state
-    packed = weight.data.view(-1, 1)
-    if packed.device.type == "cpu" or state.dtype != dtype:  # bitsandbytes writes into given memory on GPUs only
-        return dequantize_4bit(packed, state).to(dtype)
-    return dequantize_4bit(packed, state, out=WEIGHTS.of(torch.Size(state.shape), dtype, packed.device))
+    state, packed = weight.quant_state, weight.data.view(-1, 1)
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2).add_(state.offset)
+    what = packed, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
+    if packed.device.type == "cpu":  # bitsandbytes has no kernel there that writes into given memory
+        return torch.ops.bitsandbytes.dequantize_4bit.default(*what)
+    out = WEIGHTS.of(torch.Size(state.shape), dtype, packed.device)
+    torch.ops.bitsandbytes.dequantize_4bit.out(*what, out=out)
+    return out
 
 
 def base_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:

@@ -55,6 +55,8 @@ class QLoRANeftConfig(SFTConfig):
             model family, see `qlora_neft.fused.flattening`. Works with ``max_length`` and without packing.
         attn_implementation: ``"auto"``, ``"varlen"`` or ``"per_sequence"`` (attention over flattened rows, ours), or
             one of transformers' (``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...).
+        fused_lora: LoRA layers and MLPs as fused functions (`qlora_neft.fused`); False for the modules' own path. Both
+            learn the same.
         bf16, fp16: None decides by capability, see `qlora_neft.base.precision`.
 
     Raises:
@@ -74,6 +76,7 @@ class QLoRANeftConfig(SFTConfig):
     effective_batch_size: int | None = field(default=None, metadata={"help": "sequences per step, of all ranks"})
     max_bad_steps: int = field(default=10, metadata={"help": "steps in a row that are not finite"})
     attn_implementation: str = field(default="auto", metadata={"help": "attention; auto decides"})
+    fused_lora: bool = field(default=True, metadata={"help": "LoRA in fused functions"})
     # Wider than upstream's bool until __post_init__, or for `padding_free` the trainer, has decided.
     gradient_checkpointing: bool | None = field(  # ty: ignore[incompatible-attribute-override]
         default=None, metadata={"help": "None decides by device"}

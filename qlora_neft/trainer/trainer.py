@@ -35,6 +35,7 @@ from ..base.nf4 import keep_nf4_layout, load_nf4_base
 from ..errors import UserInputError, first_line
 from ..fused.attention import FlattenedAttention, FlatteningCollator
 from ..fused.flattening import AttentionChoice, choose_attention
+from ..fused.install import FastPath
 from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import save_adapter
 from ..steps import IGNORE_INDEX
@@ -113,6 +114,8 @@ class QLoRANeftTrainer(StepTrainer):
         self._restore_trainable(initial)
         self._use_attention(attention)
         self.loss_check = self._settle_loss_head()
+        # FSDP gathers a block's weights only while it runs: they cannot be kept in another dtype for a step.
+        self.fast_path = FastPath(self.model, self.under_way, fused=args.fused_lora and not self.is_fsdp_enabled)
         self._eval_loss: TokenMean | None = None  # of the evaluation under way
         self._clean_loss_due = CleanLossDue(args.clean_loss_steps)
         self.add_callback(self._clean_loss_due)
@@ -155,6 +158,13 @@ class QLoRANeftTrainer(StepTrainer):
                 dtype=min(self.args.compute_dtype, weight.dtype, key=lambda dtype: torch.finfo(dtype).bits),
                 autocast=self.accelerator.autocast(),
             )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as upstream does, on the fast path where there is one."""
+        self.fast_path.install()  # again: adapters may have been added since
+        if line := self.fast_path.line():
+            self.say(line)
+        return super().train(*args, **kwargs)
 
     # ---- Evaluation: it depends on the model and the rows alone, and changes nothing else ----
 
