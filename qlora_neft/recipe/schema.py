@@ -356,6 +356,10 @@ class Machine(Section):
         "auto", description="recompute activations: true, false, or the number of blocks that do"
     )
     padding_free: Auto | bool = Field("auto", description="concatenate sequences instead of padding them")
+    # The fast path of a step.
+    fused_lora: Auto | bool = Field(
+        "auto", description="compute LoRA layers and MLPs in fused functions: fewer passes over memory; auto: true"
+    )
     # How data is read and prepared.
     dataloader_num_workers: CountOrZero = Field(
         0, description="processes that prepare batches; 0: none beside the main one"

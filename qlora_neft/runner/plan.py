@@ -62,6 +62,7 @@ class RunPlan:
         activation_checkpointing: Whether blocks recompute their activations.
         checkpointed_blocks: How many of them do, counted from the first; None for all.
         padding_free: Whether rows are joined instead of padded.
+        fused_lora: Whether LoRA layers and MLPs are computed in fused functions.
         optim: The optimizer; its states are paged only where there is a GPU to page from.
         logging_steps, eval_steps, clean_loss_steps: Optimizer steps between two of each; 0 for never.
         notes: What was decided and why, one line each.
@@ -75,6 +76,7 @@ class RunPlan:
     activation_checkpointing: bool
     checkpointed_blocks: int | None
     padding_free: bool
+    fused_lora: bool
     optim: str
     logging_steps: int
     eval_steps: int
@@ -131,6 +133,7 @@ def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.dev
         activation_checkpointing=checkpointing,
         checkpointed_blocks=blocks,
         padding_free=machine.padding_free is True,
+        fused_lora=machine.fused_lora is not False,
         optim=optim,
         logging_steps=_auto(machine.logging_steps, max(1, num_steps // LOG_LINES)),
         eval_steps=eval_steps,

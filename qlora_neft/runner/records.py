@@ -179,6 +179,7 @@ def summary_of(
         "tokens_seen": trainer.tokens_seen,
         "trained_tokens_seen": trainer.trained_tokens_seen,
         "bad_steps": trainer.bad_steps,
+        "fast_path": trainer.fast_path_record(),
         "decisions": list(decisions),
         "resumed_from_step": beginning.checkpoint.step if beginning.checkpoint else None,
         "parameters": count_parameters(with_adapter) - num_trained,

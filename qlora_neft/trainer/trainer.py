@@ -159,6 +159,10 @@ class QLoRANeftTrainer(StepTrainer):
                 autocast=self.accelerator.autocast(),
             )
 
+    def fast_path_record(self) -> dict[str, Any]:
+        """Return which pieces of the fast path were on, and for what they were not, as ``summary.json`` has it."""
+        return self.fast_path.record()
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as upstream does, on the fast path where there is one."""
         self.fast_path.install()  # again: adapters may have been added since

@@ -74,6 +74,7 @@ def test_every_auto_is_filled_in():
     assert chosen.max_tokens_per_micro_batch == CPU_TOKENS
     assert chosen.per_device_eval_batch_size == 8
     assert (chosen.activation_checkpointing, chosen.checkpointed_blocks, chosen.padding_free) == (False, None, False)
+    assert chosen.fused_lora
 
 
 @pytest.mark.parametrize("steps", range(1, 12))
@@ -94,6 +95,7 @@ def test_what_is_asked_for_is_what_is_done():
         "eval_steps": 5,
         "clean_loss_steps": 0,
         "padding_free": True,
+        "fused_lora": False,
     }
     chosen = plan(**wanted)
     assert {name: getattr(chosen, name) for name in wanted} == wanted
