@@ -214,6 +214,7 @@ class RunSummary(Record):
         recipe: `Recipe.to_dict` as it was written.
         precision: The arithmetic in words.
         plan: The resolved machine settings.
+        fast_path: Which pieces of the fast path were on, and for how many layers one was not, by reason.
         resumed_from_step: Where the last session began, None for step 0.
         parameters, lora_parameters: Counts of the loaded model.
         before, after: Measures by name, such as ``held_out_loss``.
@@ -235,6 +236,7 @@ class RunSummary(Record):
     tokens_seen: int | None = None
     trained_tokens_seen: int | None = None
     bad_steps: int | None = None
+    fast_path: dict[str, Any] | None = None
     decisions: list[str] = []
     resumed_from_step: int | None = None
     parameters: int | None = None
