@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .ops import one_kernel
+
 EPSILON_NAMES = ("variance_epsilon", "eps")
 _PROBE_SCALES = (1e-3, 1.0, 1e2)  # of the first, the mean square is as small as epsilon, which therefore shows
 
@@ -25,6 +27,7 @@ _PROBE_SCALES = (1e-3, 1.0, 1e2)  # of the first, the mean square is as small as
 # ---- The function ----
 
 
+@one_kernel
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """Return x / sqrt(mean(x²) + eps) · (offset + weight), and the reciprocal root.
 
@@ -37,7 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tup
     Returns:
         (..., D) in the dtype of ``x``, and (..., 1) in float32.
     """
-    if _by_torch(x, offset):
+    if by_torch(x, offset):
         return torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, eps)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
@@ -48,9 +51,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tup
     return y, rstd
 
 
+@one_kernel
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
     """Return the gradient of `rms_norm` with respect to ``x``; the arguments as there."""
-    if _by_torch(x, offset):
+    if by_torch(x, offset):
         return torch.ops.aten._fused_rms_norm_backward(grad, x, x.shape[-1:], rstd, weight, [True, False])[0]
     # With g = dy · w: dx = rstd · (g - x · rstd² · mean(g · x)).
     scale = weight if weight is None or offset == 0 else offset + weight.float()
@@ -79,7 +83,8 @@ class RMSNorm(torch.autograd.Function):
         return rms_norm_backward(grad, x, weight, rstd, ctx.offset), None, None, None
 
 
-def _by_torch(x: Tensor, offset: float) -> bool:
+def by_torch(x: Tensor, offset: float) -> bool:
+    """Return whether `rms_norm` of ``x`` is a kernel of torch's own."""
     return offset == 0 and x.device.type == "cuda" and _torch_has_a_kernel()
 
 
