@@ -217,6 +217,8 @@ def _missing_layers(weights: AdapterWeights, base: BaseNames) -> str | None:
     if any(config.get(key) for key in ("layers_to_transform", "exclude_modules", "layers_pattern")):
         return None  # fewer layers may be meant; the loaded model decides
     targets = config.get("target_modules")
+    if not targets:
+        return None
     ours = _indices(weights.ranks)
     theirs = _indices(n[:-7] for n, t in base.tensors.items() if n.endswith(".weight") and len(t.shape) == 2)
     if base.num_layers is not None:
@@ -227,7 +229,7 @@ def _missing_layers(weights: AdapterWeights, base: BaseNames) -> str | None:
         for kind, indices in wanted.items()
         for index in sorted(indices - ours.get(kind, set()), key=lambda text: [int(part) for part in text.split(".")])
     ]
-    missing = [name for name in names if isinstance(targets, str) or not targets or _is_target(name, targets)]
+    missing = [name for name in names if isinstance(targets, str) or _is_target(name, targets)]
     if not missing:
         return None
     return (

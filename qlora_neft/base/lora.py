@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,14 +35,15 @@ def default_lora_config(num_parameters: int) -> LoraConfig:
     return lora_config(Lora(r=64, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear"))
 
 
-def add_adapters(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Wrap a model with LoRA adapters, drawn from torch's global random stream.
+def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Wrap a model with LoRA, or with another kind of adapter that PEFT has, drawn from torch's global random stream.
 
     Raises:
         UserInputError: If a named target is not a module of the model; PEFT would silently leave it out.
     """
     config = resolved(model, config)
-    targets = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
+    named = getattr(config, "target_modules", None)  # prompt and prefix tuning have none
+    targets = named if isinstance(named, (set, list)) else ()
     names = [name for name, _ in model.named_modules()]
     # As PEFT matches: a target is a module's path or the end of it.
     unknown = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))

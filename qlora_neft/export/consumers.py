@@ -21,6 +21,8 @@ from ..files import read_json
 from ..fit import read_config
 from ..fit.geometry import FAMILIES
 from ..paths import kind_of
+from ..run_folder.tokenizer_files import CONFIG as TOKENIZER_CONFIG
+from ..run_folder.tokenizer_files import needs_transformers_5
 
 WORKS, FLAG, BREAKS = "works", "works with a flag", "breaks"
 # Values of --max-lora-rank. vLLM's LoRAConfig had these as possible_max_ranks; v0.26 (MaxLoRARanks in
@@ -32,6 +34,11 @@ GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model_type of bases that 
 OLLAMA_TYPES = ("llama", "mistral", "mixtral", "gemma", "gemma2")  # and whose adapters Ollama takes as safetensors
 NOT_THE_BASE = "the adapter was trained on the base in NF4; on the 16-bit base it answers differently"
 VLLM_NF4 = "--quantization bitsandbytes makes vLLM quantize the base to NF4 as it loads it (after its documentation)"
+READS_TOKENIZERS = ("vllm", "llama.cpp", "transformers", "peft")  # by transformers' rules
+OLD_READERS = (
+    "its tokenizer is in the form of transformers 5 ({what}): transformers 4 cannot load it, nor can a vLLM, TGI or "
+    "converter that is pinned to it"
+)
 NF4_NEEDED = "NF4 is the BitsAndBytesConfig of training; without it the adapter is on the 16-bit base"
 
 
@@ -51,6 +58,7 @@ class Facts:
         others: Weights other than the matrices A and B.
         dtypes: Dtypes of the weights, as safetensors names them.
         largest_token: Largest id of the tokenizer beside the adapter, None without one.
+        tokenizer_fault: What in its tokenizer's configuration transformers 4 cannot load, None if nothing is known.
         fault: Why its file is not a whole adapter of this base, None if nothing can be seen.
     """
 
@@ -62,6 +70,7 @@ class Facts:
     others: tuple[str, ...]
     dtypes: tuple[str, ...]
     largest_token: int | None
+    tokenizer_fault: str | None = None
     fault: str | None = None
 
     @property
@@ -146,8 +155,15 @@ def facts_of(folder: AdapterFolder) -> Facts:
         others=weights.others,
         dtypes=weights.dtypes,
         largest_token=_largest_token(folder.path / "tokenizer.json"),
+        tokenizer_fault=_tokenizer_fault(folder),
         fault=fault_of(weights, base_names(folder, base_config, _num_equal_layers(base_config))),
     )
+
+
+def _tokenizer_fault(folder: AdapterFolder) -> str | None:
+    """Ask the tokenizer beside the adapter, else that of a base on this machine."""
+    own = (folder.path / TOKENIZER_CONFIG).is_file()
+    return needs_transformers_5(folder.path if own else Path(folder.base).expanduser())
 
 
 def _num_equal_layers(config: dict[str, Any] | None) -> int | None:
@@ -222,6 +238,8 @@ def verdict_for(consumer: str, facts: Facts) -> Verdict:
         return verdict
     # The tool's own rules first: `breaks` keeps the first remedy, and theirs say more.
     CONSUMERS[consumer](facts, verdict)
+    if facts.tokenizer_fault is not None and consumer in READS_TOKENIZERS:
+        verdict.notes.append(OLD_READERS.format(what=facts.tokenizer_fault))
     # Ids beyond the base's rows have no embedding, whatever the tool.
     if facts.new_tokens:
         verdict.breaks(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import UserInputError
 from ..files import hidden_name, read_json, remove, sha256_of_file, whole_folder, write_json
+from .tokenizer_files import save_tokenizer
 
 if TYPE_CHECKING:
     # Not at run time: the verbs that only look at a folder need no torch.
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
@@ -233,25 +234,37 @@ def remove_leftovers(output_dir: Path) -> None:
                 remove(path)
 
 
-# ---- The adapter ----
+# ---- The weights ----
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, output_dir: str | Path) -> None:
-    """Write an adapter, so that the same training writes the same bytes. No pickle is written.
+def save_adapter(
+    model: PeftModel | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    output_dir: str | Path,
+    *,
+    revision: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Write what was trained, so that the same training writes the same bytes. No pickle is written.
 
     Args:
-        model: The trained model; only its adapter is written, in the dtype it was trained in (float32).
-        tokenizer: Saved beside the adapter; None to omit it.
+        model: The trained model. Of one with an adapter only the adapter is written, in the dtype it was trained in
+            (float32); one without is trained in full and written as transformers does.
+        tokenizer: Saved beside it; None to omit it.
         output_dir: The folder to write to, made if it is missing.
+        revision, say: As in `save_tokenizer`.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    # Without False, PEFT asks the Hub for the base's configuration to see whether its vocabulary grew.
-    model.save_pretrained(str(output_dir), save_embedding_layers=False)
-    (output_dir / "README.md").unlink(missing_ok=True)  # PEFT's template, all "[More Information Needed]"
-    _sort_config(output_dir / "adapter_config.json")
+    if hasattr(model, "peft_config"):
+        # Without False, PEFT asks the Hub for the base's configuration to see whether its vocabulary grew.
+        model.save_pretrained(str(output_dir), save_embedding_layers=False)
+        (output_dir / "README.md").unlink(missing_ok=True)  # PEFT's template, all "[More Information Needed]"
+        _sort_config(output_dir / "adapter_config.json")
+    else:
+        model.save_pretrained(str(output_dir))
     if tokenizer is not None:
-        tokenizer.save_pretrained(output_dir)
+        save_tokenizer(tokenizer, output_dir, revision=revision, say=say)
 
 
 def _sort_config(path: Path) -> None:

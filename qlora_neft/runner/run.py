@@ -158,7 +158,8 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
         # The adapter leaves with the template it was trained in; the base's own would format prompts differently.
         run.tokenizer.chat_template = run.data.chat_template or run.tokenizer.chat_template
         if is_main_process():
-            save_adapter(model, run.tokenizer, run.output_dir)  # first: what comes after may fail
+            # First: what comes after may fail.
+            save_adapter(model, run.tokenizer, run.output_dir, revision=run.recipe.model.revision, say=decided)
         after = measure(run, trainer)
         drawn = log_result(run, metrics, trainer.state.global_step, after)
         summary = summary_of(run, trainer, beginning, before, after, base_sha256=base_sha256, decisions=decisions)

@@ -1,8 +1,8 @@
 """A trainer that can be interrupted anywhere: its checkpoints are whole or absent, and a resume is bit for bit exact.
 
-Besides the adapter and upstream's states a checkpoint holds ``progress.json``: counters and the split that fits in
-memory. Random states are written for what others add, but nothing here depends on them: noise, dropout and the order
-of rows are keyed by seed and step.
+Besides what is trained (an adapter, or a whole model) and upstream's states a checkpoint holds ``progress.json``:
+counters and the split that fits in memory. Random states are written for what others add, but nothing here depends on
+them: noise, dropout and the order of rows are keyed by seed and step.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypedDict
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
@@ -33,6 +34,7 @@ from .config import QLoRANeftConfig
 from .memory import Split
 
 PROGRESS = "progress.json"
+TRAINABLE = "trainable.safetensors"  # of prompt and prefix tuning, beside the file that PEFT reads
 KEEP = 2  # checkpoints, unless save_total_limit says otherwise
 
 
@@ -56,7 +58,7 @@ class Progress(TypedDict):
 
 
 class CheckpointedTrainer(SFTTrainer):
-    """`SFTTrainer` with atomic checkpoints: adapter, optimizer, scheduler, scaler, trainer state, random states.
+    """`SFTTrainer` with atomic checkpoints: trained weights, optimizer, scheduler, scaler, trainer and random states.
 
     Args:
         split: Largest micro-batches to begin with.
@@ -150,7 +152,7 @@ class CheckpointedTrainer(SFTTrainer):
 
     def _take_over(self, checkpoint: Path) -> None:
         """Load a checkpoint of the last step, without training."""
-        load_adapter_weights(self.accelerator.unwrap_model(self.model), checkpoint)
+        load_trained_weights(self.accelerator.unwrap_model(self.model), checkpoint)
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._restore_progress(checkpoint)
 
@@ -174,7 +176,7 @@ class CheckpointedTrainer(SFTTrainer):
     def _write_checkpoint(self, output_dir: Path) -> None:
         step = self.state.global_step
         with new_checkpoint(output_dir, step, self.checkpoint_about) as folder:
-            save_adapter(self.accelerator.unwrap_model(self.model), None, folder)
+            save_trained(self.accelerator.unwrap_model(self.model), folder)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -214,8 +216,8 @@ class CheckpointedTrainer(SFTTrainer):
         return position
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the adapter alone: every tensor of it, in the dtype it was trained in."""
-        load_adapter_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        """Load what is trained alone: every tensor of it, in the dtype it was trained in."""
+        load_trained_weights(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -239,17 +241,77 @@ class CheckpointedTrainer(SFTTrainer):
             super()._load_rng_state(checkpoint)
 
 
+# ---- Trained weights ----
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write what is trained into a checkpoint, so that `load_trained_weights` gives back the same bits.
+
+    Args:
+        model: With an adapter of any kind, or trained in full.
+        folder: The checkpoint's.
+    """
+    assert isinstance(model, (PreTrainedModel, PeftModel)), "SFTTrainer takes no other"
+    save_adapter(model, None, folder)
+    if _is_prompt_learning(model):
+        # PEFT writes the vectors that a prompt encoder makes, from which it cannot be trained on.
+        tensors = {name: param.detach().contiguous() for name, param in _trainable(model).items()}
+        save_file(tensors, folder / TRAINABLE, metadata={"format": "pt"})
+
+
+def load_trained_weights(model: nn.Module, folder: Path) -> None:
+    """Load what `save_trained` wrote into a model of the same kind: every tensor, in the dtype it was trained in.
+
+    Raises:
+        UserInputError: If the weights belong to another model or adapter.
+    """
+    if not isinstance(model, PeftModel):
+        _load_full(model, folder)
+    elif _is_prompt_learning(model):
+        _check_same(folder, load_file(folder / TRAINABLE), _trainable(model))
+        model.load_state_dict(load_file(folder / TRAINABLE), strict=False)
+    else:
+        load_adapter_weights(model, folder)
+
+
 def load_adapter_weights(model: nn.Module, folder: Path) -> None:
     """Load saved adapter weights into a model that has the same adapter.
 
     Raises:
         UserInputError: If they belong to another adapter.
     """
-    saved = load_file(folder / "adapter_model.safetensors")
-    expected = get_peft_model_state_dict(model)
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserInputError(f"{folder}: holds a model that was trained in full, and this one trains an adapter.")
+    saved = load_file(file)
     # PEFT loads with strict=False, which passes over names that do not match without a word.
-    if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in expected.items()}:
-        raise UserInputError(
-            f"{folder}: its adapter has other layers or another rank. Resume with the recipe it is from."
-        )
+    _check_same(folder, saved, get_peft_model_state_dict(model))
     set_peft_model_state_dict(model, saved)
+
+
+def _load_full(model: nn.Module, folder: Path) -> None:
+    """Load a whole model by transformers' own rules: its files may name and cut the weights in another way."""
+    assert isinstance(model, PreTrainedModel), "SFTTrainer takes no other"
+    if not (folder / "config.json").is_file():
+        raise UserInputError(f"{folder}: holds an adapter, and this model is trained in full.")
+    # In float32, which holds every value of the narrower dtypes; copied into each parameter's own.
+    saved = type(model).from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).state_dict()
+    own = model.state_dict()
+    _check_same(folder, saved, own)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+
+def _is_prompt_learning(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def _check_same(folder: Path, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    if {n: t.shape for n, t in saved.items()} == {n: t.shape for n, t in expected.items()}:
+        return
+    raise UserInputError(f"{folder}: its adapter has other layers or another rank. Resume with the recipe it is from.")

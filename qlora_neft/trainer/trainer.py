@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
@@ -55,14 +55,16 @@ class QLoRANeftTrainer(StepTrainer):
     layers. ``quantization_config``, ``peft_config`` or a ready model override that, as in `SFTTrainer`.
 
     Args:
-        model: Hub id, directory, or a model. A quantized model without adapters gets LoRA as well.
+        model: Hub id, directory, or a model. A quantized model without adapters gets LoRA as well; one that is not
+            quantized is trained in full, unless it has adapters or ``peft_config`` is given.
         args: Training arguments; default `QLoRANeftConfig`.
         data_collator: Collates the rows of one micro-batch; default TRL's.
         train_dataset: As in `SFTTrainer`.
         eval_dataset: As in `SFTTrainer`.
         processing_class: Tokenizer; default the model's own. It must have an end token.
         quantization_config: Replaces NF4 with double quantization.
-        peft_config: Replaces `qlora_neft.base.lora.default_lora_config`.
+        peft_config: Replaces `qlora_neft.base.lora.default_lora_config`. Other adapters of PEFT, such as prompt or
+            prefix tuning, train, resume and are saved as in `SFTTrainer`.
         kwargs: Passed on to `SFTTrainer`.
 
     Raises:
@@ -85,13 +87,14 @@ class QLoRANeftTrainer(StepTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         quantization_config: BitsAndBytesConfig | None = None,
-        peft_config: LoraConfig | None = None,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
         args = _own_arguments(args)
         _check_packing(args)
         if args.padding_free and data_collator is not None:
             raise ValueError("padding_free: the data_collator given decides it. Leave one of them out.")
+        self._revision: str | None = _model_init_kwargs(args).get("revision")  # of the base, and so of its tokenizer
         if isinstance(model, (str, Path)):
             processing_class = processing_class or _tokenizer_of(str(model), args)
             model = _load_base(str(model), args, quantization_config)
@@ -237,13 +240,12 @@ class QLoRANeftTrainer(StepTrainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Write the adapter and the tokenizer, and no ``training_args.bin``: its pickle holds the Hub token."""
-        if not isinstance(self.model, PeftModel):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
+        """Write what was trained and the tokenizer, and no ``training_args.bin``: its pickle holds the Hub token."""
+        if self.args.should_save:
             # A processor, which upstream allows as well, is saved in the same way.
             tokenizer = cast("PreTrainedTokenizerBase | None", self.processing_class)
-            save_adapter(self.model, tokenizer, output_dir or self._output_dir)
+            model, folder = self.accelerator.unwrap_model(self.model), output_dir or self._output_dir
+            save_adapter(model, tokenizer, folder, revision=self._revision)
 
 
 class SaidOnce(TrainerCallback):
@@ -402,7 +404,7 @@ def _model_init_kwargs(args: QLoRANeftConfig) -> dict[str, Any]:
 
 
 def _with_adapters(
-    model: PreTrainedModel | PeftModel, peft_config: LoraConfig | None, seed: int
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, seed: int
 ) -> PreTrainedModel | PeftModel:
     """Add LoRA, its initialization drawn from the seed alone."""
     if isinstance(model, PeftModel):

@@ -22,6 +22,8 @@ from ...display.plots import plot_losses
 from ...errors import UserInputError
 from ...files import read_json, sha256_of_file, whole_folder, write_json
 from ...recipe import Recipe
+from ...run_folder.tokenizer_files import CONFIG as TOKENIZER_CONFIG
+from ...run_folder.tokenizer_files import save_tokenizer
 from .base import BaseFacts
 from .card import render_card
 from .public import (
@@ -214,17 +216,18 @@ def _write_tokenizer(folder: AdapterFolder, target: Path) -> bool:
         if is_template_file(stated):
             # Published as the tokenizer's own, so that apply_chat_template gives the prompt of the training.
             tokenizer.chat_template = read_jinja(stated)
-        tokenizer.save_pretrained(target)
+        save_tokenizer(tokenizer, target, revision=folder.base_revision)
     else:
         return False
-    # Some versions of transformers write the path that a tokenizer was loaded from.
-    _drop_paths(target / "tokenizer_config.json")
+    _drop_paths(target / TOKENIZER_CONFIG, _local_paths(folder))
     return True
 
 
-def _drop_paths(path: Path) -> None:
+def _drop_paths(path: Path, local: list[str]) -> None:
+    """Drop paths of this machine, which some versions of transformers write; else the file stays as it is."""
     config = read_json(path)
-    kept = {key: value for key, value in config.items() if key not in PATH_KEYS}
+    named = [key for key in PATH_KEYS if any(place in str(config.get(key, "")) for place in local)]
+    kept = {key: value for key, value in config.items() if key not in named}
     if kept != config:
         path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "tekken.json",
     "spiece.model",
     "sentencepiece.bpe.model",
     "vocab.json",

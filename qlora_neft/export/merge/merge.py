@@ -18,6 +18,7 @@ from ...files import failing_with_the_disk, put_folder, read_json, write_json
 from ...recipe.schema import Quantization
 from ...run_folder.lock import LOCK
 from ...run_folder.resume import claimed
+from ...run_folder.tokenizer_files import save_tokenizer
 from .plan import DEQUANTIZED, NF4, Plan
 from .proof import Evidence, ProofRows, measure, sized
 from .report import KL_LIMIT, REPORT, MergeReport, report_of
@@ -129,18 +130,14 @@ def _write(plan: Plan, draft: Path, tokenizer: PreTrainedTokenizerBase, max_shar
     writer.close()
     section = Quantization(bnb_4bit_use_double_quant=plan.merge.double_quant)
     quantization = nf4_config(section, plan.dtype) if plan.strategy == NF4 else None
-    _write_companions(draft, plan.merge.base.folder, tokenizer, plan.dtype, quantization)
+    _write_companions(draft, plan, quantization)
+    save_tokenizer(tokenizer, draft, revision=plan.folder.base_revision, say=say)
     return writer.total_bytes
 
 
-def _write_companions(
-    draft: Path,
-    base: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    quantization: BitsAndBytesConfig | None,
-) -> None:
-    """Write the files beside the weights: configuration, generation settings, tokenizer with its chat template."""
+def _write_companions(draft: Path, plan: Plan, quantization: BitsAndBytesConfig | None) -> None:
+    """Write configuration and generation settings beside the weights."""
+    base, dtype = plan.merge.base.folder, plan.dtype
     config = read_json(base / "config.json")
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers before 4.56 reads torch_dtype only
     config |= {key: str(dtype).removeprefix("torch.")}
@@ -153,7 +150,6 @@ def _write_companions(
         shutil.copymode(draft / "config.json", path)
     if (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", draft / "generation_config.json")
-    tokenizer.save_pretrained(draft)
 
 
 def _why(plan: Plan, evidence: Evidence, out: Path) -> str:
