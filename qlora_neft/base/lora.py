@@ -41,7 +41,8 @@ def add_adapters(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     Raises:
         UserInputError: If a named target is not a module of the model; PEFT would silently leave it out.
     """
-    config = resolved(model, config)
+    if isinstance(config, LoraConfig):
+        config = resolved(model, config)
     named = getattr(config, "target_modules", None)  # prompt and prefix tuning have none
     targets = named if isinstance(named, (set, list)) else ()
     names = [name for name, _ in model.named_modules()]
