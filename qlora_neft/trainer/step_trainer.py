@@ -21,6 +21,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -36,6 +37,7 @@ from ..steps.rows import StepLoader, StepRows, StepSampler, step_loader, step_or
 from ..steps.sequences import find_sequences
 from .checkpointed_trainer import CheckpointedTrainer, StepGivenUp
 from .memory import too_large
+from .router_loss import RouterLoss
 from .step_metrics import StepMetrics, token_loss
 
 ROWS_NAMED = 16  # rows of a bad step that an error message names
@@ -51,6 +53,7 @@ class StepTrainer(CheckpointedTrainer):
         say: Called with every decision taken during training, one line each.
         under_way: The micro-batch of the pass under way.
         attention: How the model attends over flattened batches.
+        router_loss: The load-balancing loss of a mixture of experts; None without one.
     """
 
     say: Callable[[str], None] = staticmethod(logging.getLogger(__name__).warning)
@@ -68,6 +71,7 @@ class StepTrainer(CheckpointedTrainer):
         key_expert_dropout(self.model, self.under_way)
         self.attention = FlattenedAttention(self.model)
         self._step_metrics = StepMetrics()
+        self.router_loss: RouterLoss | None = None
         self._steps: StepSampler | None = None
         self._loss_is_finite = True
         self._noise_statistics = NoiseStatistics()
@@ -102,8 +106,6 @@ class StepTrainer(CheckpointedTrainer):
 
         If it did not fit, nothing of it is left and `split` is smaller.
         """
-        if self.aux_loss_enabled:
-            self.current_gradient_accumulation_steps = len(step)  # upstream averages a router loss over these
         # A sum, not a mean: TRL divides each micro-batch's loss by the trained tokens of the whole step.
         first_ordinal, loss = self._first_ordinal(step), torch.zeros((), device=self.args.device)
         self._step_metrics.clear()  # an attempt that did not fit has left some
@@ -111,6 +113,8 @@ class StepTrainer(CheckpointedTrainer):
         if passes > 1:  # the gradient is the mean of the passes
             assert num_items is not None, "a StepBatch is always counted"
             num_items = num_items * passes
+        if self.router_loss and not self._count_routes(self.router_loss, model, step, first_ordinal):
+            return None
         for index, micro in enumerate(step):
             # One rank cannot give up alone: the others would wait for its gradients forever.
             if self.stop and self.stop.overdue() and self.args.world_size == 1:
@@ -130,6 +134,34 @@ class StepTrainer(CheckpointedTrainer):
                 self._shrink(micro, model, error, is_last=is_last, splits=step.collator is not None)
                 return None
         return loss
+
+    def _count_routes(self, router_loss: RouterLoss, model: nn.Module, step: StepBatch, first_ordinal: int) -> bool:
+        """Count how often each expert is chosen in a step, before its first backward pass; return whether it fits.
+
+        The pass sees the noise and the dropout of the real one, so that it finds the same choices.
+        """
+        router_loss.begin()
+        unwrapped = self.accelerator.unwrap_model(model)
+        base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
+        for index, micro in enumerate(step):
+            inputs = {key: value for key, value in self._prepare_inputs(dict(micro.inputs)).items() if key != "labels"}
+            try:
+                with (
+                    torch.no_grad(),
+                    self.compute_loss_context_manager(),
+                    self.randomness(micro, first_ordinal, index, 0),
+                    router_loss.captured() as logits,
+                ):
+                    base.base_model(**inputs, use_cache=False)  # without the head: its logits are of no use
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._shrink(micro, model, error, is_last=index == len(step) - 1, splits=step.collator is not None)
+                return False
+            router_loss.count(logits, inputs.get("attention_mask"))
+        if self.args.world_size > 1:
+            router_loss.gather(self.accelerator)
+        return True
 
     @contextmanager
     def randomness(self, micro: MicroBatch, first_ordinal: int, index: int, number: int) -> Generator[None, None, None]:
@@ -162,19 +194,26 @@ class StepTrainer(CheckpointedTrainer):
         TRL gathers them in every micro-batch: the host waits for the device several times, and ranks, which split a
         step into different numbers of micro-batches, would wait for each other forever.
         """
+        if self.router_loss is None or not model.training:
+            return self._token_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.router_loss.captured() as logits:
+            loss = self._token_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Ranks average their gradients, and this is a sum over all of them; the passes of FreeLB share it.
+        scale = self.args.world_size / self._num_passes()
+        return loss + scale * self.router_loss.of(logits, inputs.get("attention_mask"))
+
+    def _token_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
+    ) -> Any:
         if not model.training or return_outputs or self._loss_is_custom():
             with _ungathered(self.accelerator) if model.training and self.args.world_size > 1 else nullcontext():
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = model(**{**inputs, **router, "use_cache": False, "fused_lm_head": True})
+        outputs = model(**{**inputs, "use_cache": False, "fused_lm_head": True})
         self._step_metrics.add(outputs)
         loss = token_loss(outputs, num_items_in_batch, self.args.loss_type)
         # The tokens are those of all ranks, and the ranks' gradients are averaged.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if self.aux_loss_enabled:  # a mean over the micro-batch, whatever the tokens of the step
-            parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / parts
         return loss
 
     def _loss_is_custom(self) -> bool:

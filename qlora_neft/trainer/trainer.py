@@ -43,6 +43,7 @@ from ..steps.losses import TokenMean, mean_token_loss
 from .config import QLoRANeftConfig
 from .loss_head import PLAIN, LossCheck, settle_loss_head
 from .memory import Split
+from .router_loss import RouterLoss
 from .step_trainer import StepTrainer
 
 COLLATED = ("input_ids", "labels", "seq_lengths")  # columns that TRL's collator reads
@@ -116,6 +117,8 @@ class QLoRANeftTrainer(StepTrainer):
         )
         self._restore_trainable(initial)
         self._use_attention(attention)
+        if args.router_aux_loss_coef:
+            self.router_loss = RouterLoss(_base_of(self.model), args.router_aux_loss_coef)
         self.loss_check = self._settle_loss_head()
         # FSDP gathers a block's weights only while it runs: they cannot be kept in another dtype for a step.
         self.fast_path = FastPath(self.model, self.under_way, fused=args.fused_lora and not self.is_fsdp_enabled)
@@ -235,6 +238,8 @@ class QLoRANeftTrainer(StepTrainer):
         # Only training steps log a plain `loss`; evaluations and the final summary have prefixed names.
         if "loss" in logs:
             logs.update(self._noise_log())
+            if self.router_loss is not None and self.router_loss.value is not None:
+                logs["router_loss"] = self.router_loss.value.item()
             if self._clean_loss_due(self.state.global_step) and (loss := self.clean_train_loss()) is not None:
                 logs["clean_loss"] = loss
         super().log(logs, start_time)
@@ -332,6 +337,9 @@ def _step_arguments(args: QLoRANeftConfig) -> QLoRANeftConfig:
     step.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     step.gradient_accumulation_steps = 1
     step.padding_free = False  # done here: TRL's collator is replaced, its refusals and warnings do not apply
+    # Off in TRL, which would take the model's own coefficient for a None, compute the loss over a micro-batch, and set
+    # the configuration so that the model computes it in evaluation and generation too, where a cache breaks it.
+    step.router_aux_loss_coef = 0.0
     if step.n_gpu > 1:
         step._n_gpu = 1  # as transformers does: the base is on one device, and other visible GPUs are left alone
     return step
@@ -416,6 +424,10 @@ def _with_adapters(
     # LoRA's A is drawn from the global stream: seeded here, whatever drew from it before.
     set_seed(seed)
     return add_adapters(model, peft_config or default_lora_config(count_parameters(model)))
+
+
+def _base_of(model: nn.Module) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def _quantized_trainable(model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
