@@ -14,7 +14,7 @@ from ..recipe import Recipe, recipe_of_record
 from ..recipe.schema import Quantization
 from ..run_folder.checkpoints import PREFIX as CHECKPOINT
 from ..run_folder.checkpoints import find_checkpoints
-from ..run_folder.record import RunData, RunSummary
+from ..run_folder.record import ModelCensus, RunData, RunSummary
 
 WEIGHTS, CONFIG, RECIPE = "adapter_model.safetensors", "adapter_config.json", "recipe.yaml"
 SUMMARIES = ("summary.json", "training_summary.json")  # in a run's folder, in a published one
@@ -108,6 +108,11 @@ class AdapterFolder:
             return RunSummary.of(self.summary).data
         report = self.path.parent / "data_report.json"  # a run writes it at its beginning
         return RunData.of(read_record(report)) if self.is_checkpoint and report.is_file() else None
+
+    @property
+    def census(self) -> ModelCensus | None:
+        """What its run counted on the loaded model; None without a record."""
+        return RunSummary.of(self.summary).census
 
 
 def find_adapter(source: str | Path, *, revision: str | None = None, base: str | None = None) -> AdapterFolder:

@@ -118,6 +118,11 @@ class ParamWrapper(peft_layer.ParamWrapper):
         raise ValueError("The experts are in NF4, which LoRA cannot be merged into. Use `qlora-neft merge`.")
 
 
+def is_expert_lora(module: object) -> bool:
+    """Whether a module is the LoRA of fused experts in NF4."""
+    return isinstance(module, ParamWrapper)
+
+
 def _without_dropout(config: LoraConfig) -> LoraConfig:
     config = copy.copy(config)
     config.lora_dropout = 0.0

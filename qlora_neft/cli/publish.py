@@ -118,17 +118,20 @@ def check(
 
     names = named_consumers(consumers)
     # Names are checked first, then the files are read once for all tools.
-    facts = facts_of(find_adapter(source, base=base))
+    folder = find_adapter(source, base=base)
+    facts, counted = facts_of(folder), folder.census
     verdicts = [verdict_for(name, facts) for name in names]
     if as_json:
-        print_json({"source": source, "base": facts.base, "verdicts": [verdict.as_dict() for verdict in verdicts]})
+        count = counted and counted.model_dump(exclude_unset=True)
+        listed = [verdict.as_dict() for verdict in verdicts]
+        print_json({"source": source, "base": facts.base, "census": count, "verdicts": listed})
     else:
-        _show_verdicts(facts, verdicts)
+        _show_verdicts(facts, verdicts, counted.lines() if counted else [])
     if not all(verdict.is_usable for verdict in verdicts):
         raise typer.Exit(1)
 
 
-def _show_verdicts(facts: Facts, verdicts: list[Verdict]) -> None:
+def _show_verdicts(facts: Facts, verdicts: list[Verdict], counted: list[str]) -> None:
     from ..display.tables import Table
 
     screen = console()
@@ -139,6 +142,8 @@ def _show_verdicts(facts: Facts, verdicts: list[Verdict]) -> None:
         markup=False,
         soft_wrap=True,
     )
+    if counted:
+        screen.print(f"counted in training: {'; '.join(counted)}", markup=False, soft_wrap=True)
     rows = [(v.consumer, v.verdict, "; ".join(v.reasons), v.flag or v.remedy or "") for v in verdicts]
     screen.print(Table(("for", "verdict", "why", "what helps"), rows, align="l").rich())
     for verdict in verdicts:

@@ -43,6 +43,6 @@ class ExpertDropout:
 
 def key_expert_dropout(model: nn.Module, under_way: UnderWay) -> None:
     """Let the adapted experts of a model draw their dropout from the key of the sequence under way."""
-    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
-    for number, wrapper in enumerate(wrappers):
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ParamWrapper)}
+    for number, (_, wrapper) in enumerate(sorted(wrappers.items())):  # by name, as linear layers are numbered
         wrapper.mask = ExpertDropout(under_way, FIRST + number)

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..base.expert_lora import is_expert_lora
 from .casts import Casts
 from .layers import (
     FusedLinear,
@@ -74,7 +75,9 @@ class FastPath:
     def install(self) -> None:
         """Put every module that can be on the fast path there; again after adapters were added or removed."""
         self._take_back()
-        layers = dict(sorted((n, m) for n, m in self._model.named_modules() if isinstance(m, LoraLayer)))
+        # Experts have a forward pass of their own (`base.expert_lora`), and keyed dropout (`.expert_dropout`).
+        layers = {n: m for n, m in self._model.named_modules() if isinstance(m, LoraLayer) and not is_expert_lora(m)}
+        layers = dict(sorted(layers.items()))
         # By name and not by place in the model: the same adapter has the same masks wherever it is loaded.
         states = {
             name: LayerState(layer, number, self._under_way, self._casts)

@@ -207,6 +207,10 @@ class Quantization(Section):
         "auto", description="dtype that 4-bit weights are dequantized to; auto: by device"
     )
 
+    min_nf4_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.9, description="least share of the block weights in NF4, else the base is refused"
+    )
+
     @field_validator("bnb_4bit_quant_type", mode="before")
     @classmethod
     def _no_fp4(cls, value: Any) -> Any:
@@ -303,6 +307,9 @@ class Train(Section):
     )
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="decay rate of the squared gradient's running mean"
+    )
+    router_aux_loss_coef: NotNegative | None = Field(
+        None, description="weight of the experts' load-balancing loss, over the whole step; null: none"
     )
     # What is done about a gradient that is too large, or not finite.
     max_grad_norm: NotNegative = Field(description="L2 norm that gradients are clipped to; 0: no clipping")

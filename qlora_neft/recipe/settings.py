@@ -17,6 +17,7 @@ NOT_LEARNED = frozenset(
         "data.max_dropped_fraction",
         "data.max_truncated_fraction",
         "data.max_duplicate_fraction",
+        "quantization.min_nf4_share",
         "train.max_bad_steps",
     }
 )

@@ -203,6 +203,57 @@ class LossOfOneRow(Record):
     fused_loss: float | None = None
 
 
+class KeptWeights(Record):
+    """Weights of the blocks that are not in NF4, as `qlora_neft.base.census` counts them."""
+
+    names: str
+    weights: int
+    why: str
+
+
+class ModelCensus(Record):
+    """What was counted on the loaded model: see `qlora_neft.base.census.Census`.
+
+    Attributes:
+        nf4_share: Share of the block weights in NF4.
+        reached_share: Share of the trained weights that can receive a gradient.
+    """
+
+    nf4_share: float | None = None
+    block_weights: int | None = None
+    nf4_weights: int | None = None
+    kept: list[KeptWeights] = []
+    linear_layers: int | None = None
+    adapted_layers: int | None = None
+    without_lora: list[str] = []
+    routers: list[str] = []
+    trained: int | None = None
+    reached: int | None = None
+    reached_share: float | None = None
+
+    def lines(self) -> list[str]:
+        """Return what was counted, a line for each kind of count; without what is not on record."""
+        found = []
+        if self.nf4_share is not None:
+            kept = [entry for entry in self.kept if entry.why != "norms and biases"][:3]
+            apart = ", ".join(f"{entry.names} ({entry.why})" for entry in kept)
+            found.append(
+                f"{_percent(self.nf4_share)} of the block weights in NF4" + f"; in 16 bits: {apart}" * bool(apart)
+            )
+        if self.linear_layers is not None and self.adapted_layers is not None:
+            left = f"; none on {', '.join(self.without_lora[:3])}" if self.without_lora else ""
+            routers = "; routers not trained" if self.routers else ""
+            found.append(f"LoRA on {self.adapted_layers} of {self.linear_layers} linear layers{left}{routers}")
+        if self.reached_share is not None:
+            found.append(f"{_percent(self.reached_share)} of the trained weights receive a gradient")
+        return found
+
+
+def _percent(share: float) -> str:
+    # Only all of it is 100%.
+    return "99.9%" if share < 1 and f"{share:.1%}" == "100.0%" else f"{share:.1%}"
+
+
 class RunSummary(Record):
     """The content of ``summary.json``: what a run was and what it led to.
 
@@ -217,6 +268,7 @@ class RunSummary(Record):
         fast_path: Which pieces of the fast path were on, and for how many layers one was not, by reason.
         resumed_from_step: Where the last session began, None for step 0.
         parameters, lora_parameters: Counts of the loaded model.
+        census: What of it is in NF4, has LoRA, and can be trained.
         before, after: Measures by name, such as ``held_out_loss``.
         latest: The last logged measures of a published checkpoint, each with its ``step`` and ``value``.
         peak_memory: Bytes by kind of memory.
@@ -241,6 +293,7 @@ class RunSummary(Record):
     resumed_from_step: int | None = None
     parameters: int | None = None
     lora_parameters: int | None = None
+    census: ModelCensus | None = None
     base_sha256: str | None = None
     base_unchanged: bool | None = None
     loss_check: LossOfOneRow | None = None

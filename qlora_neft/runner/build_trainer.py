@@ -97,6 +97,8 @@ def _arguments(run: Run) -> QLoRANeftConfig:
         save_strategy="steps" if save_steps else "no",
         save_steps=save_steps or 500,  # upstream's default; it refuses 0
         save_total_limit=machine.save_total_limit,
+        router_aux_loss_coef=train.router_aux_loss_coef,
+        min_nf4_share=recipe.quantization.min_nf4_share,
         max_bad_steps=train.max_bad_steps,
         report_to="none",  # never start a tracker only because it is installed
         disable_tqdm=True,  # `ProgressLines` shows progress, in a pipe too

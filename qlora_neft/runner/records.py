@@ -184,6 +184,7 @@ def summary_of(
         "resumed_from_step": beginning.checkpoint.step if beginning.checkpoint else None,
         "parameters": count_parameters(with_adapter) - num_trained,
         "lora_parameters": num_trained,
+        "census": trainer.census.as_dict(),
         "base_sha256": base_sha256,
         "base_unchanged": True,  # otherwise the run has failed before
         "loss_check": finite(dataclasses.asdict(trainer.loss_check)),

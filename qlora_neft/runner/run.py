@@ -136,6 +136,7 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
     """Carry a run to its end, or to the checkpoint at which it is asked to stop, and return its summary."""
     model = trainer.model
     assert isinstance(model, PeftModel)  # `trainer_of` gives every trainer an adapter
+    say(run.console, [trainer.census.line()])
     # Taken before and compared after: that the base stays frozen is promised, so it is checked on every run.
     frozen = frozen_fingerprints(model)
     base_sha256 = base_fingerprint(frozen)

@@ -50,6 +50,9 @@ class QLoRANeftConfig(SFTConfig):
         gradient_checkpointing: None decides by device: on with CUDA, off on a CPU, where memory is plentiful.
         effective_batch_size: Sequences per optimizer step of all ranks together, for a step that ranks do not divide
             evenly; None for ``per_device_train_batch_size`` times ``gradient_accumulation_steps`` times ranks.
+        router_aux_loss_coef: Weight of the load-balancing loss of experts; None and 0 are no such loss, where TRL takes
+            the model's own weight for None. It is computed over the whole step, see `.router_loss`.
+        min_nf4_share: Least share of the block weights in NF4 for a base that is loaded in 4 bits; fewer are refused.
         max_bad_steps: The run fails after this many steps in a row whose loss or gradient is not finite, each skipped.
         padding_free: Whether the rows of a micro-batch are flattened instead of padded; None decides by device and
             model family, see `qlora_neft.fused.flattening`. Works with ``max_length`` and without packing.
@@ -74,6 +77,7 @@ class QLoRANeftConfig(SFTConfig):
     max_tokens_per_micro_batch: int | None = field(default=None, metadata={"help": "tokens, padding counted"})
     checkpointed_blocks: int | None = field(default=None, metadata={"help": "decoder blocks; None = all"})
     effective_batch_size: int | None = field(default=None, metadata={"help": "sequences per step, of all ranks"})
+    min_nf4_share: float = field(default=0.9, metadata={"help": "least share of the block weights in NF4"})
     max_bad_steps: int = field(default=10, metadata={"help": "steps in a row that are not finite"})
     attn_implementation: str = field(default="auto", metadata={"help": "attention; auto decides"})
     fused_lora: bool = field(default=True, metadata={"help": "LoRA in fused functions"})

@@ -30,7 +30,7 @@ def check_router_loss(config: PreTrainedConfig, coefficient: float | None, key: 
     Raises:
         UserInputError: If the model has no routers, or balances them in another way (DeepSeek-V3, GLM-4-MoE).
     """
-    if coefficient and not hasattr(config.get_text_config(), "output_router_logits"):
+    if coefficient and not hasattr(config.get_text_config(), KEY):
         raise UserInputError(
             f"{key}: a model of type {config.model_type!r} has no load-balancing loss, got {coefficient:g}. Remove it."
         )

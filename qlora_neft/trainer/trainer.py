@@ -8,6 +8,7 @@ fused head, the loop, the optimizer.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..base.census import Census, census, check_nf4_share, with_reached
 from ..base.config import load_tokenizer
 from ..base.lora import add_adapters, count_parameters, default_lora_config
 from ..base.nf4 import keep_nf4_layout, load_nf4_base
@@ -45,6 +47,8 @@ from .loss_head import PLAIN, LossCheck, settle_loss_head
 from .memory import Split
 from .router_loss import RouterLoss
 from .step_trainer import StepTrainer
+
+logger = logging.getLogger(__name__)
 
 COLLATED = ("input_ids", "labels", "seq_lengths")  # columns that TRL's collator reads
 
@@ -73,10 +77,12 @@ class QLoRANeftTrainer(StepTrainer):
         ValueError: If noise is on and the packing keeps no sequence boundaries.
 
     Attributes:
+        census: The model counted: share in NF4, layers with LoRA, trained weights that the loss depends on.
         loss_check: Loss of one row by the model's own logits and by the fused head, and which of them is trained on.
     """
 
     loss_check: LossCheck
+    census: Census
 
     def __init__(
         self,
@@ -101,6 +107,8 @@ class QLoRANeftTrainer(StepTrainer):
             model = _load_base(str(model), args, quantization_config)
         # A ready model comes here without `load_nf4_base`, and its first evaluation would rewrite its weights.
         keep_nf4_layout(model)
+        if getattr(model, "is_loaded_in_4bit", False):
+            check_nf4_share(census(model), args.min_nf4_share, model.config._name_or_path)
         model = _with_adapters(model, peft_config, args.seed)
         attention = _attention_of(model, args, given_collator=data_collator is not None)
         # Taken now, since TRL's constructor rounds them to bf16; put back right after it.
@@ -120,6 +128,7 @@ class QLoRANeftTrainer(StepTrainer):
         if args.router_aux_loss_coef:
             self.router_loss = RouterLoss(_base_of(self.model), args.router_aux_loss_coef)
         self.loss_check = self._settle_loss_head()
+        self.census = self._counted()
         # FSDP gathers a block's weights only while it runs: they cannot be kept in another dtype for a step.
         self.fast_path = FastPath(self.model, self.under_way, fused=args.fused_lora and not self.is_fsdp_enabled)
         self._eval_loss: TokenMean | None = None  # of the evaluation under way
@@ -149,6 +158,15 @@ class QLoRANeftTrainer(StepTrainer):
         for name, param in self.model.named_parameters():
             if name in initial:
                 param.data = initial[name].to(param.device, torch.float32)
+
+    def _counted(self) -> Census:
+        """Count the model; see `qlora_neft.base.census`."""
+        found = census(self.model)
+        if isinstance(self.model, PeftModel):
+            with preserved_rng(), self.accelerator.autocast():
+                found = with_reached(found, self.model)
+        logger.info(found.line())
+        return found
 
     def _settle_loss_head(self) -> LossCheck:
         """Make sure that the training loss is the model's own, see `.loss_head`."""

@@ -70,7 +70,8 @@ def render_card(
         unpublished_files=[path for path in data_paths(public) if not is_public(path)],
         snippets=snippets,
         has_curves=has_curves,
-        targets=_targets(config.get("target_modules")),
+        targets=_targets(config.get("target_modules"), config.get("target_parameters") or []),
+        counted=training.records.facts.census.lines() if training.records.facts.census else [],
     )
     return f"---\n{data.to_yaml(line_break=chr(10))}\n---\n\n{body.strip()}\n"
 
@@ -178,11 +179,13 @@ def _losses(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _targets(modules: str | Sequence[str] | None) -> str:
-    """Say which layers carry the adapter, each kind of layer once."""
+def _targets(modules: str | Sequence[str] | None, parameters: Sequence[str]) -> str:
+    """Say which layers carry the adapter, each kind of layer once; of experts, the parameters that hold them."""
     if isinstance(modules, str):
-        return modules
-    return ", ".join(sorted({name.split(".")[-1] for name in modules or []}))
+        return ", ".join([modules, *parameters])
+    # A parameter of a linear layer stands for the layer.
+    names = [*(modules or []), *(name.removesuffix(".weight") for name in parameters)]
+    return ", ".join(sorted({name.split(".")[-1] for name in names}))
 
 
 def _count(value: float) -> str:

@@ -152,6 +152,7 @@ class Training:
             "bad_steps": facts.bad_steps,
             "parameters": facts.parameters,
             "lora_parameters": facts.lora_parameters,
+            "census": facts.census and facts.census.model_dump(exclude_unset=True),
             "base_sha256": facts.base_sha256,
             "base_unchanged": facts.base_unchanged,
             "train_seconds": facts.train_seconds,
