@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .flattening import OURS, PER_SEQUENCE, VARLEN
+from .flattening import OURS, PER_SEQUENCE, VARLEN, varlen_arguments
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -134,6 +134,12 @@ def varlen_attention(
     value_dim = v.shape[-1]
     if value_dim < q.shape[-1]:
         v = F.pad(v, (0, q.shape[-1] - value_dim))
+    grouped: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in varlen_arguments():
+            grouped = {"enable_gqa": True}
+        else:  # torch 2.11 and 2.12 may know grouped queries, and have no way to say so
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = varlen_attn(
         q,
         k,
@@ -145,7 +151,7 @@ def varlen_attention(
         scale=scaling,
         # Tokens to the left of a token's own, and to its right.
         window_size=(-1, 0) if _window(sliding_window, max_length_q) is None else (sliding_window - 1, 0),  # ty: ignore[unsupported-operator]
-        enable_gqa=q.shape[1] != k.shape[1],
+        **grouped,
     )
     assert isinstance(out, Tensor)  # a tuple only if more is asked for
     return out[..., :value_dim][None], None

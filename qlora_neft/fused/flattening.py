@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -139,9 +140,19 @@ def probed() -> Probed:
 
 def varlen_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Return whether torch's kernel for sequences of varying length runs here."""
-    if not _is_half_on_ampere(device, dtype) or find_spec("torch.nn.attention.varlen") is None:  # torch 2.10
+    if not _is_half_on_ampere(device, dtype) or "window_size" not in varlen_arguments():
         return False
     return head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+
+
+@cache
+def varlen_arguments() -> frozenset[str]:
+    """Return the arguments of torch's kernel, none without one: scale and window came with torch 2.11, heads later."""
+    if find_spec("torch.nn.attention.varlen") is None:  # before torch 2.10
+        return frozenset()
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(signature(varlen_attn).parameters)
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:

@@ -22,6 +22,8 @@ from .masks import Mask, keep_rate
 from .ops import add_dropped_, base_weight, dropped, product
 
 Gradients = list[Tensor | None]
+# Of 16-bit matrices, written as the float32 that they are summed in: since torch 2.8.
+_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def backward(
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Return grad^T x, (N, K), in float32 where the device can: the adapters' gradients are float32."""
-    if grad.device.type == "cuda" and grad.dtype in (torch.bfloat16, torch.float16):
+    if _WIDE_PRODUCTS and grad.device.type == "cuda" and grad.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(grad.t(), x, out_dtype=torch.float32)
     return grad.t() @ x
 
