@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserInputError
-from .experts import DOWN, UP_NAMES, QuantizedExperts, expert_modules
+from .expert_names import DOWN, UP_NAMES
+from .experts import QuantizedExperts, expert_modules
 from .quantizer import routers
 
 MIN_NF4_SHARE = 0.9  # of the block weights, for a base that is called NF4

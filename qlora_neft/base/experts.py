@@ -16,9 +16,9 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 
+from .expert_names import DOWN, UP_NAMES
+
 BLOCK, SECOND_BLOCK = 64, 256  # numbers that share a constant, as in `Linear4bit`
-UP_NAMES = ("gate_up_proj", "up_proj")  # with and without a gate
-DOWN = "down_proj"
 # Set on an experts module by transformers' `use_experts_implementation`: how its 3-D parameters are to be read.
 LAYOUT = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
 

@@ -20,9 +20,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationMethod
 
+from .expert_names import DOWN, UP_NAMES
 from .experts import (
-    DOWN,
-    UP_NAMES,
     QuantizedExperts,
     expert_modules,
     expert_weights,

@@ -17,12 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserInputError
 from .expert_lora import for_experts
-from .experts import DOWN, QuantizedExperts, expert_modules, expert_weights
+from .expert_names import is_of_stack
+from .experts import QuantizedExperts, expert_modules, expert_weights
 from .quantizer import routers
 
 ALL_LINEAR = "all-linear"
-# What a recipe may call the projections of an expert, and which of the two stacks holds them.
-OF_DOWN, OF_UP = ("down_proj", "w2"), ("gate_proj", "up_proj", "gate_up_proj", "w1", "w3")
 PAIRS = (("gate_proj", "up_proj"), ("w1", "w3"))  # one stack holds both, so both are adapted or none
 
 
@@ -86,9 +85,8 @@ def _expert_parameters(experts: dict[str, nn.Module], names: set[str] | None) ->
     found = set()
     for prefix, module in experts.items():
         for stack in expert_weights(module):
-            parts = OF_DOWN if stack == DOWN else OF_UP
             full = f"{prefix}.{stack}"
-            if names is None or _is_named(full, names) or names.intersection(parts):
+            if names is None or _is_named(full, names) or is_of_stack(stack, names):
                 found.add(full)
     if names is not None and experts:
         for pair in PAIRS:

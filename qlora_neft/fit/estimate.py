@@ -128,7 +128,7 @@ def operations_per_token(geometry: Geometry, lora_parameters: int, length: int, 
         checkpointing: Whether blocks compute their forward pass twice.
     """
     again = 1 if checkpointing else 0
-    base = (4 + 2 * again) * geometry.quantized_parameters()
+    base = (4 + 2 * again) * geometry.active_parameters()
     head = 6 * geometry.vocab_size * geometry.embedding_width
     attention = (7 + 2 * again) * length * geometry.hidden_size * geometry.num_layers
     return base + head + (6 + 2 * again) * lora_parameters + attention

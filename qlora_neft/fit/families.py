@@ -19,6 +19,8 @@ class Linear:
         out_features, in_features: Rows and columns of the weight.
         bias: Whether there is one, of ``out_features`` numbers.
         count: Number of such layers in the whole model.
+        experts: Weights of one layer: of fused experts, how many each layer has, else 1.
+        used: How many of them a token passes through.
         path: Full name, with ``*`` for the number of the block; if empty, the name alone.
     """
 
@@ -28,11 +30,23 @@ class Linear:
     bias: bool
     count: int
     path: str = ""
+    experts: int = 1
+    used: int = 1
+
+    @property
+    def matrix(self) -> int:
+        """Number of parameters of one weight: of one expert, or of the layer."""
+        return self.out_features * self.in_features
 
     @property
     def weights(self) -> int:
         """Number of parameters of one layer, without the bias."""
-        return self.out_features * self.in_features
+        return self.experts * self.matrix
+
+    @property
+    def biases(self) -> int:
+        """Number of parameters of one layer's bias."""
+        return self.experts * self.out_features if self.bias else 0
 
     def module_names(self) -> Iterator[str]:
         """Yield the full name of each layer, as in ``named_modules``."""
@@ -45,7 +59,8 @@ class Parts:
 
     Attributes:
         linears: Layers that are quantized.
-        norms: Number of parameters of all norms of the model.
+        norms: Number of parameters of all norms of the model, and of its routers.
+        inner: Width of a token's way through the MLP, None for ``intermediate_size``.
         head_dim: Width of one attention head.
         embedding_width: Columns of the token embedding, and inputs of the head.
         positions: Number of parameters of learned positions.
@@ -58,6 +73,7 @@ class Parts:
     embedding_width: int
     positions: int = 0
     head_bias: bool = False
+    inner: int | None = None
 
 
 def _in_blocks(
@@ -144,6 +160,63 @@ def _gemma3(keys: SimpleNamespace) -> Parts:
     return _gated(keys, attention_bias=keys.attention_bias, norms_per_block=4, head_norms=True)
 
 
+def _with_experts(
+    keys: SimpleNamespace, parts: Parts, count: int, inner: int, *, sparse: int | None = None, biased: bool = False
+) -> Parts:
+    """Replace the MLP of a gated model by experts, as transformers 5 keeps them: two stacks and a router in a block.
+
+    Args:
+        keys: Of the configuration.
+        parts: The model with MLPs in their place.
+        count: Experts of a block.
+        inner: Width of one expert.
+        sparse: Blocks that have experts, None for all; the others keep their MLP.
+        biased: Whether experts and router have biases.
+    """
+    blocks, hidden = keys.num_hidden_layers, keys.hidden_size
+    sparse = blocks if sparse is None else sparse
+    others = tuple(
+        linear if ".mlp." not in linear.path else replace(linear, count=blocks - sparse)
+        for linear in parts.linears
+        if ".mlp." not in linear.path or sparse < blocks
+    )
+    path, used = "model.layers.*.mlp.experts", keys.num_experts_per_tok
+    stacks = tuple(
+        Linear(name, out, width, biased, sparse, f"{path}.{name}", count, used)
+        for name, out, width in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner))
+    )
+    router = sparse * count * (hidden + biased)
+    dense = keys.intermediate_size if sparse < blocks else 0
+    return replace(parts, linears=others + stacks, norms=parts.norms + router, inner=max(used * inner, dense))
+
+
+def _mixtral(keys: SimpleNamespace) -> Parts:
+    return _with_experts(keys, _gated(keys), keys.num_local_experts, keys.intermediate_size)
+
+
+def _qwen3_moe(keys: SimpleNamespace) -> Parts:
+    """Qwen3 with experts in every ``decoder_sparse_step``-th block."""
+    sparse = keys.num_hidden_layers // keys.decoder_sparse_step
+    return _with_experts(keys, _qwen3(keys), keys.num_experts, keys.moe_intermediate_size, sparse=sparse)
+
+
+def _olmoe(keys: SimpleNamespace) -> Parts:
+    """Mixtral's blocks, with norms over all heads of queries and of keys."""
+    parts = _with_experts(
+        keys, _gated(keys, attention_bias=keys.attention_bias), keys.num_experts, keys.intermediate_size
+    )
+    grouped = keys.num_key_value_heads or keys.num_attention_heads
+    norms = keys.num_hidden_layers * (keys.num_attention_heads + grouped) * parts.head_dim
+    return replace(parts, norms=parts.norms + norms)
+
+
+def _gpt_oss(keys: SimpleNamespace) -> Parts:
+    """Biases everywhere, and a sink for each head."""
+    parts = _gated(keys, attention_bias=keys.attention_bias)
+    parts = _with_experts(keys, parts, keys.num_local_experts, keys.intermediate_size, biased=True)
+    return replace(parts, norms=parts.norms + keys.num_hidden_layers * keys.num_attention_heads)
+
+
 def _opt(keys: SimpleNamespace) -> Parts:
     """Learned positions, layer norms with biases, and projections around the blocks where the embedding is narrower."""
     hidden, inner, blocks = keys.hidden_size, keys.ffn_dim, keys.num_hidden_layers
@@ -204,6 +277,10 @@ def _defaults(*sizes: int, **others: int | bool | None) -> dict[str, int | bool 
     return {"tie_word_embeddings": False, **dict(zip(_SIZES, sizes, strict=True)), **others}
 
 
+def _experts(kind: str, count: int, used: int) -> dict[str, int]:
+    return {f"num_{kind}_experts": count, "num_experts_per_tok": used}
+
+
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 _QWEN = (151936, 4096, 22016, 32, 32, 32768)
 
@@ -216,6 +293,44 @@ FAMILIES: dict[str, tuple[Callable[[SimpleNamespace], Parts], dict[str, int | bo
     "gemma2": (_gemma2, _defaults(256000, 2304, 9216, 26, 8, 8192, **_GEMMA)),
     # The text part of a multimodal Gemma 3 names itself so as well.
     "gemma3_text": (_gemma3, _defaults(262208, 2304, 9216, 26, 8, 131072, **_GEMMA)),
+    "mixtral": (
+        _mixtral,
+        _defaults(32000, 4096, 14336, 32, 32, 131072, num_key_value_heads=8, head_dim=None, **_experts("local", 8, 2)),
+    ),
+    "qwen3_moe": (
+        _qwen3_moe,
+        _defaults(
+            *(151936, 2048, 6144, 24, 32, 32768),
+            num_key_value_heads=4,
+            head_dim=None,
+            attention_bias=False,
+            moe_intermediate_size=768,
+            decoder_sparse_step=1,
+            num_experts=128,
+            num_experts_per_tok=8,
+        ),
+    ),
+    "olmoe": (
+        _olmoe,
+        _defaults(
+            *(50304, 2048, 2048, 16, 16, 4096),
+            num_key_value_heads=None,
+            head_dim=None,
+            attention_bias=False,
+            num_experts=64,
+            num_experts_per_tok=8,
+        ),
+    ),
+    "gpt_oss": (
+        _gpt_oss,
+        _defaults(
+            *(201088, 2880, 2880, 36, 64, 131072),
+            num_key_value_heads=8,
+            head_dim=64,
+            attention_bias=True,
+            **_experts("local", 128, 4),
+        ),
+    ),
     "gpt_neox": (_gpt_neox, _defaults(50432, 6144, 24576, 44, 64, 2048, attention_bias=True)),
     "phi": (
         _phi,

@@ -11,11 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..base.expert_names import is_of_stack
 from ..errors import UserInputError, first_line
 from ..files import read_json
+from ..recipe.schema import Quantization
 from .families import FAMILIES, Linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["FAMILIES", "Geometry", "Linear", "geometry_of", "shipped_config"]
 
@@ -66,6 +71,10 @@ class Geometry:
         """Return the number of weights in ``Linear4bit``."""
         return sum(linear.count * linear.weights for linear in self.linears)
 
+    def active_parameters(self) -> int:
+        """Return the number of weights in NF4 that one token passes through: of experts, those it is sent to."""
+        return sum(linear.count * linear.used * linear.matrix for linear in self.linears)
+
     def unquantized_parameters(self) -> int:
         """Return the number of all others: embeddings, head, norms and biases."""
         return self.embedding_parameters + self.head_parameters + self.other_parameters
@@ -81,7 +90,10 @@ class Geometry:
             double_quant: Whether absmax is quantized to 8 bits again.
             block_size: Number of weights that share one absmax.
         """
-        return sum(linear.count * _nf4_bytes(linear.weights, double_quant, block_size) for linear in self.linears)
+        return sum(
+            linear.count * linear.experts * _nf4_bytes(linear.matrix, double_quant, block_size)
+            for linear in self.linears
+        )
 
     def lora_parameters(self, r: int, target_modules: str | Sequence[str] = "all-linear") -> int:
         """Return the size of the adapters that PEFT adds: ``r * (in + out)`` for every layer it matches.
@@ -101,15 +113,15 @@ class Geometry:
         modules = [(name, linear) for linear in (*self.linears, head) for name in linear.module_names()]
         targets = [target_modules] if isinstance(target_modules, str) else list(dict.fromkeys(target_modules))
         # PEFT's rule: an expression must match the whole name, an entry of a list its last parts.
-        match = re.fullmatch if isinstance(target_modules, str) else _is_named
-        unknown = sorted(target for target in targets if not any(match(target, name) for name, _ in modules))
+        match = _is_matched if isinstance(target_modules, str) else _is_named
+        unknown = sorted(target for target in targets if not any(match(target, *module) for module in modules))
         if unknown:
             known = ", ".join(sorted({linear.name for _, linear in modules}))
             raise UserInputError(
                 f"lora.target_modules: the model has no linear layer {', '.join(unknown)}. Its linear layers are "
                 f"{known}; all-linear takes all but the head."
             )
-        return sum(_lora_pair(linear, r) for name, linear in modules if any(match(target, name) for target in targets))
+        return sum(_lora_pair(linear, r) for name, linear in modules if any(match(t, name, linear) for t in targets))
 
 
 def _nf4_bytes(weights: int, double_quant: bool, block_size: int) -> int:
@@ -125,12 +137,19 @@ def _nf4_bytes(weights: int, double_quant: bool, block_size: int) -> int:
 
 
 def _lora_pair(linear: Linear, r: int) -> int:
-    return r * (linear.in_features + linear.out_features)
+    return linear.experts * r * (linear.in_features + linear.out_features)
 
 
-def _is_named(target: str, module: str) -> bool:
-    """Whether PEFT matches an entry of a list of targets with this module."""
+def _is_named(target: str, module: str, linear: Linear) -> bool:
+    """Whether an entry of a list of targets is this module; of experts, also by the projections in their weights."""
+    if linear.experts > 1 and is_of_stack(linear.name, [target]):
+        return True
     return module == target or module.endswith(f".{target}")
+
+
+def _is_matched(target: str, module: str, linear: Linear) -> bool:
+    """Whether a regular expression matches this module; experts are no modules to PEFT."""
+    return linear.experts == 1 and re.fullmatch(target, module) is not None
 
 
 # ---- From a configuration ----
@@ -159,6 +178,8 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
     # Counted by formula if the family is known, which needs no torch; else on transformers' own model, which takes
     # seconds.
     family = FAMILIES.get(text.get("model_type", ""))
+    if text.get("mlp_only_layers"):  # blocks without experts, listed one by one
+        family = None
     if family is None:
         return _count_skeleton(text)
     count, defaults = family
@@ -166,14 +187,14 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
     parts = count(keys)
     tied, bias = keys.tie_word_embeddings, keys.vocab_size if parts.head_bias else 0
     token_embedding = keys.vocab_size * parts.embedding_width
-    biases = sum(linear.count * linear.out_features for linear in parts.linears if linear.bias)
+    biases = sum(linear.count * linear.biases for linear in parts.linears)
     return Geometry(
         model_type=text["model_type"],
         hidden_size=keys.hidden_size,
         num_layers=keys.num_hidden_layers,
         num_attention_heads=keys.num_attention_heads,
         head_dim=parts.head_dim,
-        intermediate_size=keys.ffn_dim if text["model_type"] == "opt" else keys.intermediate_size,
+        intermediate_size=parts.inner or (keys.ffn_dim if text["model_type"] == "opt" else keys.intermediate_size),
         vocab_size=keys.vocab_size,
         max_position_embeddings=keys.max_position_embeddings,
         embedding_width=parts.embedding_width,
@@ -247,13 +268,13 @@ def _count_skeleton(text: Mapping[str, Any]) -> Geometry:
         f"model.name_or_path: a model of type {model_type!r} cannot be counted from its config.json. Supported: "
         f"causal language models with attention heads, such as {', '.join(sorted(FAMILIES))}."
     )
+    import torch
     from torch import nn
     from transformers import CONFIG_MAPPING, AutoConfig
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
 
     from ..base.checkpoint import skeleton
+    from ..base.nf4 import nf4_config
+    from ..base.quantizer import in_nf4
 
     if model_type not in CONFIG_MAPPING:
         raise UserInputError(refusal)
@@ -265,29 +286,23 @@ def _count_skeleton(text: Mapping[str, Any]) -> Geometry:
         model.tie_weights()  # a tie is lost on the meta device, where each parameter is made anew
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # transformers checks a configuration's values
         raise UserInputError(f"{refusal} ({first_line(error)})") from error
-    # Which layers become Linear4bit is transformers' own decision, so its own functions are asked.
-    kept = get_keys_to_not_convert(model)  # the head, and what is tied to it
-    linears = []
-    for name, module in model.named_modules():
-        if should_convert_module(name, kept) and (type(module) is nn.Linear or isinstance(module, Conv1D)):
-            # GPT-2's Conv1D is a linear layer with its weight transposed; bitsandbytes and PEFT treat it as one.
-            out, width = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
-            linears.append(Linear(name.rpartition(".")[2], out, width, module.bias is not None, 1, name))
-    if not linears:  # Falcon's are of a class of their own, which transformers does not quantize
-        raise UserInputError(refusal)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     assert isinstance(embedding, nn.Parameter)  # (vocabulary, width)
     tied = head.weight is embedding
     head_parameters = 0 if tied else sum(parameter.numel() for parameter in head.parameters())
-    quantized = sum(linear.weights for linear in linears)
     total = sum(parameter.numel() for parameter in model.parameters())
+    # What is quantized is decided where the base is loaded, so it is done here, without weights.
+    linears = _quantized_layers(in_nf4(model, nf4_config(Quantization(), torch.float32)))
+    if not linears:
+        raise UserInputError(refusal)
+    quantized = sum(linear.weights for linear in linears)
     return Geometry(
         model_type=model_type,
         hidden_size=hidden,
         num_layers=config.num_hidden_layers,
         num_attention_heads=heads,
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
-        intermediate_size=max(max(linear.out_features, linear.in_features) for linear in linears),
+        intermediate_size=max(linear.used * max(linear.out_features, linear.in_features) for linear in linears),
         vocab_size=config.vocab_size,
         max_position_embeddings=getattr(config, "max_position_embeddings", None),
         embedding_width=embedding.shape[1],
@@ -297,3 +312,23 @@ def _count_skeleton(text: Mapping[str, Any]) -> Geometry:
         head_parameters=head_parameters,
         other_parameters=total - quantized - embedding.numel() - head_parameters,
     )
+
+
+def _quantized_layers(model: PreTrainedModel) -> list[Linear]:
+    """Return what is in NF4 in a model that `in_nf4` has changed."""
+    from bitsandbytes.nn import Linear4bit
+
+    from ..base.experts import QuantizedExperts
+
+    top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+    linears = []
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, Linear4bit):
+            bias = module.bias is not None
+            linears.append(Linear(last, module.out_features, module.in_features, bias, 1, name))
+        elif isinstance(module, QuantizedExperts):
+            for stack, (out, width) in module.matrix_shapes.items():
+                sizes = (width, out) if module.is_transposed else (out, width)
+                linears.append(Linear(stack, *sizes, module.has_bias, 1, f"{name}.{stack}", module.num_experts, top_k))
+    return linears

@@ -38,6 +38,9 @@ PUBLISHED = {
     "facebook/opt-6.7b": 6_658_473_984,
     "EleutherAI/pythia-6.9b": 6_857_302_016,
     "microsoft/phi-2": 2_779_683_840,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "allenai/OLMoE-1B-7B-0924": 6_919_161_856,
 }
 CASES = [(architecture, {}) for architecture in ARCHITECTURES]
 CASES += [(a, {"tie_word_embeddings": tied}) for a in ARCHITECTURES if a != "llama-tied" for tied in (True, False)]
