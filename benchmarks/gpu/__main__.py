@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, *, launch: Launch | None = None
         asked.unsloth,
         tuple(asked.tests or Options.tests),
     )
-    signal.signal(signal.SIGTERM, _as_interrupt)  # so that what was started ends with this program
+    before = signal.signal(signal.SIGTERM, _as_interrupt)  # so that what was started ends with this program
     own, earlier = identity(tiny=options.tiny), options.output / RAW
     raw = json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() else {}
     print(f"{own['device']}, code {own['code']}; {keep_what_belongs(options.state, raw, own)} results are there")
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None, *, launch: Launch | None = None
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here")
         progress.skipped.append("what came after the interruption")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     raw = write_report(options.output, options.state, progress.failed, progress.skipped)
     plots = write_plots(options.output, raw)
     print(f"written: {', '.join(map(str, [options.output / PAGE, options.output / RAW, *plots]))}")

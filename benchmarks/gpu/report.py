@@ -1,4 +1,7 @@
-"""The page and the raw file of a measurement; what was not measured is said to be so, figure by figure. No torch."""
+"""The page and the raw file of a measurement; what was not measured is said to be so, figure by figure. No torch.
+
+python -m benchmarks.gpu.report docs/results    # the page again, from the raw file that is there, or from none
+"""
 
 from __future__ import annotations
 
@@ -274,3 +277,11 @@ def _how() -> Iterator[str]:
 
 def _number(value: float | None, form: str) -> str:
     return NOT_MEASURED if value is None else form.format(value)
+
+
+if __name__ == "__main__":
+    import sys
+
+    folder = Path(sys.argv[1])
+    found = folder / RAW
+    write_whole(folder / PAGE, page(json.loads(found.read_text(encoding="utf-8")) if found.exists() else {}))

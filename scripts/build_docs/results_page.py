@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import report as gpu_report
+
 from . import DOCS
 
 RESULTS = DOCS / "results"
@@ -107,9 +109,14 @@ def _signature() -> str:
     return f"alpha 15 where two models memorise: {by_heart}; {many}"
 
 
+def _gpu() -> str:
+    return gpu_report.headline(_raw("gpu") if (RESULTS / "gpu.json").exists() else {})
+
+
 HEADLINES: dict[str, Callable[[], str]] = {
     "figure4": _figure4,
     "cpu_step": _cpu_step,
+    "gpu": _gpu,
     "busy_machine": _busy_machine,
     "prepare_data": _prepare_data,
     "faults": _faults,
