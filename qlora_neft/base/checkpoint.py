@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserInputError
 from ..files import write_json
@@ -55,6 +56,8 @@ class Checkpoint:
         key_of: Name of each parameter in the files; a tied parameter that is not stored has its twin's.
         shapes: Shape of each parameter.
         stored_nf4: Parameters stored in NF4.
+        transposed: Parameters of shape (in, out), the other way round than a linear layer's: GPT-2's Conv1D.
+        buffers: Names in the files of the model's buffers, which a checkpoint may store as well.
         dtype: Dtype that unquantized weights are loaded in: the configuration's, else that of the first stored weight.
 
     Raises:
@@ -74,6 +77,9 @@ class Checkpoint:
         self._key_mapping = dict(causal.key_mapping) if causal else {}
         # remove_duplicate=False: tied parameters under each of their names.
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters(remove_duplicate=False)}
+        modules = self.model.named_modules()
+        self.transposed = frozenset(f"{name}.weight" for name, m in modules if isinstance(m, Conv1D))
+        self.buffers: dict[str, str] = {}
         self.key_of = self._names()
         self.stored_nf4 = {name for name, key in self.key_of.items() if key + STATE in self._file_of}
         self.dtype = getattr(config, "dtype", None) or self._first_dtype()
@@ -85,7 +91,7 @@ class Checkpoint:
         return {name: key for name, key in self.key_of.items() if stored[key] == name}
 
     def others(self) -> list[str]:
-        """Return the stored tensors that are no part of the model, by their names in the files: towers, say."""
+        """Return the stored tensors that are no parameters, by their names in the files: towers, buffers."""
         own = set(self.key_of.values())
         # The constants of a weight in NF4 belong to it.
         parts = {f"{self.key_of[name]}." for name in self.stored_nf4}
@@ -99,7 +105,8 @@ class Checkpoint:
     def weight(self, name: str) -> Tensor:
         """Read a parameter as it is loaded: in ``dtype``; one stored in NF4 is dequantized to float32."""
         if name in self.stored_nf4:
-            return from_nf4(self.packed(name))
+            weight = from_nf4(self.packed(name))  # NF4 holds every weight as a linear layer's, (out, in)
+            return weight.T.contiguous() if name in self.transposed else weight
         key = self.key_of[name]
         with self._opened(key) as file:
             return file.get_tensor(key).to(self.dtype)
@@ -152,9 +159,7 @@ class Checkpoint:
                 f"{self.source}: its files lack {len(missing)} of the model's tensors, among them {missing[0]}. A base "
                 "must be complete."
             )
-        buffers = sorted(set(found) - set(self.shapes))
-        if buffers:
-            raise UserInputError(f"{self.source}: stores buffers ({buffers[0]}). Such a model cannot be merged here.")
+        self.buffers = {name: key for name, key in found.items() if name not in self.shapes}
         return {name: found[name] for name in self.shapes}
 
     def _add_tied(self, found: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The loss trained on is that of the model's own logits, compared before the first step; else the plain head is taken."""
+"""The loss trained on is that of the model's own logits, compared before step 1; else the plain head is taken."""
 
 from __future__ import annotations
 

@@ -9,8 +9,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
+from transformers import PreTrainedConfig
 
 from ...adapter.folder import AdapterFolder
 from ...adapter.load import naming_the_base
@@ -19,6 +18,7 @@ from ...adapter.weights import Update
 from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import check_base_config
 from ...base.nf4 import from_nf4, nf4_config, to_nf4
+from ...base.quantizer import in_nf4
 from ...errors import UserInputError, first_line
 from ...recipe.schema import Quantization
 
@@ -75,7 +75,9 @@ def plan_merge(folder: AdapterFolder, strategy: str = DEQUANTIZED, dtype: str = 
     shared = list(base.key_of.values())
     # Parameters that share a stored tensor: an update of one of them would change the other.
     tied = {name for name, key in base.key_of.items() if shared.count(key) > 1}
-    update = Update(folder, base.shapes, set(quantized), tied)
+    # The adapter's matrices are those of a linear layer, (out, in), whichever way round the base stores its weight.
+    shapes = {name: shape[::-1] if name in base.transposed else shape for name, shape in base.shapes.items()}
+    update = Update(folder, shapes, set(quantized), tied)
     merge = Merge(base, update, quantized, folder.quantization.bnb_4bit_use_double_quant)
     if strategy not in STRATEGIES:
         raise UserInputError(f"--strategy: must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
@@ -97,7 +99,7 @@ class Merge:
         update: The adapter.
         quantized: Parameters that training holds in NF4. If only some layers have adapters, these are more than the
             parameters with an update.
-        double_quant: Whether their constants are quantized too.
+        double_quant: Whether the constants of NF4 are quantized too.
     """
 
     base: Checkpoint
@@ -116,13 +118,13 @@ class Merge:
         trained = self.update.whole(name)
         if trained is not None:
             return trained.float()
-        weight = self.base.weight(name)
+        weight = self._turned(name, self.base.weight(name))
         if strategy != ORIGINAL and name in self.quantized and name not in self.base.stored_nf4:
             # The adapter was trained on these values, not on the ones in the file.
             weight = from_nf4(to_nf4(weight, self.double_quant))
         weight = weight.float()
         delta = self.update.delta(name)
-        return weight if delta is None else weight + delta
+        return self._turned(name, weight if delta is None else weight + delta)
 
     def stored(self, name: str, strategy: str, dtype: torch.dtype) -> Tensor | Params4bit:
         """Return a merged weight as it is written to disk.
@@ -134,7 +136,7 @@ class Merge:
             return self.base.weight(name)  # avoids a float32 copy of a large embedding
         weight = self.exact(name, strategy)
         if strategy == NF4 and name in self.quantized:
-            return to_nf4(weight, self.double_quant)
+            return to_nf4(self._turned(name, weight), self.double_quant)
         # Rounded once, from the sum in float32.
         rounded = weight.to(dtype)
         if not rounded.isfinite().all() and weight.isfinite().all():
@@ -147,23 +149,20 @@ class Merge:
     def loaded(self, name: str, strategy: str, dtype: torch.dtype) -> Tensor:
         """Return the float32 values that a model computes with after loading what `stored` gives."""
         weight = self.stored(name, strategy, dtype)
-        return from_nf4(weight) if isinstance(weight, Params4bit) else weight.float()
+        return self._turned(name, from_nf4(weight)) if isinstance(weight, Params4bit) else weight.float()
+
+    def _turned(self, name: str, weight: Tensor) -> Tensor:
+        """Turn a Conv1D's weight from (in, out) to (out, in), or back; others stay as they are."""
+        return weight.T.contiguous() if name in self.base.transposed else weight
 
 
 def quantized_names(base: Checkpoint) -> frozenset[str]:
     """Return the parameters that `load_nf4_base` holds in NF4, as transformers chooses them."""
     if base.stored_nf4:
         return frozenset(base.stored_nf4)
-    modules = _with_nf4_layers(base.model).named_modules()
+    # The loader's own choice of layers, not a list kept here: the merge must quantize exactly what training did.
+    modules = in_nf4(skeleton(base.model.config), nf4_config(Quantization(), torch.float32)).named_modules()
     return frozenset(f"{name}.weight" for name, module in modules if isinstance(module, Linear4bit))
-
-
-def _with_nf4_layers(model: PreTrainedModel) -> PreTrainedModel:
-    copy = skeleton(model.config)
-    # transformers' own choice of layers, not a list kept here: the merge must quantize exactly what training did.
-    quantizer = AutoHfQuantizer.from_config(nf4_config(Quantization(), torch.float32))
-    quantizer.preprocess_model(model=copy, device_map={"": "cpu"})
-    return copy
 
 
 def _base_folder(folder: AdapterFolder) -> Path:

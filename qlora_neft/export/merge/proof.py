@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedModel
 
 from ...adapter.load import nf4_base_of, with_adapter
 from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import NOT_RUN
 from ...base.precision import PrecisionPolicy
+from ...errors import RunFailed
 from ...steps import IGNORE_INDEX
 from ...steps.losses import Rows, pad_right
 from .plan import Plan
@@ -98,10 +101,13 @@ def measure(
     keep = num_bytes < _available_bytes(policy.device) / 2
     if not keep:
         say(f"the model takes {sized(num_bytes)} in float32: each strategy is read layer by layer, which takes a while")
+    files = plan.merge.base
+    buffers = {name: files.other(key) for name, key in files.buffers.items()}  # the same in every strategy
     found = {}
     for strategy in plan.merge.strategies:
         say(f"proof: {strategy}")
-        model = Streamed(skeleton(plan.config), _weights(plan, strategy, written), policy.device, keep=keep)
+        weights = _weights(plan, strategy, written)
+        model = Streamed(skeleton(plan.config), weights, policy.device, keep=keep, buffers=buffers)
         found[strategy] = distance(model, reference, policy.device)
         model.close()
     return Evidence(found, base, reference.loss, len(reference.rows), reference.num_tokens, rows.origin, not keep)
@@ -249,54 +255,114 @@ def _chunks(ours: Tensor, theirs: Tensor, targets: Tensor) -> Iterator[tuple[Ten
 class Streamed:
     """A skeleton that computes with the weights a function gives.
 
+    Weights are fetched block by block, not module by module: convolutions of hybrids, for instance, are read by the
+    module around them and never called.
+
     Args:
         model: A model without weights, see `skeleton`; nothing else may use it.
-        weight: Returns a parameter by its name, in float32.
+        weight: Returns a parameter by its name.
         device: Device to compute on.
-        keep: Whether fetched weights stay; else each is dropped after its module has run.
+        keep: Whether fetched weights stay; else those of a block are dropped after it has run.
+        buffers: Stored buffers by name, in place of the computed ones.
     """
 
     def __init__(
-        self, model: PreTrainedModel, weight: Callable[[str], Tensor], device: torch.device, *, keep: bool
+        self,
+        model: PreTrainedModel,
+        weight: Callable[[str], Tensor],
+        device: torch.device,
+        *,
+        keep: bool,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.model, self._weight, self._device, self._keep = model, weight, device, keep
-        for prefix, module in model.named_modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                # Rotary frequencies and the like are computed, not stored: a skeleton has them, on the CPU.
-                module._buffers[name] = buffer.to(device)
-            names = [name for name, _ in module.named_parameters(recurse=False)]
-            if names:
-                self._attach(module, {name: f"{prefix}.{name}" if prefix else name for name in names})
+        self.model, self._weight, self._device = model, weight, device
+        # Kept, so that dropping makes no new tensor.
+        self._empty = dict(model.named_parameters(remove_duplicate=False))
+        for name, buffer in model.named_buffers():
+            # Rotary frequencies and the like are computed, not stored: a skeleton has them, on the CPU.
+            value = (buffers or {}).get(name, buffer)
+            owner, own = self._owner(name)
+            owner._buffers[own] = value.to(device, buffer.dtype)
+        left = dict.fromkeys(self._empty)
+        for prefix, module in () if keep else _fetched_alone(model):
+            names = [f"{prefix}.{own}" for own, _ in module.named_parameters(remove_duplicate=False)]
+            names = [name for name in names if name in left]
+            self._attach(module, names)
+            for name in names:
+                del left[name]
+        if keep:
+            self._fetch(left)
+        else:
+            self._attach(model, list(left))  # there as long as the whole model runs: what reads them is not known
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Tensor:
-        """Return the logits, (B, T, V), float32."""
-        return self.model(**inputs, use_cache=False).logits
+        """Return the logits, (B, T, V), float32.
+
+        Raises:
+            RunFailed: If the model reads a weight that was not fetched, which would make any number meaningless.
+        """
+        with _EveryWeightIsThere(self._empty):
+            return self.model(**inputs, use_cache=False).logits
 
     def close(self) -> None:
         """Drop every weight."""
-        for module in self.model.modules():
-            for name in [name for name, _ in module.named_parameters(recurse=False)]:
-                _drop(module, name)
+        self._drop(self._empty)
 
-    def _attach(self, module: nn.Module, names: dict[str, str]) -> None:
-        """Let a module fetch its parameters before it runs; ``names`` has their names in the whole model."""
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, own = name.rpartition(".")
+        return self.model.get_submodule(path), own
 
-        def fetch(*_: Any) -> None:
-            for own, full in names.items():
-                # Fetched once if they are kept; a parameter used twice in a pass is fetched again if not.
-                if module.get_parameter(own).is_meta:
-                    value = self._weight(full).to(self._device, torch.float32)
-                    module._parameters[own] = nn.Parameter(value, requires_grad=False)
+    def _attach(self, module: nn.Module, names: Sequence[str]) -> None:
+        """Let parameters be fetched before a module runs, and dropped after it."""
+        module.register_forward_pre_hook(lambda *_: self._fetch(names))
+        module.register_forward_hook(lambda *_: self._drop(names))
 
-        def drop(*_: Any) -> None:
-            for own in () if self._keep else names:
-                _drop(module, own)
+    def _fetch(self, names: Iterable[str]) -> None:
+        for name in names:
+            owner, own = self._owner(name)
+            value = self._weight(name).to(self._device, torch.float32)
+            owner._parameters[own] = nn.Parameter(value, requires_grad=False)
 
-        # Hooks on each module: without `keep`, only the weights of the layer that runs are in memory.
-        module.register_forward_pre_hook(fetch)
-        module.register_forward_hook(drop)
+    def _drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            owner, own = self._owner(name)
+            owner._parameters[own] = self._empty[name]
 
 
-def _drop(module: nn.Module, name: str) -> None:
-    module._parameters[name] = nn.Parameter(module.get_parameter(name).to("meta"), requires_grad=False)
+def _fetched_alone(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules whose weights are in memory only while they run: blocks, embeddings, the head.
+
+    What is left are norms and small projections.
+    """
+    blocks = [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        for name, _ in module.named_children()
+    ]
+    inside = tuple(f"{block}." for block in blocks)
+    for name, module in model.named_modules():
+        # A list inside a block, of experts say, belongs to the block.
+        if (name in blocks or isinstance(module, (nn.Embedding, nn.Linear))) and not name.startswith(inside):
+            yield name, module
+
+
+class _EveryWeightIsThere(TorchDispatchMode):
+    """Refuse every operation on a tensor of the meta device: it has a shape and no numbers."""
+
+    def __init__(self, empty: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self._empty = empty
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and value.is_meta:
+                name = next((name for name, p in self._empty.items() if p.shape == value.shape), tuple(value.shape))
+                raise RunFailed(
+                    f"the proof would read a weight that was not loaded (such as {name}), so it would prove nothing. "
+                    "Please report this; --no-proof merges without it."
+                )
+        return func(*args, **(kwargs or {}))
