@@ -100,7 +100,9 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
     return lines + [f"warning: {warning}" for warning in report["warnings"]]
 
 
-def lines_after(output_dir: Path, base: str, steps: int, seconds: float, *, drawn: bool) -> list[str]:
+def lines_after(
+    output_dir: Path, base: str, steps: int, seconds: float, *, drawn: bool, merges: bool = True
+) -> list[str]:
     """Return lines on where everything is, and what to do next.
 
     Args:
@@ -109,9 +111,10 @@ def lines_after(output_dir: Path, base: str, steps: int, seconds: float, *, draw
         steps: Optimizer steps trained.
         seconds: Time they took.
         drawn: Whether ``loss.png`` was drawn.
+        merges: Whether `qlora-neft merge` accepts the adapter.
     """
     curves = f"loss curves: {output_dir / 'loss.png'}"
-    here = shlex.quote(str(output_dir))
+    here, merged = shlex.quote(str(output_dir)), shlex.quote(f"{output_dir}-merged")
     base_id = " --base-id owner/base" * (kind_of(base) != "hub")  # a local base is never published
     missing = "no loss.png: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'"
     return [
@@ -120,7 +123,7 @@ def lines_after(output_dir: Path, base: str, steps: int, seconds: float, *, draw
         curves if drawn else missing,
         "next:",
         f"  qlora-neft chat {here} --compare   # talk to it, beside its base",
-        f"  qlora-neft merge {here} {shlex.quote(f'{output_dir}-merged')}   # a plain 16-bit model, with proof",
+        *([f"  qlora-neft merge {here} {merged}   # a plain 16-bit model, with proof"] if merges else []),
         f"  qlora-neft export {here} --repo-id you/name{base_id} --dry-run   # what would go to the Hub",
         "  qlora-neft cp llama2-7b-alpaca mine.yaml   # a recipe of your own",
     ]

@@ -13,16 +13,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..adapter.folder import AdapterFolder, beyond_plain
-from ..adapter.names import base_names, fault_of
-from ..adapter.weights import AdapterWeights
+from ..adapter.folder import beyond_plain
 from ..errors import UserInputError
-from ..files import read_json
-from ..fit import read_config
-from ..fit.geometry import FAMILIES
-from ..paths import kind_of
-from ..run_folder.tokenizer_files import CONFIG as TOKENIZER_CONFIG
-from ..run_folder.tokenizer_files import needs_transformers_5
+from .abilities import GGUF_TYPES, Facts, facts_of
+
+__all__ = ["CONSUMERS", "Facts", "Verdict", "facts_of", "named_consumers", "verdict_for", "vllm_rank_flag"]
 
 WORKS, FLAG, BREAKS = "works", "works with a flag", "breaks"
 # Values of --max-lora-rank. vLLM's LoRAConfig had these as possible_max_ranks; v0.26 (MaxLoRARanks in
@@ -30,7 +25,6 @@ WORKS, FLAG, BREAKS = "works", "works with a flag", "breaks"
 # adapter needs it, since the default covers every rank up to 16, and older versions reject it.
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (8, VLLM_DEFAULT_RANK, 32, 64, 128, 256, 320, 512)
-GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model_type of bases that `qlora-neft gguf` writes
 OLLAMA_TYPES = ("llama", "mistral", "mixtral", "gemma", "gemma2")  # and whose adapters Ollama takes as safetensors
 NOT_THE_BASE = "the adapter was trained on the base in NF4; on the 16-bit base it answers differently"
 VLLM_NF4 = "--quantization bitsandbytes makes vLLM quantize the base to NF4 as it loads it (after its documentation)"
@@ -39,148 +33,8 @@ OLD_READERS = (
     "its tokenizer is in the form of transformers 5 ({what}): transformers 4 cannot load it, nor can a vLLM, TGI or "
     "converter that is pinned to it"
 )
+KNOWN_PARTS = ("use_dora", "trainable_token_indices", "lora_bias", "bias")  # `Facts.beyond_matrices` names them
 NF4_NEEDED = "NF4 is the BitsAndBytesConfig of training; without it the adapter is on the 16-bit base"
-
-
-# ---- What is known of the adapter ----
-
-
-@dataclass(frozen=True)
-class Facts:
-    """An adapter as other programs will find it.
-
-    Attributes:
-        source: The name the caller gave.
-        config: Content of ``adapter_config.json``.
-        base: Hub id or folder of the base.
-        base_config: The base's ``config.json``; None if it cannot be reached.
-        ranks: Rank of each module, from the shapes of its weights.
-        others: Weights other than the matrices A and B.
-        dtypes: Dtypes of the weights, as safetensors names them.
-        largest_token: Largest id of the tokenizer beside the adapter, None without one.
-        tokenizer_fault: What in its tokenizer's configuration transformers 4 cannot load, None if nothing is known.
-        fault: Why its file is not a whole adapter of this base, None if nothing can be seen.
-    """
-
-    source: str
-    config: dict[str, Any]
-    base: str
-    base_config: dict[str, Any] | None
-    ranks: dict[str, int]
-    others: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    largest_token: int | None
-    tokenizer_fault: str | None = None
-    fault: str | None = None
-
-    @property
-    def rank(self) -> int:
-        """Largest rank of any module."""
-        return max(self.ranks.values(), default=self.config.get("r", 0))
-
-    @property
-    def model_type(self) -> str | None:
-        """Architecture of the base, as transformers names it."""
-        return (self.base_config or {}).get("model_type")
-
-    @property
-    def recorded_base(self) -> str:
-        """Base that ``adapter_config.json`` names, empty without one."""
-        return str(self.config.get("base_model_name_or_path") or "")
-
-    @property
-    def base_is_local(self) -> bool:
-        """Whether the recorded base is a path, which nobody else has."""
-        return kind_of(self.recorded_base) != "hub"
-
-    @property
-    def odd_scale(self) -> str | None:
-        """Settings that scale a module by anything other than ``lora_alpha / r``; None without any."""
-        used = [key for key in ("use_rslora", "alpha_pattern", "rank_pattern") if self.config.get(key)]
-        return " and ".join(used) or None
-
-    @property
-    def beyond_matrices(self) -> list[str]:
-        """Parts of the adapter besides the matrices A and B, in the words of its configuration."""
-        config = self.config
-        found = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
-        if config.get("bias", "none") != "none" or config.get("lora_bias"):
-            found.append("bias")
-        if self.others and not found:
-            found.append(f"weights such as {self.others[0]}")
-        return found
-
-    @property
-    def embedding_modules(self) -> list[str]:
-        """Modules with LoRA that are an embedding or the head."""
-        # GPT-2 calls its embedding "wte".
-        last = {module.split(".")[-1] for module in self.ranks}
-        return sorted(last & {"embed_tokens", "lm_head", "wte"})
-
-    @property
-    def has_head_of_tied_base(self) -> bool:
-        """Whether it changes a head that shares its weight with the embedding."""
-        return "lm_head" in self.embedding_modules and bool((self.base_config or {}).get("tie_word_embeddings"))
-
-    @property
-    def only_peft_merges(self) -> bool:
-        """Whether `qlora-neft merge` refuses the adapter: it is not plain LoRA, or is on an embedding."""
-        return bool(beyond_plain(self.config) or {"embed_tokens", "wte"} & set(self.embedding_modules))
-
-    @property
-    def new_tokens(self) -> int:
-        """Number of the tokenizer's ids for which the base has no row."""
-        rows = (self.base_config or {}).get("vocab_size")
-        return 0 if rows is None or self.largest_token is None else max(0, self.largest_token + 1 - rows)
-
-
-def facts_of(folder: AdapterFolder) -> Facts:
-    """Read an adapter's files and its base's configuration; no weight is loaded.
-
-    Raises:
-        UserInputError: If the weights cannot be read, or no base is recorded.
-    """
-    weights = AdapterWeights(folder)
-    try:
-        # The planner's reader: it knows the configurations of well-known bases without asking the Hub.
-        base_config, _ = read_config(folder.base, folder.base_revision or "main")
-    except UserInputError:  # a base that cannot be reached is part of the answer
-        base_config = None
-    return Facts(
-        source=folder.source,
-        config=folder.config,
-        base=folder.base,
-        base_config=base_config,
-        ranks=weights.ranks | weights.embedding_ranks,
-        others=weights.others,
-        dtypes=weights.dtypes,
-        largest_token=_largest_token(folder.path / "tokenizer.json"),
-        tokenizer_fault=_tokenizer_fault(folder),
-        fault=fault_of(weights, base_names(folder, base_config, _num_equal_layers(base_config))),
-    )
-
-
-def _tokenizer_fault(folder: AdapterFolder) -> str | None:
-    """Ask the tokenizer beside the adapter, else that of a base on this machine."""
-    own = (folder.path / TOKENIZER_CONFIG).is_file()
-    return needs_transformers_5(folder.path if own else Path(folder.base).expanduser())
-
-
-def _num_equal_layers(config: dict[str, Any] | None) -> int | None:
-    """Return the number of blocks of a family all of whose blocks have the same layers."""
-    return (config or {}).get("num_hidden_layers") if (config or {}).get("model_type") in FAMILIES else None
-
-
-def _largest_token(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    try:
-        stored = read_json(path)
-        vocab = stored["model"]["vocab"]
-        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))  # Unigram lists its tokens in order
-        return max([*ids, *(token["id"] for token in stored["added_tokens"])])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserInputError(f"{path}: is not a tokenizer ({error!r}).") from error
 
 
 # ---- Verdicts ----
@@ -284,6 +138,7 @@ def vllm_rank_flag(rank: int) -> str | None:
 def _vllm(facts: Facts, verdict: Verdict) -> None:
     merge = _merge(facts)
     rank_flag = vllm_rank_flag(facts.rank)
+    _only_plain_lora(facts, verdict, merge)
     if facts.beyond_matrices:
         verdict.breaks(f"vLLM takes the matrices A and B only, not {', '.join(facts.beyond_matrices)}", merge)
     # Not an error in vLLM: it reads r and lora_alpha, and would serve a wrongly scaled adapter without a word.
@@ -306,14 +161,14 @@ def _vllm(facts: Facts, verdict: Verdict) -> None:
 
 
 def _llama_cpp(facts: Facts, verdict: Verdict) -> None:
-    _only_matrices_fit(facts, verdict, f"{_merge(facts)}; qlora-neft gguf OUT model.gguf")
+    _only_matrices_fit(facts, verdict, _merged_gguf(facts))
     # An unknown base gets the benefit of the doubt, and a note.
     is_ours = facts.model_type is None or facts.model_type in GGUF_TYPES
     if not is_ours and facts.odd_scale:
         verdict.breaks(
             f"qlora-neft gguf does not write {facts.model_type}, and llama.cpp's convert_lora_to_gguf.py ignores "
             f"{facts.odd_scale}",
-            f"{_merge(facts)}; llama.cpp's convert_hf_to_gguf.py",
+            _merged_gguf(facts),
         )
     elif not is_ours:
         reason = f"qlora-neft gguf does not write {facts.model_type}; llama.cpp's converter may"
@@ -328,7 +183,7 @@ def _llama_cpp(facts: Facts, verdict: Verdict) -> None:
 
 
 def _ollama(facts: Facts, verdict: Verdict) -> None:
-    merge = f"{_merge(facts)}; qlora-neft gguf OUT model.gguf --modelfile"
+    merge = _merged_gguf(facts, " --modelfile")
     _only_matrices_fit(facts, verdict, merge)
     flag = f"{_gguf(facts)} --modelfile"
     # Two ways into Ollama: the adapter's folder for some architectures, or a LoRA GGUF for those that are written here.
@@ -377,6 +232,7 @@ CONSUMERS: dict[str, Callable[[Facts, Verdict], None]] = {
 
 def _only_matrices_fit(facts: Facts, verdict: Verdict, merge: str) -> None:
     """Refuse an adapter with parts that a LoRA GGUF cannot hold."""
+    _only_plain_lora(facts, verdict, merge)
     if facts.beyond_matrices:
         verdict.breaks(f"a LoRA GGUF holds the matrices A and B only, not {', '.join(facts.beyond_matrices)}", merge)
     # Head and embedding are one tensor in the GGUF, so this cannot be merged either: other advice than below.
@@ -385,6 +241,13 @@ def _only_matrices_fit(facts: Facts, verdict: Verdict, merge: str) -> None:
         verdict.breaks(reason, "train without lm_head in lora.target_modules")
     elif "embed_tokens" in facts.embedding_modules:
         verdict.breaks("it has a LoRA on embed_tokens", merge)
+
+
+def _only_plain_lora(facts: Facts, verdict: Verdict, merge: str) -> None:
+    """Refuse settings that make the update something other than B A on the base as it is stored."""
+    used = [key for key in beyond_plain(facts.config) if key.split("=")[0] not in KNOWN_PARTS]
+    if used:
+        verdict.breaks(f"it takes plain LoRA only, the adapter has {', '.join(used)}", merge)
 
 
 def _base_can_be_loaded(facts: Facts, verdict: Verdict) -> None:
@@ -402,13 +265,30 @@ def _base_can_be_loaded(facts: Facts, verdict: Verdict) -> None:
 
 def _merge(facts: Facts) -> str:
     """Advise how to make a plain model; `qlora-neft merge` refuses some kinds of adapter."""
-    if facts.only_peft_merges:
+    if facts.has_tied_base and facts.trained_ends:
+        return "train without embedding and head, which are one weight in this base"
+    if not _merges(facts):
         return "PEFT's merge_and_unload, saved to OUT"
     return f"qlora-neft merge {facts.source} OUT"
 
 
+def _merges(facts: Facts) -> bool:
+    return facts.abilities is None or facts.abilities.merge is None
+
+
+def _merged_gguf(facts: Facts, options: str = "") -> str:
+    """Advise how to make a GGUF of the merged model."""
+    if facts.has_tied_base and facts.trained_ends:
+        return _merge(facts)
+    ours = facts.abilities is None or facts.abilities.merged_gguf is None
+    can = ours or (not _merges(facts) and facts.model_type in (None, *GGUF_TYPES))
+    return f"{_merge(facts)}; " + (
+        f"qlora-neft gguf OUT model.gguf{options}" if can else "llama.cpp's convert_hf_to_gguf.py"
+    )
+
+
 def _not_the_base(facts: Facts) -> str:
-    return NOT_THE_BASE + ("" if facts.only_peft_merges else f": {_merge(facts)} is exact")
+    return NOT_THE_BASE + (f": {_merge(facts)} is exact" if _merges(facts) else "")
 
 
 def _gguf(facts: Facts) -> str:

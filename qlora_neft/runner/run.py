@@ -13,6 +13,7 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 
+from ..adapter.folder import find_adapter
 from ..base.config import check_base_config, check_context, check_vocabulary, load_tokenizer
 from ..base.nf4 import base_fingerprint, frozen_fingerprints
 from ..display.console import (
@@ -28,6 +29,7 @@ from ..display.console import (
 )
 from ..display.progress import ProgressLines, SpeedLine
 from ..errors import RunFailed, RunInterrupted
+from ..export.abilities import facts_of
 from ..files import failing_with_the_disk
 from ..recipe import Recipe
 from ..run_folder.checkpoints import remove_leftovers, save_adapter
@@ -169,7 +171,8 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
             mirror.files([path.name for path in run.output_dir.iterdir() if path.is_file()])
     _show(run, before, after)
     seconds = trainer.train_seconds
-    say(run.console, lines_after(run.output_dir, run.recipe.model.name_or_path, summary["steps"], seconds, drawn=drawn))
+    base, steps = run.recipe.model.name_or_path, summary["steps"]
+    say(run.console, lines_after(run.output_dir, base, steps, seconds, drawn=drawn, merges=_merges(run)))
     return summary
 
 
@@ -208,6 +211,14 @@ def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: M
 
 
 # ---- Lines for the user ----
+
+
+def _merges(run: Run) -> bool:
+    """Whether `qlora-neft merge` accepts what was trained."""
+    if not is_main_process():
+        return False
+    facts = facts_of(find_adapter(run.output_dir))
+    return facts.abilities is None or facts.abilities.merge is None
 
 
 def _finished(output_dir: Path, console: Console) -> dict[str, Any]:

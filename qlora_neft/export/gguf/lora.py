@@ -16,7 +16,6 @@ from .file import GgufTensor, check_dtype, gguf_library, write_gguf
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_NO_PLACE = ("use_dora", "use_qalora", "layer_replication", "fan_in_fan_out", "lora_bias")
 MERGE = "Merge the adapter and write the merged model: qlora-neft merge, then qlora-neft gguf."
 MERGE_WITH_PEFT = "Merge the adapter with PEFT's merge_and_unload and write the merged model: qlora-neft gguf."
 
@@ -75,8 +74,8 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
 
 def _weights(folder: AdapterFolder, architecture: Architecture) -> AdapterWeights:
     """Return the adapter's weights if they are pairs of matrices only, and llama.cpp has a place for all of them."""
-    remedy = MERGE_WITH_PEFT if beyond_plain(folder.config) else MERGE
-    used = [key for key in _NO_PLACE if folder.config.get(key)]
+    used = beyond_plain(folder.config)
+    remedy = MERGE_WITH_PEFT if used else MERGE
     if used:
         raise UserInputError(f"{folder.source}: llama.cpp has no place for {', '.join(used)} of the adapter. {remedy}")
     weights = AdapterWeights(folder)

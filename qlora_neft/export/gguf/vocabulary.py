@@ -11,13 +11,11 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
 from ...errors import UserInputError
-from .file import gguf_library
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+    from transformers import PreTrainedTokenizerBase
 
 # The regular expressions of Llama 3 and of Qwen2 as their tokenizer.json have them; they differ in how many digits
 # stay together.
@@ -102,16 +100,9 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, num_rows: int, source: str
     if not tokenizer.is_fast:
         raise _Unlike(source, "it has no tokenizer.json")
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = stored["model"]
-    if model["type"] != "BPE":
-        raise _Unlike(source, f"its model is {model['type']}, and only BPE is supported")
-    # Features of a BPE that llama.cpp does not have.
-    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-        if model.get(key):
-            raise _Unlike(source, f"its BPE has {key}")
     if len(tokenizer) > num_rows:
         raise UserInputError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the embedding {num_rows} rows.")
-    splitting = (_sentencepiece if model.get("byte_fallback") else _byte_level)(stored, source)
+    splitting = splitting_of(stored, source)
     scores = splitting.scores
     tokens = {id: token for token, id in tokenizer.get_vocab().items()}
     special = {role: getattr(tokenizer, f"{role}_token_id") for role in _SPECIAL}
@@ -153,6 +144,26 @@ class _Splitting:
     scores: dict[str, float] | None = None
     flags: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def splitting_of(stored: dict[str, Any], source: str) -> _Splitting:
+    """Return how llama.cpp splits text as a tokenizer does.
+
+    Args:
+        stored: Content of ``tokenizer.json``.
+        source: Name the caller gave, for messages.
+
+    Raises:
+        UserInputError: If it cannot.
+    """
+    model = stored["model"]
+    if model["type"] != "BPE":
+        raise _Unlike(source, f"its model is {model['type']}, and only BPE is supported")
+    # Features of a BPE that llama.cpp does not have.
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise _Unlike(source, f"its BPE has {key}")
+    return (_sentencepiece if model.get("byte_fallback") else _byte_level)(stored, source)
 
 
 def _byte_level(stored: dict[str, Any], source: str) -> _Splitting:
@@ -273,6 +284,8 @@ def _text(tokens: dict[int, str], stored: dict[str, Any], id: int) -> str:
 
 
 def _type(tokens: dict[int, str], stored: dict[str, Any], id: int, unknown: int | None) -> int:
+    from .file import gguf_library  # imports torch, which nothing else here needs
+
     types, added = gguf_library().TokenType, _added(stored)
     if id not in tokens:
         return types.UNUSED

@@ -24,6 +24,7 @@ from ...files import read_json, sha256_of_file, whole_folder, write_json
 from ...recipe import Recipe
 from ...run_folder.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from ...run_folder.tokenizer_files import save_tokenizer
+from ..abilities import facts_of
 from .base import BaseFacts
 from .card import render_card
 from .public import (
@@ -150,7 +151,7 @@ def _fill(made: Path, folder: AdapterFolder, export: Export) -> str:
         training,
         public,
         config,
-        snippets(export.repo_id, export.base, config, folder.quantization, prompts, eos),
+        snippets(export.repo_id, export.base, config, folder.quantization, prompts, eos, facts_of(folder)),
         export.license,
         has_curves=public is not None and _draw(training.records, public, folder, made / CURVES),
         license_is_bases=export.license_is_bases,

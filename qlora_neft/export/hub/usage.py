@@ -11,7 +11,8 @@ from typing import Any
 from ...adapter.folder import beyond_plain
 from ...adapter.prompts import Prompts
 from ...recipe.schema import Quantization
-from ..consumers import vllm_rank_flag
+from ..abilities import Abilities
+from ..consumers import Facts, verdict_for, vllm_rank_flag
 from .public import PublicBase
 
 QUESTION = "Give three tips for staying healthy."
@@ -91,6 +92,7 @@ def snippets(
     quantization: Quantization,
     prompts: Prompts | None,
     eos_token_id: int | None,
+    facts: Facts | None = None,
 ) -> list[Snippet]:
     """Return every way to use the adapter that works for it.
 
@@ -101,6 +103,7 @@ def snippets(
         quantization: How the base was stored in training.
         prompts: Prompts of the training; None if no tokenizer is published.
         eos_token_id: End token of that tokenizer.
+        facts: What is known of the adapter; without it its configuration decides.
     """
     dtype = quantization.bnb_4bit_compute_dtype
     # "auto" is what the trainer chose for its device; for a reader's GPU bfloat16 is the likeliest.
@@ -119,8 +122,8 @@ def snippets(
         Snippet("qlora_neft", PROMPT_NOTE, "bash", f"qlora-neft generate {repo_id} {shlex.quote(QUESTION)}"),
         Snippet("PEFT, on the NF4 base it was trained on", "", "python", PEFT.format(**parts)),
         Snippet("transformers, 4-bit", "", "python", TRANSFORMERS.format(**parts)),
-        *_vllm(repo_id, base, config),
-        *_merged(repo_id, config),
+        *_vllm(repo_id, base, config, facts),
+        *_merged(repo_id, config, facts),
     ]
 
 
@@ -144,9 +147,12 @@ def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:
     return f"prompt = {prompt}\n" + ASK.format(special=special, end=end)
 
 
-def _vllm(repo_id: str, base: PublicBase, config: Mapping[str, Any]) -> list[Snippet]:
+def _vllm(repo_id: str, base: PublicBase, config: Mapping[str, Any], facts: Facts | None) -> list[Snippet]:
     """Return the command for vLLM, which takes the matrices A and B only, of one rank and one alpha."""
-    rank_flag = vllm_rank_flag(int(config.get("r", 0)))
+    rank = int(config.get("r", 0)) if facts is None else facts.rank
+    if facts is not None and not verdict_for("vllm", facts).is_usable:
+        return []
+    rank_flag = vllm_rank_flag(rank)
     others = [key for key in ("modules_to_save", "rank_pattern", "alpha_pattern") if config.get(key)]
     if others or beyond_plain(config) or rank_flag is None:
         return []
@@ -157,13 +163,16 @@ def _vllm(repo_id: str, base: PublicBase, config: Mapping[str, Any]) -> list[Sni
     return [Snippet("vLLM", VLLM_NOTE, "bash", shlex.join(words))]
 
 
-def _merged(repo_id: str, config: Mapping[str, Any]) -> list[Snippet]:
-    """Return the ways that go through a merged model; `qlora-neft merge` accepts plain LoRA only."""
-    if beyond_plain(config):
+def _merged(repo_id: str, config: Mapping[str, Any], facts: Facts | None) -> list[Snippet]:
+    """Return the ways that go through a merged model, if the verbs accept it."""
+    can = Abilities() if facts is None or facts.abilities is None else facts.abilities
+    if beyond_plain(config) or can.merge is not None:
         return []
-    whole_modules = config.get("modules_to_save")  # a LoRA GGUF has no place for them
-    note = GGUF_NOTE + ("" if whole_modules else LORA_GGUF_NOTE.format(repo=repo_id))
+    # A LoRA GGUF has no place for whole modules.
+    alone = can.adapter_gguf is None and not config.get("modules_to_save")
+    note = GGUF_NOTE + (LORA_GGUF_NOTE.format(repo=repo_id) if alone else "")
+    gguf = Snippet("GGUF, for llama.cpp and Ollama", note, "bash", "qlora-neft gguf merged model.gguf --modelfile")
     return [
         Snippet("Merged into a plain 16-bit model", MERGE_NOTE, "bash", f"qlora-neft merge {repo_id} merged"),
-        Snippet("GGUF, for llama.cpp and Ollama", note, "bash", "qlora-neft gguf merged model.gguf --modelfile"),
+        *([gguf] if can.merged_gguf is None else []),
     ]
