@@ -124,7 +124,7 @@ def main(names: list[str]) -> int:
         content = {
             "flattens": [name for name, (ours, _) in found.items() if not ours],
             "padded": {name: ours for name, (ours, _) in found.items() if ours},
-            "kept_apart_by_masks": [name for name, (ours, theirs) in found.items() if ours and not theirs],
+            "kept_apart_by_masks": [name for name, (ours, theirs) in found.items() if not theirs],
         }
         LIST.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0

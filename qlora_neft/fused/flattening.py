@@ -38,7 +38,7 @@ class Probed(TypedDict):
     Attributes:
         flattens: Exact under our attention.
         padded: Not exact, and why.
-        kept_apart_by_masks: Those of ``padded`` that are exact under transformers' own attention and its block masks.
+        kept_apart_by_masks: Exact under transformers' own attention and its block masks.
     """
 
     flattens: list[str]
@@ -99,7 +99,8 @@ def choose_attention(
     if not packed and not (by_default if padding_free is None else padding_free):
         return AttentionChoice(False, "auto", model)
     why = why_padded(config)
-    if not why:
+    by_masks = _family(config) in probed()["kept_apart_by_masks"]
+    if not why and (by_masks or implementation not in ("sdpa", "eager")):
         if implementation != "auto":
             return AttentionChoice(True, implementation, model)
         if varlen_runs(device, dtype, head_dim_of(config)):
@@ -108,12 +109,14 @@ def choose_attention(
             return AttentionChoice(True, FLASH[0], FLASH[0])
         return AttentionChoice(True, PER_SEQUENCE, model)
     # Only for those who ask: a mask over the whole flattened row costs more than padding.
-    if (packed or padding_free) and _family(config) in probed()["kept_apart_by_masks"]:
+    if (packed or padding_free) and by_masks:
         return AttentionChoice(
             True, "auto", model, f"flattened rows are kept apart by a mask over the whole row: {why}"
         )
-    if packed:
+    if packed and _family(config) in probed()["padded"]:
         raise UserInputError(f"packing: not possible with {_family(config)!r}: {why}. Set packing=False.")
+    if packed:
+        return AttentionChoice(True, "auto", model, f"packed sequences may see each other: {why}")
     return AttentionChoice(False, "auto", model, f"rows are padded: {why}")
 
 

@@ -362,7 +362,21 @@ class Machine(Section):
     activation_checkpointing: Auto | bool | CountOrZero = Field(
         "auto", description="recompute activations: true, false, or the number of blocks that do"
     )
-    padding_free: Auto | bool = Field("auto", description="concatenate sequences instead of padding them")
+    padding_free: Auto | bool = Field(
+        "auto", description="concatenate sequences instead of padding them; auto: on a GPU, where the model allows it"
+    )
+    attn_implementation: Literal[
+        "auto",
+        "sdpa",
+        "eager",
+        "varlen",
+        "per_sequence",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flash_attention_4",
+    ] = Field(
+        "auto", description="attention: varlen and per_sequence over concatenated sequences; others as in transformers"
+    )
     # The fast path of a step.
     fused_lora: Auto | bool = Field(
         "auto", description="compute LoRA layers and MLPs in fused functions: fewer passes over memory; auto: true"

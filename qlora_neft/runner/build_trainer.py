@@ -71,6 +71,7 @@ def _arguments(run: Run) -> QLoRANeftConfig:
         gradient_checkpointing=plan.activation_checkpointing,
         checkpointed_blocks=plan.checkpointed_blocks,
         padding_free=plan.padding_free,
+        attn_implementation=plan.attn_implementation,
         fused_lora=plan.fused_lora,
         max_steps=plan.num_steps,
         learning_rate=train.learning_rate,

@@ -20,6 +20,7 @@ from ..fit import Card, Choice, choose
 from ..fit.cards import GIB, host
 from ..fit.choose import CPU_TOKENS
 from ..fit.geometry import geometry_of
+from ..fused.flattening import choose_attention
 from ..recipe import Recipe
 from ..recipe.schema import Auto, Machine, Train
 
@@ -62,6 +63,7 @@ class RunPlan:
         activation_checkpointing: Whether blocks recompute their activations.
         checkpointed_blocks: How many of them do, counted from the first; None for all.
         padding_free: Whether rows are joined instead of padded.
+        attn_implementation: Attention of the training passes, as in ``machine``; "auto" for transformers' choice.
         fused_lora: Whether LoRA layers and MLPs are computed in fused functions.
         optim: The optimizer; its states are paged only where there is a GPU to page from.
         logging_steps, eval_steps, clean_loss_steps: Optimizer steps between two of each; 0 for never.
@@ -76,6 +78,7 @@ class RunPlan:
     activation_checkpointing: bool
     checkpointed_blocks: int | None
     padding_free: bool
+    attn_implementation: str
     fused_lora: bool
     optim: str
     logging_steps: int
@@ -105,6 +108,8 @@ def plan_of(
     # What the planner chose is filled in as if the user had stated it; plan_run decides what is left.
     machine = recipe.machine.model_copy(update=planned.machine)
     plan = plan_run(recipe.train, machine, num_rows=len(data.train), device=policy.device)
+    if config is not None:
+        plan = _with_attention(plan, machine, policy, config)
     return replace(plan, notes=(*planned.notes, *plan.notes), memory_estimate=planned.estimate)
 
 
@@ -132,7 +137,8 @@ def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.dev
         per_device_eval_batch_size=_auto(machine.per_device_eval_batch_size, EVAL_ROWS),
         activation_checkpointing=checkpointing,
         checkpointed_blocks=blocks,
-        padding_free=machine.padding_free is True,
+        padding_free=machine.padding_free is True,  # without a model, only what is stated; see `_with_attention`
+        attn_implementation=machine.attn_implementation,
         fused_lora=machine.fused_lora is not False,
         optim=optim,
         logging_steps=_auto(machine.logging_steps, max(1, num_steps // LOG_LINES)),
@@ -140,6 +146,22 @@ def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.dev
         clean_loss_steps=_auto(machine.clean_loss_steps, eval_steps),  # so that both curves have the same points
         notes=tuple(note for note in (tokens_note, checkpointing_note, optim_note) if note),
     )
+
+
+def _with_attention(plan: RunPlan, machine: Machine, policy: PrecisionPolicy, config: PretrainedConfig) -> RunPlan:
+    """Decide by device and model family whether rows are joined, and how they are attended over."""
+    try:
+        choice = choose_attention(
+            config,
+            policy.device,
+            policy.compute_dtype,
+            padding_free=None if machine.padding_free == "auto" else machine.padding_free,
+            implementation=machine.attn_implementation,
+        )
+    except UserInputError as error:
+        raise UserInputError(f"machine.{error}") from None
+    notes = (*plan.notes, choice.note) if choice.note else plan.notes
+    return replace(plan, padding_free=choice.padding_free, attn_implementation=choice.implementation, notes=notes)
 
 
 def _num_steps(train: Train, num_rows: int) -> int:

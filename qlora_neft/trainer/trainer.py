@@ -79,10 +79,12 @@ class QLoRANeftTrainer(StepTrainer):
     Attributes:
         census: The model counted: share in NF4, layers with LoRA, trained weights that the loss depends on.
         loss_check: Loss of one row by the model's own logits and by the fused head, and which of them is trained on.
+        attention_choice: How rows are laid out and attended over.
     """
 
     loss_check: LossCheck
     census: Census
+    attention_choice: AttentionChoice
 
     def __init__(
         self,
@@ -136,6 +138,9 @@ class QLoRANeftTrainer(StepTrainer):
         self.add_callback(self._clean_loss_due)
         if self.loss_check.head == PLAIN:
             self.add_callback(SaidOnce(self, str(self.loss_check)))
+        # Who asked for what is done needs no line.
+        if attention.note and not (args.padding_free and attention.padding_free):
+            self.add_callback(SaidOnce(self, attention.note))
         if args.checkpointed_blocks:
             self.add_callback(CheckpointSomeBlocks(args.checkpointed_blocks))
 
@@ -148,6 +153,12 @@ class QLoRANeftTrainer(StepTrainer):
             self.padding_free = True
             padded = self.data_collator
             self.data_collator = FlatteningCollator(padded.pad_token_id, pad_to_multiple_of=padded.pad_to_multiple_of)
+
+    @property
+    def attention_implementation(self) -> str:
+        """Attention of the training passes: ours, or the name of transformers'."""
+        chosen = self.attention_choice.implementation
+        return str(self.model.config._attn_implementation) if chosen == "auto" else chosen
 
     def _restore_trainable(self, initial: dict[str, Tensor]) -> None:
         """Undo TRL's cast of a quantized model's adapters to bf16: fp32 values from before it, not rounded ones.
