@@ -187,10 +187,6 @@ def summary_of(
         "census": trainer.census.as_dict(),
         "base_sha256": base_sha256,
         "base_unchanged": True,  # otherwise the run has failed before
-        "attention": {
-            "implementation": trainer.attention_implementation,
-            "padding_free": trainer.attention_choice.padding_free,
-        },
         "loss_check": finite(dataclasses.asdict(trainer.loss_check)),
         "before": finite(before.summary()),
         "after": finite(after.summary()),

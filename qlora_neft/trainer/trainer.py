@@ -196,7 +196,11 @@ class QLoRANeftTrainer(StepTrainer):
 
     def fast_path_record(self) -> dict[str, Any]:
         """Return which pieces of the fast path were on, and for what they were not, as ``summary.json`` has it."""
-        return self.fast_path.record()
+        attention = {
+            "padding_free": self.attention_choice.padding_free,
+            "attn_implementation": self.attention_implementation,
+        }
+        return {**self.fast_path.record(), **attention}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as upstream does, on the fast path where there is one."""
