@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_device import DEVICE, ON_DEVICE, needs_cuda, needs_device
 from noise_probe import NoiseProbe
 from tiny import adapter_weights, losses, max_difference, mixed_rows, tiny_trainer
 
@@ -13,16 +14,14 @@ from qlora_neft.noise.streams import uniform_by_tensors, uniform_draws
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    needs_device,
 ]
 ROWS = mixed_rows(32, seed=11)
 STEP_OF_16 = {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1}
-# float32 on the GPU shows the invariants without bf16's rounding; the formats themselves are tested below.
-ON_GPU = {"use_cpu": False, "bf16": False, "optim": "adamw_torch"}
 
 
 def trained(model, tmp_path, **overrides):
-    trainer = tiny_trainer(model, tmp_path, ROWS, **{**ON_GPU, **overrides})
+    trainer = tiny_trainer(model, tmp_path, ROWS, **{**ON_DEVICE, **overrides})
     trainer.train()
     return trainer
 
@@ -30,13 +29,13 @@ def trained(model, tmp_path, **overrides):
 def test_a_gpu_draws_the_numbers_of_a_cpu_bit_for_bit():
     counts, keys = [5000, 7, 12345], [(1, 2), (2**64 - 1, 5), (0, 1 << 40)]
     on_cpu = [draw.clone() for draw in uniform_draws(counts, keys, torch.device("cpu"))]
-    on_gpu = uniform_by_tensors(counts, keys, torch.device("cuda"))
+    on_gpu = uniform_by_tensors(counts, keys, DEVICE)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(on_cpu, on_gpu, strict=True))
 
 
 def test_a_sequence_gets_the_same_noise_on_gpu_and_cpu(llama, tmp_path):
     found = []
-    for device in ({"use_cpu": True}, ON_GPU):
+    for device in ({"use_cpu": True}, ON_DEVICE):
         trainer = tiny_trainer(llama, tmp_path, ROWS, **{**device, "max_steps": 1})
         probe = NoiseProbe(trainer)
         trainer.train()
@@ -65,12 +64,13 @@ def test_alpha_zero_is_no_noise_bit_for_bit(llama, tmp_path):
     assert max_difference(adapter_weights(off), adapter_weights(zero)) == 0
 
 
+@needs_cuda
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_half_precision_run_trains_float32_adapters_on_a_frozen_base(llama, tmp_path, precision):
     if precision == "bf16" and resolve_precision().amp != "bf16":
         pytest.skip("this GPU has no bf16")
     formats = {"bf16": precision == "bf16", "fp16": precision == "fp16"}
-    trainer = tiny_trainer(llama, tmp_path, ROWS, **{**ON_GPU, **formats, "optim": "paged_adamw_32bit"})
+    trainer = tiny_trainer(llama, tmp_path, ROWS, **{**ON_DEVICE, **formats, "optim": "paged_adamw_32bit"})
     before = frozen_fingerprints(trainer.model)
     trainer.train()
     assert {weight.dtype for weight in adapter_weights(trainer).values()} == {torch.float32}
