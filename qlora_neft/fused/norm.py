@@ -113,6 +113,14 @@ class FewPassNorm(nn.Module):
             return super().forward(hidden_states)
         return RMSNorm.apply(hidden_states, weight, getattr(self, self.epsilon_name), self.norm_offset)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as a module of the own class, which other processes know."""
+        return _as_it_was, (type(self).__bases__[1],), vars(self)
+
+
+def _as_it_was(own: type[nn.Module]) -> nn.Module:
+    return own.__new__(own)
+
 
 def install_norms(model: nn.Module) -> int:
     """Give every RMSNorm of a model the fast path, by the class of the instance; return how many have it.

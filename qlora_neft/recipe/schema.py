@@ -381,6 +381,17 @@ class Machine(Section):
     fused_lora: Auto | bool = Field(
         "auto", description="compute LoRA layers and MLPs in fused functions: fewer passes over memory; auto: true"
     )
+    fused_norms: Auto | bool = Field("auto", description="compute RMSNorm in fewer passes over memory; auto: true")
+    use_triton_kernels: Auto | bool = Field(
+        "auto", description="Triton kernels for the fused functions; auto: with CUDA, each where its check passes"
+    )
+    use_liger_kernel: Auto | bool = Field(
+        "auto", description="Liger's kernels for what is not fused; auto: with CUDA, where liger-kernel is installed"
+    )
+    activation_offloading: Auto | bool = Field(
+        "auto", description="keep what the backward pass needs in host memory; needs CUDA; auto: false"
+    )
+    torch_compile: bool = Field(False, description="compile the blocks of the model")
     # How data is read and prepared.
     dataloader_num_workers: CountOrZero = Field(
         0, description="processes that prepare batches; 0: none beside the main one"

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 LOG_LINES, EVALUATIONS = 50, 5  # per run, roughly
 EVAL_ROWS = 8  # per evaluation pass
+NEED_CUDA = ("use_triton_kernels", "use_liger_kernel", "activation_offloading")  # keys of the machine section
 # For bases the planner does not know; `fit.choose` decides for the others.
 TOKENS_PER_MICRO_BATCH = 4096  # padding included; unpacking NF4 is then a small part of a matrix product
 SMALL_GPU_BYTES = 20 * 2**30  # below this, a quarter of those tokens
@@ -65,6 +66,10 @@ class RunPlan:
         padding_free: Whether rows are joined instead of padded.
         attn_implementation: Attention of the training passes, as in ``machine``; "auto" for transformers' choice.
         fused_lora: Whether LoRA layers and MLPs are computed in fused functions.
+        fused_norms: Whether RMSNorm is computed in few passes.
+        use_triton_kernels, use_liger_kernel: Whether such kernels are used; None wherever they run.
+        activation_offloading: Whether what the backward pass needs is kept in host memory.
+        torch_compile: Whether blocks are compiled.
         optim: The optimizer; its states are paged only where there is a GPU to page from.
         logging_steps, eval_steps, clean_loss_steps: Optimizer steps between two of each; 0 for never.
         notes: What was decided and why, one line each.
@@ -80,6 +85,11 @@ class RunPlan:
     padding_free: bool
     attn_implementation: str
     fused_lora: bool
+    fused_norms: bool
+    use_triton_kernels: bool | None
+    use_liger_kernel: bool | None
+    activation_offloading: bool
+    torch_compile: bool
     optim: str
     logging_steps: int
     eval_steps: int
@@ -121,7 +131,11 @@ def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.dev
         machine: The recipe's machine section.
         num_rows: Number of training sequences.
         device: Where the model is.
+
+    Raises:
+        UserInputError: If the machine section insists on what this device cannot do.
     """
+    _refuse_without_cuda(machine, device)
     batch_size = train.effective_batch_size
     num_steps = _num_steps(train, num_rows)
     checkpointing, blocks, checkpointing_note = _checkpointing(machine.activation_checkpointing, device)
@@ -140,6 +154,11 @@ def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.dev
         padding_free=machine.padding_free is True,  # without a model, only what is stated; see `_with_attention`
         attn_implementation=machine.attn_implementation,
         fused_lora=machine.fused_lora is not False,
+        fused_norms=machine.fused_norms is not False,
+        use_triton_kernels=_wish(machine.use_triton_kernels),
+        use_liger_kernel=_wish(machine.use_liger_kernel),
+        activation_offloading=machine.activation_offloading is True,
+        torch_compile=machine.torch_compile,
         optim=optim,
         logging_steps=_auto(machine.logging_steps, max(1, num_steps // LOG_LINES)),
         eval_steps=eval_steps,
@@ -162,6 +181,22 @@ def _with_attention(plan: RunPlan, machine: Machine, policy: PrecisionPolicy, co
         raise UserInputError(f"machine.{error}") from None
     notes = (*plan.notes, choice.note) if choice.note else plan.notes
     return replace(plan, padding_free=choice.padding_free, attn_implementation=choice.implementation, notes=notes)
+
+
+def _refuse_without_cuda(machine: Machine, device: torch.device) -> None:
+    asked = [key for key in NEED_CUDA if getattr(machine, key) is True]
+    if asked and device.type != "cuda":
+        raise UserInputError(
+            "\n".join(
+                f"machine.{key}: needs a CUDA device, and this run is on {device.type}, got true. Use auto."
+                for key in asked
+            )
+        )
+
+
+def _wish(asked: bool | Auto) -> bool | None:
+    """Return a switch as the trainer takes it, which decides when it knows the model."""
+    return None if asked == "auto" else asked
 
 
 def _num_steps(train: Train, num_rows: int) -> int:

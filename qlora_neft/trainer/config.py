@@ -60,6 +60,13 @@ class QLoRANeftConfig(SFTConfig):
             one of transformers' (``"sdpa"``, ``"eager"``, ``"flash_attention_2"`` ...).
         fused_lora: LoRA layers and MLPs as fused functions (`qlora_neft.fused`); False for the modules' own path. Both
             learn the same.
+        fused_norms: RMSNorm in few passes over memory; False for the modules' own.
+        use_triton_kernels: Triton's kernels for the fused functions; None uses them with CUDA, each where its check
+            passes; True raises where they cannot run.
+        use_liger_kernel: Liger's kernels for rotary embeddings, and for norms and MLPs that are not fused; None uses
+            them with CUDA where liger-kernel is installed. Not upstream's switch of this name, which is deprecated
+            and also replaces the loss.
+        compile_blocks: Compile each decoder block by `torch.compile`.
         bf16, fp16: None decides by capability, see `qlora_neft.base.precision`.
 
     Raises:
@@ -81,6 +88,12 @@ class QLoRANeftConfig(SFTConfig):
     max_bad_steps: int = field(default=10, metadata={"help": "steps in a row that are not finite"})
     attn_implementation: str = field(default="auto", metadata={"help": "attention; auto decides"})
     fused_lora: bool = field(default=True, metadata={"help": "LoRA in fused functions"})
+    fused_norms: bool = field(default=True, metadata={"help": "RMSNorm in few passes"})
+    use_triton_kernels: bool | None = field(default=None, metadata={"help": "None: where they run"})
+    compile_blocks: bool = field(default=False, metadata={"help": "torch.compile for each block"})
+    use_liger_kernel: bool | None = field(  # ty: ignore[incompatible-attribute-override]
+        default=None, metadata={"help": "None: with CUDA, where it is installed"}
+    )
     # Wider than upstream's bool until __post_init__, or for `padding_free` the trainer, has decided.
     gradient_checkpointing: bool | None = field(  # ty: ignore[incompatible-attribute-override]
         default=None, metadata={"help": "None decides by device"}
@@ -96,6 +109,8 @@ class QLoRANeftConfig(SFTConfig):
         self._check_counts()
         self._set_precision()
         self._set_by_device()
+        if self.activation_offloading and resolve_precision("auto", self._device()).device.type != "cuda":
+            raise ValueError("activation_offloading: needs a CUDA device to offload from, got True. Leave it False.")
         super().__post_init__()
 
     @property

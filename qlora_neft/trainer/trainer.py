@@ -38,6 +38,7 @@ from ..errors import UserInputError, first_line
 from ..fused.attention import FlattenedAttention, FlatteningCollator
 from ..fused.flattening import AttentionChoice, choose_attention
 from ..fused.install import FastPath
+from ..fused.pieces import Pieces, Switches
 from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import save_adapter
 from ..steps import IGNORE_INDEX
@@ -132,7 +133,9 @@ class QLoRANeftTrainer(StepTrainer):
         self.loss_check = self._settle_loss_head()
         self.census = self._counted()
         # FSDP gathers a block's weights only while it runs: they cannot be kept in another dtype for a step.
-        self.fast_path = FastPath(self.model, self.under_way, fused=args.fused_lora and not self.is_fsdp_enabled)
+        fused = args.fused_lora and not self.is_fsdp_enabled
+        self.fast_path = FastPath(self.model, self.under_way, fused=fused)
+        self.pieces = Pieces(self.model, self.args.device, _switches(args, fused=fused))
         self._eval_loss: TokenMean | None = None  # of the evaluation under way
         self._clean_loss_due = CleanLossDue(args.clean_loss_steps)
         self.add_callback(self._clean_loss_due)
@@ -200,14 +203,16 @@ class QLoRANeftTrainer(StepTrainer):
             "padding_free": self.attention_choice.padding_free,
             "attn_implementation": self.attention_implementation,
         }
-        return {**self.fast_path.record(), **attention}
+        return {**self.fast_path.record(), **attention, **self.pieces.record()}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as upstream does, on the fast path where there is one."""
         self.fast_path.install()  # again: adapters may have been added since
-        if line := self.fast_path.line():
-            self.say(line)
-        return super().train(*args, **kwargs)
+        with self.pieces.in_use(self.accelerator.autocast):
+            for line in (self.fast_path.line(), *self.pieces.lines):
+                if line:
+                    self.say(line)
+            return super().train(*args, **kwargs)
 
     # ---- Evaluation: it depends on the model and the rows alone, and changes nothing else ----
 
@@ -369,6 +374,7 @@ def _step_arguments(args: QLoRANeftConfig) -> QLoRANeftConfig:
     # Upstream's loop then steps the optimizer after every batch, and counts steps, epochs and logs by it.
     step.per_device_train_batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
     step.gradient_accumulation_steps = 1
+    step.use_liger_kernel = False  # ours is another switch, see `Pieces`; upstream's also replaces the loss
     step.padding_free = False  # done here: TRL's collator is replaced, its refusals and warnings do not apply
     # Off in TRL, which would take the model's own coefficient for a None, compute the loss over a micro-batch, and set
     # the configuration so that the model computes it in evaluation and generation too, where a cache breaks it.
@@ -376,6 +382,16 @@ def _step_arguments(args: QLoRANeftConfig) -> QLoRANeftConfig:
     if step.n_gpu > 1:
         step._n_gpu = 1  # as transformers does: the base is on one device, and other visible GPUs are left alone
     return step
+
+
+def _switches(args: QLoRANeftConfig, *, fused: bool) -> Switches:
+    return Switches(
+        triton=args.use_triton_kernels,
+        liger=args.use_liger_kernel,
+        norms=args.fused_norms,
+        fused=fused,
+        compiled=args.compile_blocks,
+    )
 
 
 def _check_packing(args: QLoRANeftConfig) -> None:

@@ -1,0 +1,149 @@
+"""The pieces of the fast path beside the fused LoRA layers: kernels, norms, Liger's, compiled blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypedDict, cast
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .kernel_check import failures, use_kernels, why_not
+from .layers import Swapped
+from .liger import check_liger, liger_applied, pieces_of
+from .norm import FewPassNorm, install_norms, uninstall_norms
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What a run asks for; none of it changes what is learned.
+
+    Attributes:
+        triton: Triton's kernels for the fused operations; None where they run.
+        liger: Liger's kernels for what has no fused operation; None where they run.
+        norms: RMSNorm in few passes.
+        fused: LoRA layers and MLPs in fused functions.
+        compiled: Compile each block.
+    """
+
+    triton: bool | None = None
+    liger: bool | None = None
+    norms: bool = True
+    fused: bool = True
+    compiled: bool = False
+
+
+class PiecesRecord(TypedDict):
+    """Which pieces were on, as ``summary.json`` has it."""
+
+    triton_kernels: bool
+    triton_failures: dict[str, str]
+    fused_norms: int
+    liger: list[str]
+    torch_compile: bool
+
+
+class Pieces:
+    """The pieces that one model trains with.
+
+    Args:
+        model: The model, PEFT's wrapper included. Norms are given another class in place; `uninstall` takes that back.
+        device: Where it is.
+        switches: What is asked for.
+
+    Attributes:
+        lines: What a user should know of the choices, one line each.
+
+    Raises:
+        UserInputError: If something is insisted on that cannot run here.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, switches: Switches) -> None:
+        self.lines: list[str] = []
+        self._model, self._device, self._switches = model, device, switches
+        self._base = _without_adapters(model)
+        config = cast(Any, self._base).config
+        self._no_liger = check_liger(device, config.model_type, switches.liger)
+        kernels = use_kernels(device, switches.triton)
+        if device.type == "cuda":
+            self.lines.append(kernels)
+        if switches.norms:
+            install_norms(model)
+        self._liger: list[str] = []
+
+    @contextmanager
+    def in_use(self, autocast: Callable[[], AbstractContextManager] | None = None) -> Generator[None, None, None]:
+        """Train with what is there for the length of training only: Liger's kernels and compiled blocks.
+
+        Args:
+            autocast: Makes the context that a forward pass runs in, to compare Liger's results with upstream's.
+        """
+        with ExitStack() as stack:
+            if not self._no_liger:
+                line = stack.enter_context(liger_applied(self._base, self._pieces(), autocast))
+                self.lines.append(line)
+                self._liger = [] if "not used" in line else [name for name, on in self._pieces().items() if on]
+            elif self._device.type == "cuda":
+                self.lines.append(f"Liger: not used ({self._no_liger})")
+            if self._switches.compiled:
+                stack.enter_context(compiled_blocks(self._model))
+            yield
+
+    def uninstall(self) -> None:
+        """Give every norm its own class back."""
+        uninstall_norms(self._model)
+
+    def record(self) -> PiecesRecord:
+        """Return what a run's summary says of it."""
+        triton = not why_not(self._device) and self._switches.triton is not False
+        return {
+            "triton_kernels": triton,
+            "triton_failures": failures(self._device) if triton else {},
+            "fused_norms": sum(isinstance(module, FewPassNorm) for module in self._model.modules()),
+            "liger": self._liger,
+            "torch_compile": self._switches.compiled,
+        }
+
+    def _pieces(self) -> dict[str, bool]:
+        config = cast(Any, self._base).config
+        experts = any("expert" in key and value for key, value in vars(config).items())
+        return pieces_of(
+            config.model_type,
+            own_norms=self._switches.norms,
+            own_mlps=self._switches.fused,
+            has_experts=experts,
+        )
+
+
+@contextmanager
+def compiled_blocks(model: nn.Module, **options: Any) -> Generator[None, None, None]:
+    """Compile each decoder block inside the block, one graph for all that are alike; names stay as they are.
+
+    Fused layers stay out of the graphs: they are few launches already, and read the step under way, of which a
+    compiled graph would make a constant.
+
+    Args:
+        model: The model.
+        options: For `torch.compile`; default its own backend, for sequences of any length.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    kept_out = [module for block in blocks for module in block.modules() if isinstance(module, Swapped)]
+    try:
+        for module in kept_out:
+            vars(module)["forward"] = torch.compiler.disable(module.forward)
+        for block in blocks:
+            block.compile(**{"dynamic": True, **options})
+        yield
+    finally:
+        for module in kept_out:
+            vars(module).pop("forward", None)
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
