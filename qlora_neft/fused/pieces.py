@@ -16,6 +16,8 @@ from .layers import Swapped
 from .liger import check_liger, liger_applied, pieces_of
 from .norm import FewPassNorm, install_norms, uninstall_norms
 
+COMPILER = "inductor"  # torch's own backend
+
 
 @dataclass(frozen=True)
 class Switches:
@@ -135,7 +137,7 @@ def compiled_blocks(model: nn.Module, **options: Any) -> Generator[None, None, N
         for module in kept_out:
             vars(module)["forward"] = torch.compiler.disable(module.forward)
         for block in blocks:
-            block.compile(**{"dynamic": True, **options})
+            block.compile(**{"dynamic": True, "backend": COMPILER, **options})
         yield
     finally:
         for module in kept_out:

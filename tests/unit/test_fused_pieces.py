@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
@@ -73,7 +74,7 @@ def test_pieces_that_change_a_models_hidden_states_are_taken_back(llama, monkeyp
     original = modeling_llama.apply_rotary_pos_emb
 
     def apply(model, rope):
-        modeling_llama.apply_rotary_pos_emb = lambda q, k, *rest: (2 * q, k)
+        modeling_llama.apply_rotary_pos_emb = lambda q, k, *rest: (1000 * q.roll(1, -2), k)
 
     monkeypatch.setattr(liger, "_families", lambda: {"llama": apply})
     with liger.liger_applied(llama, {"rope": True}, torch.no_grad) as line:
@@ -91,10 +92,15 @@ def test_what_was_on_is_recorded(llama):
     assert Pieces(llama, CPU, Switches(norms=False)).record()["fused_norms"] == 0
 
 
+def recomputed(function, *args):
+    return checkpoint(function, *args, use_reentrant=False)
+
+
 def test_compiled_blocks_compute_the_same_and_keep_their_names(llama):
     ids, names = torch.arange(1, 12)[None], [name for name, _ in llama.named_parameters()]
-    llama.gradient_checkpointing_enable()
     llama.train()
+    for block in llama.model.layers:
+        block.gradient_checkpointing, block._gradient_checkpointing_func = True, recomputed
     plain = llama(ids).logits
     graphs = []
 

@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from qlora_neft.errors import UserInputError
 from qlora_neft.fit.choose import CPU_TOKENS
 from qlora_neft.recipe.schema import Machine, Train
-from qlora_neft.runner.plan import SMALL_GPU_BYTES, TOKENS_PER_MICRO_BATCH, plan_run
+from qlora_neft.runner.plan import NEED_CUDA, SMALL_GPU_BYTES, TOKENS_PER_MICRO_BATCH, plan_run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -96,9 +97,29 @@ def test_what_is_asked_for_is_what_is_done():
         "clean_loss_steps": 0,
         "padding_free": True,
         "fused_lora": False,
+        "fused_norms": False,
+        "use_triton_kernels": False,
+        "use_liger_kernel": False,
+        "activation_offloading": False,
+        "torch_compile": True,
     }
     chosen = plan(**wanted)
     assert {name: getattr(chosen, name) for name in wanted} == wanted
+
+
+def test_kernels_are_left_to_the_trainer_which_knows_the_model():
+    chosen = plan(device=GPU)
+    assert chosen.fused_norms and not chosen.activation_offloading and not chosen.torch_compile
+    assert (chosen.use_triton_kernels, chosen.use_liger_kernel) == (None, None)
+    assert plan(device=GPU, activation_offloading=True, use_triton_kernels=True).activation_offloading
+
+
+def test_what_needs_a_gpu_is_refused_on_a_cpu_all_at_once():
+    with pytest.raises(UserInputError) as error:
+        plan(use_liger_kernel=True, use_triton_kernels=True, activation_offloading=True)
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"machine.{key}" for key in NEED_CUDA]
+    assert all("CUDA" in line and "got true. Use auto." in line for line in lines)
 
 
 def test_a_micro_batch_is_no_larger_than_the_step():
