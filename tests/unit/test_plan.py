@@ -108,10 +108,11 @@ def test_what_is_asked_for_is_what_is_done():
 
 
 def test_kernels_are_left_to_the_trainer_which_knows_the_model():
-    chosen = plan(device=GPU)
+    chosen = plan(device=GPU, per_device_train_batch_size=4)
     assert chosen.fused_norms and not chosen.activation_offloading and not chosen.torch_compile
     assert (chosen.use_triton_kernels, chosen.use_liger_kernel) == (None, None)
-    assert plan(device=GPU, activation_offloading=True, use_triton_kernels=True).activation_offloading
+    asked = plan(device=GPU, per_device_train_batch_size=4, activation_offloading=True, use_triton_kernels=True)
+    assert asked.activation_offloading and asked.use_triton_kernels
 
 
 def test_what_needs_a_gpu_is_refused_on_a_cpu_all_at_once():
