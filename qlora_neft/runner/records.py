@@ -38,7 +38,7 @@ MIRROR_SECONDS = 600  # to wait at the end for what is still to be copied
 # ---- Before training ----
 
 
-def facts_of(run: Run) -> dict[str, Any]:
+def facts_of_run(run: Run) -> dict[str, Any]:
     """Return what is known before any weights are loaded; all of a dry run's summary."""
     return {
         "summary_version": SUMMARY_VERSION,
@@ -173,7 +173,7 @@ def summary_of(
     num_trained = count_trainable(trainer.model)
     with_adapter = cast("PreTrainedModel", trainer.model.get_base_model())  # the base, its layers wrapped by PEFT
     return {
-        **facts_of(run),
+        **facts_of_run(run),
         "status": "done",
         "steps": trainer.state.global_step,
         "tokens_seen": trainer.tokens_seen,

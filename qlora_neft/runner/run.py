@@ -54,7 +54,7 @@ from .push import pushing, ready_to_push
 from .records import (
     about_run,
     data_sha256,
-    facts_of,
+    facts_of_run,
     log_result,
     measured_before,
     mirroring,
@@ -120,7 +120,7 @@ def run(
         decided = Run(recipe, output_dir, console, started, policy, config, tokenizer, data, plan)
         say(console, _lines_before(decided))
         if dry_run:
-            return facts_of(decided)
+            return facts_of_run(decided)
 
         # ---- Train. Every rank does, but one process alone holds the folder and writes ----
         with failing_with_the_disk(disk_message(output_dir)), claimed(output_dir) if main else nullcontext():
