@@ -24,7 +24,10 @@ WHY = {
         "Dropout on the input of each adapter, while training; keyed by seed and step, so that a "
         "resumed run draws the same masks."
     ),
-    "lora.target_modules": "Every linear layer except the output. QLoRA needed all of them to match full fine-tuning.",
+    "lora.target_modules": (
+        "Every linear layer except the output and routers, experts included ([what that takes, by "
+        "family](experts.md#what-all-linear-takes)). QLoRA needed all of them to match full fine-tuning."
+    ),
     "neftune.noise_alpha": "Strength of the noise. 0 or no section: none, bit for bit ([the noise](noise.md)).",
     "neftune.distribution": "Of one component. `gaussian` is the paper's ablation, with sqrt(3) times the norm.",
     "neftune.schedule": "The paper keeps alpha constant. `linear` and `cosine` are for experiments.",
