@@ -42,10 +42,11 @@ def geometry(name: str, *, tiny: bool = False) -> dict[str, int]:
 # Ours, as before its fused path: padded rows, PEFT's own layers, nobody's kernels.
 UNFUSED: dict[str, Any] = {
     "fused_lora": False,
+    "fused_norms": False,
     "padding_free": False,
-    # "attn_implementation": "sdpa",
-    # "use_triton_kernels": False,
-    # "use_liger_kernel": False,
+    "attn_implementation": "sdpa",
+    "use_triton_kernels": False,
+    "use_liger_kernel": False,
 }
 
 

@@ -46,6 +46,7 @@ def page(raw: Mapping[str, Any]) -> str:
         _section("Is it the same computation?", _checks(parts, wrong)),
         _section("Memory", _memory(parts)),
         _section("Launches and waits of one step", _profiles(parts)),
+        _section("What was on", _switches(parts)),
         _section("Tests on the device", _tests(parts.get("tests"))),
         _section("What is missing", _missing(raw)),
         _section("How", _how()),
@@ -222,6 +223,21 @@ def _profiles(parts: Parts) -> Iterator[str]:
         counts = (f"{found[key]:,}" for key in ("launches", "host_waits", "values_read_by_the_host"))
         rows.append(_row(arm, *counts, f"{busy:.0%}"))
     yield from _table("arm | launches | host waits | values read | device busy", rows)
+
+
+def _switches(parts: Parts) -> Iterator[str]:
+    """Yield what each arm ran with, as its trainer recorded it after the fact."""
+    rows = []
+    for arm in _with_extras(parts, MAIN):
+        runs = figures.runs_of(parts, arm, "7b", "alpaca")
+        found = runs[0].get("fast_path") or runs[0]["switches"] if runs else {}
+        said = "; ".join(f"{key}: {_plain(value)}" for key, value in found.items())
+        rows.append(_row(arm, said or NOT_MEASURED))
+    yield from _table("arm | pieces and switches", rows)
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value).replace("|", "/").replace('"', "")
 
 
 def _tests(found: Mapping[str, Any] | None) -> Iterator[str]:

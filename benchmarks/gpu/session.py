@@ -149,6 +149,8 @@ def train(run: Run, place: Any) -> dict[str, Any]:
         "base_unchanged": checksum(trainer.model) == before,
         "threads": torch.get_num_threads(),
     }
+    if hasattr(trainer, "fast_path_record"):
+        result["fast_path"] = trainer.fast_path_record()
     if getattr(getattr(trainer, "split", None), "is_smaller", False):
         result["shrunk"] = str(trainer.split)  # it ran out of memory, and went on with less
     if run.profile:
