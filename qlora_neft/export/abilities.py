@@ -236,10 +236,10 @@ def _base_gguf_refusal(folder: AdapterFolder, facts: Facts) -> str | None:
         return None
     from .gguf.architecture import architecture_of, read_model_config
 
-    revision = folder.base_revision
-    return _refusal(
-        facts, lambda: architecture_of(_unquantized(read_model_config(folder.base, revision)), facts.source)
-    )
+    def ask() -> None:
+        architecture_of(_unquantized(read_model_config(folder.base, folder.base_revision)), facts.source)
+
+    return _refusal(facts, ask)
 
 
 def _unquantized(config: Any) -> Any:
@@ -257,8 +257,11 @@ def _tokenizer_refusal(folder: AdapterFolder, facts: Facts) -> str | None:
         return None
     from .gguf.vocabulary import splitting_of
 
-    stored = read_json(path)
-    return _refusal(facts, lambda: splitting_of({"normalizer": None, "pre_tokenizer": None, **stored}, facts.source))
+    try:
+        stored = {"normalizer": None, "pre_tokenizer": None, **read_json(path)}
+        return _refusal(facts, lambda: splitting_of(stored, facts.source))
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{path} is not a tokenizer ({error!r})"
 
 
 def _adapter_gguf_refusal(facts: Facts) -> str | None:

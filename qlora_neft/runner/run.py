@@ -29,7 +29,7 @@ from ..display.console import (
 )
 from ..display.progress import ProgressLines, SpeedLine
 from ..errors import RunFailed, RunInterrupted
-from ..export.abilities import facts_of
+from ..export.abilities import facts_of as facts_of_adapter
 from ..files import failing_with_the_disk
 from ..recipe import Recipe
 from ..run_folder.checkpoints import remove_leftovers, save_adapter
@@ -217,7 +217,7 @@ def _merges(run: Run) -> bool:
     """Whether `qlora-neft merge` accepts what was trained."""
     if not is_main_process():
         return False
-    facts = facts_of(find_adapter(run.output_dir))
+    facts = facts_of_adapter(find_adapter(run.output_dir))
     return facts.abilities is None or facts.abilities.merge is None
 
 
