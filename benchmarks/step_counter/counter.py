@@ -66,8 +66,8 @@ class StepCounter(TorchDispatchMode):
 
     Args:
         model: Its parameters, buffers and the scales of its NF4 weights are memory that is there anyway.
-        lengths: Tokens of a sequence, or of a flattened micro-batch: a tensor with two such dimensions holds scores of
-            attention.
+        lengths: Tokens of a sequence, and of a flattened micro-batch, each a number that divides no width: a tensor
+            with two such dimensions holds scores of attention.
         as_on_cuda: Count a function of `qlora_neft.fused.ops` as one launch that reads its inputs and writes its
             outputs; otherwise whatever it runs here is counted.
 
@@ -75,7 +75,8 @@ class StepCounter(TorchDispatchMode):
         bytes: Read and written, by kind.
         launches: By kind.
         kept: Bytes that autograd keeps for the backward pass, each storage once.
-        peak: Most bytes alive at once in a decoder block, forward or backward, beyond those before the first one.
+        peak: Most bytes alive at once in a decoder block, forward or backward, beyond those before the first one; only
+            of tensors whose size is a multiple of the length.
         waits: Places where the host would wait for the device, by operation.
     """
 
@@ -245,7 +246,9 @@ class StepCounter(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         self._storages[key] = StorageWeakRef(storage)
-        self._alive.append((self._storages[key], storage.nbytes()))
+        # Weights in another dtype, and their gradients, do not grow with the tokens.
+        if any(storage.nbytes() % length == 0 for length in self.lengths):
+            self._alive.append((self._storages[key], storage.nbytes()))
         if not made and tensor.numel() > 1:
             self._add(OTHER, "from the host", 1, storage.nbytes())
 
