@@ -6,11 +6,13 @@ import argparse
 
 from .arms import FAMILIES, Arm, count, operations
 from .counter import KINDS
+from .recorded import record
 
 
 def main() -> None:
     """Count one arm and print it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_counter", description=__doc__)
+    parser.add_argument("--record", nargs="*", metavar="ARM", help="count again and write counts.json: all, or these")
     parser.add_argument("--family", choices=FAMILIES, default="llama", help="default: an eighth of Llama-2-7B")
     parser.add_argument("--r", type=int, default=8, help="LoRA's rank; 8 here is 64 of Llama-2-7B (default)")
     parser.add_argument("--dropout", type=float, default=0.1, help="LoRA's (default 0.1)")
@@ -23,6 +25,9 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=8.0, help="factor on bytes (8: llama here as Llama-2-7B)")
     parser.add_argument("--operations", action="store_true", help="list what a layer runs as well")
     options = parser.parse_args()
+    if options.record is not None:
+        record(options.record)
+        return
     arm = Arm(
         family=options.family,
         r=options.r,

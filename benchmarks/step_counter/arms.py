@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class Arm:
 
     Attributes:
         family: Of `FAMILIES`.
+        keys: Of its configuration, in place of some of `FAMILIES`.
         r, dropout: Of LoRA on all linear layers.
         precision: ``"bf16"`` or ``"fp32"``.
         checkpointing: True for all blocks, False for none.
@@ -79,6 +81,7 @@ class Arm:
     """
 
     family: str = "llama"
+    keys: dict[str, Any] = field(default_factory=dict)
     r: int = 8
     dropout: float = 0.1
     precision: str = "bf16"
@@ -156,6 +159,21 @@ def operations(arm: Arm, length: int = LENGTHS[1]) -> list[tuple[str, str, int, 
     return sorted(rows, key=lambda row: -row[3])
 
 
+def block(arm: Arm, length: int = LENGTHS[0]) -> tuple[float, float, float]:
+    """Count one decoder block alone, in bytes a token.
+
+    Returns:
+        What it keeps for the backward pass; what is alive in it at most; and the same if it is checkpointed.
+    """
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        base = _save_base(Path(folder) / "base", arm, 1)
+        plain = _run(arm, base, Path(folder), length)
+        checkpointed = _run(replace(arm, checkpointing=True), base, Path(folder), length)
+    found = (plain.kept_in_blocks, plain.peak, checkpointed.peak)
+    kept, peak, again = (size / (ROWS * length) for size in found)
+    return kept, peak, again
+
+
 # ---- One run ----
 
 
@@ -173,11 +191,14 @@ def _quiet() -> Iterator[None]:
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # Upstream collects garbage before each run: what is there now need not be walked through again.
+    gc.freeze()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        gc.unfreeze()
         transformers.logging.enable_progress_bar()
         transformers.logging.set_verbosity(level)
 
@@ -251,7 +272,7 @@ def _save_base(folder: Path, arm: Arm, layers: int) -> Path:
     name, keys = FAMILIES[arm.family]
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
     sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "num_hidden_layers": layers}
-    config = getattr(transformers, name)(**sizes, **special, **keys)
+    config = getattr(transformers, name)(**sizes | special | keys | arm.keys)
     set_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder

@@ -75,6 +75,7 @@ class StepCounter(TorchDispatchMode):
         bytes: Read and written, by kind.
         launches: By kind.
         kept: Bytes that autograd keeps for the backward pass, each storage once.
+        kept_in_blocks: Those of them that decoder blocks keep and that grow with the tokens.
         peak: Most bytes alive at once in a decoder block, forward or backward, beyond those before the first one; only
             of tensors whose size is a multiple of the length.
         waits: Places where the host would wait for the device, by operation.
@@ -89,7 +90,7 @@ class StepCounter(TorchDispatchMode):
         self.waits_at: Counter[str] = Counter()  # the same, with the line that waits
         self.operations: Counter[tuple[str, str]] = Counter()  # launches by (kind, name), to see what they are
         self.bytes_of: Counter[tuple[str, str]] = Counter()
-        self.kept = self.peak = 0
+        self.kept = self.kept_in_blocks = self.peak = 0
         self._frozen = {_key(t) for t in model.parameters() if not t.requires_grad and t.dim() >= 2}
         self._packed = {_key(t) for t in _quantized(model)}
         own = [*model.parameters(), *model.buffers(), *_quantized(model)]
@@ -99,10 +100,13 @@ class StepCounter(TorchDispatchMode):
         # Weak references keep an address from being used twice, and not the memory behind it.
         self._storages: dict[int, StorageWeakRef] = {}
         self._alive: list[tuple[StorageWeakRef, int]] = []
+        self._of_numpy: dict[int, int] = {}  # storages that no operation made, with a hash of what was last read there
         self._saved: set[int] = set()
         self._regions, self._made_in = Regions(), {}
         self._blocks: list[range] = []  # autograd nodes of each pass through a decoder block
-        self._in_block, self._before_blocks = 0, 0
+        self._in_block, self._before_blocks, self._first_node = 0, 0, 0
+        self._before: set[int] = set()  # storages that were there before the first block
+        self._block_inputs: set[int] = set()
         self._model, self._paused = model, False
         self._stack = ExitStack()
 
@@ -161,8 +165,9 @@ class StepCounter(TorchDispatchMode):
         region = None
         if self.as_on_cuda:
             region = self._regions.current(makes_node=any(tensor.requires_grad for tensor in inputs))
+        read = {id(tensor) for tensor in reads}
         for tensor in inputs:
-            self._meet(tensor, made=self._leave_region(tensor, region))
+            self._meet(tensor, made=self._leave_region(tensor, region) or id(tensor) not in read)
         self._wait(name, inputs)
         known = {_key(tensor) for tensor in inputs}
         device = not known.isdisjoint(self._on_device)
@@ -177,11 +182,23 @@ class StepCounter(TorchDispatchMode):
         self._look_at_memory()
         if name in FREE or self._is_view(inputs, outputs, written):
             return
+        for tensor in reads:
+            if tensor.dim():
+                self._read_of_numpy(tensor)
         if region is not None:
             self._count_in(region, reads, outputs)
             return
         touched = sum(_touched(t) for t in reads) + sum(_touched(t) for t in [*outputs, *_new(written, outputs)])
         self._add(kind, name, 1, touched)
+
+    def _read_of_numpy(self, tensor: Tensor) -> None:
+        """Count what NumPy has written since the last read; its memory is used again, and only the content tells."""
+        key = _key(tensor)
+        if key in self._of_numpy:
+            content = hash(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            if content != self._of_numpy[key]:
+                self._of_numpy[key] = content
+                self._add(OTHER, "written by NumPy", 1, _touched(tensor))
 
     def _add(self, kind: str, name: str, launches: int, touched: int) -> None:
         self.bytes[kind] += touched
@@ -240,7 +257,7 @@ class StepCounter(TorchDispatchMode):
     # ---- Storages ----
 
     def _meet(self, tensor: Tensor, *, made: bool = False) -> None:
-        """Note a storage; one that no operation made came from NumPy, and counts as written once."""
+        """Note a storage; one that is read and that no operation made is NumPy's to write."""
         key = _key(tensor)
         if key in self._storages or key in self._own:
             return
@@ -249,8 +266,8 @@ class StepCounter(TorchDispatchMode):
         # Weights in another dtype, and their gradients, do not grow with the tokens.
         if any(storage.nbytes() % length == 0 for length in self.lengths):
             self._alive.append((self._storages[key], storage.nbytes()))
-        if not made and tensor.numel() > 1:
-            self._add(OTHER, "from the host", 1, storage.nbytes())
+        if not made:
+            self._of_numpy[key] = 0
 
     def _keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd saves, by its whole storage, which stays alive with it."""
@@ -261,6 +278,9 @@ class StepCounter(TorchDispatchMode):
         if not self._paused and key not in self._saved and key not in self._own and key not in self._base:
             self._meet(tensor, made=True)
             self._saved.add(key)
+            size = tensor.untyped_storage().nbytes()
+            if self._in_block and (key not in self._before or key in self._block_inputs):
+                self.kept_in_blocks += size if any(size % length == 0 for length in self.lengths) else 0
             self.kept += tensor.untyped_storage().nbytes()
         return tensor
 
@@ -277,10 +297,12 @@ class StepCounter(TorchDispatchMode):
             if node in seen:
                 continue
             seen.add(node)
+            self._in_block = int(any(node._sequence_nr() in nodes for nodes in self._blocks))
             queue += [following for following, _ in node.next_functions if following is not None]
             for value in list(getattr(node, "__dict__", {}).values()):
                 for tensor in _tensors_in(value):
                     self._keep(tensor)
+        self._in_block = 0
 
     # ---- Memory ----
 
@@ -297,9 +319,10 @@ class StepCounter(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         return node is not None and any(node._sequence_nr() in nodes for nodes in self._blocks)
 
-    def _enter_block(self, *hook_arguments: Any) -> None:
+    def _enter_block(self, module: nn.Module, args: tuple) -> None:
         if not self._blocks and not self._in_block:
-            self._before_blocks = self._in_use()
+            self._before_blocks, self._before = self._in_use(), set(self._storages)
+        self._block_inputs.update(_key(tensor) for tensor in args[:1] if isinstance(tensor, Tensor))
         self._in_block += 1
         self._first_node = torch._C._autograd._get_sequence_nr()
 

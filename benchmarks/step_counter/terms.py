@@ -1,0 +1,105 @@
+"""What one decoder block keeps and needs at most, as a sum over the widths of its model: made for `qlora_neft.fit`.
+
+    python -m benchmarks.step_counter.terms
+
+counts small models whose widths differ, solves for bytes a token and unit of width, and writes
+``qlora_neft/fit/activation_terms.json``. Half precision is counted as on CUDA, float32 as on a CPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qlora_neft.fit
+
+from .arms import FAMILIES, Arm, block
+
+FILE = Path(qlora_neft.fit.__file__).with_name("activation_terms.json")
+WIDTHS = ("hidden", "queries", "keys", "intermediate", "heads", "rank")
+# Bytes a token by name: kept for the backward pass; alive at once in a block; the same if it is checkpointed.
+TERMS = ("kept", "peak", "checkpointed_peak")
+# Mistral and Qwen2 are Llama here: what tells them apart, windows and biases, is kept for no backward pass.
+COUNTED = tuple(family for family in FAMILIES if family not in ("mistral", "qwen2"))
+LENGTH = 37  # tokens of a row
+
+# Widths of the models, in the order of WIDTHS; head_dim is 32.
+_GATED = (
+    (128, 128, 64, 192, 4, 4),
+    (192, 128, 64, 192, 4, 4),
+    (128, 128, 32, 192, 4, 4),
+    (128, 128, 64, 320, 4, 4),
+    (128, 192, 64, 192, 6, 4),
+    (128, 128, 64, 192, 4, 8),
+    (128, 256, 64, 192, 4, 4),  # head_dim 64: with one key head
+)
+_PLAIN = (
+    (128, 128, 128, 512, 4, 4),
+    (192, 192, 192, 512, 6, 4),
+    (128, 128, 128, 320, 4, 4),
+    (128, 128, 128, 512, 2, 4),
+    (128, 128, 128, 512, 4, 8),
+)
+
+
+def main() -> None:
+    """Count, solve and write the file."""
+    table: dict[str, Any] = {}
+    for family, fused, half, dropout in itertools.product(COUNTED, (True, False), (True, False), (True, False)):
+        key = key_of(fused=fused, half=half, dropout=dropout)
+        table.setdefault(family, {})[key] = _solved(family, fused=fused, half=half, dropout=dropout)
+        print(family, key, table[family][key], flush=True)
+    FILE.write_text(json.dumps({"widths": WIDTHS, "terms": table}, indent=1) + "\n", encoding="utf-8")
+
+
+def key_of(*, fused: bool, half: bool, dropout: bool) -> str:
+    """Return the key of a way to train."""
+    return f"{'fused' if fused else 'modules'}, {'half' if half else 'float32'}, {'' if dropout else 'no '}dropout"
+
+
+def keys_of(family: str, widths: tuple[int, ...]) -> dict[str, int]:
+    """Return a configuration's keys for widths in the order of `WIDTHS`."""
+    hidden, queries, keys, intermediate, heads, _ = widths
+    if family == "opt":
+        return {
+            "hidden_size": hidden,
+            "word_embed_proj_dim": hidden,
+            "ffn_dim": intermediate,
+            "num_attention_heads": heads,
+        }
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
+    if family in ("gpt_neox", "phi"):
+        return sizes
+    head_dim = queries // heads
+    return sizes | {"num_key_value_heads": keys // head_dim, "head_dim": head_dim}
+
+
+def arm_of(family: str, widths: tuple[int, ...], *, fused: bool, half: bool, dropout: bool) -> Arm:
+    """Return what is counted."""
+    return Arm(
+        family,
+        keys=keys_of(family, widths),
+        r=widths[-1],
+        dropout=0.1 if dropout else 0.0,
+        precision="bf16" if half else "fp32",
+        as_on_cuda=half and fused,
+        arguments={"fused_lora": fused},
+    )
+
+
+def _solved(family: str, **way: bool) -> dict[str, list[float]]:
+    points = _PLAIN if family in ("opt", "gpt_neox", "phi") else _GATED
+    counted = []
+    for widths in points:
+        counted.append(block(arm_of(family, widths, **way), LENGTH))
+    # Where widths are one and the same, the least squares share the bytes among them, which no model can tell.
+    solution, *_ = np.linalg.lstsq(np.array(points, float), np.array(counted), rcond=None)
+    return {term: [round(float(value), 3) for value in solution[:, i]] for i, term in enumerate(TERMS)}
+
+
+if __name__ == "__main__":
+    main()
