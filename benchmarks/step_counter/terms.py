@@ -20,27 +20,28 @@ import qlora_neft.fit
 from .arms import FAMILIES, Arm, block
 
 FILE = Path(qlora_neft.fit.__file__).with_name("activation_terms.json")
-WIDTHS = ("hidden", "queries", "keys", "intermediate", "heads", "rank")
+WIDTHS = ("hidden", "queries", "keys", "intermediate", "heads", "rank", "one")
 # Bytes a token by name: kept for the backward pass; alive at once in a block; the same if it is checkpointed.
 TERMS = ("kept", "peak", "checkpointed_peak")
 # Mistral and Qwen2 are Llama here: what tells them apart, windows and biases, is kept for no backward pass.
 COUNTED = tuple(family for family in FAMILIES if family not in ("mistral", "qwen2"))
 LENGTH = 37  # tokens of a row
 
-# Widths of the models, in the order of WIDTHS; head_dim is 32.
+# Widths of the models, in the order of WIDTHS. The MLP is three to four times as wide as the rest, as in models that are
+# in use: what is alive at most is there, and not elsewhere, in all of them.
 _GATED = (
-    (128, 128, 64, 192, 4, 4),
-    (192, 128, 64, 192, 4, 4),
-    (128, 128, 32, 192, 4, 4),
-    (128, 128, 64, 320, 4, 4),
-    (128, 192, 64, 192, 6, 4),
-    (128, 128, 64, 192, 4, 8),
-    (128, 256, 64, 192, 4, 4),  # head_dim 64: with one key head
+    (128, 128, 64, 448, 4, 4),
+    (160, 128, 64, 448, 4, 4),
+    (128, 128, 32, 448, 4, 4),
+    (128, 128, 64, 512, 4, 4),
+    (128, 128, 64, 448, 8, 4),
+    (128, 128, 64, 448, 4, 8),
+    (128, 256, 64, 448, 4, 4),
 )
 _PLAIN = (
     (128, 128, 128, 512, 4, 4),
-    (192, 192, 192, 512, 6, 4),
-    (128, 128, 128, 320, 4, 4),
+    (160, 160, 160, 512, 4, 4),
+    (128, 128, 128, 448, 4, 4),
     (128, 128, 128, 512, 2, 4),
     (128, 128, 128, 512, 4, 8),
 )
@@ -97,7 +98,7 @@ def _solved(family: str, **way: bool) -> dict[str, list[float]]:
     for widths in points:
         counted.append(block(arm_of(family, widths, **way), LENGTH))
     # Where widths are one and the same, the least squares share the bytes among them, which no model can tell.
-    solution, *_ = np.linalg.lstsq(np.array(points, float), np.array(counted), rcond=None)
+    solution, *_ = np.linalg.lstsq(np.array([(*widths, 1) for widths in points], float), np.array(counted), rcond=None)
     return {term: [round(float(value), 3) for value in solution[:, i]] for i, term in enumerate(TERMS)}
 
 
