@@ -99,7 +99,7 @@ def _torch_has_a_kernel() -> bool:
 
 
 class FewPassNorm(nn.Module):
-    """Mixed in front of a norm's own class: its mathematics by `RMSNorm` wherever that is the same."""
+    """Mixed in front of a norm's own class: in training, its mathematics by `RMSNorm` wherever that is the same."""
 
     # Of the dynamic class, one for each (class, offset).
     norm_offset: float
@@ -108,8 +108,10 @@ class FewPassNorm(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the norm of (..., D)."""
         weight = cast("Tensor | None", getattr(self, "weight", None))
-        # A weight that trains has a gradient of its own; of mixed dtypes, families make different ones.
-        if weight is not None and (weight.requires_grad or weight.dtype != hidden_states.dtype):
+        # In evaluation the model is bit for bit the one that others load. A weight that trains needs a gradient, and
+        # of mixed dtypes families make different ones.
+        other = weight is not None and (weight.requires_grad or weight.dtype != hidden_states.dtype)
+        if other or not self.training:
             return super().forward(hidden_states)
         return RMSNorm.apply(hidden_states, weight, getattr(self, self.epsilon_name), self.norm_offset)
 

@@ -101,6 +101,13 @@ def test_a_weight_that_trains_or_has_another_dtype_takes_upstreams_path():
     assert norm(x.bfloat16()).dtype == torch.float32
 
 
+def test_in_evaluation_it_is_upstreams_bit_for_bit():
+    norm, (x, _) = frozen(NORMS["llama"]), inputs()
+    expected = norm(x)
+    install_norms(nn.Sequential(norm))
+    assert torch.equal(norm.eval()(x), expected)
+
+
 def test_what_is_not_an_rms_norm_is_left_alone():
     class ScaledRMSNorm(LlamaRMSNorm):
         def forward(self, hidden_states):
