@@ -169,9 +169,7 @@ def test_the_router_loss_of_one_micro_batch_is_transformers_own(moe_dir):
 
 def test_a_router_loss_is_refused_where_there_is_none(moe_dir, llama, tmp_path):
     for folder in (llama, moe_dir("deepseek_v3")):
-        with pytest.raises(
-            UserInputError, match=r"router_aux_loss_coef: .* has no load-balancing loss"
-        ):
+        with pytest.raises(UserInputError, match=r"router_aux_loss_coef: .* has no load-balancing loss"):
             tiny_trainer(folder, tmp_path, ROWS, router_aux_loss_coef=0.1)
 
 

@@ -118,7 +118,13 @@ PIECES = {
 }
 
 
-@pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES.keys())
+@pytest.mark.parametrize(
+    "piece",
+    [
+        pytest.param(piece, id=name, marks=pytest.mark.slow if "compile_blocks" in piece else ())
+        for name, piece in PIECES.items()
+    ],
+)
 def test_the_pieces_of_the_fast_path_leave_the_trajectory_alone(llama, tmp_path, monkeypatch, piece):
     # TorchDynamo's part of compiling is what could go wrong: graphs, guards, breaks. The code behind it is torch's.
     monkeypatch.setattr("qlora_neft.fused.pieces.COMPILER", "eager")
