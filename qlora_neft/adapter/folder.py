@@ -151,6 +151,18 @@ def beyond_plain(config: Mapping[str, Any]) -> list[str]:
     return used
 
 
+def beyond_merging(config: Mapping[str, Any]) -> list[str]:
+    """Return the settings that a merge here would miss: it knows `beyond_plain` but for adapted stacks of experts."""
+    return [key for key in beyond_plain(config) if key != "target_parameters"]
+
+
+def stack_owners(config: Mapping[str, Any]) -> set[str]:
+    """Return the ends of the names of modules whose adapted parameters are stacks of experts, such as ``experts``."""
+    parameters = config.get("target_parameters") or []
+    # The weight of a linear layer may be named as well; it has the layer's own adapter.
+    return {name.rpartition(".")[0] for name in parameters if not name.endswith(".weight")}
+
+
 def _recorded_recipe(path: Path) -> Recipe | None:
     """Read the recipe beside an adapter; a checkpoint's is in the folder of its run."""
     files = [path / RECIPE, *([path.parent / RECIPE] if path.name.startswith(CHECKPOINT) else [])]

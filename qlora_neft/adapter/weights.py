@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..base.model_files import stored_tensors
 from ..errors import UserInputError
-from .folder import MEND, WEIGHTS, AdapterFolder, beyond_plain
+from .folder import MEND, WEIGHTS, AdapterFolder, beyond_merging, stack_owners
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ class AdapterWeights:
     Attributes:
         shapes: Shape of each tensor, by its name in the file.
         ranks: Rank of each module with a pair of matrices A (r, in) and B (out, r), by its name in the base.
+        experts: Number of experts of each module that is a stack of them.
         embedding_ranks: Rank of each embedding with such a pair.
         others: Sorted names of tensors that belong to no pair, such as whole modules (``modules_to_save``).
         dtypes: Sorted, as safetensors names them.
@@ -45,6 +46,11 @@ class AdapterWeights:
             raise self._unreadable(error) from error
         self.shapes = {name: tensor.shape for name, tensor in stored.items()}
         self.ranks = self._first_sizes(A)
+        # A stack of experts has the matrices of all of them side by side.
+        owners = stack_owners(folder.config)
+        stacks = {name for name in self.ranks if any(_ends_with(_without_base_layer(name), end) for end in owners)}
+        self.experts = {name: max(1, self.ranks[name] // folder.config["r"]) for name in stacks}
+        self.ranks |= {name: self.ranks[name] // count for name, count in self.experts.items()}
         self.embedding_ranks = self._first_sizes(EMBEDDING_A)
         self.others = tuple(sorted(n for n in stored if not n.endswith((A, B, EMBEDDING_A, EMBEDDING_B))))
         self.dtypes = tuple(sorted({tensor.dtype for tensor in stored.values()}))
@@ -112,7 +118,9 @@ class Update:
         self.pairs: dict[str, str] = {}
         self._replaced: dict[str, str] = {}  # by parameter, the tensor in the adapter's file that replaces it
         for module, rank in self._weights.ranks.items():
-            self._add_pair(module, rank, shapes, tied)
+            if module not in self._weights.experts:
+                self._add_pair(module, rank, shapes, tied)
+        self._add_stacks(shapes)
         # Whatever is left is taken for a whole module; a name that the base lacks is refused there.
         for key in self._weights.shapes:
             if not key.endswith((A, B)):
@@ -126,7 +134,12 @@ class Update:
         """Return what is added to a weight, (out, in) in float32; None if nothing is."""
         if name not in self.pairs:
             return None
-        a, b = self._weights.pair(self.pairs[name])
+        module = self.pairs[name]
+        a, b = self._weights.pair(module)
+        if experts := self._weights.experts.get(module):
+            # As PEFT lays them out: A (experts * r, in), B (out, r * experts) with the experts innermost.
+            b = b.float().view(len(b), -1, experts).permute(2, 0, 1)
+            return (b @ a.float().view(experts, -1, a.shape[1])).mul_(self._weights.scale(module))  # (experts, out, in)
         # In float32 whatever the matrices are stored in, so that the sum with the base is rounded once.
         return (b.float() @ a.float()).mul_(self._weights.scale(self.pairs[name]))
 
@@ -145,6 +158,24 @@ class Update:
         if name in tied:
             raise self._refused(name, "is shared by embedding and head")
         self.pairs[name] = module
+
+    def _add_stacks(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Find the parameter of each adapted stack: PEFT wraps a module once for each, the first one innermost."""
+        targets = self._weights.folder.config.get("target_parameters") or []
+        of_owner: dict[str, list[str]] = {}
+        for name, shape in shapes.items():
+            if len(shape) == 3 and any(_ends_with(name, target) for target in targets):
+                of_owner.setdefault(name.rpartition(".")[0], []).append(name)
+        for owner, names in of_owner.items():
+            for depth, name in enumerate(reversed(names)):
+                self.pairs[name] = owner + ".base_layer" * depth
+        for module in self._weights.experts:
+            key, own = f"{PREFIX}{module}{A}", self._weights.shapes
+            name = next((name for name, found in self.pairs.items() if found == module), "")
+            count, out, width = shapes.get(name, (0, 0, 0))
+            rank = self._weights.ranks[module] * count
+            if own[key] != (rank, width) or own.get(f"{PREFIX}{module}{B}") != (out, rank):
+                raise self._misfit(key)
 
     def _add_whole(self, key: str, shapes: Mapping[str, tuple[int, ...]], quantized: set[str], tied: set[str]) -> None:
         name = key.removeprefix(PREFIX)
@@ -167,8 +198,18 @@ class Update:
         return UserInputError(f"{self._source}: {name} was trained and {why}. It cannot be merged here.")
 
 
+def _ends_with(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _without_base_layer(name: str) -> str:
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return name
+
+
 def _check_kind(folder: AdapterFolder) -> None:
-    used = beyond_plain(folder.config)
+    used = beyond_merging(folder.config)
     if used:
         raise UserInputError(
             f"{folder.source}: only plain LoRA can be merged here (with rsLoRA, rank and alpha patterns, "

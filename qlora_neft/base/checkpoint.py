@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UserInputError
 from ..files import write_json
 from .config import check_base_config
+from .experts import expert_modules, expert_weights
 from .model_files import INDEX, SINGLE, file_in, file_on_hub, tensor_files
 from .nf4 import from_nf4
 from .text_part import CausalModel, causal_model
@@ -58,6 +66,9 @@ class Checkpoint:
         stored_nf4: Parameters stored in NF4.
         transposed: Parameters of shape (in, out), the other way round than a linear layer's: GPT-2's Conv1D.
         buffers: Names in the files of the model's buffers, which a checkpoint may store as well.
+        stacks: Parameters that hold the experts of a layer, and the tensors of the files that they are made of: for
+            each projection in it, one of each expert. Empty for a stack that is stored as one tensor.
+        turned_stacks: Those of them whose matrices are (in, out).
         dtype: Dtype that unquantized weights are loaded in: the configuration's, else that of the first stored weight.
 
     Raises:
@@ -80,6 +91,15 @@ class Checkpoint:
         modules = self.model.named_modules()
         self.transposed = frozenset(f"{name}.weight" for name, m in modules if isinstance(m, Conv1D))
         self.buffers: dict[str, str] = {}
+        self.stacks: dict[str, list[list[str]]] = {
+            f"{prefix}.{own}": [] for prefix, module in expert_modules(self.model) for own in expert_weights(module)
+        }
+        self.turned_stacks = frozenset(
+            f"{prefix}.{own}"
+            for prefix, module in expert_modules(self.model)
+            for own in expert_weights(module)
+            if module.is_transposed
+        )
         self.key_of = self._names()
         self.stored_nf4 = {name for name, key in self.key_of.items() if key + STATE in self._file_of}
         self.dtype = getattr(config, "dtype", None) or self._first_dtype()
@@ -92,7 +112,7 @@ class Checkpoint:
 
     def others(self) -> list[str]:
         """Return the stored tensors that are no parameters, by their names in the files: towers, buffers."""
-        own = set(self.key_of.values())
+        own = {*self.key_of.values(), *(key for keys in self.stacks.values() for part in keys for key in part)}
         # The constants of a weight in NF4 belong to it.
         parts = {f"{self.key_of[name]}." for name in self.stored_nf4}
         return [key for key in self._file_of if key not in own and not key.startswith(tuple(parts))]
@@ -107,9 +127,21 @@ class Checkpoint:
         if name in self.stored_nf4:
             weight = from_nf4(self.packed(name))  # NF4 holds every weight as a linear layer's, (out, in)
             return weight.T.contiguous() if name in self.transposed else weight
+        if parts := self.stacks.get(name):
+            projections = [torch.stack([self.other(key) for key in keys]) for keys in parts]  # (experts, out, in) each
+            return torch.cat(projections, dim=1).to(self.dtype)
         key = self.key_of[name]
         with self._opened(key) as file:
             return file.get_tensor(key).to(self.dtype)
+
+    def pieces(self, name: str, weight: Tensor | Params4bit) -> Iterator[tuple[str, Tensor | Params4bit]]:
+        """Split a parameter into the tensors that the files hold it as, with their names there."""
+        parts = self.stacks.get(name)
+        if not parts:
+            yield self.key_of[name], weight
+            return
+        for keys, projection in zip(parts, weight.chunk(len(parts), dim=1), strict=True):
+            yield from zip(keys, projection.unbind(0), strict=True)
 
     def packed(self, name: str) -> Params4bit:
         """Read a parameter stored in NF4 as its bytes and their quantization state."""
@@ -140,18 +172,27 @@ class Checkpoint:
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         state, found = self.model.state_dict(), {}
-        for key in self._file_of:
+        parts: dict[str, dict[str, list[str]]] = {}
+        for key in sorted(self._file_of, key=dot_natural_key):  # experts in the order of their numbers
             name, converted = rename_source_key(key, renamings, converters, self.model.base_model_prefix, state)
-            # A converter joins or splits tensors while loading; here every parameter must be one stored tensor.
+            # A converter joins or splits tensors while loading; of those, a stack of experts is understood here.
             if converted is not None and key not in state:
+                converter = next(c for c in converters if converted in c.source_patterns)
+                if name in self.stacks and _stacks_experts(converter):
+                    order = {pattern: list[str]() for pattern in converter.source_patterns}
+                    parts.setdefault(name, order)[converted].append(key)
+                    continue
                 raise UserInputError(
                     f"{self.source}: {type(self.model).__name__} keeps its weights in another form than its files "
-                    f"({key} is part of {name}), as mixtures of experts do. Such a model cannot be merged here."
+                    f"({key} is part of {name}). Such a model cannot be merged here."
                 )
             # A rule for old checkpoints may match a name that is right already.
             name = key if key in state and name not in state else name
             if name in state:
                 found[name] = key
+        for name, of_stack in parts.items():
+            self.stacks[name] = list(of_stack.values())
+            found[name] = self.stacks[name][0][0]
         self._add_tied(found)
         missing = sorted(set(state) - set(found))
         if missing:
@@ -169,6 +210,13 @@ class Checkpoint:
             for one, two in ((name, other), (other, name)):
                 if one not in found and two in found:
                     found[one] = found[two]
+
+
+def _stacks_experts(converter: WeightConverter) -> bool:
+    """Whether a converter stacks one tensor of each expert, and joins the projections along their rows."""
+    stack, *rest = converter.operations
+    joins = [type(op) is Concatenate and op.dim == 1 for op in rest]
+    return type(stack) is MergeModulelist and stack.dim == 0 and joins in ([], [True])
 
 
 class ShardWriter:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapter.folder import AdapterFolder, beyond_plain
+from ..adapter.folder import AdapterFolder, beyond_merging, beyond_plain
 from ..adapter.names import base_names, fault_of
 from ..adapter.weights import AdapterWeights
 from ..base.model_files import tensors_at_hand
@@ -208,7 +208,7 @@ def abilities_of(folder: AdapterFolder, facts: Facts) -> Abilities:
 
 
 def _merge_refusal(folder: AdapterFolder, facts: Facts) -> str | None:
-    used = beyond_plain(facts.config)
+    used = beyond_merging(facts.config)
     if used:
         return f"only plain LoRA can be merged here, the adapter has {', '.join(used)}"
     embeddings = sorted(set(facts.embedding_modules) - {"lm_head", "embed_out"})

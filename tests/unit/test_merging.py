@@ -142,9 +142,15 @@ def test_files_that_are_missing_or_broken_are_named(llama, tmp_path):
         checkpoint(tmp_path)
 
 
-def test_experts_that_loading_fuses_are_refused(tmp_path):
+def test_experts_that_loading_fuses_are_read_and_split_as_they_are_stored(tmp_path):
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 260}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 12}  # 10 comes after 9
     AutoModelForCausalLM.from_config(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
-    with pytest.raises(UserInputError, match="mixtures of experts"):
-        checkpoint(tmp_path)
+    files = checkpoint(tmp_path)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    for name in files.stacks:
+        assert torch.equal(files.weight(name), loaded[name])
+        pieces = dict(files.pieces(name, files.weight(name)))
+        assert len(pieces) in (12, 24)
+        assert all(torch.equal(piece, files.other(key)) for key, piece in pieces.items())
+    assert not files.others()

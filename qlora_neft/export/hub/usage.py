@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...adapter.folder import beyond_plain
+from ...adapter.folder import beyond_merging, beyond_plain
 from ...adapter.prompts import Prompts
 from ...recipe.schema import Quantization
 from ..abilities import Abilities
@@ -166,7 +166,7 @@ def _vllm(repo_id: str, base: PublicBase, config: Mapping[str, Any], facts: Fact
 def _merged(repo_id: str, config: Mapping[str, Any], facts: Facts | None) -> list[Snippet]:
     """Return the ways that go through a merged model, if the verbs accept it."""
     can = Abilities() if facts is None or facts.abilities is None else facts.abilities
-    if beyond_plain(config) or can.merge is not None:
+    if beyond_merging(config) or can.merge is not None:
         return []
     # A LoRA GGUF has no place for whole modules.
     alone = can.adapter_gguf is None and not config.get("modules_to_save")

@@ -122,8 +122,10 @@ def _write(plan: Plan, draft: Path, tokenizer: PreTrainedTokenizerBase, max_shar
 
     writer = ShardWriter(draft, max_shard_bytes, wrote)
     # One tensor at a time, in the order of the model: neither base nor result is ever whole in memory.
-    for name, key in plan.merge.base.parameters().items():
-        writer.add(key, plan.merge.stored(name, plan.strategy, plan.dtype))
+    for name in plan.merge.base.parameters():
+        weight = plan.merge.stored(name, plan.strategy, plan.dtype)
+        for key, piece in plan.merge.base.pieces(name, weight):
+            writer.add(key, piece)
     # Of a checkpoint that also sees, the towers: unchanged, so that the folder loads as the base does.
     for key in plan.merge.base.others():
         writer.add(key, plan.merge.base.other(key))

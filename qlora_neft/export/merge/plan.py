@@ -77,11 +77,15 @@ def plan_merge(folder: AdapterFolder, strategy: str = DEQUANTIZED, dtype: str = 
     tied = {name for name, key in base.key_of.items() if shared.count(key) > 1}
     # The adapter's matrices are those of a linear layer, (out, in), whichever way round the base stores its weight.
     shapes = {name: shape[::-1] if name in base.transposed else shape for name, shape in base.shapes.items()}
+    # Of a stack of experts, (experts, out, in).
+    shapes |= {name: (n, out, width) for name in base.turned_stacks for n, width, out in [base.shapes[name]]}
     update = Update(folder, shapes, set(quantized), tied)
     merge = Merge(base, update, quantized, folder.quantization.bnb_4bit_use_double_quant)
     if strategy not in STRATEGIES:
         raise UserInputError(f"--strategy: must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
     if strategy not in merge.strategies:
+        if strategy == NF4:
+            raise UserInputError(f"--strategy: {folder.base} has experts, for which no format in NF4 exists.")
         raise UserInputError(f"--strategy: {folder.base} is stored in NF4, its original weights are not known.")
     if dtype not in ("auto", *DTYPES):
         raise UserInputError(f"--dtype: must be one of auto, {', '.join(DTYPES)}, got {dtype!r}.")
@@ -110,6 +114,8 @@ class Merge:
     @property
     def strategies(self) -> tuple[str, ...]:
         """Strategies that are possible: if the base is stored in NF4, its original weights are not known."""
+        if self.base.stacks:
+            return (DEQUANTIZED, ORIGINAL)  # there is no format for experts in NF4
         return (DEQUANTIZED, NF4) if self.base.stored_nf4 else STRATEGIES
 
     def exact(self, name: str, strategy: str) -> Tensor:
@@ -121,10 +127,18 @@ class Merge:
         weight = self._turned(name, self.base.weight(name))
         if strategy != ORIGINAL and name in self.quantized and name not in self.base.stored_nf4:
             # The adapter was trained on these values, not on the ones in the file.
-            weight = from_nf4(to_nf4(weight, self.double_quant))
+            weight = self._through_nf4(weight)
         weight = weight.float()
         delta = self.update.delta(name)
+        if delta is not None and name in self.base.turned_stacks:
+            delta = delta.transpose(1, 2)
         return self._turned(name, weight if delta is None else weight + delta)
+
+    def _through_nf4(self, weight: Tensor) -> Tensor:
+        if weight.dim() == 2:
+            return from_nf4(to_nf4(weight, self.double_quant))
+        # Of experts each has constants of its own.
+        return torch.stack([from_nf4(to_nf4(matrix.contiguous(), self.double_quant)) for matrix in weight])
 
     def stored(self, name: str, strategy: str, dtype: torch.dtype) -> Tensor | Params4bit:
         """Return a merged weight as it is written to disk.
@@ -161,8 +175,9 @@ def quantized_names(base: Checkpoint) -> frozenset[str]:
     if base.stored_nf4:
         return frozenset(base.stored_nf4)
     # The loader's own choice of layers, not a list kept here: the merge must quantize exactly what training did.
-    modules = in_nf4(skeleton(base.model.config), nf4_config(Quantization(), torch.float32)).named_modules()
-    return frozenset(f"{name}.weight" for name, module in modules if isinstance(module, Linear4bit))
+    model = in_nf4(skeleton(base.model.config), nf4_config(Quantization(), torch.float32))
+    layers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    return frozenset(layers | base.stacks.keys())
 
 
 def _base_folder(folder: AdapterFolder) -> Path:
