@@ -45,10 +45,12 @@ ARCHITECTURES = {
     "phi": ("PhiConfig", {"num_key_value_heads": 4}),
 }
 
+MIXES_SEQUENCES = {"bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4})}  # if its rows are flattened
+
 
 def save_tiny_model(folder: Path, architecture: str = "llama", **overrides: Any) -> Path:
     """A random model of the architecture and a byte tokenizer, saved as any checkpoint is."""
-    name, extra = ARCHITECTURES[architecture]
+    name, extra = {**ARCHITECTURES, **MIXES_SEQUENCES}[architecture]
     config_class = getattr(transformers, name)
     config = config_class(**{**SIZES, **extra, **overrides})
     set_seed(0)

@@ -86,6 +86,8 @@ SPLITS = {
     "by tokens": {**STEP_OF_16, "max_tokens_per_micro_batch": 100},
     "flattened by tokens": {**STEP_OF_16, "max_tokens_per_micro_batch": 100, "padding_free": True},
     "flattened": {**STEP_OF_16, "padding_free": True},
+    "flattened under masks": {**STEP_OF_16, "padding_free": True, "attn_implementation": "sdpa"},
+    "flattened and recomputed": {**STEP_OF_16, "padding_free": True, "gradient_checkpointing": True},
 }
 
 
