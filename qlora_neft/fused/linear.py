@@ -55,27 +55,30 @@ class Projection:
 
     def output(self, x: Tensor, narrow: Tensor) -> Tensor:
         """Return y, (M, N), from the input and its `narrow` product."""
-        weight, bias = base_weight(self.linear, x.dtype), cast("Tensor | None", self.linear.bias)
-        y = x @ weight.t() if bias is None else torch.addmm(bias.detach().to(x.dtype), x, weight.t())
-        return y.addmm_(narrow, self.lora_b.t())
-
-    def add_base_gradient(self, grad: Tensor, total: Tensor | None) -> Tensor:
-        """Return ``total`` plus what the base gives for the input's gradient, (M, K), in place where there is one."""
-        weight = base_weight(self.linear, grad.dtype)
-        return grad @ weight if total is None else total.addmm_(grad, weight)
+        bias = cast("Tensor | None", self.linear.bias)
+        # The adapter's product first: adding to it costs the large product nothing, which arithmetic bounds and not
+        # memory. In half precision it is also the smaller of the two that is rounded twice.
+        up = self.lora_b.t()
+        y = narrow @ up if bias is None else torch.addmm(bias.detach().to(x.dtype), narrow, up)
+        return y.addmm_(x, base_weight(self.linear, x.dtype).t())
 
     def narrow_gradient(self, grad: Tensor) -> Tensor:
         """Return the gradient of (x∘m) A^T, (M, r), its factor included."""
         return product(grad, self.lora_b, self.factor)
 
-    def add_adapter_gradient(self, total: Tensor, narrow_grad: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Add what the adapter gives for the input's gradient, (M, K), to ``total`` in place.
+    def add_adapter_gradient(self, total: Tensor | None, narrow_grad: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Return ``total``, (M, K), plus what the adapter gives for the input's gradient, in place if it is there.
 
         ``memory``, (M, K), may be overwritten.
         """
         if self.mask is None:
-            return total.addmm_(narrow_grad, self.lora_a)
-        return add_dropped_(total, torch.mm(narrow_grad, self.lora_a, out=memory), self.mask)
+            return narrow_grad @ self.lora_a if total is None else total.addmm_(narrow_grad, self.lora_a)
+        through = torch.mm(narrow_grad, self.lora_a, out=memory)
+        return dropped(through, self.mask) if total is None else add_dropped_(total, through, self.mask)
+
+    def add_base_gradient(self, total: Tensor, grad: Tensor) -> Tensor:
+        """Add what the base gives for the input's gradient to ``total``, (M, K), in place."""
+        return total.addmm_(grad, base_weight(self.linear, grad.dtype))
 
 
 def forward(x: Tensor, projections: Sequence[Projection]) -> tuple[list[Tensor], list[Tensor]]:
@@ -102,20 +105,18 @@ def backward(
         wants_input: Whether the input's gradient is needed.
     """
     total: Tensor | None = None
-    # The base first: its products make the memory that everything else is added to.
-    for p, grad in zip(projections, grads, strict=True):
-        if wants_input and grad is not None:
-            total = p.add_base_gradient(grad, total)
     of_adapters: Gradients = []
     for p, grad, z in zip(projections, grads, narrow, strict=True):
         if grad is None:
             of_adapters += [None, None]
             continue
-        narrow_grad = p.narrow_gradient(grad)
-        seen = p.seen(x)
+        narrow_grad, seen = p.narrow_gradient(grad), p.seen(x)
         of_adapters += [weight_gradient(narrow_grad, seen), weight_gradient(grad, z)]
-        if total is not None:
-            p.add_adapter_gradient(total, narrow_grad, memory=None if seen is x else seen)
+        if wants_input:
+            total = p.add_adapter_gradient(total, narrow_grad, memory=None if seen is x else seen)
+    for p, grad in zip(projections, grads, strict=True):
+        if total is not None and grad is not None:
+            total = p.add_base_gradient(total, grad)
     return total, of_adapters
 
 

@@ -55,8 +55,7 @@ class LoRAMLP(torch.autograd.Function):
         hidden, narrow, down_narrow = saved[: len(inner)], saved[len(inner) : -1], saved[-1]
         narrow_grad = down.narrow_gradient(grad)
         of_down_b = weight_gradient(grad, down_narrow)
-        between_grad = down.add_base_gradient(grad, None)
-        down.add_adapter_gradient(between_grad, narrow_grad)
+        between_grad = down.add_base_gradient(down.add_adapter_gradient(None, narrow_grad), grad)
         if len(inner) == 2:
             between, *hidden_grads = gated_backward(*hidden, between_grad, ctx.activation)
         else:
