@@ -43,6 +43,7 @@ ARCHITECTURES = {
     "gemma3": ("Gemma3TextConfig", WINDOW),
     "gpt-neox": ("GPTNeoXConfig", {}),
     "phi": ("PhiConfig", {"num_key_value_heads": 4}),
+    "phi3": ("Phi3Config", {}),
 }
 
 MIXES_SEQUENCES = {"bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4})}  # if its rows are flattened
