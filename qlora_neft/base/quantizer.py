@@ -31,6 +31,7 @@ from .experts import (
     quantized_class,
     store,
 )
+from .unadaptable import unpackable
 
 METHOD = "qlora_neft_nf4"
 # Subclasses of nn.Linear whose own forward computes what nn.Linear's does: Falcon's keeps the rounding of two steps.
@@ -67,8 +68,11 @@ class Nf4Quantizer(Bnb4BitHfQuantizer):
 
     @staticmethod
     def get_modules_to_not_convert(model: PreTrainedModel, *args: Any, **kwargs: Any) -> list[str]:
-        """Return upstream's choice and the routers, whose small errors would send tokens to other experts."""
-        return [*HfQuantizer.get_modules_to_not_convert(model, *args, **kwargs), *routers(model)]
+        """Return upstream's choice and the routers, whose small errors would send tokens to other experts.
+
+        So are layers left out that their model overwrites, see `unpackable`.
+        """
+        return [*HfQuantizer.get_modules_to_not_convert(model, *args, **kwargs), *routers(model), *unpackable(model)]
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is quantized when it is loaded."""

@@ -20,6 +20,7 @@ from .expert_lora import for_experts
 from .expert_names import is_of_stack
 from .experts import QuantizedExperts, expert_modules, expert_weights
 from .quantizer import routers
+from .unadaptable import unadaptable
 
 ALL_LINEAR = "all-linear"
 PAIRS = (("gate_proj", "up_proj"), ("w1", "w3"))  # one stack holds both, so both are adapted or none
@@ -52,10 +53,15 @@ def resolved(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
         config = for_experts(copy.copy(config))
     targets = config.target_modules
     is_all = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-    if not (experts or (is_all and routers(model))) or (isinstance(targets, str) and not is_all):
+    if isinstance(targets, str) and not is_all:
         return config
     names = None if is_all else set(targets or ())
-    modules = {name for name in linear_layers(model) if names is None or _is_named(name, names)}
+    left_out = unadaptable(model)
+    _check_named(model, names or (), left_out)
+    if not (experts or (is_all and (routers(model) or left_out))):
+        return config
+    layers = [name for name in linear_layers(model) if name not in left_out]
+    modules = {name for name in layers if names is None or _is_named(name, names)}
     if names is not None:
         # A router or the head may be named; "all-linear" leaves them alone.
         modules |= {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and _is_named(name, names)}
@@ -69,6 +75,16 @@ def resolved(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
     config.target_parameters = _short(parameters, [name for name, _ in model.named_parameters()], parts=2)
     _check_dropout(config, experts.values())
     return config
+
+
+def _check_named(model: PreTrainedModel, names: Collection[str], left_out: dict[str, str]) -> None:
+    """Refuse names of layers that cannot have LoRA."""
+    for name, why in left_out.items():
+        if _is_named(name, names):
+            raise UserInputError(
+                f"lora.target_modules: {name} of {type(model).__name__} cannot have LoRA ({why}). Remove it, or write "
+                "all-linear, which leaves it out."
+            )
 
 
 def _check_dropout(config: LoraConfig, experts: Collection[nn.Module]) -> None:

@@ -31,7 +31,7 @@ def trainer_of(
     recipe = run.recipe
     trainer = trainer_class(
         model or _base(run),
-        _arguments(run),
+        arguments_of(run),
         train_dataset=run.data.train,
         eval_dataset=run.data.eval,
         processing_class=run.tokenizer,
@@ -47,13 +47,14 @@ def _base(run: Run) -> PreTrainedModel:
         model_path(recipe),
         device=run.policy.device,
         compute_dtype=dtype,
-        # The packed bytes are the same under every storage dtype; see _quant_storage for who needs another.
-        quantization_config=nf4_config(recipe.quantization, dtype, quant_storage=_quant_storage(run)),
+        # The packed bytes are the same under every storage dtype; see quant_storage_of for who needs another.
+        quantization_config=nf4_config(recipe.quantization, dtype, quant_storage=quant_storage_of(run)),
         revision=recipe.model.revision,
     )
 
 
-def _arguments(run: Run) -> QLoRANeftConfig:
+def arguments_of(run: Run) -> QLoRANeftConfig:
+    """Return the trainer's arguments, from recipe and plan."""
     recipe, plan, policy = run.recipe, run.plan, run.policy
     train, machine = recipe.train, recipe.machine
     # Without a section upstream's defaults stand, which add no noise.
@@ -112,7 +113,7 @@ def _arguments(run: Run) -> QLoRANeftConfig:
     )
 
 
-def _quant_storage(run: Run) -> torch.dtype:
+def quant_storage_of(run: Run) -> torch.dtype:
     """Return the dtype that the NF4 bytes are declared as.
 
     Raises:

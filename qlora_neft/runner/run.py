@@ -62,6 +62,7 @@ from .records import (
     summary_of,
     write_result,
 )
+from .rehearsal import rehearse
 
 
 def run(
@@ -83,8 +84,8 @@ def run(
         output_dir: A new or empty folder, or that of this recipe's run.
         resume: ``"auto"`` continues the run that the folder holds, if any; ``"never"`` refuses to; a folder names the
             run or the checkpoint to continue from.
-        dry_run: Whether to stop before the weights are loaded: model configuration, data and plan are checked and
-            shown.
+        dry_run: Whether to stop before the weights are loaded: model, adapters and arguments are built without them,
+            data and plan checked and shown.
         quiet: Whether to print lines for people on stderr, leaving stdout to programs.
         trainer_class: A subclass to train with, for experiments.
 
@@ -118,6 +119,7 @@ def run(
         check_vocabulary(config, data.largest_token_id)
         plan = plan_of(recipe, policy, data, config)
         decided = Run(recipe, output_dir, console, started, policy, config, tokenizer, data, plan)
+        decided = rehearse(decided)
         say(console, _lines_before(decided))
         if dry_run:
             return facts_of_run(decided)

@@ -8,6 +8,7 @@ name, would be left out silently. Where that makes a difference, logits are take
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -35,6 +36,10 @@ LARGE_LOGIT = 30.0
 CHUNK = 2**24  # logits whose entropy is computed at a time: 64 MiB in float32
 
 
+class FusedHeadFails(Exception):
+    """TRL's fused head does not run on this model."""
+
+
 @dataclass(frozen=True)
 class LossCheck:
     """What one row says of the loss.
@@ -42,7 +47,7 @@ class LossCheck:
     Attributes:
         head: ``"fused"`` if TRL's fused head computes the model's loss, else ``"plain"``, the model's own forward pass.
         model_loss: Loss of the model's own logits, nats per token.
-        fused_loss: Loss of TRL's fused head.
+        fused_loss: Loss of TRL's fused head; NaN if it does not run on this model.
     """
 
     head: str
@@ -52,6 +57,8 @@ class LossCheck:
     def __str__(self) -> str:
         if self.head == FUSED:
             return f"loss: {self.model_loss:.5f} on one row, by the model's own logits and by the fused head alike"
+        if math.isnan(self.fused_loss):
+            return "loss: the fused head does not run on this model; training on its own logits, which takes memory"
         return (
             f"loss: the fused head gives {self.fused_loss:.5f} where the model's own logits give {self.model_loss:.5f} "
             "(or differs once logits are large); training on the model's own, which takes memory for all logits"
@@ -81,12 +88,15 @@ def settle_loss_head(
     ids = torch.tensor([list(token_ids)[:MAX_TOKENS]], device=device)
     base = cast("PreTrainedModel", model.get_base_model()) if isinstance(model, PeftModel) else model
     with evaluating(model), autocast:
-        own, fused = _losses(model, ids, dtype)
-        same = _alike(own, fused, dtype) and all(_alike(*pair, dtype) for pair in _large(model, base, ids, dtype))
-        if same:
-            return LossCheck(FUSED, own, fused)
+        try:
+            own, fused = _losses(model, ids, dtype)
+            if _alike(own, fused, dtype) and all(_alike(*pair, dtype) for pair in _large(model, base, ids, dtype)):
+                return LossCheck(FUSED, own, fused)
+        except FusedHeadFails:
+            fused = math.nan
         use_plain_head(base)
-        again, plain = _losses(model, ids, dtype)
+        own, plain = _losses(model, ids, dtype)
+        again, _ = _losses(model, ids, dtype)
         if not (_alike(own, plain, dtype) and _alike(own, again, dtype)):
             raise UserInputError(
                 f"model.name_or_path: the loss of {type(base).__name__} cannot be trained on: its logits give "
@@ -163,7 +173,10 @@ def _losses(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[float, f
     logits = model(**inputs).logits[:, -num_tokens - 1 : -1].float()  # (2, T - 1, V)
     _check_causal(model, logits, dtype)
     own = cross_entropy(logits[0], ids[0, 1:])
-    log_probs = model(**inputs, labels=both, fused_lm_head=True).log_probs[0, -num_tokens:]
+    try:
+        log_probs = model(**inputs, labels=both, fused_lm_head=True).log_probs[0, -num_tokens:]
+    except (AttributeError, TypeError, ValueError, KeyError) as error:  # no backbone of its own, no such configuration
+        raise FusedHeadFails(str(error)) from error
     return own.item(), -log_probs.float().mean().item()
 
 

@@ -1,0 +1,1 @@
+"""The audit of model families: a tiny random model of each, driven through train, resume, merge and generate."""
