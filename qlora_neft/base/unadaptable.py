@@ -12,6 +12,7 @@ from torch.func import functional_call
 # (``peft.tuners.tuners_utils._check_lora_target_modules_mamba``).
 MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
 MAMBA_MODULES = frozenset({"out_proj", "conv1d"})
+NO_PLAIN_LAYER = "it is no plain linear layer: a router, or one of groups"
 # Clamped in place in every training forward (``Gemma3nTextAltUp.predict`` and ``correct``).
 CLAMPED = {"gemma3n_text": (".prediction_coefs", ".correction_coefs")}
 
@@ -60,6 +61,6 @@ def _why_not_a_layer(module: nn.Linear) -> str:
     try:
         output = functional_call(module, meta, (one,))
     except (RuntimeError, NotImplementedError, ValueError, TypeError):  # it looks at values, as a router does
-        return "it is no plain layer but a router"
+        return NO_PLAIN_LAYER
     is_layer = isinstance(output, Tensor) and output.shape == (1, 1, module.out_features)
-    return "" if is_layer else "it is no plain layer but a router"
+    return "" if is_layer else NO_PLAIN_LAYER

@@ -278,13 +278,13 @@ def _count_skeleton(text: Mapping[str, Any]) -> Geometry:
 
     if model_type not in CONFIG_MAPPING:
         raise UserInputError(refusal)
-    keys = {key: value for key, value in text.items() if key not in ("model_type", "quantization_config")}
+    keys = {key: _number(value) for key, value in text.items() if key not in ("model_type", "quantization_config")}
     try:
         config = AutoConfig.for_model(model_type, **keys)
         heads, hidden = config.num_attention_heads, config.hidden_size
         model = skeleton(config)
         model.tie_weights()  # a tie is lost on the meta device, where each parameter is made anew
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # transformers checks a configuration's values
+    except Exception as error:  # transformers checks a configuration's values, with errors of many kinds
         raise UserInputError(f"{refusal} ({first_line(error)})") from error
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     assert isinstance(embedding, nn.Parameter)  # (vocabulary, width)
@@ -301,7 +301,7 @@ def _count_skeleton(text: Mapping[str, Any]) -> Geometry:
         hidden_size=hidden,
         num_layers=config.num_hidden_layers,
         num_attention_heads=heads,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        head_dim=_head_dim(config) or hidden // heads,
         intermediate_size=max(linear.used * max(linear.out_features, linear.in_features) for linear in linears),
         vocab_size=config.vocab_size,
         max_position_embeddings=getattr(config, "max_position_embeddings", None),
@@ -312,6 +312,22 @@ def _count_skeleton(text: Mapping[str, Any]) -> Geometry:
         head_parameters=head_parameters,
         other_parameters=total - quantized - embedding.numel() - head_parameters,
     )
+
+
+def _number(value: Any) -> Any:
+    """Return a value of a configuration with the numbers that JSON lacks, which transformers writes as objects."""
+    if isinstance(value, list | tuple):
+        return [_number(one) for one in value]
+    return float(value["__float__"]) if isinstance(value, dict) and value.keys() == {"__float__"} else value
+
+
+def _head_dim(config: Any) -> int | None:
+    """Return the width of a head, the largest where layers differ (gemma4)."""
+    try:
+        return getattr(config, "head_dim", None)
+    except RuntimeError:  # transformers refuses to name one for all layers
+        own = [config.per_layer_config[i].head_dim for i in range(config.num_hidden_layers)]
+        return max(own, default=None)
 
 
 def _quantized_layers(model: PreTrainedModel) -> list[Linear]:

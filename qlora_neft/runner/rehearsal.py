@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from ..base.census import census, check_nf4_share
 from ..base.checkpoint import skeleton
 from ..base.lora import add_adapters, lora_config
 from ..base.nf4 import nf4_config
@@ -56,8 +57,11 @@ def rehearse(run: Run) -> Run:
     notes: list[str] = []
     if model is not None:
         notes = _what_is_left_out(run, model)
+        with _collecting(run, problems, "it cannot be counted"):
+            _check_share(run, model)
         with _collecting(run, problems, "LoRA cannot be added"), torch.device("meta"):
-            _check_head(add_adapters(model, lora_config(run.recipe.lora)))
+            adapted = add_adapters(model, lora_config(run.recipe.lora))
+            _check_head(adapted)
         run = _without_checkpointing(run, model, problems)
     if len(problems) == 1:
         raise UserInputError(problems[0])
@@ -101,6 +105,12 @@ def _what_is_left_out(run: Run, model: PreTrainedModel) -> list[str]:
             reasons.setdefault(why, set()).add(name.rsplit(".", 1)[-1])
     notes += [f"without LoRA: {', '.join(sorted(names))} ({why})" for why, names in reasons.items()]
     return notes
+
+
+def _check_share(run: Run, model: PreTrainedModel) -> None:
+    if getattr(run.config.get_text_config(), "quantization_config", None) is not None:
+        return  # a checkpoint that is stored in NF4 says itself what is; it is counted when it is loaded
+    check_nf4_share(census(model), run.recipe.quantization.min_nf4_share, run.recipe.model.name_or_path)
 
 
 def _check_head(model: PeftModel) -> None:

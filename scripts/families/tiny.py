@@ -94,6 +94,10 @@ LINEAR = {
     "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 16, "linear_value_head_dim": 16,
 }  # fmt: skip
+INDEXER = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
     "axk2": MLA, "deepseek_v32": MLA, "glm4_moe_lite": MLA, "glm_moe_dsa": MLA, "longcat_flash": MLA,
     "deepseek_v2": MLA | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
@@ -102,19 +106,37 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "gemma3n_text": {
         "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY,
-        "laurel_rank": 8, "layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": 0.0,
+        "laurel_rank": 8, "layer_types": ["sliding_attention", "full_attention"],
+        "activation_sparsity_pattern": [0.0, 0.0],
     },
     "gemma4_text": {
         "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32,
     },
     "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32},
+    "axk1": MLA, "minicpm3": MLA, "youtu": MLA,
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 16, "linear_num_heads": 2,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "cohere_compass_text": {"rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+    }},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "inkling2_text": {"unpadded_vocab_size": VOCABULARY}, "inkling2_loop_text": {"unpadded_vocab_size": VOCABULARY},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 64},
     "hunyuan_v1_dense": {"head_dim": 16}, "hunyuan_v1_moe": {"head_dim": 16, "moe_topk": 2, "num_experts": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": SSM2, "ministral": {"head_dim": 16}, "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
-    "qwen3_5_text": LINEAR, "qwen3_5_moe_text": LINEAR, "qwen3_next": LINEAR, "qwen4_exp_text": LINEAR,
-    "reformer": {"is_decoder": True},
-    "zamba": {"num_hidden_layers": 3}, "zamba2": {"num_hidden_layers": 3}, "zaya": {"num_experts_per_tok": 1},
+    "qwen3_5_text": LINEAR, "qwen3_5_moe_text": LINEAR, "qwen3_next": LINEAR, "qwen4_exp_text": LINEAR | INDEXER,
+    "reformer": {
+        "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * 2, "local_attn_chunk_length": 256,
+    },
+    "zamba": {"layers_block_type": ["hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1}, "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip

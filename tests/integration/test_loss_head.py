@@ -41,7 +41,7 @@ def capped(tmp_path_factory):
 
 def test_a_soft_cap_that_the_fused_head_does_not_know_is_trained_on(capped, tmp_path):
     said = []
-    trainer = tiny_trainer(capped, tmp_path, ROWS, **STEP, neftune_noise_alpha=None)
+    trainer = tiny_trainer(capped, tmp_path, ROWS, **STEP, neftune_noise_alpha=None, min_nf4_share=0.8)
     trainer.say = said.append
     assert trainer.loss_check.head == "plain"
     assert trainer.clean_train_loss() == pytest.approx(model_loss(trainer, ROWS), rel=1e-6)
