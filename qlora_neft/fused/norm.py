@@ -40,8 +40,18 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tup
     Returns:
         (..., D) in the dtype of ``x``, and (..., 1) in float32.
     """
+    return _norm_by_torch(x, weight, eps) if by_torch(x, offset) else _plain_norm(x, weight, eps, offset)
+
+
+@one_kernel
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
+    """Return the gradient of `rms_norm` with respect to ``x``; the arguments as there."""
     if by_torch(x, offset):
-        return torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, eps)
+        return _backward_by_torch(grad, x, weight, rstd)
+    return _plain_backward(grad, x, weight, rstd, offset)
+
+
+def _plain_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
     # Computed in float32 and rounded once, without a float32 copy of x.
@@ -51,12 +61,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> tup
     return y, rstd
 
 
-@one_kernel
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
-    """Return the gradient of `rms_norm` with respect to ``x``; the arguments as there."""
-    if by_torch(x, offset):
-        return torch.ops.aten._fused_rms_norm_backward(grad, x, x.shape[-1:], rstd, weight, [True, False])[0]
-    # With g = dy · w: dx = rstd · (g - x · rstd² · mean(g · x)).
+def _plain_backward(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
+    # With g = dy * w: dx = rstd * (g - x * rstd**2 * mean(g * x)).
     scale = weight if weight is None or offset == 0 else offset + weight.float()
     g = grad.clone() if scale is None else torch.mul(grad, scale, out=torch.empty_like(x))
     mean = (g * x).sum(-1, keepdim=True, dtype=torch.float32).div_(-x.shape[-1])  # (..., 1)
@@ -90,9 +96,31 @@ def by_torch(x: Tensor, offset: float) -> bool:
 
 @cache
 def _torch_has_a_kernel() -> bool:
-    """Return whether this torch has its kernel in the form used here: since 2.9 it returns the reciprocal root."""
+    """Return whether torch's own kernel does what the plain operations do, tried once on the current GPU.
+
+    It is not a public function: before torch 2.9 it returned no reciprocal root, and it may change again.
+    """
     operator = getattr(torch.ops.aten, "_fused_rms_norm", None)
-    return operator is not None and len(operator.default._schema.returns) == 2
+    if operator is None or len(operator.default._schema.returns) != 2:
+        return False
+    x, weight = torch.linspace(-1, 2, 96, device="cuda").view(2, 48), torch.linspace(0.5, 2, 48, device="cuda")
+    try:
+        found = _norm_by_torch(x, weight, 1e-6)
+        backward = _backward_by_torch(x.flip(0), x, weight, found[1])
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    expected = _plain_norm(x, weight, 1e-6, 0.0)
+    pairs = zip((*found, backward), (*expected, _plain_backward(x.flip(0), x, weight, expected[1], 0.0)), strict=True)
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
+
+
+def _norm_by_torch(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def _backward_by_torch(grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> Tensor:
+    # The mask asks for the gradient of the input alone.
+    return torch.ops.aten._fused_rms_norm_backward(grad, x, x.shape[-1:], rstd, weight, [True, False])[0]
 
 
 # ---- The modules ----

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .kernel_check import failures, use_kernels, why_not
-from .layers import Swapped
+from .layers import FusedMLP, Swapped
 from .liger import check_liger, liger_applied, pieces_of
 from .norm import FewPassNorm, install_norms, uninstall_norms
 
@@ -27,14 +27,12 @@ class Switches:
         triton: Triton's kernels for the fused operations; None where they run.
         liger: Liger's kernels for what has no fused operation; None where they run.
         norms: RMSNorm in few passes.
-        fused: LoRA layers and MLPs in fused functions.
         compiled: Compile each block.
     """
 
     triton: bool | None = None
     liger: bool | None = None
     norms: bool = True
-    fused: bool = True
     compiled: bool = False
 
 
@@ -110,13 +108,12 @@ class Pieces:
         }
 
     def _pieces(self) -> dict[str, bool]:
-        config = cast(Any, self._base).config
-        experts = any("expert" in key and value for key, value in vars(config).items())
+        config, modules = cast(Any, self._base).config, list(self._model.modules())
         return pieces_of(
             config.model_type,
-            own_norms=self._switches.norms,
-            own_mlps=self._switches.fused,
-            has_experts=experts,
+            own_norms=any(isinstance(module, FewPassNorm) for module in modules),
+            own_mlps=any(isinstance(module, FusedMLP) for module in modules),
+            has_experts=any("expert" in key and value for key, value in vars(config).items()),
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -196,6 +197,7 @@ def _norm_launch(rows: Tensor) -> tuple[tuple[int], dict[str, int]]:
 # ---- Launching ----
 
 
+@cache
 def _kernel(name: str) -> Any:
     from . import kernels  # which imports Triton
 

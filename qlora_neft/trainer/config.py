@@ -109,6 +109,11 @@ class QLoRANeftConfig(SFTConfig):
         self._check_counts()
         self._set_precision()
         self._set_by_device()
+        if self.liger_kernel_config:
+            raise ValueError(
+                f"liger_kernel_config: has no effect, got {self.liger_kernel_config}. Which of Liger's pieces are used "
+                "follows from fused_lora and fused_norms; remove it."
+            )
         if self.activation_offloading and resolve_precision("auto", self._device()).device.type != "cuda":
             raise ValueError("activation_offloading: needs a CUDA device to offload from, got True. Leave it False.")
         super().__post_init__()

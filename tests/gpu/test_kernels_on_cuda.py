@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_neft.fused import liger, ops
 from qlora_neft.fused.kernel_check import failures, use_kernels
 from qlora_neft.fused.masks import Mask, Places, threshold_of
-from qlora_neft.fused.norm import install_norms
+from qlora_neft.fused.norm import by_torch, install_norms
 from qlora_neft.fused.triton_ops import OPERATIONS, dropped
 from qlora_neft.steps.sequences import SequenceSpan
 
@@ -43,6 +43,12 @@ def test_offsets_beyond_31_bits_are_reached():
     x = torch.full((rows, columns), 2.0, dtype=torch.float16, device=GPU)
     y = OPERATIONS["activated"](x, ops.ACTIVATIONS["relu"])
     assert y[-1].eq(2).all() and y[rows // 2].eq(2).all()
+
+
+def test_torchs_own_norm_serves_where_it_has_one():
+    new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+    assert by_torch(torch.ones(1, device=GPU), 0.0) == new
+    assert not by_torch(torch.ones(1, device=GPU), 1.0)
 
 
 @pytest.mark.parametrize("width", [128, 4096])

@@ -96,6 +96,14 @@ def recomputed(function, *args):
     return checkpoint(function, *args, use_reentrant=False)
 
 
+def test_upstreams_switch_of_ligers_name_is_never_on(tmp_path):
+    from qlora_neft.trainer.config import QLoRANeftConfig
+    from qlora_neft.trainer.trainer import _step_arguments
+
+    asked = QLoRANeftConfig(str(tmp_path), use_cpu=True, use_liger_kernel=True)
+    assert asked.use_liger_kernel and _step_arguments(asked).use_liger_kernel is False
+
+
 def test_compiled_blocks_compute_the_same_and_keep_their_names(llama):
     ids, names = torch.arange(1, 12)[None], [name for name, _ in llama.named_parameters()]
     llama.train()

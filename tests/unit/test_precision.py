@@ -195,6 +195,8 @@ def test_alpha_must_be_finite_and_not_negative(tmp_path, name, alpha):
         ({"clean_loss_rows": 0}, "clean_loss_rows: must be at least 1, got 0"),
         ({"clean_loss_steps": -1}, "clean_loss_steps: must be at least 0, got -1"),
         ({"checkpointed_blocks": -1}, "checkpointed_blocks: must be at least 0, got -1"),
+        ({"activation_offloading": True}, "activation_offloading: needs a CUDA device to offload from, got True"),
+        ({"liger_kernel_config": {"rope": False}}, "liger_kernel_config: has no effect, got {'rope': False}"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path, settings, rule):
