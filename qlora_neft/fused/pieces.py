@@ -54,43 +54,44 @@ class Pieces:
         device: Where it is.
         switches: What is asked for.
 
-    Attributes:
-        lines: What a user should know of the choices, one line each.
-
     Raises:
         UserInputError: If something is insisted on that cannot run here.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, switches: Switches) -> None:
-        self.lines: list[str] = []
         self._model, self._device, self._switches = model, device, switches
         self._base = _without_adapters(model)
         config = cast(Any, self._base).config
         self._no_liger = check_liger(device, config.model_type, switches.liger)
         kernels = use_kernels(device, switches.triton)
-        if device.type == "cuda":
-            self.lines.append(kernels)
+        self._lines = [kernels] if device.type == "cuda" else []  # a CPU has nothing to choose from
         if switches.norms:
             install_norms(model)
         self._liger: list[str] = []
 
     @contextmanager
-    def in_use(self, autocast: Callable[[], AbstractContextManager] | None = None) -> Generator[None, None, None]:
+    def in_use(self, autocast: Callable[[], AbstractContextManager] | None = None) -> Generator[list[str], None, None]:
         """Train with what is there for the length of training only: Liger's kernels and compiled blocks.
 
         Args:
             autocast: Makes the context that a forward pass runs in, to compare Liger's results with upstream's.
+
+        Yields:
+            What a user should know of all choices, one line each; nothing where there was none to make.
         """
+        lines = list(self._lines)
         with ExitStack() as stack:
             if not self._no_liger:
-                line = stack.enter_context(liger_applied(self._base, self._pieces(), autocast))
-                self.lines.append(line)
-                self._liger = [] if "not used" in line else [name for name, on in self._pieces().items() if on]
+                pieces = self._pieces()
+                line = stack.enter_context(liger_applied(self._base, pieces, autocast))
+                lines.append(line)
+                self._liger = [] if "not used" in line else [name for name, on in pieces.items() if on]
             elif self._device.type == "cuda":
-                self.lines.append(f"Liger: not used ({self._no_liger})")
+                lines.append(f"Liger: not used ({self._no_liger})")
             if self._switches.compiled:
                 stack.enter_context(compiled_blocks(self._model))
-            yield
+                lines.append("blocks are compiled: the first steps take longer")
+            yield lines
 
     def uninstall(self) -> None:
         """Give every norm its own class back."""

@@ -208,8 +208,8 @@ class QLoRANeftTrainer(StepTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as upstream does, on the fast path where there is one."""
         self.fast_path.install()  # again: adapters may have been added since
-        with self.pieces.in_use(self.accelerator.autocast):
-            for line in (self.fast_path.line(), *self.pieces.lines):
+        with self.pieces.in_use(self.accelerator.autocast) as lines:
+            for line in (self.fast_path.line(), *lines):
                 if line:
                     self.say(line)
             return super().train(*args, **kwargs)

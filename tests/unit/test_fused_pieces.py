@@ -86,7 +86,10 @@ def test_what_was_on_is_recorded(llama):
     pieces = Pieces(llama, CPU, Switches())
     record = pieces.record()
     assert record["fused_norms"] == 5 and not record["triton_kernels"] and record["liger"] == []
-    assert pieces.lines == []  # a CPU has nothing to choose from: not worth a line
+    with pieces.in_use() as lines:
+        assert lines == []
+    with Pieces(llama, CPU, Switches(compiled=True)).in_use() as lines:
+        assert len(lines) == 1 and "compiled" in lines[0]
     pieces.uninstall()
     assert not any(isinstance(module, FewPassNorm) for module in llama.modules())
     assert Pieces(llama, CPU, Switches(norms=False)).record()["fused_norms"] == 0
