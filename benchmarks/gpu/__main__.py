@@ -48,7 +48,10 @@ def main(arguments: Sequence[str] | None = None, *, launch: Launch | None = None
     before = signal.signal(signal.SIGTERM, _as_interrupt)  # so that what was started ends with this program
     own, earlier = identity(tiny=options.tiny), options.output / RAW
     raw = json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() else {}
-    print(f"{own['device']}, code {own['code']}; {keep_what_belongs(options.state, raw, own)} results are there")
+    print(
+        f"{own['device']}, code {own['code']}; {keep_what_belongs(options.state, raw, own)} results are there",
+        flush=True,
+    )
     arms = (*MAIN, *(["unsloth"] if options.unsloth else []), *asked.also)
     rounds, steps = (asked.rounds, TINY_STEPS) if options.tiny else (asked.rounds, asked.steps)
     progress = Progress()

@@ -115,11 +115,10 @@ def checksum(model: nn.Module) -> int:
 
 
 def save_base(sizes: Mapping[str, int], device: torch.device, folder: Path) -> Path:
-    """Write a base as an NF4 checkpoint with a tokenizer, for trainers that load their own; once."""
-    if not (folder / "config.json").exists():
-        model: Any = nf4_base(sizes, device, STORED)
-        make_tokenizer().save_pretrained(folder)
-        model.save_pretrained(folder)  # config.json last, after the weights
+    """Write a base as an NF4 checkpoint with a tokenizer, for trainers that load their own."""
+    model: Any = nf4_base(sizes, device, STORED)
+    make_tokenizer().save_pretrained(folder)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -20,7 +20,7 @@ from .plan import Session
 IDENTITY = "identity"  # the part that says what the others were measured on and with
 PATIENCE = 3  # a session that takes so many times as long as expected is ended ...
 AT_LEAST = 120  # ... but not within so many seconds
-TESTS_SHARE = 0.2  # of the budget
+TESTS_SHARE = 0.25  # of the budget
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def keep_what_belongs(state: Path, raw: dict[str, Any], identity: dict[str, Any]
         parts = {}
     kept = raw.get("parts", {}) if raw.get(IDENTITY) == identity else {}
     for name, part in kept.items():
-        # The reference's gradients are a file beside the parts, which a raw file does not hold.
-        if name not in parts and not name.startswith("reference"):
+        # What these have left beside their parts, gradients and a checkpoint, is not in a raw file.
+        if name not in parts and not name.startswith(("reference", "base")):
             write_part(state, name, part)
     write_part(state, IDENTITY, identity)
     return len(read_parts(state)) - 1

@@ -131,7 +131,7 @@ class Session:
     """What one process does.
 
     Attributes:
-        kind: ``"probe"``, ``"tests"``, ``"reference"`` or ``"arm"``.
+        kind: ``"probe"``, ``"tests"``, ``"reference"``, ``"base"`` (one written to disk) or ``"arm"``.
         expected: Seconds that it is expected to take before any of its kind has run.
         runs: An arm's measurements, one after the other, each on a base made anew.
         name: Of a session that is no arm's.
@@ -171,6 +171,8 @@ def schedule(main: tuple[str, ...] = MAIN, *, rounds: int = 3, steps: int = STEP
     yield Session("probe", 25, name="probe")
     yield Session("tests", 100, name="tests")
     yield Session("reference", 45, name="reference-7b")
+    if "unsloth" in main:
+        yield Session("base", 40, name="base-7b")  # it loads its own
     for repeat in range(2 * rounds):
         for arm in main if repeat % 2 == 0 else reversed(main):
             yield Session("arm", 60, tuple(_runs(arm, repeat, steps)))

@@ -109,7 +109,7 @@ def _start(session: Session, options: Options) -> Running:
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env=_environment(options),
+            env=_environment(session, options),
             start_new_session=True,  # so that it can be ended with all that it has started
         )
     return Running(session, process, log)
@@ -122,15 +122,20 @@ def _command(session: Session, options: Options) -> list[str]:
             *(sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.record_tests", "-p", "no:cacheprovider"),
             *("-o", "addopts=", "-o", "filterwarnings=", *options.tests),
         ]
-    foreign = any(ARMS[run.arm].trainer == "unsloth" for run in session.runs)
-    python = options.unsloth if foreign and options.unsloth else sys.executable
+    python = options.unsloth if _is_foreign(session) and options.unsloth else sys.executable
     spec = {**session.to_dict(), "state": str(options.state), "device": options.device, "tiny": options.tiny}
     return [python, "-m", "benchmarks.gpu.session", json.dumps(spec)]
 
 
-def _environment(options: Options) -> dict[str, str]:
+def _is_foreign(session: Session) -> bool:
+    return any(ARMS[run.arm].trainer == "unsloth" for run in session.runs)
+
+
+def _environment(session: Session, options: Options) -> dict[str, str]:
+    # Packages of this environment are none of the other's business.
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or not _is_foreign(session)}
     own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", RECORD: str(_record(options))}
-    return {**os.environ, "PYTHONUNBUFFERED": "1", **own}
+    return {**kept, "PYTHONUNBUFFERED": "1", **own}
 
 
 def _record(options: Options) -> Path:

@@ -1,4 +1,4 @@
-"""One process of a measurement: a probe of the device, the float32 reference, or the runs of one arm.
+"""One process of a measurement: a probe of the device, the float32 reference, a base on disk, or the runs of one arm.
 
     python -m benchmarks.gpu.session '{"kind": "arm", "runs": [...], "state": "DIR", "device": "cuda", "tiny": false}'
 
@@ -52,6 +52,11 @@ def main(spec: dict[str, Any], wait: Callable[[], object] = lambda: None) -> Non
         from .reference import reference
 
         write_part(place.state, spec["name"], reference(place))
+    elif spec["kind"] == "base":
+        from .bases import save_base
+
+        folder = save_base(place.sizes("7b"), device, place.state / spec["name"])
+        write_part(place.state, spec["name"], {"bytes": sum(path.stat().st_size for path in folder.iterdir())})
     for run in runs:
         write_part(place.state, run.key, measure(run, place))
 
@@ -60,7 +65,7 @@ def modules_for(kind: str, trainers: Sequence[str]) -> Iterator[str]:
     """Yield what a session will import, in order."""
     if "unsloth" in trainers:
         yield "unsloth"  # first of all: it changes transformers and TRL when it is imported
-    if kind in ("reference", "arm"):
+    if kind in ("reference", "base", "arm"):
         yield from ("transformers", "peft")
     if kind == "arm":
         yield from ("trl", "datasets")

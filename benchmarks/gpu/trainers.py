@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import SequentialSampler
 
-from .bases import make_tokenizer, nf4_base, save_base, set_adapters
+from .bases import make_tokenizer, nf4_base, set_adapters
 from .lengths import Lengths, distribution, rows
 from .plan import ARMS, LEARNING_RATE, LORA, NOISE_ALPHA, SEED, TOKENS, Arm, Run, geometry
 
@@ -289,7 +289,7 @@ def _unsloth(run: Run, arm: Arm, place: Place, data: list[dict[str, Any]], check
     arguments = _sft_arguments(run, place, switches, check, SFTConfig)
     for name in ("activation_checkpointing", "gradient_checkpointing"):
         arguments.pop(name, None)  # decided below, by its own argument
-    folder = save_base(place.sizes(run.base), place.device, place.state / f"base-{run.base}")
+    folder = place.state / f"base-{run.base}"  # a session of its own has written it
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=2048, dtype=place.dtype, load_in_4bit=True
     )

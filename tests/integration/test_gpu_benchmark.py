@@ -204,3 +204,18 @@ def test_a_session_really_runs_as_a_process(tmp_path):
     with Processes() as launch:
         assert launch(Session("probe", 1, name="probe"), options, 120, None).problem == ""
     assert read_parts(options.state)["probe"]["flops"] > 0
+
+
+def test_a_base_that_is_written_is_the_one_that_is_made(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from benchmarks.gpu.bases import checksum, nf4_base
+    from benchmarks.gpu.plan import geometry
+
+    spec = {"kind": "base", "name": "base-7b", "runs": [], "state": str(tmp_path), "device": "cpu", "tiny": True}
+    session.main(spec)
+    assert read_parts(tmp_path)["base-7b"]["bytes"] > 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base-7b")
+    made = nf4_base(geometry("7b", tiny=True), torch.device("cpu"), torch.float32)
+    assert checksum(loaded) == checksum(made) != 0
