@@ -95,8 +95,8 @@ def _as_interrupt(*_: Any) -> None:
 
 
 def _exit_code(progress: Progress, parts: dict[str, Any]) -> int:
-    if "probe" not in parts:
-        print(f"error: {progress.failed.get('probe', 'the device was not probed')}", file=sys.stderr)
+    if "probe" in progress.failed:
+        print(f"error: {progress.failed['probe']}", file=sys.stderr)
         return WRONG
     wrong = void(parts)
     tests = parts.get("tests", {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,7 @@ def conduct(
         if todo is None:
             say(f"done before: {', '.join(session.keys)}")
             continue
-        # An arm takes about as long as it took the last time, the slow extras of the first time included.
-        expected = took.get(_kind(todo), todo.expected)
+        expected = _expected(todo, took)
         left = deadline - clock()
         if expected > left:
             say(f"no time left for {', '.join(todo.keys)}: {expected:.0f} s expected, {max(left, 0):.0f} s left")
@@ -121,6 +120,8 @@ def conduct(
                 progress.failed[key] = outcome.problem or "it ended without a result"
         say(f"{'failed' if outcome.problem else 'done'} in {outcome.seconds:.0f} s: {', '.join(todo.keys)}")
         after_each(progress)
+        if todo.kind == "probe" and outcome.problem:  # without a device there is nothing to try
+            break
     return progress
 
 
@@ -130,6 +131,20 @@ def _missing(session: Session, options: Options) -> Session | None:
     if not keys:
         return None
     return session.of(keys) if session.runs else session
+
+
+def _expected(session: Session, took: Mapping[tuple[str, ...], float]) -> float:
+    """Return the seconds that a session will take: as long as the last time, or as its like, or as was guessed.
+
+    The slow extras of the first time are included.
+    """
+    alike = [seconds for kind, seconds in took.items() if session.runs and _work(kind) == _work(_kind(session))]
+    return took.get(_kind(session), max(alike, default=session.expected))
+
+
+def _work(kind: tuple[str, ...]) -> list[str]:
+    """Return a kind of session without the name of its arm."""
+    return [run.partition(" ")[2] for run in kind]
 
 
 def _kind(session: Session) -> tuple[str, ...]:

@@ -158,6 +158,18 @@ def test_what_does_not_fit_into_the_time_is_left_out_and_said(tmp_path):
     assert "done before: probe" in lines
 
 
+def test_without_a_device_nothing_else_is_tried(tmp_path, capsys):
+    tried = []
+
+    def launch(what, options, limit, upcoming):
+        tried.append(what.name)
+        return Outcome("exit code 1: torch sees no CUDA device", 1.0)
+
+    assert command.main([str(tmp_path), "--state", str(tmp_path / "state")], launch=launch) == command.WRONG
+    assert tried == ["probe"]
+    assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_session_is_a_process_that_waits_fails_and_hangs_alone(tmp_path, ahead, monkeypatch):
     from benchmarks.gpu import processes
