@@ -47,7 +47,8 @@ def a_mask(rows, *, module, p=0.1, step=3, seed=5):
 def main():
     torch.manual_seed(0)
     for name in triton_ops.OPERATIONS:
-        found.extend(f"{name}: {difference}" for difference in differences(name, CPU))
+        for dtype in (torch.float32, torch.bfloat16):
+            found.extend(f"{name}: {difference}" for difference in differences(name, CPU, dtype))
     for rows, columns in ((1, 1), (3, 17), (2, 2064)):
         for dtype in ULPS if columns == 17 else (torch.float32, torch.bfloat16):
             size = f"{rows} x {columns} {dtype}"

@@ -53,17 +53,20 @@ class Pieces:
         model: The model, PEFT's wrapper included. Norms are given another class in place; `uninstall` takes that back.
         device: Where it is.
         switches: What is asked for.
+        dtype: The dtype that it computes in.
 
     Raises:
         UserInputError: If something is insisted on that cannot run here.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, switches: Switches) -> None:
-        self._model, self._device, self._switches = model, device, switches
+    def __init__(
+        self, model: nn.Module, device: torch.device, switches: Switches, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._model, self._device, self._switches, self._dtype = model, device, switches, dtype
         self._base = _without_adapters(model)
         config = cast(Any, self._base).config
         self._no_liger = check_liger(device, config.model_type, switches.liger)
-        kernels = use_kernels(device, switches.triton)
+        kernels = use_kernels(device, dtype, switches.triton)
         self._lines = [kernels] if device.type == "cuda" else []  # a CPU has nothing to choose from
         if switches.norms:
             install_norms(model)
@@ -102,7 +105,7 @@ class Pieces:
         triton = not why_not(self._device) and self._switches.triton is not False
         return {
             "triton_kernels": triton,
-            "triton_failures": failures(self._device) if triton else {},
+            "triton_failures": failures(self._device, self._dtype) if triton else {},
             "fused_norms": sum(isinstance(module, FewPassNorm) for module in self._model.modules()),
             "liger": self._liger,
             "torch_compile": self._switches.compiled,

@@ -135,7 +135,7 @@ class QLoRANeftTrainer(StepTrainer):
         # FSDP gathers a block's weights only while it runs: they cannot be kept in another dtype for a step.
         fused = args.fused_lora and not self.is_fsdp_enabled
         self.fast_path = FastPath(self.model, self.under_way, fused=fused)
-        self.pieces = Pieces(self.model, self.args.device, _switches(args))
+        self.pieces = Pieces(self.model, self.args.device, _switches(args), args.compute_dtype)
         self._eval_loss: TokenMean | None = None  # of the evaluation under way
         self._clean_loss_due = CleanLossDue(args.clean_loss_steps)
         self.add_callback(self._clean_loss_due)

@@ -23,10 +23,11 @@ GPU = torch.device("cuda", 0)
 ON_GPU = {"use_cpu": False, "bf16": False, "optim": "adamw_torch"}
 
 
-def test_every_kernel_passes_its_check_here():
-    assert failures(GPU) == {}
-    assert use_kernels(GPU) == "kernels: Triton's, each checked against its plain version on this device"
-    assert use_kernels(GPU, asked=False).startswith("kernels: plain operations")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_kernel_passes_its_check_here(dtype):
+    assert failures(GPU, dtype) == {}
+    assert use_kernels(GPU, dtype) == "kernels: Triton's, each checked against its plain version on this device"
+    assert use_kernels(GPU, dtype, asked=False).startswith("kernels: plain operations")
     assert ops.activated(torch.ones(1, 1, device=GPU), ops.ACTIVATIONS["relu"]).item() == 1
 
 
@@ -57,7 +58,7 @@ def test_a_norm_and_its_gradient_are_upstreams(family, width):
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    use_kernels(GPU)
+    use_kernels(GPU, torch.float32)
     norm = (LlamaRMSNorm if family == "llama" else Gemma3RMSNorm)(width)
     norm.weight = nn.Parameter(norm.weight + 0.3 * torch.randn(width), requires_grad=False)
     norm.to(GPU)

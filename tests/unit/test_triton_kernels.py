@@ -13,7 +13,7 @@ from qlora_neft.fused import ops
 from qlora_neft.fused.kernel_check import failures, use_kernels
 from qlora_neft.fused.triton_ops import OPERATIONS
 
-CPU = torch.device("cpu")
+CPU, F32 = torch.device("cpu"), torch.float32
 pytest.importorskip("triton")
 
 
@@ -27,7 +27,7 @@ def test_in_the_interpreter_kernels_compute_what_the_plain_operations_do(tmp_pat
     assert result["found"] == [] and result["count"] > 200
 
 
-F32 = "*fp32"
+FLOATS = "*fp32"
 TILE = {"BLOCK": 1024}
 NORM = {"WEIGHTED": True, "OFFSET": 1.0, "ROWS": 1, "BLOCK": 4096}
 # Pointers by dtype, integers as i32 or i64, and constants: as `triton_ops` passes them.
@@ -43,16 +43,16 @@ SIGNATURES = {
         [
             "packed:*u8",
             "out",
-            f"code:{F32}",
+            f"code:{FLOATS}",
             "absmax:*u8",
-            f"nested_code:{F32}",
-            f"nested_absmax:{F32}",
-            f"offset:{F32}",
+            f"nested_code:{FLOATS}",
+            f"nested_absmax:{FLOATS}",
+            f"offset:{FLOATS}",
         ],
         {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, **TILE},
     ),
-    "rms_norm": (["x", "weight", "y", f"rstd:{F32}", "rows:i32", "columns:i32", "eps:fp32"], NORM),
-    "rms_norm_backward": (["grad", "x", "weight", f"rstd:{F32}", "dx"], NORM),
+    "rms_norm": (["x", "weight", "y", f"rstd:{FLOATS}", "rows:i32", "columns:i32", "eps:fp32"], NORM),
+    "rms_norm_backward": (["grad", "x", "weight", f"rstd:{FLOATS}", "dx"], NORM),
 }
 DISTANCES = {"columns", "num_out", "num_packed", "x_row", "out_row", "gate_row", "up_row", "grad_row"}
 
@@ -85,17 +85,17 @@ def test_every_operation_has_a_kernel_or_is_plain_for_a_reason():
 
 
 def test_without_cuda_the_plain_operations_serve_and_insisting_is_an_error():
-    assert "plain operations" in use_kernels(CPU)
-    assert "plain operations" in use_kernels(CPU, asked=False)
+    assert "plain operations" in use_kernels(CPU, F32)
+    assert "plain operations" in use_kernels(CPU, F32, asked=False)
     with pytest.raises(UserInputError, match=r"use_triton_kernels: .*CUDA.*got true"):
-        use_kernels(CPU, asked=True)
+        use_kernels(CPU, F32, asked=True)
 
 
 def test_a_kernel_that_does_not_run_stays_out_and_is_named(monkeypatch):
     # On a CPU none does: Triton has no driver there. Treated as if it were a GPU, every kernel fails its check.
     monkeypatch.setattr("qlora_neft.fused.kernel_check.why_not", lambda device: "")
-    line = use_kernels(CPU)
-    assert set(failures(CPU)) == set(OPERATIONS)
+    line = use_kernels(CPU, F32)
+    assert set(failures(CPU, F32)) == set(OPERATIONS)
     assert all(f"{name}: " in line for name in OPERATIONS)
     x = torch.randn(2, 3)
     assert torch.equal(ops.activated(x, ops.ACTIVATIONS["silu"]), torch.nn.functional.silu(x))
