@@ -110,7 +110,7 @@ def _start(session: Session, options: Options) -> Running:
             stderr=subprocess.STDOUT,
             cwd=ROOT,
             env=_environment(session, options),
-            start_new_session=True,  # so that it can be ended with all that it has started
+            process_group=0,  # so that it can be ended with all that it has started
         )
     return Running(session, process, log)
 

@@ -18,6 +18,7 @@ from .plan import ARMS, CAPPED, LORA, MAIN, NOISE_ALPHA, SHORT, STEPS, TOKENS, W
 
 RAW, PAGE = "gpu.json", "gpu.md"
 GIB = 2**30
+LOG_END = 4000  # characters
 NOT_MEASURED = "not measured"
 TARGETS = (
     ("fused, as fast as TRL tuned, 7B, Alpaca lengths", "at least 1.5 times"),
@@ -29,7 +30,15 @@ TARGETS = (
 def write_report(output: Path, state: Path, failed: Mapping[str, str], skipped: list[str]) -> dict[str, Any]:
     """Write page and raw file; return the raw content."""
     parts = read_parts(state)
-    raw = {"identity": parts.pop("identity", {}), "failed": dict(failed), "skipped": skipped, "parts": parts}
+    # The end of what a failed session printed, for those who see the raw file and not the machine.
+    files = {name: state / "logs" / f"{name}.log" for name in failed}
+    logs = {
+        name: file.read_text(encoding="utf-8", errors="replace")[-LOG_END:]
+        for name, file in files.items()
+        if file.exists()
+    }
+    identity = parts.pop("identity", {})
+    raw = {"identity": identity, "failed": dict(failed), "skipped": skipped, "parts": parts, "logs": logs}
     write_whole(output / RAW, json.dumps(raw, indent=1) + "\n")
     write_whole(output / PAGE, page(raw))
     return raw
