@@ -291,7 +291,13 @@ def _unsloth(run: Run, arm: Arm, place: Place, data: list[dict[str, Any]], check
         arguments.pop(name, None)  # decided below, by its own argument
     folder = place.state / f"base-{run.base}"  # a session of its own has written it
     model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=2048, dtype=place.dtype, load_in_4bit=True
+        str(folder),
+        max_seq_length=2048,
+        dtype=place.dtype,
+        load_in_4bit=True,
+        use_gradient_checkpointing=False,
+        use_exact_model_name=True,
+        fix_tokenizer=False,  # one in name only cannot be fixed
     )
     lora = place.lora(dropout=not check)
     model = FastLanguageModel.get_peft_model(
