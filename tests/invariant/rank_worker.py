@@ -26,6 +26,7 @@ def main(model: Path, output: Path, per_rank: int) -> None:
         gradient_accumulation_steps=per_rank // 2,
         max_steps=2,
         padding_free=flattens,
+        lora_dropout=0.3,  # its masks belong to the sequence as well
     )
     probe = NoiseProbe(trainer)
     trainer.train()

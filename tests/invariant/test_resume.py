@@ -108,10 +108,10 @@ def test_resumed_by_a_run_that_is_carried_out_otherwise(llama, tmp_path, never_s
 
 
 def test_resumed_with_other_micro_batches(llama, tmp_path):
-    whole = trainer_for(llama, tmp_path / "whole", lora_dropout=0.0)
+    whole = trainer_for(llama, tmp_path / "whole")
     whole.train()
-    stopped_after(llama, tmp_path / "out", 5, lora_dropout=0.0)
-    resumed = trainer_for(llama, tmp_path / "out", lora_dropout=0.0, micro_batch_size=1)
+    stopped_after(llama, tmp_path / "out", 5)
+    resumed = trainer_for(llama, tmp_path / "out", micro_batch_size=1)
     resumed.train(resume_from_checkpoint=True)
     for name, weight in adapter_weights(whole).items():
         torch.testing.assert_close(adapter_weights(resumed)[name], weight, rtol=0, atol=1e-6)
