@@ -133,11 +133,12 @@ def _applied(model: nn.Module, pieces: dict[str, bool]) -> Callable[[], None]:
 def _hidden_states(model: nn.Module, autocast: Callable[[], AbstractContextManager]) -> Tensor:
     """Return the last hidden states of a few tokens, in eval mode."""
     own = cast(Any, model)
-    backbone, was_training = own.base_model, model.training
+    backbone, training = own.base_model, [(module, module.training) for module in model.modules()]
     ids = torch.arange(1, PROBE_TOKENS + 1, device=own.get_input_embeddings().weight.device)[None]
     model.eval()
     try:
         with autocast():
             return backbone(input_ids=ids, use_cache=False).last_hidden_state.float()
     finally:
-        model.train(was_training)
+        for module, was in training:
+            module.training = was

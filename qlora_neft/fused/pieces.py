@@ -117,7 +117,9 @@ class Pieces:
             config.model_type,
             own_norms=any(isinstance(module, FewPassNorm) for module in modules),
             own_mlps=any(isinstance(module, FusedMLP) for module in modules),
-            has_experts=any("expert" in key and value for key, value in vars(config).items()),
+            has_experts=any(
+                "expert" in key and isinstance(value, int) and value > 0 for key, value in vars(config).items()
+            ),
         )
 
 
