@@ -26,6 +26,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("GptOssConfig", {}),  # transposed, with biases, gate and up interleaved
     "deepseek_v2": ("DeepseekV2Config", {**SHARED, **LATENT, "q_lora_rank": None, "topk_method": "greedy"}),
     "deepseek_v3": ("DeepseekV3Config", {**SHARED, **LATENT, "q_lora_rank": 16, "head_dim": 8}),
+    # Every expert sees every token; PEFT takes its matrices for the other way round.
+    "llama4_text": ("Llama4TextConfig", {"intermediate_size_mlp": 80, "interleave_moe_layer_step": 2}),
     "glm4_moe": ("Glm4MoeConfig", SHARED),
 }
 
@@ -48,7 +50,8 @@ def save_moe(folder: Path, family: str, **overrides: Any) -> Path:
 def reference(folder: Path, loaded: PreTrainedModel, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """transformers' own model on the values that the loaded base stands for, its experts one token at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    model.set_experts_implementation("eager")
+    if type(model).__name__ != "Llama4ForCausalLM":  # which has no other
+        model.set_experts_implementation("eager")
     own = dict(loaded.named_modules())
     with torch.no_grad():
         for name, module in model.named_modules():

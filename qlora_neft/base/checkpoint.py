@@ -98,7 +98,7 @@ class Checkpoint:
             f"{prefix}.{own}"
             for prefix, module in expert_modules(self.model)
             for own in expert_weights(module)
-            if module.is_transposed
+            if getattr(module, "is_transposed", False)  # as PEFT reads them, by which the update is laid out
         )
         self.key_of = self._names()
         self.stored_nf4 = {name for name, key in self.key_of.items() if key + STATE in self._file_of}

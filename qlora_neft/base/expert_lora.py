@@ -82,15 +82,19 @@ class ParamWrapper(peft_layer.ParamWrapper):
             dropped = self._dropped(rows, pairs, name)
             if not torch.is_autocast_enabled(rows.device.type):
                 dropped = dropped.to(lora_a[0].dtype)
-            parts = dropped.split([count for _, count in pairs.used])
-            pieces = [
-                linear(linear(part, lora_a[e]), lora_b[e]) for part, (e, _) in zip(parts, pairs.used, strict=True)
-            ]
-            out = torch.cat(pieces) if pieces else rows.new_zeros(0, cast(int, self.out_features))
+            if self._is_crossed:
+                lora_a, lora_b = tuple(b.t() for b in lora_b), tuple(a.t() for a in lora_a)
+            pieces = [linear(linear(part, lora_a[e]), lora_b[e]) for e, part in pairs.by_expert(dropped)]
+            out = torch.cat(pieces) if pieces else rows.new_zeros(0, len(lora_b[0]))
             out = out * self.scaling[name]
             result = out if result is None else result + out
         assert result is not None, "an adapter is active"
         return result
+
+    @property
+    def _is_crossed(self) -> bool:
+        """Whether PEFT takes the matrices for (out, in) although they are (in, out): B, at zero, then comes first."""
+        return self.experts.layout.turned and not getattr(self.experts, "is_transposed", False)
 
     def _dropped(self, rows: Tensor, pairs: Pairs, name: str) -> Tensor:
         dropout = self.lora_dropout[name]

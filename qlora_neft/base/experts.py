@@ -20,12 +20,41 @@ from .expert_names import DOWN, UP_NAMES
 
 BLOCK, SECOND_BLOCK = 64, 256  # numbers that share a constant, as in `Linear4bit`
 # Set on an experts module by transformers' `use_experts_implementation`: how its 3-D parameters are to be read.
-LAYOUT = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
+DECLARED = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the experts of a module are to be read.
+
+    Attributes:
+        has_gate: Whether the first matrix holds gate and up projection.
+        has_bias: Whether there are biases, (experts, out).
+        turned: Whether matrices are (in, out), not (out, in).
+        is_routed: Whether the module is told which expert each token goes to; else every expert sees every token,
+            weighted before, which is how Llama 4 is written.
+    """
+
+    has_gate: bool = True
+    has_bias: bool = False
+    turned: bool = False
+    is_routed: bool = True
+
+
+OF_CLASS = {"Llama4TextExperts": Layout(turned=True, is_routed=False)}  # classes that declare nothing
+
+
+def layout_of(module: nn.Module) -> Layout | None:
+    """Return how the experts of a module are to be read, None if that is not known."""
+    if all(hasattr(module, name) for name in DECLARED):
+        own = cast(Any, module)
+        return Layout(own.has_gate, own.has_bias, own.is_transposed)
+    return next((OF_CLASS[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in OF_CLASS), None)
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether a module holds its experts as 3-D parameters in one of the layouts that transformers declares."""
-    if not all(hasattr(module, name) for name in LAYOUT):
+    """Whether a module holds its experts as 3-D parameters in a layout that is known."""
+    if layout_of(module) is None:
         return False
     weights = [getattr(module, name, None) for name in expert_weights(module)]
     return len(weights) == 2 and all(isinstance(w, Tensor) and w.dim() == 3 for w in weights)
@@ -115,6 +144,7 @@ def store(module: nn.Module, name: str, stack: PackedStack) -> nn.Parameter:
 def quantized_class(module: nn.Module) -> None:
     """Let an experts module whose weights are packed compute with them: its class becomes a subclass of its own."""
     original = type(module)
+    module.__dict__["layout"] = layout_of(module)
     for name, value in module.__dict__.pop("loaded_constants").items():
         module.register_buffer(name, value, persistent=False)
     module.__class__ = cast(type, type(f"Nf4{original.__name__}", (QuantizedExperts, original), {}))
@@ -129,18 +159,17 @@ class QuantizedExperts(nn.Module):
         matrix_shapes: Shape of one expert's matrix, by parameter.
         compute_dtype: Dtype that matrices are dequantized to.
         adapters: LoRA of the forward pass under way, by parameter; see `.expert_lora`.
+        layout: How the matrices are to be read.
     """
 
     matrix_shapes: dict[str, tuple[int, ...]]
     compute_dtype: torch.dtype
     adapters: dict[str, Any]
-    # Of transformers' classes.
-    num_experts: int
-    is_transposed: bool
-    has_bias: bool
+    layout: Layout
+    num_experts: int  # of transformers' classes
 
     def matrix(self, name: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Dequantize one expert's matrix, (out, in), or (in, out) where the module is transposed."""
+        """Dequantize one expert's matrix, (out, in), or (in, out) where the layout is turned."""
         return dequantize_4bit(cast(Tensor, getattr(self, name))[expert], self.state(name, expert, dtype))
 
     def state(self, name: str, expert: int, dtype: torch.dtype | None = None) -> QuantState:
@@ -195,6 +224,8 @@ class QuantizedExperts(nn.Module):
             routing: Experts of each token and their weights, (tokens, k) each; gpt-oss calls them by other names.
             named: The same, as keywords.
         """
+        if not self.layout.is_routed:
+            return self._each(hidden_states)
         index, weights = (*routing, *named.values())
         return self._mixed(hidden_states, index, weights)
 
@@ -205,19 +236,37 @@ class QuantizedExperts(nn.Module):
         # An expert number beyond the last marks a token that this expert-parallel rank leaves out.
         counts = torch.bincount(experts, minlength=self.num_experts + 1)[: self.num_experts].tolist()
         used = [(expert, count) for expert, count in enumerate(counts) if count]
-        up = next(name for name in UP_NAMES if name in self.matrix_shapes)
         kept = order[: sum(counts)]
         pairs = Pairs(kept, experts[kept], used, len(tokens), top_k)
-        inner = self._product(up, tokens[kept // top_k], pairs)
-        own = cast(Any, self)  # the members below are transformers'
-        inner = own._apply_gate(inner) if own.has_gate else own.act_fn(inner)
-        out = self._product(DOWN, inner, pairs)
-        if getattr(own, "has_post_expert_norm", False):
-            out = own.post_expert_norm(out)
+        out = self._through(tokens[kept // top_k], pairs)
         out = out * weights.reshape(-1)[kept, None]
         # Back in the order of the tokens, then summed: unlike index_add, the same in every run.
         result = out.new_zeros(len(experts), out.shape[-1]).index_copy(0, kept, out)
         return result.view(len(tokens), top_k, -1).sum(dim=1).to(tokens.dtype)
+
+    def _each(self, rows: Tensor) -> Tensor:
+        """Return what every expert makes of its rows, (experts * tokens, hidden), a block of tokens for each."""
+        count, tokens = self.num_experts, len(rows) // self.num_experts
+        numbers = torch.arange(count, device=rows.device)
+        order = (torch.arange(tokens, device=rows.device) * count + numbers[:, None]).reshape(-1)
+        used = [(expert, tokens) for expert in range(count)]
+        pairs = Pairs(order, numbers.repeat_interleave(tokens), used, tokens, count)
+        return self._through(rows, pairs).to(rows.dtype)
+
+    def _through(self, rows: Tensor, pairs: Pairs) -> Tensor:
+        """Send rows, sorted by expert, through both matrices and what lies between them."""
+        up = next(name for name in UP_NAMES if name in self.matrix_shapes)
+        inner = self._product(up, rows, pairs)
+        own = cast(Any, self)  # the members below are transformers'
+        if not self.layout.has_gate:
+            inner = own.act_fn(inner)
+        elif hasattr(own, "_apply_gate"):
+            inner = own._apply_gate(inner)
+        else:
+            gate, ahead = inner.chunk(2, dim=-1)
+            inner = own.act_fn(gate) * ahead
+        out = self._product(DOWN, inner, pairs)
+        return own.post_expert_norm(out) if getattr(own, "has_post_expert_norm", False) else out
 
     def _product(self, name: str, rows: Tensor, pairs: Pairs) -> Tensor:
         """Multiply the rows of each expert by its matrix, (pairs, in) to (pairs, out), its LoRA and bias added."""
@@ -227,13 +276,13 @@ class QuantizedExperts(nn.Module):
         adapter = self.adapters.get(name)
         if adapter is not None:
             out = out + adapter.update(rows, pairs).to(out.dtype)
-        if self.has_bias:
+        if self.layout.has_bias:
             bias = cast(Tensor, getattr(self, f"{name}_bias"))  # (experts, out)
             out = out + bias[pairs.experts].to(out.dtype)
         return out.to(rows.dtype)
 
     def _out_features(self, name: str) -> int:
-        return self.matrix_shapes[name][1 if self.is_transposed else 0]
+        return self.matrix_shapes[name][1 if self.layout.turned else 0]
 
 
 @dataclass(frozen=True)
@@ -267,13 +316,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, experts: QuantizedExperts, name: str, expert: int) -> Tensor:
         ctx.where = (experts, name, expert)
         matrix = experts.matrix(name, expert)
-        return rows @ (matrix if experts.is_transposed else matrix.t())
+        return rows @ (matrix if experts.layout.turned else matrix.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,), (experts, name, expert) = grads, ctx.where
         matrix = experts.matrix(name, expert, grad.dtype)
-        return grad @ (matrix.t() if experts.is_transposed else matrix), None, None, None
+        return grad @ (matrix.t() if experts.layout.turned else matrix), None, None, None
 
 
 def quantize_experts(modules: Iterable[nn.Module], *, double_quant: bool) -> None:

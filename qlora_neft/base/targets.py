@@ -58,10 +58,13 @@ def resolved(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
     names = None if is_all else set(targets or ())
     left_out = unadaptable(model)
     _check_named(model, names or (), left_out)
-    if not (experts or (is_all and (routers(model) or left_out))):
+    own = [name for name in linear_layers(model) if name not in left_out]
+    by_peft = not (routers(model) or left_out) and not any(
+        _is_renamed(model, config, name) for name in _of_each_end(own)
+    )
+    if not experts and (by_peft or not is_all):
         return config
-    layers = [name for name in linear_layers(model) if name not in left_out]
-    modules = {name for name in layers if names is None or _is_named(name, names)}
+    modules = {name for name in own if names is None or _is_named(name, names)}
     if names is not None:
         # A router or the head may be named; "all-linear" leaves them alone.
         modules |= {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and _is_named(name, names)}
@@ -119,6 +122,11 @@ def _expert_parameters(experts: dict[str, nn.Module], names: set[str] | None) ->
 def _is_named(module: str, names: Iterable[str]) -> bool:
     """Whether one of the names is a module's path or the end of it, as PEFT matches."""
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _of_each_end(names: Iterable[str]) -> Iterable[str]:
+    """Return one name for each last part: PEFT's rules below look at no other."""
+    return {name.rpartition(".")[2]: name for name in names}.values()
 
 
 def _is_renamed(model: PreTrainedModel, config: LoraConfig, name: str) -> bool:

@@ -345,6 +345,8 @@ def _quantized_layers(model: PreTrainedModel) -> list[Linear]:
             linears.append(Linear(last, module.out_features, module.in_features, bias, 1, name))
         elif isinstance(module, QuantizedExperts):
             for stack, (out, width) in module.matrix_shapes.items():
-                sizes = (width, out) if module.is_transposed else (out, width)
-                linears.append(Linear(stack, *sizes, module.has_bias, 1, f"{name}.{stack}", module.num_experts, top_k))
+                sizes = (width, out) if module.layout.turned else (out, width)
+                linears.append(
+                    Linear(stack, *sizes, module.layout.has_bias, 1, f"{name}.{stack}", module.num_experts, top_k)
+                )
     return linears

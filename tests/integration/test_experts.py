@@ -216,7 +216,7 @@ def test_linear_layers_of_another_class_are_quantized_too(tmp_path):
     assert all(math.isfinite(loss) for loss in losses(trainer))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3", "llama4_text"])
 def test_a_merged_mixture_is_base_and_adapter_in_the_layout_of_its_checkpoint(moe_dir, tmp_path, family):
     folder = moe_dir(family)
     model = stir(add_adapters(loaded(folder), tiny_lora(r=3)))
