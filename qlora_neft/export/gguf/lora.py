@@ -74,8 +74,9 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
 
 def _weights(folder: AdapterFolder, architecture: Architecture) -> AdapterWeights:
     """Return the adapter's weights if they are pairs of matrices only, and llama.cpp has a place for all of them."""
-    used = beyond_plain(folder.config)
-    remedy = MERGE_WITH_PEFT if used else MERGE
+    beyond = beyond_plain(folder.config)
+    used = [key for key in beyond if not key.startswith("bias=")]  # known by its weights, below
+    remedy = MERGE_WITH_PEFT if beyond else MERGE
     if used:
         raise UserInputError(f"{folder.source}: llama.cpp has no place for {', '.join(used)} of the adapter. {remedy}")
     weights = AdapterWeights(folder)
