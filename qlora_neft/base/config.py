@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..errors import UserInputError, first_line
 from ..paths import kind_of
+from .model_files import adapter_base
 from .text_part import CausalModel, causal_model
 
 # Passed explicitly to every load: without it transformers asks at a terminal, and a "y" runs the code.
@@ -34,6 +35,12 @@ def check_base_config(name_or_path: str, **kwargs: Any) -> PreTrainedConfig:
     """
     if kind_of(name_or_path) == "local" and not Path(name_or_path).expanduser().is_dir():
         raise UserInputError(f"model.name_or_path: no folder at {name_or_path!r}. Give a folder or a Hub id.")
+    if (base := adapter_base(name_or_path, kwargs.get("revision"))) is not None:
+        raise UserInputError(
+            f"model.name_or_path: {name_or_path!r} is an adapter{f' of {base}' if base else ''}, not a model. To go on "
+            f"training from it, write model.adapter: {name_or_path} in its place; to train its base anew, "
+            f"model.name_or_path: {base or 'the base'}."
+        )
     refusal = (
         f"model.name_or_path: no model configuration found at {name_or_path!r}. Give a Hub id you can reach or a "
         "directory with a config.json."

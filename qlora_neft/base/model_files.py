@@ -152,6 +152,22 @@ def tensors_at_hand(name_or_path: str, revision: str | None = None) -> dict[str,
     return found
 
 
+def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
+    """Return the base that an adapter names, empty if it names none; None if this is no adapter, or not on this machine.
+
+    A folder with a ``config.json`` is a model, whatever lies beside it.
+    """
+    folder = Path(name_or_path).expanduser()
+    find = file_in(folder) if folder.is_dir() else file_in_cache(name_or_path, revision)
+    path = find("adapter_config.json")
+    if path is None or find("config.json") is not None:
+        return None
+    try:
+        return str(read_json(path).get("base_model_name_or_path") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 def file_in_cache(source: str, revision: str | None = None) -> Callable[[str], Path | None]:
     """Return a function that looks a file of a Hub repository up in the download cache, without asking the Hub."""
     from huggingface_hub import try_to_load_from_cache
@@ -165,3 +181,32 @@ def file_in_cache(source: str, revision: str | None = None) -> Callable[[str], P
         return Path(found) if isinstance(found, str) else None
 
     return find
+
+
+def same_tensor(path: Path, name: str, other_path: Path, other_name: str) -> bool:
+    """Whether two stored tensors are the same, bit for bit; read in blocks, up to the first difference.
+
+    Raises:
+        OSError, ValueError, KeyError: If a file cannot be read or lacks the tensor.
+    """
+    one, other = _place(path, name), _place(other_path, other_name)
+    if one[1] - one[0] != other[1] - other[0]:
+        return False
+    with path.open("rb") as first, other_path.open("rb") as second:
+        first.seek(one[0])
+        second.seek(other[0])
+        left = one[1] - one[0]
+        while left > 0:
+            size = min(left, 2**20)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
+
+
+def _place(path: Path, name: str) -> tuple[int, int]:
+    """Return the first byte of a tensor in its file, and the one behind its last."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(_LENGTH), "little")
+        start, stop = json.loads(file.read(length))[name]["data_offsets"]
+    return _LENGTH + length + start, _LENGTH + length + stop

@@ -72,11 +72,12 @@ def fit(
 
     No weight is read and no GPU is needed.
     """
+    from ..adapter.continued import resolved
     from ..fit import plan_recipe, report
     from ..recipe import load_recipe
 
     # A run that does not fit is an answer, not a failure: the exit code is 0.
-    found = plan_recipe(load_recipe(name, overrides or ()), vram)
+    found = plan_recipe(resolved(load_recipe(name, overrides or ())), vram)
     if as_json:
         print_json(found)
     else:

@@ -76,7 +76,7 @@ def choose(recipe: Recipe, geometry: Geometry, card: Card) -> tuple[Choice, bool
 
 def candidates(recipe: Recipe, geometry: Geometry, card: Card) -> Iterator[Choice]:
     """Yield every choice the recipe leaves open."""
-    lora, length = recipe.lora, recipe.data.max_length
+    lora, length = recipe.adapter, recipe.data.max_length
     # bfloat16 or float16 on a GPU, float32 on a CPU.
     compute_bytes = 2 if card.is_gpu else 4
     adapters = geometry.lora_parameters(lora.r, lora.target_modules)

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..base.model_files import stored_tensors
+from ..base.model_files import adapter_base, stored_tensors
 from ..errors import UserInputError, first_line
 from ..files import read_json
 from .geometry import shipped_config
@@ -52,6 +52,11 @@ def stored_parameters(name_or_path: str, revision: str, origin: str) -> int | No
 
 
 def _local_config(folder: Path) -> dict[str, Any]:
+    if (base := adapter_base(str(folder))) is not None:
+        raise UserInputError(
+            f"model.name_or_path: {str(folder)!r} is an adapter of {base or 'no known base'}, not a model. To go on "
+            f"training from it, write model.adapter: {folder} in its place."
+        )
     try:
         return read_json(folder / "config.json")
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from .choose import USABLE, Choice, choose, passes
 from .config import read_config, stored_parameters
 from .estimate import local_bytes, seconds, tokens_in, tokens_per_second
 from .geometry import FAMILIES, Geometry, geometry_of
+from .stored import as_stored, stored_tensors_of
 
 CONFIDENCE = {  # by Card.is_gpu
     True: "weights are counted to the byte; the other terms are a model, not measured on this card",
@@ -84,7 +85,11 @@ def plan_recipe(recipe: Recipe, vram: str | None = None) -> FitReport:
     card = this_machine() if vram is None else card_of(vram)
     config, origin = read_config(path, recipe.model.revision)
     stored = stored_parameters(path, recipe.model.revision, origin)
-    return fit_report(recipe, geometry_of(config), card, stored)
+    tensors = stored_tensors_of(path, recipe.model.revision, origin)
+    geometry, differences = as_stored(geometry_of(config), path, tensors)
+    report = fit_report(recipe, geometry, card, stored)
+    report["notes"] = [*differences, *report["notes"]]
+    return report
 
 
 def fit_report(recipe: Recipe, geometry: Geometry, card: Card, stored: int | None = None) -> FitReport:
@@ -110,7 +115,7 @@ def fit_report(recipe: Recipe, geometry: Geometry, card: Card, stored: int | Non
         "parameters": geometry.parameters(),
         "quantized_parameters": geometry.quantized_parameters(),
         "nf4_bytes": geometry.nf4_bytes(recipe.quantization.bnb_4bit_use_double_quant),
-        "lora_parameters": geometry.lora_parameters(recipe.lora.r, recipe.lora.target_modules),
+        "lora_parameters": geometry.lora_parameters(recipe.adapter.r, recipe.adapter.target_modules),
         "plan": _resolved_machine(recipe.machine.model_dump(), choice, card),
         "card": {"name": card.name, "memory": card.memory},
         "tokens_per_second": speed,
@@ -187,7 +192,7 @@ def _changes(recipe: Recipe) -> list[dict[str, Any]]:
         {"machine.activation_checkpointing": "auto"},
         dict.fromkeys(micro_batches, "auto"),
         {"train.optim": "paged_adamw_8bit"},
-        {"lora.r": min(16, recipe.lora.r)},
+        {"lora.r": min(16, recipe.adapter.r)},
         {"data.max_length": min(256, recipe.data.max_length)},
     ]
     # A change that the recipe has already made would be no advice.

@@ -62,8 +62,8 @@ def _with_text_keys(values: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _keys(section: str, value: Any) -> Any:
-    # "machine:" with nothing under it is an empty section; "neftune:" with nothing under it is no section.
-    return {} if value is None and section != "neftune" and section in Recipe.model_fields else value
+    # "machine:" with nothing under it is an empty section; "neftune:" and "lora:" with nothing under it are no section.
+    return {} if value is None and section not in ("neftune", "lora") and section in Recipe.model_fields else value
 
 
 # ---- Finding the file ----

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..paths import DATA_SUFFIXES, JINJA_SUFFIXES, kind_of
@@ -23,6 +23,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Auto = Literal["auto"]
 Text = Annotated[str, Field(min_length=1)]
 
+OF_THE_ADAPTER = "auto"  # model.name_or_path, where model.adapter names a base
 TEMPLATES = ("auto", "alpaca", "vicuna", "chat")
 
 
@@ -181,6 +182,17 @@ class Model(Section):
 
     name_or_path: Text = Field(description="Hub id, local folder, or bundled:NAME")
     revision: Text = Field("main", description="branch, tag or commit, for a model on the Hub")
+    adapter: Text | None = Field(
+        None, description="adapter to go on from, a folder or Hub id: base and LoRA settings are taken from it"
+    )
+    adapter_revision: Text | None = Field(None, description="branch, tag or commit, for an adapter on the Hub")
+
+    @field_validator("adapter_revision")
+    @classmethod
+    def _only_with_an_adapter(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("adapter", value) is None:
+            raise broken_rule(f"has no effect without model.adapter, got {value!r}. Remove it.", involves=("adapter",))
+        return value
 
     @field_validator("revision")
     @classmethod
@@ -441,11 +453,38 @@ class Recipe(Section):
 
     model: Model
     quantization: Quantization
-    lora: Lora
+    lora: Lora | None
     neftune: Neftune | None = None
     data: Data
     train: Train
     machine: Machine = Field(default_factory=Machine)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _taken_from_the_adapter(cls, values: Any) -> Any:
+        """Let base and LoRA settings be left out where ``model.adapter`` has them, see `adapter.continued`."""
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict) or not model.get("adapter"):
+            return values
+        return {"lora": None, **values, "model": {"name_or_path": OF_THE_ADAPTER, **model}}
+
+    @field_validator("lora")
+    @classmethod
+    def _something_is_trained(cls, value: Lora | None, info: ValidationInfo) -> Lora | None:
+        if value is None and "model" in info.data and info.data["model"].adapter is None:
+            raise broken_rule(
+                f"required: a frozen base learns nothing without it. Its keys: {', '.join(Lora.model_fields)}. To go on "
+                "from an adapter, whose settings are taken, write model.adapter.",
+                involves=("model.adapter",),
+            )
+        return value
+
+    @property
+    def adapter(self) -> Lora:
+        """The adapter's settings, once they are known: a recipe with ``model.adapter`` may leave them to it."""
+        if self.lora is None:
+            raise ValueError("lora: is not known before the adapter is read. Use adapter.continued.resolved.")
+        return self.lora
 
     # On ``machine``, the last section: all others are in ``info.data``.
     @field_validator("machine")

@@ -122,6 +122,7 @@ class RunFile(Record):
         recipe: `Recipe.to_dict` as it was written; None in a damaged record.
         data_sha256: Hash of what the training rows say and of the chat template.
         base_sha256: Hash of the frozen base's NF4 bytes.
+        adapter_sha256: Hash of the adapter's file that it goes on from, None if it began anew.
         before: Measurements before the first step.
         measured_on: What they were made on: the hash of the held-out rows, and how many answers were asked for.
     """
@@ -129,6 +130,7 @@ class RunFile(Record):
     recipe: dict[str, Any] | None = None
     data_sha256: str | None = None
     base_sha256: str | None = None
+    adapter_sha256: str | None = None
     before: Before | None = None
     measured_on: dict[str, Any] | None = None
 
@@ -295,6 +297,7 @@ class RunSummary(Record):
     lora_parameters: int | None = None
     census: ModelCensus | None = None
     base_sha256: str | None = None
+    adapter_sha256: str | None = None
     base_unchanged: bool | None = None
     loss_check: LossOfOneRow | None = None
     before: dict[str, Any] | None = None

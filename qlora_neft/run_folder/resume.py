@@ -146,8 +146,10 @@ def check_same(before: RunFile, recipe: Recipe, where: Path, key: str = "--outpu
         )
 
 
-def check_identity(earlier: RunFile | None, *, data_sha256: str, base_sha256: str) -> None:
-    """Refuse to continue a run with other data or another base than it began with.
+def check_identity(
+    earlier: RunFile | None, *, data_sha256: str, base_sha256: str, adapter_sha256: str | None = None
+) -> None:
+    """Refuse to continue a run with other data, base or adapter than it began with.
 
     Raises:
         UserInputError: If one of them has changed.
@@ -157,6 +159,7 @@ def check_identity(earlier: RunFile | None, *, data_sha256: str, base_sha256: st
     for key, what, before, now in (
         ("data.path", "rows", earlier.data_sha256, data_sha256),
         ("model.name_or_path", "weights", earlier.base_sha256, base_sha256),
+        ("model.adapter", "weights", earlier.adapter_sha256, adapter_sha256),
     ):
         if before not in (None, now):  # None: not recorded, as in a damaged file
             raise UserInputError(

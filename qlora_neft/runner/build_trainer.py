@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PrinterCallback
 
+from ..adapter.continued import adapter_of
+from ..adapter.load import with_adapter
 from ..base.lora import lora_config
 from ..base.nf4 import load_nf4_base, nf4_config
 from ..errors import UserInputError
@@ -28,14 +30,15 @@ def trainer_of(
     Raises:
         UserInputError: If the base cannot be loaded, or the machine section does not fit FSDP.
     """
-    recipe = run.recipe
+    recipe, base = run.recipe, model or _base(run)
+    earlier = adapter_of(recipe)
     trainer = trainer_class(
-        model or _base(run),
+        base if earlier is None else with_adapter(base, earlier, is_trainable=True),
         arguments_of(run),
         train_dataset=run.data.train,
         eval_dataset=run.data.eval,
         processing_class=run.tokenizer,
-        peft_config=lora_config(recipe.lora),
+        peft_config=lora_config(recipe.adapter) if earlier is None else None,
     )
     trainer.remove_callback(PrinterCallback)  # our own lines say the same, readably
     return trainer

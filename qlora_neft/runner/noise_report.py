@@ -10,6 +10,7 @@ from typing import TypedDict
 
 from rich.console import Console
 
+from ..adapter.continued import resolved
 from ..base.config import check_base_config, load_tokenizer
 from ..data.report import sequence_lengths
 from ..display.console import quiet_libraries
@@ -54,6 +55,7 @@ def noise_report(recipe: Recipe, rows: int = 8) -> NoiseReport:
     Raises:
         UserInputError: If model or data cannot be read.
     """
+    recipe = resolved(recipe)
     noise = recipe.neftune
     alpha = noise.noise_alpha if noise else 0.0
     distribution = noise.distribution if noise else "uniform"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..base.model_files import tensors_at_hand
 from ..base.precision import PrecisionPolicy
 from ..data.prepare import PreparedData
 from ..errors import UserInputError
@@ -20,7 +21,9 @@ from ..fit import Card, Choice, choose
 from ..fit.cards import GIB, host
 from ..fit.choose import CPU_TOKENS
 from ..fit.geometry import geometry_of
+from ..fit.stored import as_stored
 from ..fused.flattening import choose_attention
+from ..paths import resolve_bundled
 from ..recipe import Recipe
 from ..recipe.schema import Auto, Machine, Train
 
@@ -269,7 +272,9 @@ def planned_for(recipe: Recipe, config: Mapping[str, Any], card: Card) -> Planne
         card: The device, with the memory it really has.
     """
     try:
-        geometry = geometry_of(config)
+        path = resolve_bundled(recipe.model.name_or_path)
+        # Where a checkpoint's files differ from its configuration, they are what is loaded.
+        geometry, _ = as_stored(geometry_of(config), path, tensors_at_hand(path, recipe.model.revision))
         choice, fits = choose(recipe, geometry, card)
     except UserInputError as error:  # an unknown architecture is no reason to refuse: it is planned by rule of thumb
         return Planned(notes=(f"memory: not planned ({error})",))

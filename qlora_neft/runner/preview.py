@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from rich.console import Console
 
+from ..adapter.continued import resolved
 from ..base.config import load_tokenizer
 from ..data.prepare import Progress
 from ..data.report import DataReport
@@ -57,6 +58,7 @@ def preview(recipe: Recipe, rows: int = 3, progress: Progress | None = None) -> 
         UserInputError: If the data or the tokenizer cannot be read at all.
     """
     with quiet_libraries():
+        recipe = resolved(recipe)
         tokenizer = load_tokenizer(model_path(recipe), revision=recipe.model.revision)
         data = data_of(recipe, tokenizer, refuse=False, progress=progress)
         report = data.report

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftModel
 
+from ..adapter.continued import adapter_sha256
 from ..base.lora import count_parameters, count_trainable
 from ..data.prepare import PreparedData
 from ..display.console import title
@@ -85,9 +86,16 @@ def about_run(run: Run, base_sha256: str, before: Measurement) -> dict[str, Any]
         "recipe": run.recipe.to_dict(),
         "data_sha256": data_sha256(run.data),
         "base_sha256": base_sha256,
+        **_began_from(run),
         "before": finite(dataclasses.asdict(before)),
         "measured_on": measured_on(run),
     }
+
+
+def _began_from(run: Run) -> dict[str, str]:
+    """Return the hash of the adapter that a run goes on from; nothing if it begins anew."""
+    sha256 = adapter_sha256(run.recipe)
+    return {} if sha256 is None else {"adapter_sha256": sha256}
 
 
 def open_records(run: Run, beginning: Beginning, about: dict[str, Any], before: Measurement) -> MetricsFile:
@@ -186,6 +194,7 @@ def summary_of(
         "lora_parameters": num_trained,
         "census": trainer.census.as_dict(),
         "base_sha256": base_sha256,
+        **_began_from(run),
         "base_unchanged": True,  # otherwise the run has failed before
         "loss_check": finite(dataclasses.asdict(trainer.loss_check)),
         "before": finite(before.summary()),

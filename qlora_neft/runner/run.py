@@ -13,6 +13,7 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 
+from ..adapter.continued import adapter_sha256, resolved
 from ..adapter.folder import find_adapter
 from ..base.config import check_base_config, check_context, check_vocabulary, load_tokenizer
 from ..base.nf4 import base_fingerprint, frozen_fingerprints
@@ -100,6 +101,7 @@ def run(
     started, output_dir, main = time.monotonic(), Path(output_dir), is_main_process()
     console = make_console(quiet=quiet, silent=not main)
     with quiet_libraries():
+        recipe = resolved(recipe)  # base and LoRA settings of the adapter it goes on from
         # ---- Is there anything to do? ----
         if main and not dry_run:
             mirror_dir = recipe.machine.mirror_dir
@@ -144,7 +146,12 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
     # Taken before and compared after: that the base stays frozen is promised, so it is checked on every run.
     frozen = frozen_fingerprints(model)
     base_sha256 = base_fingerprint(frozen)
-    check_identity(beginning.earlier, data_sha256=data_sha256(run.data), base_sha256=base_sha256)
+    check_identity(
+        beginning.earlier,
+        data_sha256=data_sha256(run.data),
+        base_sha256=base_sha256,
+        adapter_sha256=adapter_sha256(run.recipe),
+    )
     # The trainer loads a checkpoint only in train(), so this measures the untrained model in a resumed run too.
     before = measured_before(run, beginning) or measure(run, trainer)
     about = about_run(run, base_sha256, before)
@@ -231,13 +238,17 @@ def _finished(output_dir: Path, console: Console) -> dict[str, Any]:
 def _lines_before(run: Run) -> list[str]:
     recipe = run.recipe
     return [
-        f"model: {recipe.model.name_or_path}, NF4 base, LoRA r {recipe.lora.r}",
+        f"model: {recipe.model.name_or_path}, NF4 base, LoRA r {recipe.adapter.r}{_going_on(recipe)}",
         str(run.policy),
         noise_line(recipe.neftune),
         *data_lines(run.data.report),
         *run.plan.notes,
         f"{run.plan.num_steps} optimizer steps of {recipe.train.effective_batch_size} sequences",
     ]
+
+
+def _going_on(recipe: Recipe) -> str:
+    return "" if recipe.model.adapter is None else f", going on from {recipe.model.adapter}"
 
 
 def _show(run: Run, before: Measurement, after: Measurement) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...base.config import load_tokenizer
-from ...base.model_files import stored_tensors
+from ...base.model_files import same_tensor, stored_tensors
 from ...errors import UserInputError
 from ...files import read_json
 from .architecture import Architecture, add_hyper_parameters, architecture_of, notes_on, read_model_config, rope_factors
@@ -21,6 +21,7 @@ from .vocabulary import vocabulary_of
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}  # names of LlamaFileType
 
 
@@ -74,11 +75,13 @@ def _tensors(architecture: Architecture, model_dir: Path, matrices: torch.dtype)
     factors = rope_factors(architecture)
     if factors is not None:
         yield GgufTensor("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors)
-    found = set()
+    found, own_head = set(), _has_own_head(model_dir)
     for file, key, shape in _stored(model_dir):
         # Old checkpoints store the rotary frequencies, which follow from the configuration; for a tied head llama.cpp
-        # takes the embedding.
-        if key.endswith("rotary_emb.inv_freq") or (architecture.is_tied and key == "lm_head.weight"):
+        # takes the embedding. A head that the configuration calls tied and that differs is the model's own, as for
+        # transformers.
+        tied = architecture.is_tied and not own_head
+        if key.endswith("rotary_emb.inv_freq") or (tied and key == "lm_head.weight"):
             continue
         name = name_of(key)
         if name is None:
@@ -89,6 +92,12 @@ def _tensors(architecture: Architecture, model_dir: Path, matrices: torch.dtype)
         yield GgufTensor(name, shape, dtype, partial(_read, architecture, file, key))
     if "model.embed_tokens.weight" not in found or not (architecture.is_tied or "lm_head.weight" in found):
         raise UserInputError(f"{model_dir}: its safetensors lack the embedding or the head. The model must be whole.")
+
+
+def _has_own_head(model_dir: Path) -> bool:
+    """Whether the files hold a head that is not the embedding once more."""
+    place = {key: file for file, key, _ in _stored(model_dir) if key in (EMBEDDING, HEAD)}
+    return len(place) == 2 and not same_tensor(place[EMBEDDING], EMBEDDING, place[HEAD], HEAD)
 
 
 def _read(architecture: Architecture, file: Path, key: str) -> torch.Tensor:

@@ -117,6 +117,9 @@ def public_recipe(recipe: Recipe, base: PublicBase) -> Recipe:
         base: Takes the place of the recipe's own.
     """
     model = {"name_or_path": base.id, "revision": base.commit or recipe.model.revision or "main"}
+    earlier = recipe.model.adapter
+    if earlier and kind_of(earlier) != "hub":  # a folder, of which the name alone is published
+        model["adapter"] = public_path(earlier)
     data = _public_source(recipe.data)
     changes = {"mixture": [_public_source(source) for source in data.mixture]}
     if data.eval_path:

@@ -81,6 +81,7 @@ def _of_checkpoint(folder: AdapterFolder, state: Mapping[str, Any]) -> Records:
         {
             "steps": step,
             "base_sha256": run.base_sha256,
+            "adapter_sha256": run.adapter_sha256,
             **{key: progress.get(key) for key in ("tokens_seen", "trained_tokens_seen", "bad_steps", "train_seconds")},
             "before": {
                 "clean_train_loss": run.before.clean_train_loss if run.before else None,
@@ -154,6 +155,7 @@ class Training:
             "lora_parameters": facts.lora_parameters,
             "census": facts.census and facts.census.model_dump(exclude_unset=True),
             "base_sha256": facts.base_sha256,
+            "adapter_sha256": facts.adapter_sha256,
             "base_unchanged": facts.base_unchanged,
             "train_seconds": facts.train_seconds,
             "before": facts.before,
