@@ -27,8 +27,8 @@ TERMS = ("kept", "peak", "checkpointed_peak")
 COUNTED = tuple(family for family in FAMILIES if family not in ("mistral", "qwen2"))
 LENGTH = 37  # tokens of a row
 
-# Widths of the models, in the order of WIDTHS. The MLP is three to four times as wide as the rest, as in models that are
-# in use: what is alive at most is there, and not elsewhere, in all of them.
+# Widths of the models, in the order of WIDTHS. The MLP is three to four times as wide as the rest, as in models that
+# are in use: what is alive at most is there, and not elsewhere, in all of them.
 _GATED = (
     (128, 128, 64, 448, 4, 4),
     (160, 128, 64, 448, 4, 4),

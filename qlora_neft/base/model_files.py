@@ -153,7 +153,7 @@ def tensors_at_hand(name_or_path: str, revision: str | None = None) -> dict[str,
 
 
 def adapter_base(name_or_path: str, revision: str | None = None) -> str | None:
-    """Return the base that an adapter names, empty if it names none; None if this is no adapter, or not on this machine.
+    """Return the base that an adapter names, empty if none; None if this is no adapter, or not on this machine.
 
     A folder with a ``config.json`` is a model, whatever lies beside it.
     """

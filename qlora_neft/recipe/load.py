@@ -40,6 +40,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     written = read_recipe_text(path, _source(path))
     values, origins, problems = apply_overrides(written.values, overrides)
     values = {section: _keys(section, value) for section, value in _with_text_keys(values).items()}
+    # Left out, the settings are those of the adapter that training goes on from.
+    if isinstance(values.get("model"), dict) and values["model"].get("adapter") and values.get("lora") == {}:
+        values["lora"] = None
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -62,8 +65,8 @@ def _with_text_keys(values: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _keys(section: str, value: Any) -> Any:
-    # "machine:" with nothing under it is an empty section; "neftune:" and "lora:" with nothing under it are no section.
-    return {} if value is None and section not in ("neftune", "lora") and section in Recipe.model_fields else value
+    # "machine:" with nothing under it is an empty section; "neftune:" with nothing under it is no section.
+    return {} if value is None and section != "neftune" and section in Recipe.model_fields else value
 
 
 # ---- Finding the file ----

@@ -473,8 +473,8 @@ class Recipe(Section):
     def _something_is_trained(cls, value: Lora | None, info: ValidationInfo) -> Lora | None:
         if value is None and "model" in info.data and info.data["model"].adapter is None:
             raise broken_rule(
-                f"required: a frozen base learns nothing without it. Its keys: {', '.join(Lora.model_fields)}. To go on "
-                "from an adapter, whose settings are taken, write model.adapter.",
+                f"required: a frozen base learns nothing without it. Its keys: {', '.join(Lora.model_fields)}. To go "
+                "on from an adapter, whose settings are taken, write model.adapter.",
                 involves=("model.adapter",),
             )
         return value

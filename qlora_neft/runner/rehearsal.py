@@ -60,7 +60,7 @@ def rehearse(run: Run) -> Run:
         with _collecting(run, problems, "it cannot be counted"):
             _check_share(run, model)
         with _collecting(run, problems, "LoRA cannot be added"), torch.device("meta"):
-            adapted = add_adapters(model, lora_config(run.recipe.lora))
+            adapted = add_adapters(model, lora_config(run.recipe.adapter))
             _check_head(adapted)
         run = _without_checkpointing(run, model, problems)
     if len(problems) == 1:
@@ -100,7 +100,7 @@ def _what_is_left_out(run: Run, model: PreTrainedModel) -> list[str]:
         parts = ", ".join(name.removesuffix("_config") for name in causal.without)
         notes.append(f"text part: {type(model).__name__} alone is loaded and trained; left out: {parts or 'the rest'}")
     reasons: dict[str, set[str]] = {}
-    if run.recipe.lora.target_modules == "all-linear":
+    if run.recipe.adapter.target_modules == "all-linear":
         for name, why in unadaptable(model).items():
             reasons.setdefault(why, set()).add(name.rsplit(".", 1)[-1])
     notes += [f"without LoRA: {', '.join(sorted(names))} ({why})" for why, names in reasons.items()]

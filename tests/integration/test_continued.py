@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import ClassVar
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def first(llama, tmp_path_factory):
 class Kept(QLoRANeftTrainer):
     """A trainer that keeps the weights it begins with."""
 
-    begins_with: dict[str, torch.Tensor] = {}
+    begins_with: ClassVar[dict[str, torch.Tensor]] = {}
 
     def train(self, *args, **kwargs):
         """Keep a copy."""
@@ -106,11 +107,11 @@ def test_what_the_recipe_states_otherwise_is_named_with_both_values(first, tmp_p
 
 
 def test_without_an_adapter_lora_is_required(llama, tmp_path):
-    with pytest.raises(RecipeError, match="lora: required: a frozen base learns nothing"):
+    with pytest.raises(RecipeError, match=r"lora.r: required key is missing"):
         load_recipe(recipe_file(tmp_path, model={"name_or_path": str(llama)}), ["lora=null"])
-    with pytest.raises(RecipeError, match="no effect without model.adapter"):
+    with pytest.raises(RecipeError, match=r"no effect without model.adapter"):
         load_recipe(recipe_file(tmp_path, model={"name_or_path": str(llama), "adapter_revision": "v1"}))
-    with pytest.raises(UserInputError, match="model.adapter: .*no such folder"):
+    with pytest.raises(UserInputError, match=r"model.adapter: .*no such folder"):
         resolved(load_recipe(recipe_file(tmp_path, model={"adapter": str(tmp_path / "gone")}, lora=None)))
 
 

@@ -1,4 +1,4 @@
-"""Where a checkpoint's configuration calls its head tied, or says another vocabulary than its files, the files decide."""
+"""Where a configuration calls a head tied, or says another vocabulary than the files hold, the files decide."""
 
 import json
 
