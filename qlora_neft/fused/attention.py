@@ -76,6 +76,8 @@ class FlattenedAttention:
             inputs.pop(BOUNDS, None)
             yield inputs
             return
+        if self.implementation == VARLEN:
+            del inputs[BOUNDS]  # torch's kernel reads the device's; compiled blocks would be compiled for each
         usual = self.config._attn_implementation
         # An attribute of the configuration and no context variable: autograd's threads recompute blocks under it too.
         self.config._attn_implementation = registered_name(self.implementation)
@@ -157,6 +159,7 @@ def varlen_attention(
     return out[..., :value_dim][None], None
 
 
+@torch.compiler.disable  # it would be compiled anew for every split into sequences
 def per_sequence_attention(
     module: nn.Module,
     query: Tensor,

@@ -75,8 +75,10 @@ def uniform_by_tensors(counts: Sequence[int], keys: Sequence[Key], device: torch
     blocks = [-(-count // FLOATS_PER_BLOCK) for count in counts]
     # NumPy counts up before its first block, so counters begin at 1.
     counter = torch.cat([torch.arange(1, n + 1, device=device) for n in blocks])  # (N,), N blocks in all
-    repeats = torch.tensor(blocks, device=device)
-    k0, k1 = (torch.tensor([_signed(key[i]) for key in keys], device=device).repeat_interleave(repeats) for i in (0, 1))
+    # Nothing here waits for the device: copies to it go on by themselves, and sizes are known beforehand.
+    repeats = torch.tensor(blocks).to(device, non_blocking=True)
+    words = torch.tensor([[_signed(word) for word in key] for key in keys]).to(device, non_blocking=True)  # (K, 2)
+    k0, k1 = words.repeat_interleave(repeats, dim=0, output_size=sum(blocks)).unbind(dim=1)
     raw = torch.stack(_philox(counter, k0, k1), dim=1)  # (N, 4) 64-bit words in the order they are handed out
     halves = torch.stack((raw & _LOW, (raw >> 32) & _LOW), dim=2).view(-1)  # (8 N,); the low half comes first
     # As NumPy does: the upper 24 of 32 bits, as many as a float32 holds exactly.
