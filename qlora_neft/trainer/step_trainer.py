@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import datasets
 import torch
-from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from torch import Tensor, nn
@@ -35,19 +34,19 @@ from ..noise.streams import keyed_rng, stream_key
 from ..steps.batch import MicroBatch, StepBatch, StepCollator, check_labels
 from ..steps.rows import StepLoader, StepRows, StepSampler, step_loader, step_order
 from ..steps.sequences import find_sequences
-from .checkpointed_trainer import CheckpointedTrainer, StepGivenUp
+from .checkpointed_trainer import StepGivenUp
+from .loss_trainer import LossTrainer
 from .memory import too_large
 from .router_loss import RouterLoss
-from .step_metrics import StepMetrics, token_loss
 
 ROWS_NAMED = 16  # rows of a bad step that an error message names
 
 
-class StepTrainer(CheckpointedTrainer):
+class StepTrainer(LossTrainer):
     """A trainer for which one dataloader batch is one optimizer step, with NEFTune noise in every step.
 
     Args:
-        kwargs: As in `CheckpointedTrainer`.
+        kwargs: As in `LossTrainer`.
 
     Attributes:
         say: Called with every decision taken during training, one line each.
@@ -70,7 +69,6 @@ class StepTrainer(CheckpointedTrainer):
         self.under_way = UnderWay()
         key_expert_dropout(self.model, self.under_way)
         self.attention = FlattenedAttention(self.model)
-        self._step_metrics = StepMetrics()
         self.router_loss: RouterLoss | None = None
         self._steps: StepSampler | None = None
         self._loss_is_finite = True
@@ -98,7 +96,7 @@ class StepTrainer(CheckpointedTrainer):
         self.tokens_seen += step.num_tokens()
         self.trained_tokens_seen += step.num_trained_tokens()
         # Acted upon in `_get_grad_norm`, which upstream calls next.
-        self._loss_is_finite = math.isfinite(self._read_metrics(loss))
+        self._loss_is_finite = math.isfinite(self.read_metrics(loss))
         return loss
 
     def _accumulate(self, model: nn.Module, step: StepBatch, num_items: Tensor | int | None) -> Tensor | None:
@@ -108,7 +106,7 @@ class StepTrainer(CheckpointedTrainer):
         """
         # A sum, not a mean: TRL divides each micro-batch's loss by the trained tokens of the whole step.
         first_ordinal, loss = self._first_ordinal(step), torch.zeros((), device=self.args.device)
-        self._step_metrics.clear()  # an attempt that did not fit has left some
+        self.step_metrics.clear()  # an attempt that did not fit has left some
         passes = self._num_passes()
         if passes > 1:  # the gradient is the mean of the passes
             assert num_items is not None, "a StepBatch is always counted"
@@ -126,7 +124,7 @@ class StepTrainer(CheckpointedTrainer):
                     by_sequence = self.attention.over(micro.inputs)
                     with synced, self.randomness(micro, first_ordinal, index, number), by_sequence as inputs:
                         loss = loss + super().training_step(model, inputs, num_items)
-                    self._count_tokens(micro)
+                    self.count_tokens(micro)
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 # accelerate knows the messages of cuDNN and of the CPU's allocator as well.
                 if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
@@ -150,9 +148,10 @@ class StepTrainer(CheckpointedTrainer):
                     torch.no_grad(),
                     self.compute_loss_context_manager(),
                     self.randomness(micro, first_ordinal, index, 0),
+                    self.attention.over(inputs) as by_sequence,
                     router_loss.captured() as logits,
                 ):
-                    base.base_model(**inputs, use_cache=False)  # without the head: its logits are of no use
+                    base.base_model(**by_sequence, use_cache=False)  # without the head: its logits are of no use
             except RuntimeError as error:
                 if not should_reduce_batch_size(error) and not isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -195,54 +194,12 @@ class StepTrainer(CheckpointedTrainer):
         step into different numbers of micro-batches, would wait for each other forever.
         """
         if self.router_loss is None or not model.training:
-            return self._token_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self.token_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.router_loss.captured() as logits:
-            loss = self._token_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = self.token_loss(model, inputs, return_outputs, num_items_in_batch)
         # Ranks average their gradients, and this is a sum over all of them; the passes of FreeLB share it.
         scale = self.args.world_size / self._num_passes()
         return loss + scale * self.router_loss.of(logits, inputs.get("attention_mask"))
-
-    def _token_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
-    ) -> Any:
-        if not model.training or return_outputs or self._loss_is_custom():
-            with _ungathered(self.accelerator) if model.training and self.args.world_size > 1 else nullcontext():
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**{**inputs, "use_cache": False, "fused_lm_head": True})
-        self._step_metrics.add(outputs)
-        loss = token_loss(outputs, num_items_in_batch, self.args.loss_type)
-        # The tokens are those of all ranks, and the ranks' gradients are averaged.
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        return loss
-
-    def _loss_is_custom(self) -> bool:
-        """Whether the loss needs the logits, or upstream's sequence parallelism."""
-        parallelism = self.accelerator.parallelism_config
-        smooths = self.label_smoother is not None and self.args.loss_type == "nll"
-        return self.compute_loss_func is not None or smooths or getattr(parallelism, "sp_enabled", False)
-
-    def _count_tokens(self, micro: MicroBatch) -> None:
-        """Count a pass's tokens as TRL does, padding left out where a mask tells; on the CPU, before it moves."""
-        if self._loss_is_custom():
-            return  # TRL has counted
-        mask = micro.inputs.get("attention_mask")
-        self._total_train_tokens += int(mask.sum()) if mask is not None else micro.inputs["input_ids"].shape[1]
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-
-    def _read_metrics(self, loss: Tensor) -> float:
-        """Hand the metrics of a step's micro-batches to TRL's log, and return its loss: one wait for the device."""
-        value, rows = self._step_metrics.read(loss)
-        for row in rows:
-            for name, metric in row.items():
-                self._metrics["train"][name].append(metric)
-        return value
-
-    def _prepare_input(self, data: Any) -> Any:
-        """Move a tensor as upstream does, without waiting for it."""
-        if isinstance(data, Tensor) and data.device.type == "cpu" and not self.is_deepspeed_enabled:
-            return data.to(self.args.device, non_blocking=True)
-        return super()._prepare_input(data)
 
     def _gradient_sync(self, model: nn.Module, *, now: bool) -> AbstractContextManager:
         """Average the gradients of all ranks only after the last backward pass of a step."""
@@ -444,20 +401,3 @@ class StepTrainer(CheckpointedTrainer):
     def _track_num_input_tokens(self, inputs: StepBatch | dict[str, Any]) -> None:
         for batch in (micro.inputs for micro in inputs) if isinstance(inputs, StepBatch) else [inputs]:
             super()._track_num_input_tokens(batch)
-
-
-@contextmanager
-def _ungathered(accelerator: Accelerator) -> Generator[None, None, None]:
-    """Let this one object's ``gather_for_metrics`` return what it is given, inside the block.
-
-    Can go when TRL's `SFTTrainer.compute_loss` gathers its metrics once a step.
-    """
-
-    def returned(input_data: Any, use_gather_object: bool = False) -> Any:
-        return input_data
-
-    accelerator.gather_for_metrics = returned  # shadows the class's own
-    try:
-        yield
-    finally:
-        del accelerator.gather_for_metrics

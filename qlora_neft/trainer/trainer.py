@@ -34,9 +34,8 @@ from ..base.census import Census, census, check_nf4_share, with_reached
 from ..base.config import load_tokenizer
 from ..base.lora import add_adapters, count_parameters, default_lora_config
 from ..base.nf4 import keep_nf4_layout, load_nf4_base
-from ..errors import UserInputError, first_line
 from ..fused.attention import FlattenedAttention, FlatteningCollator
-from ..fused.flattening import AttentionChoice, choose_attention
+from ..fused.flattening import AttentionChoice
 from ..fused.install import FastPath
 from ..fused.pieces import Pieces, Switches
 from ..noise.streams import preserved_rng
@@ -47,6 +46,7 @@ from .config import QLoRANeftConfig
 from .loss_head import PLAIN, LossCheck, settle_loss_head
 from .memory import Split
 from .router_loss import RouterLoss
+from .row_layout import attention_of
 from .step_trainer import StepTrainer
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class QLoRANeftTrainer(StepTrainer):
         if getattr(model, "is_loaded_in_4bit", False):
             check_nf4_share(census(model), args.min_nf4_share, model.config._name_or_path)
         model = _with_adapters(model, peft_config, args.seed)
-        attention = _attention_of(model, args, given_collator=data_collator is not None)
+        attention = attention_of(model, args, given_collator=data_collator is not None)
         # Taken now, since TRL's constructor rounds them to bf16; put back right after it.
         initial = _quantized_trainable(model)
         super().__init__(
@@ -400,35 +400,6 @@ def _check_packing(args: QLoRANeftConfig) -> None:
             "packing_strategy: 'wrapped' keeps no sequence boundaries, so that NEFTune's L is unknown. Use 'bfd', or "
             "neftune_noise_alpha=None."
         )
-
-
-def _attention_of(
-    model: PreTrainedModel | PeftModel, args: QLoRANeftConfig, *, given_collator: bool
-) -> AttentionChoice:
-    """Choose how rows are laid out and attended over, and set the model's own attention.
-
-    Args:
-        model: The model, with its adapters.
-        args: What was asked for.
-        given_collator: Whether a collator of the caller's pads or flattens as it likes.
-    """
-    choice = choose_attention(
-        model.config,
-        args.device,
-        args.compute_dtype,
-        padding_free=False if given_collator else args.padding_free,
-        implementation=args.attn_implementation,
-        packed=bool(args.packing) and args.packing_strategy != "wrapped",
-    )
-    if choice.model not in ("auto", model.config._attn_implementation):
-        base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-        try:
-            base.set_attn_implementation(choice.model)
-        except (ImportError, ValueError) as error:
-            raise UserInputError(
-                f"attn_implementation: {choice.model} does not run here. ({first_line(error)})"
-            ) from error
-    return choice
 
 
 def _tokenizer_of(name_or_path: str, args: QLoRANeftConfig) -> PreTrainedTokenizerBase:
