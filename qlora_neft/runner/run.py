@@ -47,6 +47,7 @@ from ..run_folder.resume import (
 from ..run_folder.stop import StopRequest, WhenToSave, answered
 from ..trainer import QLoRANeftTrainer
 from ..trainer.memory import cuda_probe
+from ..trainer.router_loss import check_router_loss
 from .build import Run, command_to_continue, data_of, model_path, policy_of
 from .build_trainer import trainer_of
 from .measure import ANSWERS_SHOWN, Measurement, measure
@@ -116,6 +117,7 @@ def run(
         policy = policy_of(recipe)
         config = check_base_config(model_path(recipe), revision=recipe.model.revision)
         check_context(config, recipe.data.max_length)
+        check_router_loss(config, recipe.train.router_aux_loss_coef)
         tokenizer = load_tokenizer(model_path(recipe), revision=recipe.model.revision)
         data = data_of(recipe, tokenizer, progress=RowsProgress(console))
         check_vocabulary(config, data.largest_token_id)
