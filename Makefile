@@ -10,10 +10,10 @@ VENV_FLAGS := $(if $(GPU),--system-site-packages)
 CONSTRAINT := $(if $(GPU),,-c constraints/cpu.txt)
 
 # "make demo" and "make test" install what they run on, and after that they stay on this machine.
-demo test test-slow faults package: export HF_HUB_OFFLINE = 1
+demo test test-slow faults families package: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow faults package docs lint format
+.PHONY: help demo test test-slow faults families package docs lint format
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-slow: $(VENV)/.dev ## install and run the tests that take more than a minut
 
 faults: $(VENV)/.dev ## break runs in every way at hand and see each recover (about 15 minutes)
 	$(BIN)/python scripts/faults.py
+
+families: $(VENV)/.dev ## train, resume, merge a tiny model of every family, and write its page (about an hour)
+	$(BIN)/python -m scripts.families --again
 
 package: $(VENV)/.dev ## build sdist and wheel into dist/, install the wheel in an empty environment, run the demo there
 	DIST=dist $(BIN)/python -m pytest -q tests/integration/test_installed_package.py

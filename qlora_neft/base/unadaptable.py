@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-# PEFT refuses these modules of these model types: their fused kernels read the weight itself, past the adapter
+# PEFT refuses this module of these model types: their fused kernels read the weight itself, past the adapter
 # (``peft.tuners.tuners_utils._check_lora_target_modules_mamba``).
 MAMBA_TYPES = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
-MAMBA_MODULES = frozenset({"out_proj", "conv1d"})
+MAMBA_MODULE = "out_proj"
 NO_PLAIN_LAYER = "it is no plain linear layer: a router, or one of groups"
-# Clamped in place in every training forward (``Gemma3nTextAltUp.predict`` and ``correct``).
-CLAMPED = {"gemma3n_text": (".prediction_coefs", ".correction_coefs")}
+# Weights that their model takes for numbers: clamped in place in every training forward (``Gemma3nTextAltUp.predict``
+# and ``correct``), or multiplied past their layer (``MambaMixer.slow_forward``).
+TOUCHED = {"gemma3n_text": (".prediction_coefs", ".correction_coefs"), "mamba": (".dt_proj",)}
 
 
 def unadaptable(model: nn.Module) -> dict[str, str]:
@@ -26,8 +27,8 @@ def unadaptable(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         ending = name.rsplit(".", 1)[-1]
         if name in unpacked:
-            found[name] = "the model clamps its weight itself"
-        elif model_type in MAMBA_TYPES and ending in MAMBA_MODULES:
+            found[name] = "the model reads or clamps its weight itself"
+        elif model_type in MAMBA_TYPES and ending == MAMBA_MODULE and isinstance(module, nn.Linear):
             found[name] = "a Mamba kernel reads its weight itself"
         elif isinstance(module, nn.Linear) and _has_own_forward(module):
             if type(module) not in asked:
@@ -38,8 +39,8 @@ def unadaptable(model: nn.Module) -> dict[str, str]:
 
 
 def unpackable(model: nn.Module) -> list[str]:
-    """Return the linear layers whose stored bytes their own model would overwrite, taking them for numbers."""
-    endings = CLAMPED.get(getattr(getattr(model, "config", None), "model_type", None) or "", ())
+    """Return the linear layers whose bytes their own model would take for numbers, so that they are not packed."""
+    endings = TOUCHED.get(getattr(getattr(model, "config", None), "model_type", None) or "", ())
     return sorted(name for name, _ in model.named_modules() if endings and name.endswith(endings))
 
 

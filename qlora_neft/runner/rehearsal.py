@@ -38,6 +38,11 @@ REMEDIES = (
     ("attn_implementation", "machine.attn_implementation", "Set machine.attn_implementation=sdpa, or eager."),
     ("requires", "model.name_or_path", "Install what is asked for, or choose another base."),
 )
+# Families that fail in the first step, found by the audit (docs/model_families.md), and why.
+UNTRAINABLE = {
+    "rwkv": "it rescales its own weights in place, which packed ones do not allow",
+    "reformer": "its reversible layers pass no gradient to adapters",
+}
 
 
 def rehearse(run: Run) -> Run:
@@ -49,6 +54,11 @@ def rehearse(run: Run) -> Run:
     problems: list[str] = []
     with _collecting(run, problems, "its trainer cannot be set up"):
         arguments_of(run)
+    if (why := UNTRAINABLE.get(run.config.model_type)) is not None:
+        problems.append(
+            f"model.name_or_path: a model of type {run.config.model_type} cannot be trained here: {why}. Choose "
+            "another base."
+        )
     model = None
     with _collecting(run, problems, "its model cannot be built"):
         dtype = run.policy.compute_dtype

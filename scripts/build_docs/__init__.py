@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -10,9 +11,13 @@ DOCS = ROOT / "docs"
 
 def pages() -> dict[str, str]:
     """Generated pages: path below docs/, text."""
+    from scripts.families.page import page_of
+
     from . import api_page, commands_page, gpu_page, measured_tables, recipes_page, results_page
 
+    families = json.loads((DOCS / "model_families.json").read_text(encoding="utf-8"))
     return {
+        "model_families.md": page_of(families),
         "which_recipe.md": gpu_page.text(),
         "recipes.md": recipes_page.text(),
         "commands.md": commands_page.text(),

@@ -1,7 +1,7 @@
 """Audit every causal decoder that transformers has: python -m scripts.families [MODEL_TYPE ...]
 
 Each family is driven in a forked process of its own, so that one that hangs or dies takes no other with it. Results are
-kept as they come, in ``docs/results/families.json``; families that have one from these versions are skipped, so that an
+kept as they come, in ``docs/model_families.json``; families that have one from these versions are skipped, so that an
 audit can be interrupted. ``--again`` audits them anew, ``--page`` only writes the page.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 240  # seconds a family
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "families.json"
+RESULTS = Path(__file__).parents[2] / "docs" / "model_families.json"
 PAGE = Path(__file__).parents[2] / "docs" / "model_families.md"
 
 

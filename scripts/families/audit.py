@@ -76,7 +76,7 @@ def audit(model_type: str, folder: Path) -> dict[str, Any]:
         model_type: As in ``config.json``.
         folder: An empty folder to work in.
     """
-    found: dict[str, Any] = {"class": None, "stages": {}, "bugs": []}
+    found: dict[str, Any] = {"class": None, "is_text_part": model_type in WHOLES, "stages": {}, "bugs": []}
     stages: dict[str, str] = found["stages"]
 
     def stage(name: str, do: Callable[[], Any]) -> bool:

@@ -99,6 +99,7 @@ INDEXER = {
     "indexer_compress_ratio": 4,
 }  # fmt: skip
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "deepseek_v3": MLA, "sarvam_mla": MLA, "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "axk2": MLA, "deepseek_v32": MLA, "glm4_moe_lite": MLA, "glm_moe_dsa": MLA, "longcat_flash": MLA,
     "deepseek_v2": MLA | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "camembert": ROBERTA, "data2vec-text": ROBERTA, "roberta": ROBERTA, "roberta-prelayernorm": ROBERTA,
@@ -115,10 +116,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma4_unified_text": {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 32},
     "axk1": MLA, "minicpm3": MLA, "youtu": MLA,
-    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
+    "bailing_hybrid": MLA | {
+        "layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"],
+    },
     "bamba": {"attn_layer_indices": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": {
+    "kimi_linear": MLA | {
         "layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 16, "linear_num_heads": 2,
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
