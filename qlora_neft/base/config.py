@@ -69,7 +69,8 @@ def check_context(config: PreTrainedConfig, max_length: int) -> None:
     """
     # get_text_config: of a multimodal model the part that reads tokens.
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and max_length > context:
+    # -1 is no limit: xlnet's positions are relative.
+    if context is not None and 0 < context < max_length:
         raise UserInputError(
             f"data.max_length: the model's context is {context} tokens, got {max_length}. Write {context} or less."
         )

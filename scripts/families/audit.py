@@ -88,7 +88,7 @@ def audit(model_type: str, folder: Path) -> dict[str, Any]:
             stages[name] = _line(error)
         except Exception as error:  # noqa: BLE001  # a traceback is what is looked for
             stages[name] = f"{type(error).__name__}: {_line(error)}"
-            found["bugs"].append(f"{name}: {''.join(traceback.format_exception(error)[-3:])}")
+            found["bugs"].append(f"{name}: {_place(error)}")
         else:
             stages[name] = outcome if isinstance(outcome, str) else YES
         return stages[name] == YES
@@ -242,6 +242,13 @@ def _gguf(merged: Path, path: Path) -> str:
 
     write_model_gguf(merged, path)
     return YES
+
+
+def _place(error: BaseException) -> str:
+    """Return where an error arose, and its message; of the path only what every machine has."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    path = frame.filename.partition("site-packages/")[2] or Path(frame.filename).name
+    return f"{path}:{frame.lineno}: {type(error).__name__}: {_line(error)}"
 
 
 def _line(error: BaseException) -> str:
