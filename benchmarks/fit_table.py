@@ -36,7 +36,10 @@ def main() -> None:
     print("**No figure of the model is measured on a GPU.**")
     for r in (64, 16):
         print(f"\n## 512 tokens, 16 sequences a step, LoRA r {r} on all linear layers, paged AdamW in 32 bits\n")
-        print("Tokens of the largest micro-batch; `c`: activation checkpointing; `p`: optimizer states paged out.\n")
+        print(
+            "Tokens of the largest micro-batch; `c`: activation checkpointing, `c8`: in 8 blocks; `p`: optimizer states"
+        )
+        print("paged out; `o`: activations kept in host memory.\n")
         print("| GiB | " + " | ".join(BASES) + " |\n|---|" + "---|" * len(BASES))
         for memory in CARDS:
             cells = [_cell(name, r, memory) for name in BASES.values()]
@@ -61,12 +64,17 @@ def _cell(name: str, r: int, memory: int) -> str:
     choice, fits = choose(_recipe(r), _geometry(name), card_of(f"{memory}GiB"))
     if not fits:
         return "-"
-    return f"{choice.step.tokens}{' c' * choice.step.checkpointing}{' p' * bool(choice.paged_out)}"
+    blocks = choice.step.checkpointed_blocks
+    checkpointed = " c" if blocks == choice.num_layers else f" c{blocks}" if blocks else ""
+    marks = checkpointed + " p" * bool(choice.paged_out) + " o" * choice.step.offloading
+    return f"{choice.step.tokens}{marks}"
 
 
 def _peak(name: str, r: int, tokens: int, checkpointing: bool, optim: str) -> int:
-    step = Step(tokens, 0, checkpointing, optim=optim)
-    return sum(memory_terms(_geometry(name), _recipe(r).lora, step, double_quant=True).values())
+    geometry = _geometry(name)
+    # Their frameworks compute a block by its modules.
+    step = Step(tokens, 0, geometry.num_layers * checkpointing, optim=optim, fused_lora=False, fused_norms=False)
+    return sum(memory_terms(geometry, _recipe(r).lora, step, double_quant=True).values())
 
 
 def _recipe(r: int) -> Recipe:

@@ -167,8 +167,8 @@ def block(arm: Arm, length: int = LENGTHS[0]) -> tuple[float, float, float]:
     """
     with tempfile.TemporaryDirectory() as folder, _quiet():
         base = _save_base(Path(folder) / "base", arm, 1)
-        plain = _run(arm, base, Path(folder), length)
-        checkpointed = _run(replace(arm, checkpointing=True), base, Path(folder), length)
+        plain = _run(arm, base, Path(folder), length, inner=True)
+        checkpointed = _run(replace(arm, checkpointing=True), base, Path(folder), length, inner=True)
     found = (plain.kept_in_blocks, plain.peak, checkpointed.peak)
     kept, peak, again = (size / (ROWS * length) for size in found)
     return kept, peak, again
@@ -177,9 +177,16 @@ def block(arm: Arm, length: int = LENGTHS[0]) -> tuple[float, float, float]:
 # ---- One run ----
 
 
-def _run(arm: Arm, base: Path, folder: Path, length: int) -> StepCounter:
-    """Train one optimizer step of one micro-batch, and return its counts."""
+def _run(arm: Arm, base: Path, folder: Path, length: int, *, inner: bool = False) -> StepCounter:
+    """Train one optimizer step of one micro-batch, and return its counts.
+
+    Args:
+        arm, base, folder, length: What is trained, and where.
+        inner: Whether the first block's input has a gradient, as that of every other block has.
+    """
     trainer = _trainer(arm, base, folder, length)
+    if inner:
+        trainer.model.get_base_model().enable_input_require_grads()
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.counter

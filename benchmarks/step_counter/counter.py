@@ -102,6 +102,7 @@ class StepCounter(TorchDispatchMode):
         self._alive: list[tuple[StorageWeakRef, int]] = []
         self._of_numpy: dict[int, int] = {}  # storages that no operation made, with a hash of what was last read there
         self._saved: set[int] = set()
+        self._saved_in_blocks: set[int] = set()
         self._regions, self._made_in = Regions(), {}
         self._blocks: list[range] = []  # autograd nodes of each pass through a decoder block
         self._in_block, self._before_blocks, self._first_node = 0, 0, 0
@@ -263,8 +264,9 @@ class StepCounter(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         self._storages[key] = StorageWeakRef(storage)
-        # Weights in another dtype, and their gradients, do not grow with the tokens.
-        if any(storage.nbytes() % length == 0 for length in self.lengths):
+        # Weights in another dtype, and their gradients, do not grow with the tokens; nor does memory that NumPy fills,
+        # which is there for the largest model of the process.
+        if made and any(storage.nbytes() % length == 0 for length in self.lengths):
             self._alive.append((self._storages[key], storage.nbytes()))
         if not made:
             self._of_numpy[key] = 0
@@ -275,13 +277,20 @@ class StepCounter(TorchDispatchMode):
         inside = self._made_in.get(key)
         if inside is not None and inside is self._regions.current(makes_node=False):
             return tensor  # the one kernel keeps nothing of its own
-        if not self._paused and key not in self._saved and key not in self._own and key not in self._base:
-            self._meet(tensor, made=True)
+        if self._paused or key in self._own or key in self._base:
+            return tensor
+        self._meet(tensor, made=True)
+        size = tensor.untyped_storage().nbytes()
+        if (
+            self._in_block
+            and (key not in self._before or key in self._block_inputs)
+            and key not in self._saved_in_blocks
+        ):
+            self._saved_in_blocks.add(key)
+            self.kept_in_blocks += size if any(size % length == 0 for length in self.lengths) else 0
+        if key not in self._saved:
             self._saved.add(key)
-            size = tensor.untyped_storage().nbytes()
-            if self._in_block and (key not in self._before or key in self._block_inputs):
-                self.kept_in_blocks += size if any(size % length == 0 for length in self.lengths) else 0
-            self.kept += tensor.untyped_storage().nbytes()
+            self.kept += size
         return tensor
 
     def keep_contexts(self, loss: Tensor) -> None:

@@ -15,12 +15,16 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 ROUNDING = 0.5  # bytes
 
 _LLAMA = Arm()
+_MODULES = replace(_LLAMA, arguments={"fused_lora": False, "fused_norms": False})
 # By name: every family in the recipes' own setting, on the CPU's path and as on CUDA; then one change at a time.
 ARMS: dict[str, Arm] = {
     **{family: Arm(family) for family in FAMILIES},
     **{f"{family}, as on CUDA": Arm(family, as_on_cuda=True) for family in FAMILIES},
     "llama, plain TRL": replace(_LLAMA, trainer="trl"),
+    "llama, by modules": _MODULES,
+    "llama, by modules, r 2, no dropout": replace(_MODULES, r=2, dropout=0.0),
     "llama, no dropout": replace(_LLAMA, dropout=0.0),
+    "llama, no dropout, as on CUDA": replace(_LLAMA, dropout=0.0, as_on_cuda=True),
     "llama, r 2, no dropout": replace(_LLAMA, r=2, dropout=0.0),
     "llama, float32": replace(_LLAMA, precision="fp32"),
     "llama, checkpointing": replace(_LLAMA, checkpointing=True),

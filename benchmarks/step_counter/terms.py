@@ -3,11 +3,13 @@
     python -m benchmarks.step_counter.terms
 
 counts small models whose widths differ, solves for bytes a token and unit of width, and writes
-``qlora_neft/fit/activation_terms.json``. Half precision is counted as on CUDA, float32 as on a CPU.
+``qlora_neft/fit/activation_terms.json``. Half precision is counted as on CUDA, float32 as on a CPU. ``--only llama``
+counts the cells whose name begins so, and keeps the others.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from pathlib import Path
@@ -20,15 +22,15 @@ import qlora_neft.fit
 from .arms import FAMILIES, Arm, block
 
 FILE = Path(qlora_neft.fit.__file__).with_name("activation_terms.json")
-WIDTHS = ("hidden", "queries", "keys", "intermediate", "heads", "rank", "one")
+WIDTHS = ("hidden", "queries", "keys", "intermediate", "heads", "rank", "one", "scores")
 # Bytes a token by name: kept for the backward pass; alive at once in a block; the same if it is checkpointed.
 TERMS = ("kept", "peak", "checkpointed_peak")
 # Mistral and Qwen2 are Llama here: what tells them apart, windows and biases, is kept for no backward pass.
 COUNTED = tuple(family for family in FAMILIES if family not in ("mistral", "qwen2"))
-LENGTH = 37  # tokens of a row
+LENGTH, LONGER = 37, 53  # tokens of a row; scores of attention, where a family keeps them, grow with it
 
-# Widths of the models, in the order of WIDTHS. The MLP is three to four times as wide as the rest, as in models that
-# are in use: what is alive at most is there, and not elsewhere, in all of them.
+# Widths of the models, in the order of WIDTHS. The MLP is three to four times as wide as the rest, as in
+# models that are in use: what is alive at most is there in all of them.
 _GATED = (
     (128, 128, 64, 448, 4, 4),
     (160, 128, 64, 448, 4, 4),
@@ -49,12 +51,17 @@ _PLAIN = (
 
 def main() -> None:
     """Count, solve and write the file."""
-    table: dict[str, Any] = {}
-    for family, fused, half, dropout in itertools.product(COUNTED, (True, False), (True, False), (True, False)):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_counter.terms", description=__doc__)
+    parser.add_argument("--only", default="", metavar="CELL", help="such as llama, or 'llama fused, half'")
+    only = parser.parse_args().only
+    table: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))["terms"]
+    # Half precision first: that is what GPUs compute in.
+    for half, fused, dropout, family in itertools.product((True, False), (True, False), (True, False), COUNTED):
         key = key_of(fused=fused, half=half, dropout=dropout)
-        table.setdefault(family, {})[key] = _solved(family, fused=fused, half=half, dropout=dropout)
-        print(family, key, table[family][key], flush=True)
-    FILE.write_text(json.dumps({"widths": WIDTHS, "terms": table}, indent=1) + "\n", encoding="utf-8")
+        if f"{family} {key}".startswith(only):
+            table.setdefault(family, {})[key] = _solved(family, fused=fused, half=half, dropout=dropout)
+            print(family, key, table[family][key], flush=True)
+            FILE.write_text(json.dumps({"widths": WIDTHS, "terms": table}, indent=1) + "\n", encoding="utf-8")
 
 
 def key_of(*, fused: bool, half: bool, dropout: bool) -> str:
@@ -94,11 +101,11 @@ def arm_of(family: str, widths: tuple[int, ...], *, fused: bool, half: bool, dro
 
 def _solved(family: str, **way: bool) -> dict[str, list[float]]:
     points = _PLAIN if family in ("opt", "gpt_neox", "phi") else _GATED
-    counted = []
-    for widths in points:
-        counted.append(block(arm_of(family, widths, **way), LENGTH))
+    ways = [(widths, LENGTH) for widths in points] + [(points[0], LONGER)]
+    counted = [block(arm_of(family, widths, **way), length) for widths, length in ways]
     # Where widths are one and the same, the least squares share the bytes among them, which no model can tell.
-    solution, *_ = np.linalg.lstsq(np.array([(*widths, 1) for widths in points], float), np.array(counted), rcond=None)
+    columns = np.array([(*widths, 1, widths[4] * length) for widths, length in ways], float)
+    solution, *_ = np.linalg.lstsq(columns, np.array(counted), rcond=None)
     return {term: [round(float(value), 3) for value in solution[:, i]] for i, term in enumerate(TERMS)}
 
 

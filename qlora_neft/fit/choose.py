@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 
 from ..recipe import Recipe
 from .cards import Card
-from .estimate import Step, memory_terms, operations_per_token, relative_speed
+from .estimate import OFFLOADING_SPEED, Step, memory_terms, operations_per_token, relative_speed
 from .geometry import Geometry
 
 USABLE = 0.94  # of a card's memory; the rest is for the display, the driver, and errors of the estimate
 TOKENS = (16384, 8192, 4096, 2048, 1024, 512)  # per micro-batch, to choose from; more gains nothing
 CPU_TOKENS = 256  # as fast as more, and the activations stay below what checkpointing would keep
 EVAL_ROWS = (8, 4, 2, 1)  # per evaluation batch, to choose from
+EIGHTHS = 8  # of the blocks are checkpointed: none, one, ... all
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Choice:
         terms: Bytes by name.
         operations: Floating-point operations per token.
         speed: Relative to another choice on the same card.
+        num_layers: Of the base.
         paged_out: Bytes of optimizer states that a paged optimizer leaves on the host between steps.
     """
 
@@ -41,7 +43,14 @@ class Choice:
     terms: dict[str, int]
     operations: float
     speed: float
+    num_layers: int
     paged_out: int = 0
+
+    @property
+    def checkpointing(self) -> bool | int:
+        """As in a recipe's machine section: false, true for all blocks, or the number of blocks."""
+        blocks = self.step.checkpointed_blocks
+        return blocks if 0 < blocks < self.num_layers else blocks > 0
 
     @property
     def peak_bytes(self) -> int:
@@ -63,10 +72,15 @@ def choose(recipe: Recipe, geometry: Geometry, card: Card) -> tuple[Choice, bool
     choices = list(candidates(recipe, geometry, card))
     usable = USABLE * card.memory
     fitting = [choice for choice in choices if choice.peak_bytes <= usable]
-    # A paged optimizer's states are in unified memory, which the driver moves to the host under pressure. Moving them
-    # costs time at each step, so it counts only where nothing fits without.
+    # What lies on the host must travel, which costs time at each step: these two count only where nothing fits without.
+    # A paged optimizer's states are in unified memory, which the driver moves to the host under pressure.
     if not fitting and card.is_gpu and recipe.train.optim.startswith("paged"):
         choices = [replace(choice, paged_out=choice.terms["optimizer"]) for choice in choices]
+        fitting = [choice for choice in choices if choice.peak_bytes <= usable]
+    if not fitting and card.is_gpu and recipe.machine.activation_offloading == "auto":
+        paged_out = bool(choices[0].paged_out)
+        choices = list(candidates(recipe, geometry, card, offloading=True))
+        choices = [replace(choice, paged_out=choice.terms["optimizer"]) for choice in choices] if paged_out else choices
         fitting = [choice for choice in choices if choice.peak_bytes <= usable]
     if fitting:
         # Of two equally fast choices, the one with the larger evaluation batch and the smaller peak.
@@ -74,22 +88,38 @@ def choose(recipe: Recipe, geometry: Geometry, card: Card) -> tuple[Choice, bool
     return min(choices, key=lambda choice: choice.peak_bytes), False
 
 
-def candidates(recipe: Recipe, geometry: Geometry, card: Card) -> Iterator[Choice]:
-    """Yield every choice the recipe leaves open."""
-    lora, length = recipe.adapter, recipe.data.max_length
+def candidates(recipe: Recipe, geometry: Geometry, card: Card, *, offloading: bool | None = None) -> Iterator[Choice]:
+    """Yield every choice the recipe leaves open.
+
+    Args:
+        recipe, geometry, card: As in `choose`.
+        offloading: Whether activations are kept on the host; None as the recipe says, where ``auto`` is no.
+    """
+    lora, length, machine = recipe.adapter, recipe.data.max_length, recipe.machine
+    offloading = machine.activation_offloading is True if offloading is None else offloading
     # bfloat16 or float16 on a GPU, float32 on a CPU.
     compute_bytes = 2 if card.is_gpu else 4
     adapters = geometry.lora_parameters(lora.r, lora.target_modules)
-    for checkpointing in _checkpointing(recipe, card):
-        operations = operations_per_token(geometry, adapters, length, checkpointing=checkpointing) * passes(recipe)
+    layers = geometry.num_layers
+    for blocks in _checkpointed_blocks(recipe, layers, card):
+        operations = operations_per_token(geometry, adapters, length, checkpointed=blocks / layers) * passes(recipe)
         for rows, limit, tokens in _micro_batches(recipe, TOKENS if card.is_gpu else (CPU_TOKENS,)):
             for eval_rows in _eval_rows(recipe):
                 step = Step(
-                    tokens, eval_rows * length, checkpointing, compute_bytes, recipe.train.optim, is_gpu=card.is_gpu
+                    tokens,
+                    eval_rows * length,
+                    blocks,
+                    compute_bytes,
+                    recipe.train.optim,
+                    is_gpu=card.is_gpu,
+                    fused_lora=machine.fused_lora is not False,
+                    fused_norms=machine.fused_norms is not False,
+                    offloading=offloading,
+                    length=length,
                 )
                 terms = memory_terms(geometry, lora, step, double_quant=recipe.quantization.bnb_4bit_use_double_quant)
-                speed = relative_speed(operations, tokens)
-                yield Choice(step, rows, limit, eval_rows, terms, operations, speed)
+                speed = relative_speed(operations, tokens) * (OFFLOADING_SPEED if offloading else 1)
+                yield Choice(step, rows, limit, eval_rows, terms, operations, speed, layers)
 
 
 def passes(recipe: Recipe) -> int:
@@ -98,12 +128,13 @@ def passes(recipe: Recipe) -> int:
     return noise.adversarial_steps if noise is not None and (noise.noise_alpha or noise.final_alpha) else 1
 
 
-def _checkpointing(recipe: Recipe, card: Card) -> tuple[bool, ...]:
+def _checkpointed_blocks(recipe: Recipe, layers: int, card: Card) -> tuple[int, ...]:
     asked = recipe.machine.activation_checkpointing
     if asked != "auto":
-        return (bool(asked),)  # a number of blocks counts as all of them
+        # bool before int: True is an int too.
+        return (layers * asked if isinstance(asked, bool) else min(int(asked), layers),)
     # On a CPU, micro-batches of CPU_TOKENS keep the activations small already; recomputing them would only cost time.
-    return (False, True) if card.is_gpu else (False,)
+    return tuple(sorted({layers * part // EIGHTHS for part in range(EIGHTHS + 1)})) if card.is_gpu else (0,)
 
 
 def _micro_batches(recipe: Recipe, budgets: Sequence[int]) -> Iterator[tuple[int | None, int | None, int]]:

@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..recipe.schema import Lora
+from .activations import Way, block_bytes
 from .cards import Card
 from .geometry import Geometry
 
 # ---- Memory ----
 
-# Saved by one block for the backward pass, in multiples of its widths, per token and in the compute dtype: norms,
-# projections with their LoRA branches and dropout, attention, the gated MLP, as transformers, PEFT and bitsandbytes
-# compute them without fused kernels.
-SAVED_HIDDEN, SAVED_INTERMEDIATE = 8, 5
 LIVE_HIDDEN, LIVE_INTERMEDIATE = 4, 3  # alive at once in a block that no backward pass follows
 LOSS_TILE_WIDTH, LOSS_TILE_TOKENS = 32768, 4096  # TRL's head computes the loss in such tiles
 CONTEXT = int(0.55e9)  # bytes of the CUDA context and workspaces
@@ -30,6 +27,8 @@ SLACK = 0.25
 # Adam keeps two moments of each trained weight, in 4 bytes or in 1.
 OPTIMIZER_BYTES = {"paged_adamw_32bit": 8, "adamw_torch": 8, "paged_adamw_8bit": 2, "adamw_8bit": 2}  # per weight
 FLOAT32 = 4  # bytes
+OFFLOADED_BLOCKS = 2  # whose activations are on the device all the same: one on its way there, one on its way back
+OFFLOADING_SPEED = 0.9  # of the speed without; an assumption
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,25 @@ class Step:
     Attributes:
         tokens: In the largest micro-batch, padding included.
         eval_tokens: In the largest evaluation batch.
-        checkpointing: Whether blocks recompute their activations.
+        checkpointed_blocks: How many decoder blocks recompute their activations.
         compute_bytes: Size of one number in the compute dtype, 2 or 4.
         optim: Optimizer.
         is_gpu: Whether there is a CUDA context.
+        fused_lora, fused_norms: As in a recipe's machine section.
+        offloading: Whether what the backward pass needs is kept in host memory.
+        length: Tokens of the longest row.
     """
 
     tokens: int
     eval_tokens: int
-    checkpointing: bool
+    checkpointed_blocks: int
     compute_bytes: int = 2
     optim: str = "paged_adamw_32bit"
     is_gpu: bool = True
+    fused_lora: bool = True
+    fused_norms: bool = True
+    offloading: bool = False
+    length: int = 512
 
 
 def memory_terms(geometry: Geometry, lora: Lora, step: Step, *, double_quant: bool) -> dict[str, int]:
@@ -63,7 +69,7 @@ def memory_terms(geometry: Geometry, lora: Lora, step: Step, *, double_quant: bo
         double_quant: Whether the scales of the base are quantized too.
     """
     trained = geometry.lora_parameters(lora.r, lora.target_modules)
-    training = _training_terms(geometry, step)
+    training = _training_terms(geometry, lora, step)
     temporary = sum(training.values())
     # A step and an evaluation never hold their temporary tensors at the same time, so of the evaluation only what
     # exceeds the step's counts.
@@ -72,8 +78,8 @@ def memory_terms(geometry: Geometry, lora: Lora, step: Step, *, double_quant: bo
         "weights_nf4": geometry.nf4_bytes(double_quant),
         "weights_not_quantized": geometry.unquantized_parameters() * step.compute_bytes,
         # In float32 whatever the compute dtype is: the trainer undoes TRL's cast of LoRA weights to bfloat16
-        # (https://github.com/huggingface/trl/issues/4901).
-        "lora": FLOAT32 * trained,
+        # (https://github.com/huggingface/trl/issues/4901). A step computes with a copy in the compute dtype.
+        "lora": (FLOAT32 if step.compute_bytes == FLOAT32 else FLOAT32 + step.compute_bytes) * trained,
         "gradients": FLOAT32 * trained,
         "optimizer": OPTIMIZER_BYTES.get(step.optim, 8) * trained,
         **training,
@@ -83,18 +89,28 @@ def memory_terms(geometry: Geometry, lora: Lora, step: Step, *, double_quant: bo
     }
 
 
-def _training_terms(geometry: Geometry, step: Step) -> dict[str, int]:
-    size, hidden, widest = step.compute_bytes, geometry.hidden_size, geometry.intermediate_size
-    block = step.tokens * size * (SAVED_HIDDEN * hidden + SAVED_INTERMEDIATE * widest)
-    layers = geometry.num_layers
+def _training_terms(geometry: Geometry, lora: Lora, step: Step) -> dict[str, int]:
+    size, tokens, layers = step.compute_bytes, step.tokens, geometry.num_layers
+    way = Way(step.fused_lora, step.fused_norms, half=size < FLOAT32, dropout=lora.lora_dropout > 0)
+    block = block_bytes(geometry, lora.r, step.length, way)
+    checkpoint = geometry.hidden_size * size  # a block's input, all that it keeps if it is repeated
+    repeated = min(step.checkpointed_blocks, layers)
+    whole = layers - repeated
+    # Memory is fullest in the backward pass of the last block, which is not repeated unless all of them are; the
+    # others before it still hold what they have kept. With it begins the part that is "live_block".
+    kept = repeated * checkpoint + max(whole - 1, 0) * block.kept
+    live = (
+        block.checkpointed_peak if whole == 0 else max(block.peak, block.checkpointed_peak - (whole - 1) * block.kept)
+    )
+    if step.offloading:
+        kept = min(kept, OFFLOADED_BLOCKS * (block.kept if whole else checkpoint))
+    # Or fullest at the loss, when that block has kept what it keeps and has not begun its backward pass.
+    loss = _loss_tile_bytes(geometry, tokens, size) + tokens * (block.kept if whole else checkpoint)
     return {
-        # With checkpointing a block keeps its input alone; one block at a time is recomputed.
-        # (tokens, hidden) per block if it is recomputed; else all that a block saves, where the last block is
-        # "live_block".
-        "activations": layers * step.tokens * hidden * size if step.checkpointing else (layers - 1) * block,
-        "live_block": block,
+        "activations": round(tokens * kept),
+        "live_block": round(tokens * live),
         "dequantization": 2 * size * max(linear.out_features * linear.in_features for linear in geometry.linears),
-        "loss_tile": _loss_tile_bytes(geometry, step.tokens, size),
+        "loss_tile": max(0, round(loss - tokens * live)),
     }
 
 
@@ -115,7 +131,7 @@ EFFICIENCY = (0.35, 0.6)  # share of the datasheet's matrix speed that such trai
 UNPACKING_TOKENS = 230  # of a forward pass for which unpacking the NF4 weights takes as long as multiplying by them
 
 
-def operations_per_token(geometry: Geometry, lora_parameters: int, length: int, *, checkpointing: bool) -> float:
+def operations_per_token(geometry: Geometry, lora_parameters: int, length: int, *, checkpointed: float) -> float:
     """Return the floating-point operations of a training step, per token.
 
     A weight costs two operations forward and two for the gradient of its input, and two more if the forward pass is
@@ -125,9 +141,9 @@ def operations_per_token(geometry: Geometry, lora_parameters: int, length: int, 
         geometry: The base.
         lora_parameters: Number of trained weights.
         length: Tokens per sequence, for attention.
-        checkpointing: Whether blocks compute their forward pass twice.
+        checkpointed: Share of the blocks that compute their forward pass twice.
     """
-    again = 1 if checkpointing else 0
+    again = checkpointed
     base = (4 + 2 * again) * geometry.active_parameters()
     head = 6 * geometry.vocab_size * geometry.embedding_width
     attention = (7 + 2 * again) * length * geometry.hidden_size * geometry.num_layers

@@ -135,7 +135,8 @@ def _resolved_machine(machine: Mapping[str, Any], choice: Choice, card: Card) ->
         "max_tokens_per_micro_batch": choice.tokens or "auto",
         "per_device_train_batch_size": choice.rows or "auto",
         "per_device_eval_batch_size": choice.eval_rows or "auto",
-        "activation_checkpointing": choice.step.checkpointing,
+        "activation_checkpointing": choice.checkpointing,
+        "activation_offloading": choice.step.offloading,
     }
     return {key: chosen.get(key, value) if value == "auto" else value for key, value in machine.items()}
 
@@ -318,7 +319,9 @@ def picture(report: FitReport, path: Path, title: str) -> bool:
 def _plan(plan: Mapping[str, Any]) -> str:
     tokens, rows = plan["max_tokens_per_micro_batch"], plan["per_device_train_batch_size"]
     limits = [f"{tokens} tokens"] * (tokens != "auto") + [f"{rows} rows"] * (rows != "auto")
-    checkpointing = {True: "on", False: "off"}.get(plan["activation_checkpointing"], "in some blocks")
+    blocks = plan["activation_checkpointing"]
+    checkpointing = ("on" if blocks else "off") if isinstance(blocks, bool) else f"in {blocks} blocks"
+    checkpointing += ", activations kept in host memory" * (plan["activation_offloading"] is True)
     eval_rows = plan["per_device_eval_batch_size"]
     evaluation = "" if eval_rows == "auto" else f", evaluation {eval_rows} rows at a time"
     return (

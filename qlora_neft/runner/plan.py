@@ -287,7 +287,8 @@ def _machine(recipe: Recipe, choice: Choice, card: Card) -> dict[str, Any]:
         return {}
     chosen = {
         "max_tokens_per_micro_batch": choice.tokens,
-        "activation_checkpointing": choice.step.checkpointing,
+        "activation_checkpointing": choice.checkpointing,
+        "activation_offloading": choice.step.offloading,
         "per_device_eval_batch_size": choice.eval_rows or None,  # 0: there are no held-out rows
     }
     machine = recipe.machine
@@ -301,10 +302,13 @@ def _notes(choice: Choice, card: Card, *, fits: bool) -> tuple[str, ...]:
     peak = f"memory: {choice.peak_bytes / GIB:.1f} of {card.memory / GIB:.1f} GiB by the estimate"
     paged = f"; {choice.paged_out / GIB:.1f} GiB of optimizer states are paged to the host" if choice.paged_out else ""
     doubt = "" if fits else "; it may not fit, and would end with a plan of what to change (qlora-neft fit says more)"
-    on = "on" if choice.step.checkpointing else "off"
+    blocks = choice.checkpointing
+    on = ("on" if blocks else "off") if isinstance(blocks, bool) else f"in {blocks} blocks of {choice.num_layers}"
+    offloading = ", activations kept in host memory" if choice.step.offloading else ""
     return (
         peak + paged + doubt,
-        f"planned, the fastest that fits: micro-batches of up to {choice.step.tokens} tokens, checkpointing {on}",
+        f"planned, the fastest that fits: micro-batches of up to {choice.step.tokens} tokens, checkpointing {on}"
+        + offloading,
     )
 
 

@@ -27,8 +27,9 @@ This page has the same answers for every shipped recipe.
     measured on a GPU**. If little memory is left to spare, try it: `train` starts with the plan, reads the real peak
     after the first step, and halves the micro-batch if memory runs out, which changes nothing that is learned.
 
-A cell is the planned peak in GiB. **-**: not even the smallest plan fits. `c`: with activation checkpointing. `p`:
-optimizer states are paged out to the host. `!`: less than 0.5 GiB to spare. Of each card 94% is used.
+A cell is the planned peak in GiB. **-**: not even the smallest plan fits. `c`: with activation checkpointing, `c8`: in
+8 blocks. `p`: optimizer states are paged out to the host. `o`: activations are kept in host memory. `!`: less than
+0.5 GiB to spare. Of each card 94% is used.
 """
 
 ADVICE = """
@@ -86,7 +87,9 @@ def _table(plans: Plans, cell: Callable[[dict[str, Any]], str]) -> str:
 def _peak(plan: dict[str, Any]) -> str:
     if not plan["fits"]:
         return "-"
-    marks = "c" * bool(plan["plan"]["activation_checkpointing"]) + "p" * bool(plan["paged_out_bytes"])
+    blocks = plan["plan"]["activation_checkpointing"]
+    checkpointed = "c" * blocks if isinstance(blocks, bool) else f"c{blocks}"
+    marks = checkpointed + "p" * bool(plan["paged_out_bytes"]) + "o" * (plan["plan"]["activation_offloading"] is True)
     close = "!" * (plan["margin_bytes"] < CLOSE * GIB)
     return " ".join(filter(None, (f"{plan['peak_bytes'] / GIB:.1f}", marks, close)))
 

@@ -140,12 +140,12 @@ def test_more_memory_is_never_slower_and_the_step_is_never_exceeded():
     speeds = [choose(RECIPE_7B, LLAMA_7B, card_of(f"{g}GiB"))[0] for g in (8, 12, 16, 24, 40, 80, 140)]
     assert [c.speed for c in speeds] == sorted(c.speed for c in speeds)
     assert all(512 <= c.step.tokens <= 16 * 512 for c in speeds)
-    assert not speeds[-1].step.checkpointing
+    assert not speeds[-1].checkpointing
 
 
 def test_thirty_billion_fit_a_24_gib_card_with_paged_optimizer_states_and_not_without():
     choice, fits = choose(RECIPE_30B, LLAMA_30B, card_of("24GiB"))
-    assert fits and choice.paged_out == choice.terms["optimizer"] and choice.step.checkpointing
+    assert fits and choice.paged_out == choice.terms["optimizer"] and choice.checkpointing
     assert not choose(load_recipe("llama-30b-alpaca", ["train.optim=adamw_torch"]), LLAMA_30B, card_of("24GiB"))[1]
 
 
@@ -153,10 +153,43 @@ def test_what_the_recipe_states_is_kept():
     stated = ("per_device_train_batch_size=2", "activation_checkpointing=true", "per_device_eval_batch_size=3")
     asked = ["data.eval_fraction=0.1", *(f"machine.{key}" for key in stated)]
     choice, _ = choose(load_recipe("llama2-7b-alpaca", asked), LLAMA_7B, card_of("80GiB"))
-    assert (choice.rows, choice.eval_rows, choice.step.checkpointing, choice.step.tokens) == (2, 3, True, 1024)
+    assert (choice.rows, choice.eval_rows, choice.checkpointing, choice.step.tokens) == (2, 3, True, 1024)
     recipe = load_recipe("llama2-7b-alpaca", ["machine.activation_checkpointing=true"])
     planned = planned_for(recipe, shipped_config("meta-llama/Llama-2-7b-hf"), card_of("80GiB"))
     assert "activation_checkpointing" not in planned.machine and planned.machine["max_tokens_per_micro_batch"] == 8192
+
+
+def test_some_blocks_are_checkpointed_where_that_is_enough_and_the_plan_says_how_many():
+    choice, fits = choose(RECIPE_7B, LLAMA_7B, card_of("12GiB"))
+    assert fits and 0 < choice.checkpointing < LLAMA_7B.num_layers
+    report = fit_report(RECIPE_7B, LLAMA_7B, card_of("12GiB"))
+    assert report["plan"]["activation_checkpointing"] == choice.checkpointing
+    planned = planned_for(RECIPE_7B, shipped_config("meta-llama/Llama-2-7b-hf"), card_of("12GiB"))
+    assert planned.machine["activation_checkpointing"] == choice.checkpointing
+    assert f"checkpointing in {choice.checkpointing} blocks of 32" in planned.notes[1]
+
+
+def test_activations_go_to_the_host_only_where_nothing_fits_without():
+    long = load_recipe("llama2-7b-alpaca", ["data.max_length=32768", "lora.r=16"])
+    cards = [card_of(f"{gibibytes}GiB") for gibibytes in range(12, 40)]
+    choices = [choose(long, LLAMA_7B, card) for card in cards]
+    offloaded = [choice.step.offloading for choice, fits in choices if fits]
+    assert offloaded == sorted(offloaded, reverse=True) and {True, False} == set(offloaded)
+    refused = load_recipe(
+        "llama2-7b-alpaca", ["data.max_length=32768", "lora.r=16", "machine.activation_offloading=false"]
+    )
+    for card, (choice, fits) in zip(cards, choices, strict=True):
+        if fits and choice.step.offloading:
+            assert not choose(refused, LLAMA_7B, card)[1]
+
+
+def test_a_path_that_is_switched_off_needs_more():
+    off = load_recipe("llama2-7b-alpaca", ["machine.fused_lora=false", "machine.fused_norms=false"])
+    ours, modules = (
+        next(c for c in candidates(recipe, LLAMA_7B, card_of("80GiB")) if c.tokens == 4096 and not c.checkpointing)
+        for recipe in (RECIPE_7B, off)
+    )
+    assert modules.terms["activations"] > 1.7 * ours.terms["activations"]
 
 
 def test_the_remedies_do_what_they_say():

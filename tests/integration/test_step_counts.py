@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from benchmarks.step_counter import recorded
-from benchmarks.step_counter.arms import Arm, count
+from benchmarks.step_counter.arms import FAMILIES, VOCABULARY, Arm, block, count
 from benchmarks.step_counter.counter import ATTENTION, BASE, OTHER, StepCounter
+from benchmarks.step_counter.page import text
+from qlora_neft.fit.activations import Way, block_bytes
+from qlora_neft.fit.geometry import geometry_of
 from qlora_neft.fused import ops
 
+ROOT = Path(__file__).parents[2]
 RUN_AGAIN = "if the rise is meant: python -m benchmarks.step_counter --record"
 QUICK = ("llama", "llama, as on CUDA", "gpt_neox, as on CUDA")  # the others with `make test-slow`
 
@@ -48,6 +55,42 @@ def test_a_rise_is_named_with_both_values(committed):
         "launches a layer",
         "kept for the backward pass",
     ]
+
+
+def test_the_page_of_the_counts_is_up_to_date():
+    page = ROOT / "docs" / "results" / "step_counts.md"
+    assert page.read_text(encoding="utf-8") == text(), "run: python -m benchmarks.step_counter.page"
+
+
+# ---- The planner's terms ----
+
+BY_MODULES = {"fused_lora": False, "fused_norms": False}
+
+
+@pytest.mark.parametrize(
+    ("arm", "way"),
+    [
+        (Arm("llama", as_on_cuda=True), Way()),
+        (Arm("llama", r=2, dropout=0.0, arguments=BY_MODULES), Way(False, False, dropout=False)),
+        (Arm("gpt_neox", as_on_cuda=True), Way()),
+        *(
+            pytest.param(Arm(family, as_on_cuda=True), Way(), marks=pytest.mark.slow)
+            for family in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "opt")
+        ),
+        *(
+            pytest.param(Arm(family, precision="fp32"), Way(half=False), marks=pytest.mark.slow)
+            for family in ("llama", "qwen3", "gpt_neox")
+        ),
+    ],
+    ids=lambda value: value.family if isinstance(value, Arm) else "",
+)
+def test_the_planner_says_what_a_block_keeps_and_needs_within_3_percent(arm, way):
+    length = 41
+    name, keys = FAMILIES[arm.family]
+    config = getattr(transformers, name)(num_hidden_layers=1, vocab_size=VOCABULARY, **keys)
+    planned = block_bytes(geometry_of(config.to_dict()), arm.r, length, way)
+    counted = block(arm, length)
+    assert (planned.kept, planned.peak, planned.checkpointed_peak) == pytest.approx(counted, rel=0.03)
 
 
 # ---- The counter ----
