@@ -59,7 +59,8 @@ def test_a_dry_run_writes_the_folder_and_shows_the_card(run_dir):
     assert config["inference_mode"] is True and config["target_modules"] == sorted(config["target_modules"])
     recipe = load_recipe(folder / "recipe.yaml").to_dict()
     ran = load_recipe("out/recipe.yaml").to_dict()
-    assert recipe.pop("model") == {"name_or_path": "ann/tiny-base", "revision": COMMIT}
+    model = {"name_or_path": "ann/tiny-base", "revision": COMMIT}
+    assert recipe.pop("model") == {**model, "adapter": None, "adapter_revision": None}
     assert recipe == {key: value for key, value in ran.items() if key != "model"}
 
 
