@@ -210,19 +210,28 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the decoder's own configuration.
 
     Raises:
-        UserInputError: If the model also has an image or audio part: its linear layers would be quantized and adapted
-            as well, and not counted here.
+        UserInputError: If the model also has an image or audio part that is loaded with it, and not counted here. Of
+            most such models the text part alone is loaded, see `qlora_neft.base.text_part`.
     """
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         return config
     beside = sorted(key for key in ("audio_config", "vision_config") if config.get(key))
-    if beside:
+    if beside and not _is_loaded_alone(text):
         raise UserInputError(
             f"model.name_or_path: a model of type {config.get('model_type')!r} has a part that cannot be counted from "
             f"its config.json ({', '.join(beside)}). Supported: text-only models such as {', '.join(sorted(FAMILIES))}."
         )
     return text
+
+
+def _is_loaded_alone(text: Mapping[str, Any]) -> bool:
+    model_type = text.get("model_type")
+    if model_type in FAMILIES:
+        return True
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _check_stored_skips(config: Mapping[str, Any]) -> None:

@@ -214,8 +214,9 @@ def test_a_nested_text_configuration_counts_for_the_whole():
 
 def test_a_model_that_also_sees_is_refused():
     """`load_nf4_base` would quantize, and PEFT adapt, the layers of its image part."""
-    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "vision_config": {"hidden_size": 8}}
-    with pytest.raises(UserInputError, match=r"'gemma3' has a part that cannot be counted .*vision_config"):
+    text = {"model_type": "mllama_text_model"}
+    config = {"model_type": "mllama", "text_config": text, "vision_config": {"hidden_size": 8}}
+    with pytest.raises(UserInputError, match=r"'mllama' has a part that cannot be counted .*vision_config"):
         geometry_of(config)
 
 
