@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import QuantState, quantize_4bit
 from torch import Tensor, nn
 
 from .expert_names import DOWN, UP_NAMES
+from .unpack import unpacked
 
 BLOCK, SECOND_BLOCK = 64, 256  # numbers that share a constant, as in `Linear4bit`
 # Set on an experts module by transformers' `use_experts_implementation`: how its 3-D parameters are to be read.
@@ -170,7 +171,7 @@ class QuantizedExperts(nn.Module):
 
     def matrix(self, name: str, expert: int, dtype: torch.dtype | None = None) -> Tensor:
         """Dequantize one expert's matrix, (out, in), or (in, out) where the layout is turned."""
-        return dequantize_4bit(cast(Tensor, getattr(self, name))[expert], self.state(name, expert, dtype))
+        return unpacked(cast(Tensor, getattr(self, name))[expert], self.state(name, expert, dtype))
 
     def state(self, name: str, expert: int, dtype: torch.dtype | None = None) -> QuantState:
         """Return bitsandbytes' description of one expert's matrix."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from .config import NOT_RUN, check_base_config
 from .experts import QuantizedExperts
 from .quantizer import Nf4Config, quantize_leftovers
 from .text_part import causal_model
+from .unpack import unpack_by_blocks, unpacked
 
 
 def nf4_config(
@@ -139,14 +139,16 @@ def float32_islands(model: PreTrainedModel, dtype: torch.dtype) -> frozenset[str
 
 
 def keep_nf4_layout(model: nn.Module) -> None:
-    """Stop bitsandbytes from rewriting the base on CPUs with AVX512-BF16.
+    """Let a base on a CPU be what its NF4 bytes say, before, during and after training.
 
-    There, the first forward in eval mode repacks every `Linear4bit` weight in place for an inference kernel, rounds its
+    `unpack_by_blocks` sees to layers that bitsandbytes unpacks wrongly there. And on CPUs with AVX512-BF16, the first
+    forward in eval mode repacks every `Linear4bit` weight in place for an inference kernel, rounds its
     double-quantized constants to bf16 for good, and fails if a layer's width is not a multiple of 32; later training
     steps then run on the rewritten weights (``Linear4bit.forward`` and ``_convert_weight_packed_for_cpu``, bitsandbytes
     0.50; https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078 is one consequence). A single evaluation
     would change the run. Can go when the repacking leaves the stored weight alone.
     """
+    unpack_by_blocks(model)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -186,9 +188,8 @@ def to_nf4(weight: Tensor, double_quant: bool) -> Params4bit:
 
 def from_nf4(weight: Params4bit) -> Tensor:
     """Return the float32 values that a quantized weight stands for, (out, in)."""
-    # dequantize_4bit returns the dtype that the state names.
     weight.quant_state.dtype = torch.float32
-    return dequantize_4bit(weight.data, weight.quant_state)
+    return unpacked(weight.data, weight.quant_state)
 
 
 def _stored_tensors(param: Tensor) -> Iterator[Tensor]:

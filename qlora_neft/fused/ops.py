@@ -17,6 +17,7 @@ from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
+from ..base.unpack import crosses_rows, flat_shape
 from .masks import Mask
 
 P = ParamSpec("P")
@@ -172,11 +173,13 @@ def dequantized(linear: Linear4bit, dtype: torch.dtype) -> Tensor:
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2).add_(state.offset)
-    what = packed, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype
+    what = packed, absmax.float(), state.blocksize, state.quant_type
+    shape = torch.Size(state.shape)
     if packed.device.type == "cpu":  # bitsandbytes has no kernel there that writes into given memory
-        return torch.ops.bitsandbytes.dequantize_4bit.default(*what)
-    out = WEIGHTS.of(torch.Size(state.shape), dtype, packed.device)
-    torch.ops.bitsandbytes.dequantize_4bit.out(*what, out=out)
+        by_blocks = flat_shape(shape, state.blocksize) if crosses_rows(packed, state) else shape
+        return torch.ops.bitsandbytes.dequantize_4bit.default(*what, by_blocks, dtype).view(shape)
+    out = WEIGHTS.of(shape, dtype, packed.device)
+    torch.ops.bitsandbytes.dequantize_4bit.out(*what, shape, dtype, out=out)
     return out
 
 
