@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_blockwise
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..base.unpack import crosses_rows, flat_shape
 from .masks import Mask
@@ -170,10 +171,7 @@ def dequantized(linear: Linear4bit, dtype: torch.dtype) -> Tensor:
     """
     weight: Any = linear.weight
     state, packed = weight.quant_state, weight.data.view(-1, 1)
-    absmax = state.absmax
-    if state.nested:
-        absmax = dequantize_blockwise(absmax, state.state2).add_(state.offset)
-    what = packed, absmax.float(), state.blocksize, state.quant_type
+    what = packed, _absmax(state), state.blocksize, state.quant_type
     shape = torch.Size(state.shape)
     if packed.device.type == "cpu":  # bitsandbytes has no kernel there that writes into given memory
         by_blocks = flat_shape(shape, state.blocksize) if crosses_rows(packed, state) else shape
@@ -181,6 +179,25 @@ def dequantized(linear: Linear4bit, dtype: torch.dtype) -> Tensor:
     out = WEIGHTS.of(shape, dtype, packed.device)
     torch.ops.bitsandbytes.dequantize_4bit.out(*what, shape, dtype, out=out)
     return out
+
+
+# Blocks' scales in float32, by the bytes they were unpacked from; gone with the model.
+_ABSMAX = WeakTensorKeyDictionary()
+
+
+def _absmax(state: Any) -> Tensor:
+    """Return the largest magnitude in each block of a weight, float32.
+
+    On a CPU they are unpacked once and kept, an eighth of the packed weight's bytes: memory is plentiful there, and
+    for small weights this takes as long as unpacking the weight.
+    """
+    if not state.nested:
+        return state.absmax.float()
+    if state.absmax.device.type != "cpu":
+        return dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float()
+    if state.absmax not in _ABSMAX:
+        _ABSMAX[state.absmax] = dequantize_blockwise(state.absmax, state.state2).add_(state.offset).float()
+    return _ABSMAX[state.absmax]
 
 
 def base_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:

@@ -20,8 +20,9 @@ has not been measured. In particular, **nothing has been measured on a GPU** unl
 the list are computed from the raw files beside the pages.
 
 The pages on `stories260K` and `babyllama361` (ablations, figure 4, signature, merging, GGUF) were measured before
-bitsandbytes' unpacking on CPUs was corrected here. The MLPs of these two models have 172 and 352 inputs, no multiples of
-64, so their `down_proj` computed with wrong scales, the same in every arm of a comparison. The demo's base is not concerned.
+bitsandbytes' unpacking on CPUs was corrected here. The MLPs of these two models have 172 and 352 inputs, no multiples
+of 64, so their `down_proj` computed with wrong scales, the same in every arm of a comparison. The demo's base is not
+concerned.
 
 | page | in short | raw |
 |---|---|---|
