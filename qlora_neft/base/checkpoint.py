@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from bitsandbytes.nn import Params4bit
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -44,8 +46,28 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
         if hasattr(one, "quantization_config"):
             del one.quantization_config
     causal = causal_model(config) or CausalModel(AutoModelForCausalLM, config)  # else one that brings its own code
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _LargeOnMeta():
         return causal.build(dtype=torch.float32).eval()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes what can only be a stack of experts on the meta device at once.
+
+    accelerate moves a parameter there when a module gets it, so it is allocated first: 30 GB for a layer of
+    DeepSeek-V3, which a machine may refuse, or fill with zeros for minutes. Buffers, which must have their values, are
+    smaller.
+    """
+
+    FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand)
+    NUMBERS = 2**24
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.FACTORIES and kwargs.get("device") is None:
+            shape = args[0] if args and isinstance(args[0], (tuple, list)) else args
+            if len(shape) == 3 and math.prod(shape) >= self.NUMBERS:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 class Checkpoint:

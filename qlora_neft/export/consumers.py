@@ -34,6 +34,7 @@ OLD_READERS = (
     "converter that is pinned to it"
 )
 KNOWN_PARTS = ("use_dora", "trainable_token_indices", "lora_bias", "bias")  # `Facts.beyond_matrices` names them
+EXPERTS = "target_parameters"  # how PEFT names LoRA on experts, which are not modules
 NF4_NEEDED = "NF4 is the BitsAndBytesConfig of training; without it the adapter is on the 16-bit base"
 
 
@@ -245,9 +246,11 @@ def _only_matrices_fit(facts: Facts, verdict: Verdict, merge: str) -> None:
 
 def _only_plain_lora(facts: Facts, verdict: Verdict, merge: str) -> None:
     """Refuse settings that make the update something other than B A on the base as it is stored."""
-    used = [key for key in beyond_plain(facts.config) if key.split("=")[0] not in KNOWN_PARTS]
+    used = [key for key in beyond_plain(facts.config) if key.split("=")[0] not in (*KNOWN_PARTS, EXPERTS)]
     if used:
         verdict.breaks(f"it takes plain LoRA only, the adapter has {', '.join(used)}", merge)
+    if facts.config.get(EXPERTS):
+        verdict.breaks(f"not verified with LoRA on experts, which this adapter has ({EXPERTS})", merge)
 
 
 def _base_can_be_loaded(facts: Facts, verdict: Verdict) -> None:

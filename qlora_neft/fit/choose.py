@@ -116,6 +116,7 @@ def candidates(recipe: Recipe, geometry: Geometry, card: Card, *, offloading: bo
                     fused_norms=machine.fused_norms is not False,
                     offloading=offloading,
                     length=length,
+                    is_bf16=card.has_bf16 and machine.precision != "fp16",
                 )
                 terms = memory_terms(geometry, lora, step, double_quant=recipe.quantization.bnb_4bit_use_double_quant)
                 speed = relative_speed(operations, tokens) * (OFFLOADING_SPEED if offloading else 1)

@@ -45,6 +45,7 @@ class Step:
         fused_lora, fused_norms: As in a recipe's machine section.
         offloading: Whether what the backward pass needs is kept in host memory.
         length: Tokens of the longest row.
+        is_bf16: Whether half precision is bfloat16, not float16.
     """
 
     tokens: int
@@ -57,6 +58,7 @@ class Step:
     fused_norms: bool = True
     offloading: bool = False
     length: int = 512
+    is_bf16: bool = True
 
 
 def memory_terms(geometry: Geometry, lora: Lora, step: Step, *, double_quant: bool) -> dict[str, int]:
@@ -76,7 +78,7 @@ def memory_terms(geometry: Geometry, lora: Lora, step: Step, *, double_quant: bo
     evaluation = max(0, _evaluation_bytes(geometry, step) - temporary)
     return {
         "weights_nf4": geometry.nf4_bytes(double_quant),
-        "weights_not_quantized": geometry.unquantized_parameters() * step.compute_bytes,
+        "weights_not_quantized": _unquantized_bytes(geometry, step),
         # In float32 whatever the compute dtype is: the trainer undoes TRL's cast of LoRA weights to bfloat16
         # (https://github.com/huggingface/trl/issues/4901). A step computes with a copy in the compute dtype.
         "lora": (FLOAT32 if step.compute_bytes == FLOAT32 else FLOAT32 + step.compute_bytes) * trained,
@@ -87,6 +89,12 @@ def memory_terms(geometry: Geometry, lora: Lora, step: Step, *, double_quant: bo
         "allocator_slack": int(SLACK * (temporary + evaluation)),
         "context": CONTEXT if step.is_gpu else 0,
     }
+
+
+def _unquantized_bytes(geometry: Geometry, step: Step) -> int:
+    # What an architecture keeps in float32: routers, some norms.
+    kept = geometry.float32_in_bfloat16 if step.is_bf16 else geometry.float32_in_float16
+    return geometry.unquantized_parameters() * step.compute_bytes + kept * (FLOAT32 - step.compute_bytes)
 
 
 def _training_terms(geometry: Geometry, lora: Lora, step: Step) -> dict[str, int]:

@@ -22,6 +22,8 @@ class Linear:
         experts: Weights of one layer: of fused experts, how many each layer has, else 1.
         used: How many of them a token passes through.
         path: Full name, with ``*`` for the number of the block; if empty, the name alone.
+        adapted: Whether "all-linear" puts LoRA on it; routers are adapted only if they are named.
+        refused: Why it cannot have LoRA, empty if it can.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Linear:
     path: str = ""
     experts: int = 1
     used: int = 1
+    adapted: bool = True
+    refused: str = ""
 
     @property
     def matrix(self) -> int:
@@ -61,6 +65,7 @@ class Parts:
         linears: Layers that are quantized.
         norms: Number of parameters of all norms of the model, and of its routers.
         inner: Width of a token's way through the MLP, None for ``intermediate_size``.
+        kept_in_float16: Number of the parameters that stay in float32 where the others are in float16.
         head_dim: Width of one attention head.
         embedding_width: Columns of the token embedding, and inputs of the head.
         positions: Number of parameters of learned positions.
@@ -74,6 +79,7 @@ class Parts:
     positions: int = 0
     head_bias: bool = False
     inner: int | None = None
+    kept_in_float16: int = 0
 
 
 def _in_blocks(
@@ -211,10 +217,14 @@ def _olmoe(keys: SimpleNamespace) -> Parts:
 
 
 def _gpt_oss(keys: SimpleNamespace) -> Parts:
-    """Biases everywhere, and a sink for each head."""
+    """Biases everywhere, and a sink for each head; its norms do not go into float16."""
     parts = _gated(keys, attention_bias=keys.attention_bias)
     parts = _with_experts(keys, parts, keys.num_local_experts, keys.intermediate_size, biased=True)
-    return replace(parts, norms=parts.norms + keys.num_hidden_layers * keys.num_attention_heads)
+    return replace(
+        parts,
+        norms=parts.norms + keys.num_hidden_layers * keys.num_attention_heads,
+        kept_in_float16=(2 * keys.num_hidden_layers + 1) * keys.hidden_size,
+    )
 
 
 def _opt(keys: SimpleNamespace) -> Parts:

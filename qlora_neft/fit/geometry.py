@@ -1,7 +1,8 @@
 """How many parameters and bytes a model takes once it is loaded in NF4, from its config.json alone.
 
 Every count is exact: tests/integration/test_geometry.py compares each with the model that `load_nf4_base` loads. The
-families of `families` are counted without torch; any other from transformers' own model on the meta device.
+families of `families` are counted without torch; any other from transformers' own model on the meta device, see
+`skeleton`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..base.expert_names import is_of_stack
-from ..errors import UserInputError, first_line
+from ..errors import UserInputError
 from ..files import read_json
-from ..recipe.schema import Quantization
 from .families import FAMILIES, Linear
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["FAMILIES", "Geometry", "Linear", "geometry_of", "shipped_config"]
 
@@ -45,7 +42,13 @@ class Geometry:
         linears: The layers that become ``Linear4bit``; the head is not among them.
         embedding_parameters: Token embedding, and learned positions.
         head_parameters: Untied output layer with its bias, else 0.
-        other_parameters: Norms, and biases: of quantized layers, which keep them unquantized, and of a tied head.
+        other_parameters: Norms, and biases: of quantized layers, which keep them unquantized, and of a tied head; what
+            else is not in NF4.
+        other_linears: Linear layers among those: routers, and what the loader leaves out. Where the family is known,
+            routers are only counted.
+        float32_in_bfloat16, float32_in_float16: How many of the parameters that are not in NF4 stay in float32 where
+            the others are in this dtype.
+        left_out: Parts of the checkpoint that are not loaded, such as ``vision_config``.
     """
 
     model_type: str
@@ -62,6 +65,10 @@ class Geometry:
     embedding_parameters: int
     head_parameters: int
     other_parameters: int
+    other_linears: tuple[Linear, ...] = ()
+    float32_in_bfloat16: int = 0
+    float32_in_float16: int = 0
+    left_out: tuple[str, ...] = ()
 
     def parameters(self) -> int:
         """Return the size of the unquantized model, a tied weight counted once."""
@@ -107,10 +114,12 @@ class Geometry:
             UserInputError: If a target matches no linear layer.
         """
         if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-            return sum(linear.count * _lora_pair(linear, r) for linear in self.linears)
+            taken = [linear for linear in (*self.linears, *self.other_linears) if linear.adapted]
+            return sum(linear.count * _lora_pair(linear, r) for linear in taken)
         # A list or an expression may name the head; "all-linear" leaves it alone.
         head = Linear(HEAD, self.vocab_size, self.embedding_width, False, 1)
-        modules = [(name, linear) for linear in (*self.linears, head) for name in linear.module_names()]
+        layers = (*self.linears, *self.other_linears, head)
+        modules = [(name, linear) for linear in layers for name in linear.module_names()]
         targets = [target_modules] if isinstance(target_modules, str) else list(dict.fromkeys(target_modules))
         # PEFT's rule: an expression must match the whole name, an entry of a list its last parts.
         match = _is_matched if isinstance(target_modules, str) else _is_named
@@ -121,7 +130,14 @@ class Geometry:
                 f"lora.target_modules: the model has no linear layer {', '.join(unknown)}. Its linear layers are "
                 f"{known}; all-linear takes all but the head."
             )
-        return sum(_lora_pair(linear, r) for name, linear in modules if any(match(t, name, linear) for t in targets))
+        matched = [(name, linear) for name, linear in modules if any(match(t, name, linear) for t in targets)]
+        for name, linear in matched:
+            if linear.refused:
+                raise UserInputError(
+                    f"lora.target_modules: {name} cannot have LoRA ({linear.refused}). Remove it, or write all-linear, "
+                    "which leaves it out."
+                )
+        return sum(_lora_pair(linear, r) for _, linear in matched)
 
 
 def _nf4_bytes(weights: int, double_quant: bool, block_size: int) -> int:
@@ -171,30 +187,28 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
         UserInputError: If the model type cannot be counted, a key that matters has no usable value, or the checkpoint
             is stored with layers left unquantized.
     """
-    text = _text_config(config)
-    # The text part of a multi-part model has a configuration of its own, but the quantization of the whole checkpoint
-    # stands in the outer one.
+    # The quantization of a whole checkpoint stands in its outer configuration.
     _check_stored_skips(config)
+    if not _parts_beside_text(config):
+        config = config.get("text_config") or config
     # Counted by formula if the family is known, which needs no torch; else on transformers' own model, which takes
-    # seconds.
-    family = FAMILIES.get(text.get("model_type", ""))
-    if text.get("mlp_only_layers"):  # blocks without experts, listed one by one
-        family = None
-    if family is None:
-        return _count_skeleton(text)
+    # seconds. How a model with more parts is loaded, only its classes say.
+    family = None if "text_config" in config else FAMILIES.get(config.get("model_type", ""))
+    if family is None or config.get("mlp_only_layers"):  # blocks without experts, one by one
+        return _of_skeleton(config)
     count, defaults = family
-    keys = SimpleNamespace(**{key: _checked(key, text.get(key, d), d) for key, d in defaults.items()})
+    keys = SimpleNamespace(**{key: _checked(key, config.get(key, d), d) for key, d in defaults.items()})
     parts = count(keys)
     tied, bias = keys.tie_word_embeddings, keys.vocab_size if parts.head_bias else 0
     token_embedding = keys.vocab_size * parts.embedding_width
     biases = sum(linear.count * linear.biases for linear in parts.linears)
     return Geometry(
-        model_type=text["model_type"],
+        model_type=config["model_type"],
         hidden_size=keys.hidden_size,
         num_layers=keys.num_hidden_layers,
         num_attention_heads=keys.num_attention_heads,
         head_dim=parts.head_dim,
-        intermediate_size=parts.inner or (keys.ffn_dim if text["model_type"] == "opt" else keys.intermediate_size),
+        intermediate_size=parts.inner or (keys.ffn_dim if config["model_type"] == "opt" else keys.intermediate_size),
         vocab_size=keys.vocab_size,
         max_position_embeddings=keys.max_position_embeddings,
         embedding_width=parts.embedding_width,
@@ -203,35 +217,19 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
         embedding_parameters=token_embedding + parts.positions,
         head_parameters=0 if tied else token_embedding + bias,
         other_parameters=parts.norms + biases + (bias if tied else 0),
+        float32_in_float16=parts.kept_in_float16,
     )
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the decoder's own configuration.
-
-    Raises:
-        UserInputError: If the model also has an image or audio part that is loaded with it, and not counted here. Of
-            most such models the text part alone is loaded, see `qlora_neft.base.text_part`.
-    """
-    text = config.get("text_config")
-    if not isinstance(text, Mapping):
-        return config
-    beside = sorted(key for key in ("audio_config", "vision_config") if config.get(key))
-    if beside and not _is_loaded_alone(text):
-        raise UserInputError(
-            f"model.name_or_path: a model of type {config.get('model_type')!r} has a part that cannot be counted from "
-            f"its config.json ({', '.join(beside)}). Supported: text-only models such as {', '.join(sorted(FAMILIES))}."
-        )
-    return text
+def _parts_beside_text(config: Mapping[str, Any]) -> list[str]:
+    parts = [key for key, value in config.items() if key.endswith("_config") and isinstance(value, Mapping)]
+    return [key for key in parts if key not in ("text_config", "quantization_config")]
 
 
-def _is_loaded_alone(text: Mapping[str, Any]) -> bool:
-    model_type = text.get("model_type")
-    if model_type in FAMILIES:
-        return True
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+def _of_skeleton(config: Mapping[str, Any]) -> Geometry:
+    from .skeleton import counts_of
 
-    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return Geometry(**counts_of(config))
 
 
 def _check_stored_skips(config: Mapping[str, Any]) -> None:
@@ -264,98 +262,3 @@ def _checked(key: str, value: Any, default: int | bool | None) -> Any:
     if not fits:
         raise UserInputError(f"model.name_or_path: {key} in its config.json must be {rule}, got {value!r}.")
     return value
-
-
-def _count_skeleton(text: Mapping[str, Any]) -> Geometry:
-    """Count a model that transformers builds on the meta device: any causal language model with attention heads.
-
-    Raises:
-        UserInputError: If transformers cannot build it, or it is not made of attention blocks.
-    """
-    model_type = str(text.get("model_type"))
-    refusal = (
-        f"model.name_or_path: a model of type {model_type!r} cannot be counted from its config.json. Supported: "
-        f"causal language models with attention heads, such as {', '.join(sorted(FAMILIES))}."
-    )
-    import torch
-    from torch import nn
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    from ..base.checkpoint import skeleton
-    from ..base.nf4 import nf4_config
-    from ..base.quantizer import in_nf4
-
-    if model_type not in CONFIG_MAPPING:
-        raise UserInputError(refusal)
-    keys = {key: _number(value) for key, value in text.items() if key not in ("model_type", "quantization_config")}
-    try:
-        config = AutoConfig.for_model(model_type, **keys)
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        model = skeleton(config)
-        model.tie_weights()  # a tie is lost on the meta device, where each parameter is made anew
-    except Exception as error:  # transformers checks a configuration's values, with errors of many kinds
-        raise UserInputError(f"{refusal} ({first_line(error)})") from error
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    assert isinstance(embedding, nn.Parameter)  # (vocabulary, width)
-    tied = head.weight is embedding
-    head_parameters = 0 if tied else sum(parameter.numel() for parameter in head.parameters())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    # What is quantized is decided where the base is loaded, so it is done here, without weights.
-    linears = _quantized_layers(in_nf4(model, nf4_config(Quantization(), torch.float32)))
-    if not linears:
-        raise UserInputError(refusal)
-    quantized = sum(linear.weights for linear in linears)
-    return Geometry(
-        model_type=model_type,
-        hidden_size=hidden,
-        num_layers=config.num_hidden_layers,
-        num_attention_heads=heads,
-        head_dim=_head_dim(config) or hidden // heads,
-        intermediate_size=max(linear.used * max(linear.out_features, linear.in_features) for linear in linears),
-        vocab_size=config.vocab_size,
-        max_position_embeddings=getattr(config, "max_position_embeddings", None),
-        embedding_width=embedding.shape[1],
-        tied=tied,
-        linears=tuple(linears),
-        embedding_parameters=embedding.numel(),
-        head_parameters=head_parameters,
-        other_parameters=total - quantized - embedding.numel() - head_parameters,
-    )
-
-
-def _number(value: Any) -> Any:
-    """Return a value of a configuration with the numbers that JSON lacks, which transformers writes as objects."""
-    if isinstance(value, list | tuple):
-        return [_number(one) for one in value]
-    return float(value["__float__"]) if isinstance(value, dict) and value.keys() == {"__float__"} else value
-
-
-def _head_dim(config: Any) -> int | None:
-    """Return the width of a head, the largest where layers differ (gemma4)."""
-    try:
-        return getattr(config, "head_dim", None)
-    except RuntimeError:  # transformers refuses to name one for all layers
-        own = [config.per_layer_config[i].head_dim for i in range(config.num_hidden_layers)]
-        return max(own, default=None)
-
-
-def _quantized_layers(model: PreTrainedModel) -> list[Linear]:
-    """Return what is in NF4 in a model that `in_nf4` has changed."""
-    from bitsandbytes.nn import Linear4bit
-
-    from ..base.experts import QuantizedExperts
-
-    top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
-    linears = []
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, Linear4bit):
-            bias = module.bias is not None
-            linears.append(Linear(last, module.out_features, module.in_features, bias, 1, name))
-        elif isinstance(module, QuantizedExperts):
-            for stack, (out, width) in module.matrix_shapes.items():
-                sizes = (width, out) if module.layout.turned else (out, width)
-                linears.append(
-                    Linear(stack, *sizes, module.layout.has_bias, 1, f"{name}.{stack}", module.num_experts, top_k)
-                )
-    return linears

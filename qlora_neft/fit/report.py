@@ -237,7 +237,10 @@ def _notes(recipe: Recipe, geometry: Geometry, choice: Choice, stored: int | Non
             f"{choice.paged_out / GIB:.2f} GiB of optimizer states are paged to the host while they are not needed, "
             "which takes time at each step"
         )
-    if stored is not None and stored != geometry.parameters():
+    if geometry.left_out:
+        parts = ", ".join(name.removesuffix("_config") for name in geometry.left_out)
+        notes.append(f"the text part is counted, which alone is loaded; left out: {parts}")
+    elif stored is not None and stored != geometry.parameters():
         notes.append(
             f"the checkpoint holds {stored:,} weights, its configuration says {geometry.parameters():,}; the answer "
             "goes by the configuration"

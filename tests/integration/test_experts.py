@@ -24,6 +24,7 @@ from qlora_neft.base.nf4 import frozen_fingerprints, load_nf4_base, nf4_config, 
 from qlora_neft.base.quantizer import in_nf4
 from qlora_neft.errors import UserInputError
 from qlora_neft.export.abilities import facts_of
+from qlora_neft.export.consumers import verdict_for
 from qlora_neft.export.merge.merge import merge_adapter
 from qlora_neft.export.merge.plan import plan_merge
 from qlora_neft.fit.geometry import geometry_of
@@ -229,6 +230,14 @@ def test_a_merged_mixture_is_base_and_adapter_in_the_layout_of_its_checkpoint(mo
     with torch.no_grad():
         assert (merged(IDS).logits - model.eval()(IDS).logits).abs().max() < 1e-5
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
-    assert facts_of(adapter).rank == 3
+    facts = facts_of(adapter)
+    assert facts.rank == 3
+    # One answer: it merges, and nothing else is advised that was not tried with experts.
+    assert facts.abilities.merge is None
+    assert facts.abilities.adapter_gguf and "gguf does not write" in facts.abilities.merged_gguf
+    vllm, peft = verdict_for("vllm", facts), verdict_for("peft", facts)
+    assert not vllm.is_usable and vllm.remedy.startswith("qlora-neft merge ") and peft.is_usable
+    assert ["not verified with LoRA on experts" in reason for reason in vllm.reasons] == [True]
+    assert not verdict_for("llama.cpp", facts).is_usable and not verdict_for("ollama", facts).is_usable
     with pytest.raises(UserInputError, match="has experts, for which no format in NF4 exists"):
         plan_merge(adapter, "nf4")

@@ -208,7 +208,7 @@ def test_the_remedies_do_what_they_say():
 
 
 def test_a_base_the_planner_does_not_know_is_said_and_not_planned():
-    planned = planned_for(load_recipe("demo"), {"model_type": "mamba"}, card_of("24GiB"))
+    planned = planned_for(load_recipe("demo"), {"model_type": "t5"}, card_of("24GiB"))
     assert planned.machine == {} and planned.estimate is None and "not planned" in planned.notes[0]
 
 
