@@ -19,6 +19,7 @@ from ..errors import UserInputError, first_line
 from .folder import MEND, WEIGHTS, AdapterFolder, find_adapter
 from .names import check_names
 from .prompts import Prompts, recorded_template, template_of
+from .spelling import key_mapping
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def with_adapter(base: PreTrainedModel, folder: AdapterFolder, *, is_trainable: 
         made = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
         # What PeftModel.from_pretrained does, which keeps the names that found no match to itself, and only warns.
         model = made(base, config)
-        mapping = getattr(base, "_checkpoint_conversion_mapping", {})
+        mapping = key_mapping(model) or getattr(base, "_checkpoint_conversion_mapping", {})
         found = model.load_adapter(str(folder.path), "default", is_trainable=is_trainable, key_mapping=mapping)
     except SafetensorError as error:
         raise UserInputError(f"{folder.source}: {WEIGHTS} cannot be read ({error}). {MEND}") from error

@@ -201,8 +201,10 @@ def _other_base(weights: AdapterWeights, base: BaseNames) -> str | None:
                 "base it was trained on with --base."
             )
     theirs = _indices(name[:-7] for name in base.tensors if name.endswith(".weight"))
+    # A block that has other layers may share this one with another block, whose copy alone is stored (zamba).
+    blocks = {index.split(".")[0] for indices in theirs.values() for index in indices}
     for kind, indices in _indices(weights.ranks).items():
-        beyond = sorted(indices - theirs[kind]) if kind in theirs else []
+        beyond = [i for i in sorted(indices - theirs[kind]) if i.split(".")[0] not in blocks] if kind in theirs else []
         if beyond:
             return (
                 f"the adapter does not fit the base {weights.folder.base!r}, which has no {kind} in block {beyond[0]}. "

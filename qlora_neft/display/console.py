@@ -101,7 +101,14 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def lines_after(
-    output_dir: Path, base: str, steps: int, seconds: float, *, drawn: bool, merges: bool = True
+    output_dir: Path,
+    base: str,
+    steps: int,
+    seconds: float,
+    *,
+    drawn: bool,
+    merges: bool = True,
+    of_text_part: bool = False,
 ) -> list[str]:
     """Return lines on where everything is, and what to do next.
 
@@ -112,9 +119,11 @@ def lines_after(
         seconds: Time they took.
         drawn: Whether ``loss.png`` was drawn.
         merges: Whether `qlora-neft merge` accepts the adapter.
+        of_text_part: Whether programs that load the whole base do not find its layers, so that they need the merge.
     """
     curves = f"loss curves: {output_dir / 'loss.png'}"
     here, merged = shlex.quote(str(output_dir)), shlex.quote(f"{output_dir}-merged")
+    why = "for vLLM and all that loads the whole base" if of_text_part else "a plain 16-bit model, with proof"
     base_id = " --base-id owner/base" * (kind_of(base) != "hub")  # a local base is never published
     missing = "no loss.png: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'"
     return [
@@ -123,7 +132,7 @@ def lines_after(
         curves if drawn else missing,
         "next:",
         f"  qlora-neft chat {here} --compare   # talk to it, beside its base",
-        *([f"  qlora-neft merge {here} {merged}   # a plain 16-bit model, with proof"] if merges else []),
+        *([f"  qlora-neft merge {here} {merged}   # {why}"] if merges else []),
         f"  qlora-neft export {here} --repo-id you/name{base_id} --dry-run   # what would go to the Hub",
         "  qlora-neft cp llama2-7b-alpaca mine.yaml   # a recipe of your own",
     ]

@@ -26,6 +26,9 @@ from ..run_folder.tokenizer_files import needs_transformers_5
 
 GGUF_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # model_type of bases that `qlora-neft gguf` writes
 EMBEDDINGS = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"}
+OF_TEXT_PART = (
+    "its layers are named after the text part of {base}; a program that loads the whole model does not find them"
+)
 # Keys of config.json that may mean what llama.cpp does not compute; the rules themselves are the GGUF writer's.
 _UNUSUAL = ("rope_scaling", "rope_parameters", "partial_rotary_factor", "layer_types", "use_sliding_window")
 
@@ -137,6 +140,25 @@ class Facts:
         if "tie_word_embeddings" in config or config.get("model_type") not in FAMILIES:
             return bool(config.get("tie_word_embeddings"))
         return bool(FAMILIES[config["model_type"]][1].get("tie_word_embeddings"))
+
+    @property
+    def is_of_text_part(self) -> bool:
+        """Whether its layers are named after the text part of a base that also sees or hears.
+
+        Whoever loads the whole base finds no layer of these names, and mostly goes on without the adapter.
+        """
+        inside = {"language_model", "text_model"}  # of an adapter that was trained on the whole model
+        return "text_config" in (self.base_config or {}) and not any(inside & {*n.split(".")} for n in self.ranks)
+
+    @property
+    def is_lost_to_peft(self) -> bool:
+        """Whether it is of a text part that AutoModelForCausalLM, by which PEFT loads a base, does not load alone."""
+        if not self.is_of_text_part:
+            return False
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.model_type or "")
+        return name is None or name.endswith("ForConditionalGeneration")
 
     @property
     def new_tokens(self) -> int:

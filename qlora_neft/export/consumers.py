@@ -15,7 +15,7 @@ from typing import Any
 
 from ..adapter.folder import beyond_plain
 from ..errors import UserInputError
-from .abilities import GGUF_TYPES, Facts, facts_of
+from .abilities import GGUF_TYPES, OF_TEXT_PART, Facts, facts_of
 
 __all__ = ["CONSUMERS", "Facts", "Verdict", "facts_of", "named_consumers", "verdict_for", "vllm_rank_flag"]
 
@@ -138,6 +138,7 @@ def vllm_rank_flag(rank: int) -> str | None:
 
 def _vllm(facts: Facts, verdict: Verdict) -> None:
     merge = _merge(facts)
+    _not_a_text_part(facts, verdict, is_lost=facts.is_of_text_part)
     rank_flag = vllm_rank_flag(facts.rank)
     _only_plain_lora(facts, verdict, merge)
     if facts.beyond_matrices:
@@ -203,6 +204,7 @@ def _ollama(facts: Facts, verdict: Verdict) -> None:
 
 
 def _peft(facts: Facts, verdict: Verdict) -> None:
+    _not_a_text_part(facts, verdict, is_lost=facts.is_lost_to_peft)
     _base_can_be_loaded(facts, verdict)
     if verdict.is_usable:
         call = f"AutoPeftModelForCausalLM.from_pretrained({facts.source!r}, quantization_config=NF4)"
@@ -211,6 +213,7 @@ def _peft(facts: Facts, verdict: Verdict) -> None:
 
 
 def _transformers(facts: Facts, verdict: Verdict) -> None:
+    _not_a_text_part(facts, verdict, is_lost=facts.is_lost_to_peft)
     _base_can_be_loaded(facts, verdict)
     if facts.config.get("modules_to_save"):
         verdict.notes.append("modules_to_save are taken from the adapter; PEFT must be installed")
@@ -251,6 +254,12 @@ def _only_plain_lora(facts: Facts, verdict: Verdict, merge: str) -> None:
         verdict.breaks(f"it takes plain LoRA only, the adapter has {', '.join(used)}", merge)
     if facts.config.get(EXPERTS):
         verdict.breaks(f"not verified with LoRA on experts, which this adapter has ({EXPERTS})", merge)
+
+
+def _not_a_text_part(facts: Facts, verdict: Verdict, *, is_lost: bool) -> None:
+    """Refuse an adapter of a text part, if the tool loads the whole checkpoint."""
+    if is_lost:
+        verdict.breaks(OF_TEXT_PART.format(base=facts.base), _merge(facts))
 
 
 def _base_can_be_loaded(facts: Facts, verdict: Verdict) -> None:

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from ..errors import UserInputError
+from ..errors import UserInputError, first_line
 from ..noise.streams import preserved_rng, stream_key, uniform_draws
 
 
@@ -290,14 +290,19 @@ class _Batch:
             eos_token_id=self.stops,
         )
         generate = cast("Any", model).generate  # upstream declares it on the classes of the architectures alone
-        output = generate(
-            input_ids=self.ids,
-            attention_mask=(~self.is_padding).long(),
-            generation_config=config,
-            logits_processor=LogitsProcessorList(self._processors(decoding)),
-            stopping_criteria=StoppingCriteriaList(self._stopping(limits, should_stop)),
-            streamer=streamer,
-        )
+        try:
+            output = generate(
+                input_ids=self.ids,
+                attention_mask=(~self.is_padding).long(),
+                generation_config=config,
+                logits_processor=LogitsProcessorList(self._processors(decoding)),
+                stopping_criteria=StoppingCriteriaList(self._stopping(limits, should_stop)),
+                streamer=streamer,
+            )
+        except UserInputError:
+            raise
+        except (NotImplementedError, ValueError) as error:
+            raise _cannot_generate(model, error) from error
         return [ids[:limit] for ids, limit in zip(output[:, self.width :].tolist(), limits, strict=True)]
 
     def _processors(self, decoding: Decoding) -> Iterator[LogitsProcessor]:
@@ -343,6 +348,15 @@ class _OnRequest(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.full((len(input_ids),), self.should_stop(), device=input_ids.device)
+
+
+def _cannot_generate(model: PreTrainedModel | PeftModel, error: Exception) -> UserInputError:
+    """Return a refusal of upstream's as one message: some families train, but their caches do not fit their layers."""
+    kind = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    return UserInputError(
+        f"model.name_or_path: {kind} cannot answer ({type(error).__name__}: {first_line(error)}). It can be trained "
+        "without answers (machine.eval_answers=0); to generate, choose another base."
+    )
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
     _show(run, before, after)
     seconds = trainer.train_seconds
     base, steps = run.recipe.model.name_or_path, summary["steps"]
-    say(run.console, lines_after(run.output_dir, base, steps, seconds, drawn=drawn, merges=_merges(run)))
+    say(run.console, lines_after(run.output_dir, base, steps, seconds, drawn=drawn, **_next_steps(run)))
     return summary
 
 
@@ -224,12 +224,13 @@ def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: M
 # ---- Lines for the user ----
 
 
-def _merges(run: Run) -> bool:
-    """Whether `qlora-neft merge` accepts what was trained."""
+def _next_steps(run: Run) -> dict[str, bool]:
+    """Return what `lines_after` must know of the adapter."""
     if not is_main_process():
-        return False
+        return {"merges": False}
     facts = facts_of_adapter(find_adapter(run.output_dir))
-    return facts.abilities is None or facts.abilities.merge is None
+    merges = facts.abilities is None or facts.abilities.merge is None
+    return {"merges": merges, "of_text_part": facts.is_of_text_part}
 
 
 def _finished(output_dir: Path, console: Console) -> dict[str, Any]:

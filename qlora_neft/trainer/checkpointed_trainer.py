@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
+from ..adapter.spelling import respelled
 from ..errors import RunFailed, UserInputError
 from ..files import disk_problem, read_json
 from ..noise.streams import preserved_rng
@@ -286,7 +287,7 @@ def load_adapter_weights(model: nn.Module, folder: Path) -> None:
     saved = load_file(file)
     # PEFT loads with strict=False, which passes over names that do not match without a word.
     _check_same(folder, saved, get_peft_model_state_dict(model))
-    set_peft_model_state_dict(model, saved)
+    set_peft_model_state_dict(model, respelled(model, saved) if isinstance(model, PeftModel) else saved)
 
 
 def _load_full(model: nn.Module, folder: Path) -> None:

@@ -207,14 +207,17 @@ def _resumed(recipe: Any, out: Path, cut: Path, run: Callable[..., Any]) -> str:
 
 
 def _generated(out: Path) -> str:
+    """Answer as `qlora-neft generate` does."""
     from qlora_neft.adapter.load import load_trained
+    from qlora_neft.generation.decode import Decoding, continuations
 
     trained = load_trained(out, device="cpu", precision="fp32")
-    ids = torch.tensor([trained.tokenizer("Say 3")["input_ids"]])
-    answer = trained.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False
-    )
-    return YES if answer.shape[1] == ids.shape[1] + 4 else f"{answer.shape[1] - ids.shape[1]} tokens instead of 4"
+    ids = trained.tokenizer("Say 3")["input_ids"]
+    # The pad token never ends an answer, so that each has all of its tokens.
+    stop = trained.tokenizer.pad_token_id
+    settings = Decoding(max_new_tokens=4, min_new_tokens=4)
+    (answer,) = continuations(trained.model, trained.tokenizer, [ids], settings, batch_size=1, stop_token_ids=[stop])
+    return YES if len(answer.ids) == 4 else f"{len(answer.ids)} tokens instead of 4"
 
 
 def _merged(out: Path, merged: Path) -> str:

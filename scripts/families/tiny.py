@@ -137,6 +137,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": SSM2, "ministral": {"head_dim": 16}, "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "qwen3_5_text": LINEAR, "qwen3_5_moe_text": LINEAR, "qwen3_next": LINEAR, "qwen4_exp_text": LINEAR | INDEXER,
+    # Its cache rounds widths up to 64, its layers do not: of the released one both are the same.
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "reformer": {
         "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * 2, "local_attn_chunk_length": 256,
     },

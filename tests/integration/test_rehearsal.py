@@ -101,8 +101,9 @@ def test_islands_of_float32_are_matched_as_transformers_matches_them(family):
     assert float32_islands(base, torch.float32) == frozenset()
 
 
-@pytest.mark.parametrize("model_type", ["gemma3n_text", "llama4"])
-def test_the_committed_table_of_families_is_true(tmp_path, model_type):
+def test_the_committed_table_of_families_is_true(tmp_path):
+    # Experts, a shared expert, and names that PEFT spoils when it reads them back (`adapter.spelling`).
+    model_type = "laguna"
     committed = json.loads(RESULTS.read_text())["families"][model_type]
     found = audit(model_type, clear(tmp_path / "work"))
     assert found["bugs"] == []

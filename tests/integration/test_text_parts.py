@@ -17,8 +17,13 @@ from qlora_neft.base.config import check_base_config
 from qlora_neft.base.nf4 import load_nf4_base
 from qlora_neft.base.text_part import causal_model
 from qlora_neft.errors import UserInputError
+from qlora_neft.export.abilities import facts_of
+from qlora_neft.export.consumers import verdict_for
+from qlora_neft.export.hub.public import PublicBase
+from qlora_neft.export.hub.usage import snippets
 from qlora_neft.export.merge.merge import merge_adapter
 from qlora_neft.export.merge.plan import plan_merge
+from qlora_neft.recipe.schema import Quantization
 from scripts.families.tiny import tiny_whole
 
 CPU = torch.device("cpu")
@@ -108,6 +113,14 @@ def test_trained_and_merged_it_is_the_checkpoint_in_its_own_layout(whole, tmp_pa
     trainer.train()
     assert all("vision" not in name for name, p in trainer.model.named_parameters() if p.requires_grad)
     trainer.save_model(tmp_path / "adapter")
+    facts = facts_of(find_adapter(tmp_path / "adapter"))
+    assert facts.is_of_text_part and facts.is_lost_to_peft  # AutoModelForCausalLM has no mistral3
+    for tool in ("vllm", "peft", "transformers"):
+        verdict = verdict_for(tool, facts)
+        assert not verdict.is_usable and "text part" in verdict.reasons[0] and "qlora-neft merge" in verdict.remedy
+    card = snippets("a/b", PublicBase("a/c", None), facts.config, Quantization(), None, None, facts)
+    assert [s.title for s in card] == ["qlora_neft", "Merged into a plain 16-bit model"]
+    assert "text part of a/c" in card[0].note
     plan = plan_merge(find_adapter(tmp_path / "adapter"), dtype="float32")
     merge_adapter(plan, tmp_path / "merged", byte_tokenizer(), None, max_shard_bytes=2**30, say=lambda line: None)
 

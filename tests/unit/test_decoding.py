@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 import torch
 from tiny import byte_tokenizer
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import AutoModelForCausalLM, RepetitionPenaltyLogitsProcessor
 
 from qlora_neft.errors import UserInputError
-from qlora_neft.generation.decode import Decoding, KeyedDraw, RepetitionPenalty
+from qlora_neft.generation.decode import Decoding, KeyedDraw, RepetitionPenalty, continuations
 from qlora_neft.generation.generate import TextStream, answer_text
 
 PAD, STOP = 9, 8
@@ -113,3 +113,15 @@ def test_streamed_pieces_are_the_text(as_it_is):
         assert "".join(pieces) == answer_text(tokenizer, ids, as_it_is=as_it_is)
         assert len(pieces) > 10 and "�" not in "".join(pieces)
     assert "".join(pieces).startswith("G") == (not as_it_is)
+
+
+def test_a_model_that_transformers_cannot_generate_with_is_one_message(llama, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+
+    def broken(*args, **kwargs):
+        raise ValueError("the cache has\nanother shape")
+
+    monkeypatch.setattr(model.model, "forward", broken)
+    with pytest.raises(UserInputError, match=r"^model.name_or_path: LlamaForCausalLM cannot answer .*cache") as caught:
+        list(continuations(model, byte_tokenizer(), [[5, 6]], Decoding(max_new_tokens=2), batch_size=1))
+    assert "\n" not in str(caught.value)

@@ -56,6 +56,10 @@ output = model.generate(**inputs, max_new_tokens=256, do_sample=False, repetitio
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))"""
 
 PROMPT_NOTE = "The prompt template of the training run is applied automatically."
+TEXT_PART_NOTE = (
+    "Its layers are named after the text part of {base}. Programs that load the whole model, such as {others}, do not "
+    "find them. Merge it for those; the merged model has the layout of the base."
+)
 VLLM_NOTE = (
     "`--quantization bitsandbytes` makes vLLM quantize the base to NF4. Without it, vLLM serves the adapter on the "
     "16-bit base, which is a different model from the one trained; a merged model avoids the question."
@@ -118,10 +122,18 @@ def snippets(
         "nf4": nf4,
         "ask": _ask(prompts, eos_token_id),
     }
-    return [
-        Snippet("qlora_neft", PROMPT_NOTE, "bash", f"qlora-neft generate {repo_id} {shlex.quote(QUESTION)}"),
+    is_text_part = facts is not None and facts.is_of_text_part
+    is_lost = facts is not None and facts.is_lost_to_peft
+    others = "vLLM, PEFT and transformers' AutoModelForCausalLM" if is_lost else "vLLM"
+    note = PROMPT_NOTE + (f" {TEXT_PART_NOTE.format(base=base.id, others=others)}" if is_text_part else "")
+    ours = Snippet("qlora_neft", note, "bash", f"qlora-neft generate {repo_id} {shlex.quote(QUESTION)}")
+    by_peft = [
         Snippet("PEFT, on the NF4 base it was trained on", "", "python", PEFT.format(**parts)),
         Snippet("transformers, 4-bit", "", "python", TRANSFORMERS.format(**parts)),
+    ]
+    return [
+        ours,
+        *([] if is_lost else by_peft),
         *_vllm(repo_id, base, config, facts),
         *_merged(repo_id, config, facts),
     ]
