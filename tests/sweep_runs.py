@@ -17,6 +17,7 @@ from qlora_neft.compare.plan import plan_sweep
 from qlora_neft.compare.queue import Outcome
 from qlora_neft.compare.sweep import sweep
 from qlora_neft.errors import RunFailed, RunInterrupted
+from qlora_neft.fused import ops
 from qlora_neft.runner.run import run
 from qlora_neft.trainer import QLoRANeftTrainer
 
@@ -33,18 +34,27 @@ class Watched(QLoRANeftTrainer):
         super().__init__(*args, **kwargs)
         name = Path(self.args.output_dir).name
         self.start[name] = {n: p.detach().clone() for n, p in self.model.named_parameters() if "lora_" in n}
-        [dropout, *_] = [m for n, m in self.model.named_modules() if n.endswith("lora_dropout.default")]
 
         def note_tokens(module, inputs, output):
             if module.training:
                 self.tokens[name].append(inputs[0].tolist())
 
-        def note_zeros(module, inputs, output):
-            if module.training:
-                self.dropped[name].append(hashlib.sha256((output == 0).numpy().tobytes()).hexdigest())
-
         self.model.get_input_embeddings().register_forward_hook(note_tokens)
-        dropout.register_forward_hook(note_zeros)
+
+    def training_step(self, *args, **kwargs):
+        name = Path(self.args.output_dir).name
+
+        def note_zeros(operation, function, arguments, keywords):
+            output = function(*arguments, **keywords)
+            if operation == "dropped" and arguments[1].module == 0:  # of the first layer, in both passes
+                self.dropped[name].append(hashlib.sha256((output == 0).numpy().tobytes()).hexdigest())
+            return output
+
+        ops.observer = note_zeros
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:
+            ops.observer = None
 
 
 class InThisProcess:

@@ -47,6 +47,7 @@ NOT_RUN = {
     "qlora-neft export out --repo-id me/my-adapter": "needs the Hub; test_push.py pushes to a stand-in",
     "torchrun": "two processes; tests/invariant/test_ranks.py",
     "accelerate launch": "needs two GPUs",
+    "python -m benchmarks.gpu": "needs a GPU; tests/integration/test_gpu_benchmark.py rehearses it",
     "sky ": "needs a cloud account",
     "hf jobs": "needs an account with credit",
     "llama-": "needs llama.cpp; tests/integration/test_gguf_runs.py loads the files with it",

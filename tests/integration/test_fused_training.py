@@ -21,6 +21,7 @@ from tiny import (
 )
 from torch import nn
 
+from qlora_neft.base.unpack import Linear4bitByBlocks
 from qlora_neft.fused.layers import FusedLinear, FusedMLP, Swapped
 
 ROWS = mixed_rows(48)
@@ -122,7 +123,8 @@ def test_the_model_is_what_peft_made(whole):
 def test_a_copy_is_of_upstreams_classes(whole, how):
     block = whole.model.get_base_model().model.layers[0].mlp
     again = how(block)
-    assert {type(m).__module__.partition(".")[0] for m in again.modules()} <= {
+    # But for layers whose weights bitsandbytes cannot unpack on a CPU.
+    assert {type(m).__module__.partition(".")[0] for m in again.modules() if not isinstance(m, Linear4bitByBlocks)} <= {
         "torch",
         "peft",
         "transformers",
