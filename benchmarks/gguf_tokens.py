@@ -19,7 +19,7 @@ import llama_cpp
 import numpy as np
 import torch
 
-from qlora_neft.adapter.load import Trained, load_trained, nf4_base_of, with_adapter
+from qlora_neft.adapter.load import Trained, base_of_adapter, load_trained, with_adapter
 from qlora_neft.data.templates import alpaca_prompt
 from qlora_neft.export.gguf.lora import write_lora_gguf
 from qlora_neft.export.gguf.model import write_model_gguf
@@ -83,7 +83,7 @@ def compare(run: str, num_prompts: int, num_tokens: int) -> dict[str, Any]:
 
 def write_models(trained: Trained, folder: Path) -> None:
     """Write the dequantized NF4 base, alone and merged, as model folders and as GGUF, and the adapter as GGUF."""
-    base = nf4_base_of(trained.folder, trained.policy).dequantize()
+    base = base_of_adapter(trained.folder, trained.policy).dequantize()
     base.save_pretrained(folder / "base")
     with_adapter(base, trained.folder).merge_and_unload().save_pretrained(folder / "merged")
     for name in ("base", "merged"):

@@ -38,10 +38,14 @@ def resolved(recipe: Recipe) -> Recipe:
     for key, value in lora.model_dump().items() if recipe.lora is not None else ():
         if (stated := getattr(recipe.lora, key)) != value and not _same_layers(key, stated, value):
             differences.append((f"lora.{key}", value, stated))
-    if folder.recipe is not None and folder.recipe.quantization is not None:
-        # Other constants give other weights, which the adapter was not trained on.
+    if folder.recipe is not None:
+        # Other constants give other weights, which the adapter was not trained on; so does no quantization.
         theirs, ours = folder.recipe.quantization, recipe.quantization
-        if theirs.bnb_4bit_use_double_quant != ours.bnb_4bit_use_double_quant:
+        if theirs is None or ours is None:
+            if theirs is not ours:
+                values = (None if one is None else "a section" for one in (theirs, ours))
+                differences.append(("quantization", *values))
+        elif theirs.bnb_4bit_use_double_quant != ours.bnb_4bit_use_double_quant:
             values = theirs.bnb_4bit_use_double_quant, ours.bnb_4bit_use_double_quant
             differences.append(("quantization.bnb_4bit_use_double_quant", *values))
     if differences:

@@ -91,8 +91,8 @@ class AdapterFolder:
         return self.config.get("revision") or (self.recipe.model.revision if self.recipe else None)
 
     @property
-    def quantization(self) -> Quantization:
-        """How the base was stored in training; without a recipe as QLoRA's paper has it."""
+    def quantization(self) -> Quantization | None:
+        """How the base was stored in training, None for not quantized; without a recipe as QLoRA's paper has it."""
         return self.recipe.quantization if self.recipe else Quantization()
 
     @property
@@ -180,6 +180,13 @@ def _what_is_missing(path: Path) -> str:
         return (
             f"the run in this folder is not finished. Finish it with the same train command, or name its newest "
             f"checkpoint: {newest.path}"
+        )
+    recipe = _recorded_recipe(path)
+    if recipe is not None and recipe.trains_all and (path / "config.json").is_file():
+        return (
+            "holds a full model, trained without an adapter (lora: null), which needs no base: there is nothing to "
+            f"merge or export. Load it with AutoModelForCausalLM.from_pretrained({str(path)!r}), publish it with hf "
+            "upload, or name it as model.name_or_path of another recipe."
         )
     if (path / "config.json").is_file():
         return f"holds a model and no adapter ({WEIGHTS} and {CONFIG}). Give the --output-dir of a run."

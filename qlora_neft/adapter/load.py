@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.config import load_tokenizer
 from ..base.expert_lora import for_experts
-from ..base.nf4 import load_nf4_base, nf4_config
+from ..base.nf4 import load_nf4_base, load_unquantized_base, nf4_config
 from ..base.precision import PrecisionPolicy, resolve_precision
 from ..errors import UserInputError, first_line
 from .folder import MEND, WEIGHTS, AdapterFolder, find_adapter
@@ -73,7 +73,7 @@ def load_trained(
     precision: str = "auto",
     prompt_template: str | None = None,
 ) -> Trained:
-    """Load an adapter on its base in NF4, as it was trained.
+    """Load an adapter on its base, as it was trained: in NF4, or unquantized if its recipe says so.
 
     Args:
         source: As in `find_adapter`, or what it found.
@@ -87,7 +87,8 @@ def load_trained(
         UserInputError: If adapter, base or template cannot be loaded, or do not belong together.
     """
     folder = source if isinstance(source, AdapterFolder) else find_adapter(source, revision=revision, base=base)
-    policy = resolve_precision(precision, device, folder.quantization.bnb_4bit_compute_dtype)
+    section = folder.quantization
+    policy = resolve_precision(precision, device, "auto" if section is None else section.bnb_4bit_compute_dtype)
     check_names(folder)
     # Tokenizer and template come before gigabytes of weights, so that a mistake in them shows at once.
     tokenizer = tokenizer_of_adapter(folder)
@@ -96,7 +97,7 @@ def load_trained(
     except UserInputError as error:
         raise UserInputError(f"--prompt-template: {error}") from error
     is_guessed = prompt_template is None and recorded_template(folder) is None
-    model = with_adapter(nf4_base_of(folder, policy), folder)
+    model = with_adapter(base_of_adapter(folder, policy), folder)
     return Trained(folder, model, tokenizer, prompts, policy, is_guessed)
 
 
@@ -109,9 +110,13 @@ def tokenizer_of_adapter(folder: AdapterFolder) -> PreTrainedTokenizerBase:
         return load_tokenizer(folder.base, revision=folder.base_revision)
 
 
-def nf4_base_of(folder: AdapterFolder, policy: PrecisionPolicy) -> PreTrainedModel:
-    """Load the base as it was in training, in NF4."""
+def base_of_adapter(folder: AdapterFolder, policy: PrecisionPolicy) -> PreTrainedModel:
+    """Load the base as it was in training: in NF4, or not quantized."""
     with naming_the_base(folder):
+        if folder.quantization is None:
+            return load_unquantized_base(
+                folder.base, device=policy.device, dtype=policy.compute_dtype, revision=folder.base_revision
+            )
         return load_nf4_base(
             folder.base,
             device=policy.device,

@@ -25,7 +25,7 @@ from .experts import QuantizedExperts, expert_modules
 from .quantizer import routers
 
 MIN_NF4_SHARE = 0.9  # of the block weights, for a base that is called NF4
-NORMS, ROUTERS = "norms and biases", "routers"
+NORMS, ROUTERS, NOT_QUANTIZED = "norms and biases", "routers", "not quantized"
 SHOWN = 3  # kinds of layers that a line names
 
 
@@ -80,21 +80,37 @@ class Census:
         """Share of the trained weights that can receive a gradient."""
         return None if self.reached is None or not self.trained else self.reached / self.trained
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the base was loaded to be in NF4, however much of it is."""
+        return all(kept.why != NOT_QUANTIZED for kept in self.kept)
+
+    @property
+    def in_full(self) -> bool:
+        """Whether the blocks themselves are trained."""
+        return not self.adapted_layers and self.trained >= self.block_weights > 0
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as ``summary.json`` holds them."""
         return {**asdict(self), "nf4_share": self.nf4_share, "reached_share": self.reached_share}
 
     def line(self) -> str:
         """Return all of it in one line."""
-        parts = [f"counted: {percent(self.nf4_share)} of the block weights in NF4"]
-        large = [kept for kept in self.kept if kept.why not in (NORMS, ROUTERS)]
-        if large:
-            parts.append(f"in 16 bits: {_listed(f'{k.names} ({k.why})' for k in large)}")
-        parts.append(f"LoRA on {self.adapted_layers} of {self.linear_layers} linear layers")
-        if self.without_lora:
-            parts.append(f"none on {_listed(self.without_lora)}")
-        if self.routers:
-            parts.append("routers not trained")
+        if self.is_quantized:
+            parts = [f"counted: {percent(self.nf4_share)} of the block weights in NF4"]
+            large = [kept for kept in self.kept if kept.why not in (NORMS, ROUTERS)]
+            if large:
+                parts.append(f"in 16 bits: {_listed(f'{k.names} ({k.why})' for k in large)}")
+        else:
+            parts = ["counted: not quantized"]
+        if self.in_full:
+            parts.append("no adapter")
+        else:
+            parts.append(f"LoRA on {self.adapted_layers} of {self.linear_layers} linear layers")
+            if self.without_lora:
+                parts.append(f"none on {_listed(self.without_lora)}")
+            if self.routers:
+                parts.append("routers not trained")
         if self.reached_share is not None:
             parts.append(f"{percent(self.reached_share)} of {self.trained:,} trained weights receive a gradient")
         return "; ".join(parts)
@@ -111,13 +127,15 @@ def census(model: nn.Module) -> Census:
     base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     block, nf4, kept = 0, 0, dict[tuple[str, str], int]()
     router_names = set(_routers(base))
+    plain = getattr(base.config, "quantization_config", None) is None  # nobody asked for NF4
     for name, owner, param in _block_parameters(base):
         weights = _count(owner, name, param)
         block += weights
         if _is_nf4(owner, name):
             nf4 += weights
         else:
-            key = _pattern(name), _why(owner, name, param, router_names)
+            why = _why(owner, name, param, router_names)
+            key = _pattern(name), NOT_QUANTIZED if plain and why != NORMS else why
             kept[key] = kept.get(key, 0) + weights
     layers = dict(_linear_layers(base, router_names))
     return Census(

@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 
 from ..errors import UserInputError, first_line
@@ -19,7 +19,7 @@ from ..recipe.schema import Quantization
 from .config import NOT_RUN, check_base_config
 from .experts import QuantizedExperts
 from .quantizer import Nf4Config, quantize_leftovers
-from .text_part import causal_model
+from .text_part import CausalModel, causal_model
 from .unpack import unpack_by_blocks, unpacked
 
 
@@ -79,7 +79,52 @@ def load_nf4_base(
         kwargs["quantization_config"] = Nf4Config.of(chosen) if is_nf4 else chosen
     # Straight to the device: a 16-bit copy of the base need not fit into host memory.
     kwargs.setdefault("device_map", {"": device})
-    kwargs = {**NOT_RUN, "dtype": "auto", **kwargs, **({} if part is None else part.load_kwargs())}
+    model = _read_weights(name_or_path, part, {"dtype": "auto", **kwargs})
+    if getattr(model, "is_loaded_in_4bit", False):
+        quantize_leftovers(model, double_quant=model.config.quantization_config.bnb_4bit_use_double_quant)
+    own_choice = None if quantization_config is None else quantization_config.bnb_4bit_compute_dtype
+    set_compute_dtype(model, compute_dtype, own_choice)
+    return model
+
+
+def load_unquantized_base(
+    name_or_path: str, *, device: torch.device, dtype: torch.dtype, revision: str | None = None
+) -> PreTrainedModel:
+    """Load a base without quantizing it, straight to its device: under LoRA, or to be trained in full.
+
+    Args:
+        name_or_path: Hub id or directory of a checkpoint that is not stored quantized.
+        device: Device of the weights.
+        dtype: Dtype of the weights; those that their architecture wants in float32 have it.
+        revision: Hub branch, tag or commit.
+
+    Raises:
+        UserInputError: As `check_base_config` does, or if weights are missing or unreadable, or stored in NF4.
+    """
+    config = check_base_config(name_or_path, revision=revision)
+    refuse_stored_nf4(config, name_or_path)
+    causal = causal_model(config)
+    part = causal if causal is not None and causal.is_text_part else None
+    kwargs = {"device_map": {"": device}, "dtype": dtype, "revision": revision}
+    return _read_weights(name_or_path, part, kwargs)
+
+
+def refuse_stored_nf4(config: PreTrainedConfig, name: str) -> None:
+    """Refuse a checkpoint stored in NF4 as a base that is not to be quantized.
+
+    Raises:
+        UserInputError: Names the recipe's key.
+    """
+    if any(getattr(part, "quantization_config", None) is not None for part in (config, config.get_text_config())):
+        raise UserInputError(
+            f"quantization: null asks for weights that are not quantized, and {name!r} is stored in NF4. Write "
+            "quantization: {}, or choose the original 16-bit checkpoint."
+        )
+
+
+def _read_weights(name_or_path: str, part: CausalModel | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load a model, or its text part, and refuse one that lacks weights."""
+    kwargs = {**NOT_RUN, **kwargs, **({} if part is None else part.load_kwargs())}
     loader: Any = AutoModelForCausalLM if part is None else part.model_class
     try:
         model, info = loader.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
@@ -92,12 +137,8 @@ def load_nf4_base(
         names = sorted(info["missing_keys"])
         raise UserInputError(
             f"model.name_or_path: the checkpoint {name_or_path!r} lacks {len(names)} weights of "
-            f"{type(model).__name__}, among them {names[0]}. A frozen base must be complete."
+            f"{type(model).__name__}, among them {names[0]}. A base must be complete."
         )
-    if getattr(model, "is_loaded_in_4bit", False):
-        quantize_leftovers(model, double_quant=model.config.quantization_config.bnb_4bit_use_double_quant)
-    own_choice = None if quantization_config is None else quantization_config.bnb_4bit_compute_dtype
-    set_compute_dtype(model, compute_dtype, own_choice)
     return model
 
 
@@ -154,10 +195,14 @@ def keep_nf4_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def frozen_fingerprints(model: nn.Module) -> dict[str, str]:
+def frozen_fingerprints(model: nn.Module, *, and_trained: bool = False) -> dict[str, str]:
     """Hash every frozen parameter's bytes, quantization constants included: SHA-256 as hex by name.
 
     Equal dictionaries before and after training prove that the base did not move by a single bit.
+
+    Args:
+        model: The model.
+        and_trained: Whether trained parameters are hashed as well, as those of a base that is trained in full.
     """
     beside = {  # an experts module keeps the constants of its packed parameters as buffers
         f"{prefix}.{name}": module.constants(name)
@@ -168,7 +213,7 @@ def frozen_fingerprints(model: nn.Module) -> dict[str, str]:
     return {
         name: _sha256([*_stored_tensors(param), *beside.get(name, ())])
         for name, param in model.named_parameters()
-        if not param.requires_grad
+        if and_trained or not param.requires_grad
     }
 
 

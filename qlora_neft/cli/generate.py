@@ -277,7 +277,8 @@ def _title(trained: Trained) -> str:
     from ..paths import shown_path
 
     base, device = shown_path(trained.folder.base), trained.policy.device
-    return f"{trained.folder.source} on {base} (NF4, {device}), prompt template {trained.prompts.name}"
+    weights = "not quantized" if trained.folder.quantization is None else "NF4"
+    return f"{trained.folder.source} on {base} ({weights}, {device}), prompt template {trained.prompts.name}"
 
 
 @contextlib.contextmanager

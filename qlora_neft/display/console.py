@@ -24,6 +24,8 @@ from ..noise.neftune import expected_norm
 from ..paths import kind_of
 from .tables import Table
 
+NO_CURVES = "no loss.png: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'"
+
 if TYPE_CHECKING:
     from ..recipe.schema import Neftune, Recipe
 
@@ -125,16 +127,28 @@ def lines_after(
     here, merged = shlex.quote(str(output_dir)), shlex.quote(f"{output_dir}-merged")
     why = "for vLLM and all that loads the whole base" if of_text_part else "a plain 16-bit model, with proof"
     base_id = " --base-id owner/base" * (kind_of(base) != "hub")  # a local base is never published
-    missing = "no loss.png: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'"
     return [
         f"trained {steps} steps in {seconds:.0f} s; base weights unchanged, bit for bit",
         f"adapter, recipe, metrics and summary: {output_dir}/",
-        curves if drawn else missing,
+        curves if drawn else NO_CURVES,
         "next:",
         f"  qlora-neft chat {here} --compare   # talk to it, beside its base",
         *([f"  qlora-neft merge {here} {merged}   # {why}"] if merges else []),
         f"  qlora-neft export {here} --repo-id you/name{base_id} --dry-run   # what would go to the Hub",
         "  qlora-neft cp llama2-7b-alpaca mine.yaml   # a recipe of your own",
+    ]
+
+
+def lines_after_in_full(output_dir: Path, steps: int, seconds: float, *, drawn: bool) -> list[str]:
+    """Return the lines of `lines_after` for a model that was trained in full; the arguments are the same."""
+    here = shlex.quote(str(output_dir))
+    return [
+        f"trained {steps} steps in {seconds:.0f} s; every weight was trained",
+        f"model, recipe, metrics and summary: {output_dir}/",
+        f"loss curves: {output_dir / 'loss.png'}" if drawn else NO_CURVES,
+        "next:",
+        f"  transformers chat {here}   # or AutoModelForCausalLM.from_pretrained({str(output_dir)!r})",
+        f"  vllm serve {here}   # a plain model, in float32; --dtype bfloat16 halves it",
     ]
 
 

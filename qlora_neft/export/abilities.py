@@ -64,6 +64,7 @@ class Facts:
         tokenizer_fault: What in its tokenizer's configuration transformers 4 cannot load, None if nothing is known.
         fault: Why its file is not a whole adapter of this base, None if nothing can be seen.
         abilities: What the verbs of this program can do with it; None if only its configuration is known.
+        in_nf4: Whether the base was in NF4 in training.
     """
 
     source: str
@@ -77,6 +78,7 @@ class Facts:
     tokenizer_fault: str | None = None
     fault: str | None = None
     abilities: Abilities | None = None
+    in_nf4: bool = True
 
     @property
     def rank(self) -> int:
@@ -190,6 +192,7 @@ def facts_of(folder: AdapterFolder) -> Facts:
         largest_token=_largest_token(folder.path / "tokenizer.json"),
         tokenizer_fault=_tokenizer_fault(folder),
         fault=fault_of(weights, base_names(folder, base_config, _num_equal_layers(base_config))),
+        in_nf4=folder.quantization is not None,
     )
     return replace(facts, abilities=abilities_of(folder, facts))
 

@@ -157,7 +157,7 @@ def _vllm(facts: Facts, verdict: Verdict) -> None:
     if verdict.is_usable:
         flag = f" {verdict.flag}" if verdict.flag else ""
         verdict.command = f"vllm serve {facts.base} --enable-lora{flag} --lora-modules tuned={facts.source}"
-        verdict.notes += [_not_the_base(facts), VLLM_NF4]
+        verdict.notes += [*_not_the_base(facts), *([VLLM_NF4] if facts.in_nf4 else [])]
         if facts.dtypes == ("F32",):
             verdict.notes.append("its float32 weights are cast to the dtype that vLLM serves in")
 
@@ -181,7 +181,7 @@ def _llama_cpp(facts: Facts, verdict: Verdict) -> None:
     if verdict.is_usable:
         if is_ours:
             verdict.command = f"{_gguf(facts)}; llama-server -m BASE.gguf --lora adapter.gguf"
-        verdict.notes.append(_not_the_base(facts))
+        verdict.notes += _not_the_base(facts)
 
 
 def _ollama(facts: Facts, verdict: Verdict) -> None:
@@ -200,16 +200,14 @@ def _ollama(facts: Facts, verdict: Verdict) -> None:
         verdict.breaks(f"from a folder Ollama reads only lora_alpha and ignores {facts.odd_scale}", merge)
     if verdict.is_usable:
         verdict.command = f"{verdict.flag or flag}; ollama create tuned -f Modelfile"
-        verdict.notes.append(_not_the_base(facts))
+        verdict.notes += _not_the_base(facts)
 
 
 def _peft(facts: Facts, verdict: Verdict) -> None:
     _not_a_text_part(facts, verdict, is_lost=facts.is_lost_to_peft)
     _base_can_be_loaded(facts, verdict)
     if verdict.is_usable:
-        call = f"AutoPeftModelForCausalLM.from_pretrained({facts.source!r}, quantization_config=NF4)"
-        verdict.command = call
-        verdict.notes.append(NF4_NEEDED)
+        _loaded_by("AutoPeftModelForCausalLM", facts, verdict)
 
 
 def _transformers(facts: Facts, verdict: Verdict) -> None:
@@ -218,8 +216,14 @@ def _transformers(facts: Facts, verdict: Verdict) -> None:
     if facts.config.get("modules_to_save"):
         verdict.notes.append("modules_to_save are taken from the adapter; PEFT must be installed")
     if verdict.is_usable:
-        verdict.command = f"AutoModelForCausalLM.from_pretrained({facts.source!r}, quantization_config=NF4)"
-        verdict.notes.append(NF4_NEEDED)
+        _loaded_by("AutoModelForCausalLM", facts, verdict)
+
+
+def _loaded_by(name: str, facts: Facts, verdict: Verdict) -> None:
+    """Say how the base is loaded under the adapter: as it was trained on."""
+    weights = "quantization_config=NF4" if facts.in_nf4 else 'dtype="auto"'
+    verdict.command = f"{name}.from_pretrained({facts.source!r}, {weights})"
+    verdict.notes += [NF4_NEEDED] if facts.in_nf4 else []
 
 
 CONSUMERS: dict[str, Callable[[Facts, Verdict], None]] = {
@@ -299,8 +303,10 @@ def _merged_gguf(facts: Facts, options: str = "") -> str:
     )
 
 
-def _not_the_base(facts: Facts) -> str:
-    return NOT_THE_BASE + (f": {_merge(facts)} is exact" if _merges(facts) else "")
+def _not_the_base(facts: Facts) -> list[str]:
+    if not facts.in_nf4:
+        return []
+    return [NOT_THE_BASE + (f": {_merge(facts)} is exact" if _merges(facts) else "")]
 
 
 def _gguf(facts: Facts) -> str:

@@ -95,11 +95,13 @@ def candidates(recipe: Recipe, geometry: Geometry, card: Card, *, offloading: bo
         recipe, geometry, card: As in `choose`.
         offloading: Whether activations are kept on the host; None as the recipe says, where ``auto`` is no.
     """
-    lora, length, machine = recipe.adapter, recipe.data.max_length, recipe.machine
+    lora, length, machine = None if recipe.trains_all else recipe.adapter, recipe.data.max_length, recipe.machine
+    quantization = recipe.quantization
+    double_quant = None if quantization is None else quantization.bnb_4bit_use_double_quant
     offloading = machine.activation_offloading is True if offloading is None else offloading
     # bfloat16 or float16 on a GPU, float32 on a CPU.
     compute_bytes = 2 if card.is_gpu else 4
-    adapters = geometry.lora_parameters(lora.r, lora.target_modules)
+    adapters = None if lora is None else geometry.lora_parameters(lora.r, lora.target_modules)
     layers = geometry.num_layers
     for blocks in _checkpointed_blocks(recipe, layers, card):
         operations = operations_per_token(geometry, adapters, length, checkpointed=blocks / layers) * passes(recipe)
@@ -118,8 +120,10 @@ def candidates(recipe: Recipe, geometry: Geometry, card: Card, *, offloading: bo
                     length=length,
                     is_bf16=card.has_bf16 and machine.precision != "fp16",
                 )
-                terms = memory_terms(geometry, lora, step, double_quant=recipe.quantization.bnb_4bit_use_double_quant)
-                speed = relative_speed(operations, tokens) * (OFFLOADING_SPEED if offloading else 1)
+                terms = memory_terms(geometry, lora, step, double_quant=double_quant)
+                speed = relative_speed(operations, tokens, in_nf4=quantization is not None) * (
+                    OFFLOADING_SPEED if offloading else 1
+                )
                 yield Choice(step, rows, limit, eval_rows, terms, operations, speed, layers)
 
 

@@ -1,8 +1,9 @@
-"""How much memory a QLoRA run needs, term by term, and how fast it trains, from the geometry alone. No torch.
+"""How much memory a run needs, term by term, and how fast it trains, from the geometry alone. No torch.
 
 The terms are those of a run as this trainer carries it out: NF4 weights, the rest of the base in the compute dtype,
-LoRA weights and their gradients in float32, the optimizer's states, and what a step needs temporarily. Counts of
-weights are exact; what a step needs is a model, to be checked against a real run.
+LoRA weights and their gradients in float32, the optimizer's states, and what a step needs temporarily; or a base that
+is not quantized, or every weight trained. Counts of weights are exact; what a step needs is a model, to be checked
+against a real run.
 """
 
 from __future__ import annotations
@@ -61,30 +62,29 @@ class Step:
     is_bf16: bool = True
 
 
-def memory_terms(geometry: Geometry, lora: Lora, step: Step, *, double_quant: bool) -> dict[str, int]:
+def memory_terms(geometry: Geometry, lora: Lora | None, step: Step, *, double_quant: bool | None) -> dict[str, int]:
     """Return the bytes of every term, in the order in which they are allocated.
 
     Args:
         geometry: The base.
-        lora: The adapter.
+        lora: The adapter; None if every weight is trained.
         step: How a step is carried out.
-        double_quant: Whether the scales of the base are quantized too.
+        double_quant: Whether the scales of the base are quantized too; None for a base that is not quantized.
     """
-    trained = geometry.lora_parameters(lora.r, lora.target_modules)
+    trained = trained_parameters(geometry, lora)
     training = _training_terms(geometry, lora, step)
+    if double_quant is None:
+        training.pop("dequantization")
     temporary = sum(training.values())
     # A step and an evaluation never hold their temporary tensors at the same time, so of the evaluation only what
     # exceeds the step's counts.
     evaluation = max(0, _evaluation_bytes(geometry, step) - temporary)
     return {
-        "weights_nf4": geometry.nf4_bytes(double_quant),
-        "weights_not_quantized": _unquantized_bytes(geometry, step),
-        # In float32 whatever the compute dtype is: the trainer undoes TRL's cast of LoRA weights to bfloat16
-        # (https://github.com/huggingface/trl/issues/4901). A step computes with a copy in the compute dtype.
-        "lora": (FLOAT32 if step.compute_bytes == FLOAT32 else FLOAT32 + step.compute_bytes) * trained,
+        **_weight_terms(geometry, lora, step, double_quant),
         "gradients": FLOAT32 * trained,
         "optimizer": OPTIMIZER_BYTES.get(step.optim, 8) * trained,
         **training,
+        **_optimizer_step(lora, step, trained, temporary),
         "evaluation": evaluation,
         "allocator_slack": int(SLACK * (temporary + evaluation)),
         "context": CONTEXT if step.is_gpu else 0,
@@ -97,10 +97,46 @@ def _unquantized_bytes(geometry: Geometry, step: Step) -> int:
     return geometry.unquantized_parameters() * step.compute_bytes + kept * (FLOAT32 - step.compute_bytes)
 
 
-def _training_terms(geometry: Geometry, lora: Lora, step: Step) -> dict[str, int]:
+def _optimizer_step(lora: Lora | None, step: Step, trained: int, temporary: int) -> dict[str, int]:
+    # torch's AdamW updates all weights at once on a GPU, with a temporary tensor for each; beside LoRA it is nothing.
+    if lora is not None or step.optim != "adamw_torch" or not step.is_gpu:
+        return {}
+    return {"optimizer_step": max(0, FLOAT32 * trained - temporary)}
+
+
+def trained_parameters(geometry: Geometry, lora: Lora | None) -> int:
+    """Return the number of trained weights, all of the model's without an adapter."""
+    return geometry.parameters() if lora is None else geometry.lora_parameters(lora.r, lora.target_modules)
+
+
+def _weight_terms(geometry: Geometry, lora: Lora | None, step: Step, double_quant: bool | None) -> dict[str, int]:
+    copies = 0 if step.compute_bytes == FLOAT32 else step.compute_bytes  # a step computes with in the compute dtype
+    if lora is None:
+        # Autocast keeps its copies of the matrices for a whole pass; embeddings and norms are used as they are.
+        matrices = geometry.quantized_parameters() + geometry.vocab_size * geometry.embedding_width
+        return {"weights": FLOAT32 * geometry.parameters(), "weight_copies": copies * matrices}
+    if double_quant is None:
+        base = {"weights": geometry.quantized_parameters() * step.compute_bytes + _unquantized_bytes(geometry, step)}
+    else:
+        base = {
+            "weights_nf4": geometry.nf4_bytes(double_quant),
+            "weights_not_quantized": _unquantized_bytes(geometry, step),
+        }
+    # LoRA is in float32 whatever the compute dtype is: the trainer undoes TRL's cast of its weights to bfloat16
+    # (https://github.com/huggingface/trl/issues/4901).
+    return {**base, "lora": (FLOAT32 + copies) * trained_parameters(geometry, lora)}
+
+
+def _training_terms(geometry: Geometry, lora: Lora | None, step: Step) -> dict[str, int]:
     size, tokens, layers = step.compute_bytes, step.tokens, geometry.num_layers
-    way = Way(step.fused_lora, step.fused_norms, half=size < FLOAT32, dropout=lora.lora_dropout > 0)
-    block = block_bytes(geometry, lora.r, step.length, way)
+    if lora is None:
+        # Float32 weights make a float32 stream of activations, under autocast too; counted for all of them, which is
+        # at most twice as much. A linear layer keeps its input, with an adapter or without.
+        size, rank, way = FLOAT32, 0, Way(fused_lora=False, fused_norms=step.fused_norms, half=False, dropout=False)
+    else:
+        way = Way(step.fused_lora, step.fused_norms, half=size < FLOAT32, dropout=lora.lora_dropout > 0)
+        rank = lora.r
+    block = block_bytes(geometry, rank, step.length, way)
     checkpoint = geometry.hidden_size * size  # a block's input, all that it keeps if it is repeated
     repeated = min(step.checkpointed_blocks, layers)
     whole = layers - repeated
@@ -137,37 +173,39 @@ def _loss_tile_bytes(geometry: Geometry, tokens: int, size: int) -> int:
 
 EFFICIENCY = (0.35, 0.6)  # share of the datasheet's matrix speed that such trainers reach, low and high
 UNPACKING_TOKENS = 230  # of a forward pass for which unpacking the NF4 weights takes as long as multiplying by them
+READING_TOKENS = 80  # likewise for reading 16-bit weights: 2 TB/s beside half of 312 TFLOP/s; not measured
 
 
-def operations_per_token(geometry: Geometry, lora_parameters: int, length: int, *, checkpointed: float) -> float:
+def operations_per_token(geometry: Geometry, lora_parameters: int | None, length: int, *, checkpointed: float) -> float:
     """Return the floating-point operations of a training step, per token.
 
     A weight costs two operations forward and two for the gradient of its input, and two more if the forward pass is
-    repeated. The base's own weights need no gradient; LoRA's do.
+    repeated. A trained weight costs two more for its own gradient: LoRA's, or the base's without LoRA.
 
     Args:
         geometry: The base.
-        lora_parameters: Number of trained weights.
+        lora_parameters: Number of LoRA's weights; None if the base itself is trained.
         length: Tokens per sequence, for attention.
         checkpointed: Share of the blocks that compute their forward pass twice.
     """
     again = checkpointed
-    base = (4 + 2 * again) * geometry.active_parameters()
+    own = 2 if lora_parameters is None else 0
+    base = (4 + own + 2 * again) * geometry.active_parameters()
     head = 6 * geometry.vocab_size * geometry.embedding_width
     attention = (7 + 2 * again) * length * geometry.hidden_size * geometry.num_layers
-    return base + head + (6 + 2 * again) * lora_parameters + attention
+    return base + head + (6 + 2 * again) * (lora_parameters or 0) + attention
 
 
-def relative_speed(operations: float, tokens: int) -> float:
-    """Return the speed relative to other plans on the same card: fewer operations, more tokens per unpacked weight."""
-    return tokens / (tokens + UNPACKING_TOKENS) / operations
+def relative_speed(operations: float, tokens: int, *, in_nf4: bool = True) -> float:
+    """Return the speed relative to other plans on the same card: fewer operations, more tokens per weight read."""
+    return tokens / (tokens + (UNPACKING_TOKENS if in_nf4 else READING_TOKENS)) / operations
 
 
-def tokens_per_second(card: Card, operations: float, tokens: int) -> tuple[float, float] | None:
+def tokens_per_second(card: Card, operations: float, tokens: int, *, in_nf4: bool = True) -> tuple[float, float] | None:
     """Return a low and a high estimate; None for a card whose speed is not known."""
     if card.flops is None:
         return None
-    most = card.flops * relative_speed(operations, tokens)
+    most = card.flops * relative_speed(operations, tokens, in_nf4=in_nf4)
     low, high = EFFICIENCY
     return low * most, high * most
 

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from ..display.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, new_picture, save_picture
 from ..paths import resolve_bundled
 from ..recipe import Recipe
+from ..recipe.schema import Lora, Quantization, Section
 from .cards import CARDS, GIB, Card, card_of, this_machine
 from .choose import USABLE, Choice, choose, passes
 from .config import read_config, stored_parameters
@@ -40,9 +41,9 @@ class FitReport(TypedDict):
         paged_out_bytes: Optimizer states on the host.
         terms: Bytes by name.
         parameters: Number of the base's weights.
-        quantized_parameters: Those of them in NF4.
+        quantized_parameters: Those of them in NF4, 0 for a base that is not quantized.
         nf4_bytes: Their size.
-        lora_parameters: Number of trained weights.
+        lora_parameters: Number of LoRA's weights, 0 if every weight is trained.
         plan: The recipe's machine section, with every ``auto`` resolved.
         card: The device.
         tokens_per_second: Low and high; None if the card's speed is not known.
@@ -103,7 +104,9 @@ def fit_report(recipe: Recipe, geometry: Geometry, card: Card, stored: int | Non
     """
     choice, fits = choose(recipe, geometry, card)
     usable = int(USABLE * card.memory)
-    estimate = tokens_per_second(card, choice.operations, choice.step.tokens)
+    quantization, lora = recipe.quantization, None if recipe.trains_all else recipe.adapter
+    in_nf4 = quantization is not None
+    estimate = tokens_per_second(card, choice.operations, choice.step.tokens, in_nf4=in_nf4)
     speed = None if estimate is None else [round(value) for value in estimate]
     return {
         "fits": fits,
@@ -113,9 +116,9 @@ def fit_report(recipe: Recipe, geometry: Geometry, card: Card, stored: int | Non
         "paged_out_bytes": choice.paged_out,
         "terms": choice.terms,
         "parameters": geometry.parameters(),
-        "quantized_parameters": geometry.quantized_parameters(),
-        "nf4_bytes": geometry.nf4_bytes(recipe.quantization.bnb_4bit_use_double_quant),
-        "lora_parameters": geometry.lora_parameters(recipe.adapter.r, recipe.adapter.target_modules),
+        "quantized_parameters": geometry.quantized_parameters() if in_nf4 else 0,
+        "nf4_bytes": geometry.nf4_bytes(quantization.bnb_4bit_use_double_quant) if quantization is not None else 0,
+        "lora_parameters": 0 if lora is None else geometry.lora_parameters(lora.r, lora.target_modules),
         "plan": _resolved_machine(recipe.machine.model_dump(), choice, card),
         "card": {"name": card.name, "memory": card.memory},
         "tokens_per_second": speed,
@@ -193,7 +196,7 @@ def _changes(recipe: Recipe) -> list[dict[str, Any]]:
         {"machine.activation_checkpointing": "auto"},
         dict.fromkeys(micro_batches, "auto"),
         {"train.optim": "paged_adamw_8bit"},
-        {"lora.r": min(16, recipe.adapter.r)},
+        *_smaller_training(recipe),
         {"data.max_length": min(256, recipe.data.max_length)},
     ]
     # A change that the recipe has already made would be no advice.
@@ -201,27 +204,45 @@ def _changes(recipe: Recipe) -> list[dict[str, Any]]:
     return [change for change in new if change]
 
 
+def _smaller_training(recipe: Recipe) -> list[dict[str, Any]]:
+    """List what takes less than what is trained now, of the base too: other weights in NF4, LoRA, a lower rank."""
+    if recipe.trains_all:  # the adapter as QLoRA's paper has it
+        lora = Lora(r=64, lora_alpha=16, lora_dropout=0.1, target_modules="all-linear")
+        return [{"quantization": Quantization(), "lora": lora}]
+    rank = {"lora.r": min(16, recipe.adapter.r)}
+    return [{"quantization": Quantization()}, rank] if recipe.quantization is None else [rank]
+
+
 def _value(recipe: Recipe, name: str) -> Any:
-    section, key = name.split(".")
-    return getattr(getattr(recipe, section), key)
+    section, _, key = name.partition(".")
+    return getattr(getattr(recipe, section), key) if key else getattr(recipe, section)
 
 
 def _changed(recipe: Recipe, change: Mapping[str, Any]) -> Recipe:
     """Return the recipe with other values; they are the planner's own, so the recipe is not checked again."""
     for name, value in change.items():
-        section, key = name.split(".")
+        section, _, key = name.partition(".")
         # Recipes are frozen, so both section and recipe are copied.
-        new = getattr(recipe, section).model_copy(update={key: value})
+        new = getattr(recipe, section).model_copy(update={key: value}) if key else value
         recipe = recipe.model_copy(update={section: new})
     return recipe
 
 
 def _overrides(change: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in change.items())
+    return " ".join(_override(key, value) for key, value in change.items())
+
+
+def _override(key: str, value: Any) -> str:
+    if not isinstance(value, Section):
+        return f"{key}={value}"
+    stated = value.model_dump(exclude_defaults=True)
+    return " ".join(f"{key}.{name}={one}" for name, one in stated.items()) or f"{key}={{}}"
 
 
 def _notes(recipe: Recipe, geometry: Geometry, choice: Choice, stored: int | None) -> list[str]:
     notes = []
+    if recipe.trains_all:
+        notes.append("every weight is trained, in float32; activations are counted at their most")
     if geometry.model_type not in FAMILIES:
         notes.append(
             f"models of type {geometry.model_type} are counted from transformers' own code; what a step needs is "
@@ -251,6 +272,8 @@ def _notes(recipe: Recipe, geometry: Geometry, choice: Choice, stored: int | Non
 # ---- The report for people ----
 
 NAMES = {
+    "weights": "weights",
+    "weight_copies": "weights, copies of a pass",
     "weights_nf4": "base weights, NF4",
     "weights_not_quantized": "embeddings, output layer, norms",
     "lora": "LoRA weights",
@@ -260,6 +283,7 @@ NAMES = {
     "live_block": "one block, alive",
     "dequantization": "unpacked NF4 weights",
     "loss_tile": "output layer and loss",
+    "optimizer_step": "optimizer's step, beyond that",
     "evaluation": "evaluation, beyond that",
     "allocator_slack": "allocator slack",
     "context": "CUDA context",
@@ -274,10 +298,12 @@ def lines(report: FitReport, name: str) -> list[str]:
     verdict = "fits" if report["fits"] else "does not fit"
     margin = abs(report["margin_bytes"]) / GIB
     left = f"{margin:.2f} GiB to spare" if report["fits"] else f"{margin:.2f} GiB too much"
+    parameters, quantized = report["parameters"], report["quantized_parameters"]
+    in_nf4 = f"{quantized:,} of them in NF4" if quantized else "none quantized"
+    trained = f"{report['lora_parameters']:,}" if report["lora_parameters"] else "all"
     out = [
         f"{name}: {verdict} on {card['name']}: {peak / GIB:.2f} of {usable / GIB:.2f} GiB usable, {left}",
-        f"{report['parameters']:,} weights, {report['quantized_parameters']:,} of them in NF4; "
-        f"{report['lora_parameters']:,} trained",
+        f"{parameters:,} weights, {in_nf4}; {trained} trained",
         "",
     ]
     # The longest bar is the largest term, not the card: small terms stay visible.

@@ -18,6 +18,7 @@ from .problems import describe_problems
 from .schema import Data, MixedSource, Recipe, Section
 from .yaml_text import parse_value, read_recipe_text
 
+NULLABLE = ("quantization", "lora")  # sections that are stated as null, to do without; neftune is just left out
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -39,7 +40,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     path = find_recipe(name_or_path)
     written = read_recipe_text(path, _source(path))
     values, origins, problems = apply_overrides(written.values, overrides)
-    values = {section: _keys(section, value) for section, value in _with_text_keys(values).items()}
+    # "lora:" with nothing under it is an empty section; "lora: null" is none.
+    empty = written.empty - {place[0] for place in origins if len(place) == 1}
+    values = {name: _keys(name, value, is_empty=name in empty) for name, value in _with_text_keys(values).items()}
     # Left out, the settings are those of the adapter that training goes on from.
     if isinstance(values.get("model"), dict) and values["model"].get("adapter") and values.get("lora") == {}:
         values["lora"] = None
@@ -64,9 +67,12 @@ def _with_text_keys(values: dict[Any, Any]) -> dict[str, Any]:
     return {str(key): _with_text_keys(value) if isinstance(value, dict) else value for key, value in values.items()}
 
 
-def _keys(section: str, value: Any) -> Any:
+def _keys(section: str, value: Any, *, is_empty: bool) -> Any:
+    if value is not None or section not in Recipe.model_fields:
+        return value
     # "machine:" with nothing under it is an empty section; "neftune:" with nothing under it is no section.
-    return {} if value is None and section != "neftune" and section in Recipe.model_fields else value
+    may_be_absent = section == "neftune" or (section in NULLABLE and not is_empty)
+    return None if may_be_absent else {}
 
 
 # ---- Finding the file ----
@@ -222,6 +228,7 @@ def recipe_of_record(values: object) -> Recipe | None:
             for name in section_names()
             if name != "neftune" or isinstance(values.get(name), Mapping)
         }
+        sections |= {name: None for name in NULLABLE if name in values and values[name] is None}
         return Recipe.model_construct(**sections)
 
 

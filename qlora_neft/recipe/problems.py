@@ -70,8 +70,9 @@ def _where(
     place: Place, involves: tuple[str, ...], written: RecipeText, overrides: dict[Place, str]
 ) -> tuple[int, str]:
     """Return what has to be changed, after a number to sort by: an override involved in the rule, otherwise a line."""
-    # ``involves`` names a key of the same section, or ``section.key``.
-    involved = [place, place[:1], *(tuple(f"{place[0]}.{key}".split(".")[-2:]) for key in involves)]
+    # ``involves`` names a key of the same section, ``section.key``, or ``section.`` for all of a section.
+    others = (tuple(part for part in f"{place[0]}.{key}".split(".")[-2:] if part) for key in involves)
+    involved = [place, place[:1], *others]
     for candidate in involved:
         if candidate in overrides:
             return 10**9, f"override {overrides[candidate]}"  # after every line of the file

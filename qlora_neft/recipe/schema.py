@@ -42,7 +42,7 @@ def broken_rule(message: str, *, involves: tuple[str, ...] = (), key: str | None
     Args:
         message: The rule, the value got, the remedy.
         involves: Other keys that the rule looks at, since an override of one of them may be the cause: ``key`` of the
-            same section, or ``section.key``.
+            same section, ``section.key``, or ``section.`` for all of a section.
         key: The key at fault, for a validator of a whole section.
     """
     # The message is passed as a value: pydantic would read braces in a template as names.
@@ -452,8 +452,8 @@ class Recipe(Section):
     """The complete description of one run; frozen. Made by `load_recipe`."""
 
     model: Model
-    quantization: Quantization
-    lora: Lora | None
+    quantization: Quantization | None  # null: the base stays in 16 bits or float32
+    lora: Lora | None  # null: every weight is trained, or the settings are those of model.adapter
     neftune: Neftune | None = None
     data: Data
     train: Train
@@ -471,22 +471,53 @@ class Recipe(Section):
     @field_validator("lora")
     @classmethod
     def _something_is_trained(cls, value: Lora | None, info: ValidationInfo) -> Lora | None:
-        if value is None and "model" in info.data and info.data["model"].adapter is None:
+        known = "model" in info.data and "quantization" in info.data
+        if value is None and known and info.data["model"].adapter is None and info.data["quantization"] is not None:
             raise broken_rule(
-                f"required: a frozen base learns nothing without it. Its keys: {', '.join(Lora.model_fields)}. To go "
-                "on from an adapter, whose settings are taken, write model.adapter.",
-                involves=("model.adapter",),
+                "null trains every weight, which no weight in NF4 allows, and there is a quantization section. Write "
+                "quantization: null too, to train the full model; or a lora section "
+                f"({', '.join(Lora.model_fields)}), to train an adapter; or model.adapter, to go on from one.",
+                involves=("quantization.", "model.adapter"),
             )
         return value
 
     @property
+    def trains_all(self) -> bool:
+        """Whether every weight of the model is trained, without an adapter."""
+        return self.lora is None and self.model.adapter is None
+
+    @property
     def adapter(self) -> Lora:
         """The adapter's settings, once they are known: a recipe with ``model.adapter`` may leave them to it."""
+        if self.trains_all:
+            raise ValueError("lora: is null, every weight is trained. Ask trains_all first.")
         if self.lora is None:
             raise ValueError("lora: is not known before the adapter is read. Use adapter.continued.resolved.")
         return self.lora
 
     # On ``machine``, the last section: all others are in ``info.data``.
+    @field_validator("machine")
+    @classmethod
+    def _belongs_to_what_is_trained(cls, value: Machine, info: ValidationInfo) -> Machine:
+        quantization, lora, model = (info.data.get(name, ...) for name in ("quantization", "lora", "model"))
+        if quantization is None and value.bnb_4bit_quant_storage != "auto":
+            raise broken_rule(
+                f"has no effect on a base that is not quantized, got {value.bnb_4bit_quant_storage}. Remove it.",
+                key="bnb_4bit_quant_storage",
+                involves=("quantization.",),
+            )
+        if lora is not None or not isinstance(model, Model) or model.adapter is not None:
+            return value
+        if value.fused_lora is True:
+            raise broken_rule("has no effect without LoRA, got true. Remove it.", key="fused_lora", involves=("lora.",))
+        if value.push_to is not None:
+            raise broken_rule(
+                f"checkpoints of adapters alone are pushed, and lora is null, got {value.push_to!r}. Remove it.",
+                key="push_to",
+                involves=("lora.",),
+            )
+        return value
+
     @field_validator("machine")
     @classmethod
     def _evaluation_needs_held_out_rows(cls, value: Machine, info: ValidationInfo) -> Machine:

@@ -50,11 +50,12 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 @dataclass(frozen=True)
 class RecipeText:
-    """A recipe as written: its values, and the line of every section and key, from 1."""
+    """A recipe as written: its values, the line of every section and key, from 1, and the sections without content."""
 
     source: str
     values: dict[str, Any]
     lines: dict[tuple[str, ...], int] = field(default_factory=dict)
+    empty: frozenset[str] = frozenset()
 
 
 def read_recipe_text(path: Path, source: str) -> RecipeText:
@@ -85,7 +86,8 @@ def read_recipe_text(path: Path, source: str) -> RecipeText:
     lines, repeated = _lines(root)
     if repeated:
         raise RecipeError([f"{source}:{problem}" for problem in repeated], source)
-    return RecipeText(source, values, lines)
+    empty = frozenset(str(key.value) for key, value in root.value if value.value == "" and value.style is None)
+    return RecipeText(source, values, lines, empty)
 
 
 def parse_value(text: str) -> Any:

@@ -236,7 +236,9 @@ class ModelCensus(Record):
     def lines(self) -> list[str]:
         """Return what was counted, a line for each kind of count; without what is not on record."""
         found = []
-        if self.nf4_share is not None:
+        if any(entry.why == "not quantized" for entry in self.kept):
+            found.append("not quantized")
+        elif self.nf4_share is not None:
             kept = [entry for entry in self.kept if entry.why != "norms and biases"][:3]
             apart = ", ".join(f"{entry.names} ({entry.why})" for entry in kept)
             found.append(

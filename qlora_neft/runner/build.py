@@ -56,7 +56,9 @@ def policy_of(recipe: Recipe) -> PrecisionPolicy:
     """Return how this machine computes, and set the number of CPU threads."""
     machine = recipe.machine
     choose_gpu()  # first: the policy asks the current GPU what it can do
-    policy = resolve_precision(machine.precision, machine.device, recipe.quantization.bnb_4bit_compute_dtype)
+    quantization = recipe.quantization
+    compute_dtype = "auto" if quantization is None else quantization.bnb_4bit_compute_dtype
+    policy = resolve_precision(machine.precision, machine.device, compute_dtype)
     if machine.threads != "auto":
         torch.set_num_threads(machine.threads)
     return policy

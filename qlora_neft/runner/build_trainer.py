@@ -1,4 +1,4 @@
-"""The trainer of a run: its NF4 base loaded, its adapters added, its arguments from recipe and plan."""
+"""The trainer of a run: its base loaded, its adapters added, its arguments from recipe and plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PrinterCallback
 from ..adapter.continued import adapter_of
 from ..adapter.load import with_adapter
 from ..base.lora import lora_config
-from ..base.nf4 import load_nf4_base, nf4_config
+from ..base.nf4 import load_nf4_base, load_unquantized_base, nf4_config
 from ..errors import UserInputError
 from ..trainer import QLoRANeftConfig, QLoRANeftTrainer
 from .build import Run, model_path
@@ -25,30 +25,36 @@ def trainer_of(
     Args:
         run: Everything decided before.
         trainer_class: A subclass to train with, for experiments.
-        model: A base that is in NF4 already; else the recipe's is loaded.
+        model: A base that is loaded already; else the recipe's is.
 
     Raises:
         UserInputError: If the base cannot be loaded, or the machine section does not fit FSDP.
     """
     recipe, base = run.recipe, model or _base(run)
     earlier = adapter_of(recipe)
+    begins = earlier is None and not recipe.trains_all  # an adapter that was there before has its own settings
     trainer = trainer_class(
         base if earlier is None else with_adapter(base, earlier, is_trainable=True),
         arguments_of(run),
         train_dataset=run.data.train,
         eval_dataset=run.data.eval,
         processing_class=run.tokenizer,
-        peft_config=lora_config(recipe.adapter) if earlier is None else None,
+        peft_config=lora_config(recipe.adapter) if begins else None,
     )
     trainer.remove_callback(PrinterCallback)  # our own lines say the same, readably
     return trainer
 
 
 def _base(run: Run) -> PreTrainedModel:
-    recipe, dtype = run.recipe, run.policy.compute_dtype
+    recipe, policy, path = run.recipe, run.policy, model_path(run.recipe)
+    if recipe.quantization is None:
+        # Weights that are trained are in float32, as LoRA's are: in 16 bits small updates would be rounded away.
+        dtype = policy.lora_dtype if recipe.trains_all else policy.compute_dtype
+        return load_unquantized_base(path, device=policy.device, dtype=dtype, revision=recipe.model.revision)
+    dtype = policy.compute_dtype
     return load_nf4_base(
-        model_path(recipe),
-        device=run.policy.device,
+        path,
+        device=policy.device,
         compute_dtype=dtype,
         # The packed bytes are the same under every storage dtype; see quant_storage_of for who needs another.
         quantization_config=nf4_config(recipe.quantization, dtype, quant_storage=quant_storage_of(run)),
@@ -108,7 +114,7 @@ def arguments_of(run: Run) -> QLoRANeftConfig:
         save_steps=save_steps or 500,  # upstream's default; it refuses 0
         save_total_limit=machine.save_total_limit,
         router_aux_loss_coef=train.router_aux_loss_coef,
-        min_nf4_share=recipe.quantization.min_nf4_share,
+        min_nf4_share=0.0 if recipe.quantization is None else recipe.quantization.min_nf4_share,
         max_bad_steps=train.max_bad_steps,
         report_to="none",  # never start a tracker only because it is installed
         disable_tqdm=True,  # `ProgressLines` shows progress, in a pipe too

@@ -46,7 +46,7 @@ def facts_of_run(run: Run) -> dict[str, Any]:
         "status": "dry run",
         "recipe": run.recipe.to_dict(),
         "seed": run.recipe.train.seed,
-        "precision": str(run.policy),
+        "precision": precision_line(run),
         "plan": dataclasses.asdict(run.plan),
         "data": {name: run.data.report[name] for name in ("train", "eval", "sources", "warnings")},
         "versions": versions(),
@@ -54,6 +54,12 @@ def facts_of_run(run: Run) -> dict[str, Any]:
         # transformers sets it for a base from the Hub, however the revision was named; a local folder has none.
         "base_commit": getattr(run.config, "_commit_hash", None),
     }
+
+
+def precision_line(run: Run) -> str:
+    """Return how the run computes, in words."""
+    line = str(run.policy)
+    return line.replace("float32 LoRA", "float32 weights") if run.recipe.trains_all else line
 
 
 def data_sha256(data: PreparedData) -> str:
@@ -173,13 +179,12 @@ def summary_of(
         trainer: Its trainer, done.
         beginning: Where its last session began.
         before, after: What was measured before and after training.
-        base_sha256: Hash of the base's NF4 bytes, the same before and after.
+        base_sha256: Hash of the base's bytes, the same before and after; as loaded if every weight is trained.
         decisions: What was decided on the way, one line each.
     """
     peak = peak_memory(trainer.args.device)  # so late that the last measurement is in it
-    assert isinstance(trainer.model, PeftModel)
     num_trained = count_trainable(trainer.model)
-    with_adapter = cast("PreTrainedModel", trainer.model.get_base_model())  # the base, its layers wrapped by PEFT
+    in_full = run.recipe.trains_all
     return {
         **facts_of_run(run),
         "status": "done",
@@ -190,12 +195,12 @@ def summary_of(
         "fast_path": trainer.fast_path_record(),
         "decisions": list(decisions),
         "resumed_from_step": beginning.checkpoint.step if beginning.checkpoint else None,
-        "parameters": count_parameters(with_adapter) - num_trained,
-        "lora_parameters": num_trained,
+        "parameters": num_trained if in_full else _base_parameters(trainer),
+        "lora_parameters": 0 if in_full else num_trained,
         "census": trainer.census.as_dict(),
         "base_sha256": base_sha256,
         **_began_from(run),
-        "base_unchanged": True,  # otherwise the run has failed before
+        "base_unchanged": None if in_full else True,  # otherwise the run has failed before
         "loss_check": finite(dataclasses.asdict(trainer.loss_check)),
         "before": finite(before.summary()),
         "after": finite(after.summary()),
@@ -204,6 +209,12 @@ def summary_of(
         "peak_memory": peak,
         "memory": _memory(run.plan, peak),
     }
+
+
+def _base_parameters(trainer: QLoRANeftTrainer) -> int:
+    assert isinstance(trainer.model, PeftModel)
+    with_adapter = cast("PreTrainedModel", trainer.model.get_base_model())  # the base, its layers wrapped by PEFT
+    return count_parameters(with_adapter) - count_trainable(trainer.model)
 
 
 def _memory(plan: RunPlan, peak: dict[str, int]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..base.census import census, check_nf4_share
 from ..base.checkpoint import skeleton
 from ..base.lora import add_adapters, lora_config
-from ..base.nf4 import nf4_config
+from ..base.nf4 import nf4_config, refuse_stored_nf4
 from ..base.quantizer import in_nf4
 from ..base.text_part import causal_model
 from ..base.unadaptable import unadaptable
@@ -61,23 +61,32 @@ def rehearse(run: Run) -> Run:
         )
     model = None
     with _collecting(run, problems, "its model cannot be built"):
-        dtype = run.policy.compute_dtype
-        config = nf4_config(run.recipe.quantization, dtype, quant_storage=quant_storage_of(run))
-        model = in_nf4(skeleton(run.config), config)
+        model = _without_weights(run)
     notes: list[str] = []
     if model is not None:
         notes = _what_is_left_out(run, model)
         with _collecting(run, problems, "it cannot be counted"):
             _check_share(run, model)
-        with _collecting(run, problems, "LoRA cannot be added"), torch.device("meta"):
-            adapted = add_adapters(model, lora_config(run.recipe.adapter))
-            _check_head(adapted)
+        if not run.recipe.trains_all:
+            with _collecting(run, problems, "LoRA cannot be added"), torch.device("meta"):
+                adapted = add_adapters(model, lora_config(run.recipe.adapter))
+                _check_head(adapted)
         run = _without_checkpointing(run, model, problems)
     if len(problems) == 1:
         raise UserInputError(problems[0])
     if problems:
         raise RecipeError(problems, run.recipe.model.name_or_path)
     return replace(run, plan=replace(run.plan, notes=(*run.plan.notes, *notes)))
+
+
+def _without_weights(run: Run) -> PreTrainedModel:
+    """Build the base on the meta device, in NF4 if the recipe quantizes it."""
+    quantization = run.recipe.quantization
+    if quantization is None:
+        refuse_stored_nf4(run.config, run.recipe.model.name_or_path)
+        return skeleton(run.config)
+    config = nf4_config(quantization, run.policy.compute_dtype, quant_storage=quant_storage_of(run))
+    return in_nf4(skeleton(run.config), config)
 
 
 @contextmanager
@@ -110,7 +119,7 @@ def _what_is_left_out(run: Run, model: PreTrainedModel) -> list[str]:
         parts = ", ".join(name.removesuffix("_config") for name in causal.without)
         notes.append(f"text part: {type(model).__name__} alone is loaded and trained; left out: {parts or 'the rest'}")
     reasons: dict[str, set[str]] = {}
-    if run.recipe.adapter.target_modules == "all-linear":
+    if not run.recipe.trains_all and run.recipe.adapter.target_modules == "all-linear":
         for name, why in unadaptable(model).items():
             reasons.setdefault(why, set()).add(name.rsplit(".", 1)[-1])
     notes += [f"without LoRA: {', '.join(sorted(names))} ({why})" for why, names in reasons.items()]
@@ -118,9 +127,10 @@ def _what_is_left_out(run: Run, model: PreTrainedModel) -> list[str]:
 
 
 def _check_share(run: Run, model: PreTrainedModel) -> None:
-    if getattr(run.config.get_text_config(), "quantization_config", None) is not None:
+    quantization = run.recipe.quantization
+    if quantization is None or getattr(run.config.get_text_config(), "quantization_config", None) is not None:
         return  # a checkpoint that is stored in NF4 says itself what is; it is counted when it is loaded
-    check_nf4_share(census(model), run.recipe.quantization.min_nf4_share, run.recipe.model.name_or_path)
+    check_nf4_share(census(model), quantization.min_nf4_share, run.recipe.model.name_or_path)
 
 
 def _check_head(model: PeftModel) -> None:

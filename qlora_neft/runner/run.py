@@ -1,4 +1,4 @@
-"""The story of a run, top to bottom: a recipe in, an adapter and its records out.
+"""The story of a run, top to bottom: a recipe in, an adapter (or a whole model) and its records out.
 
 Every part it calls takes its own section of the recipe, and serves from a notebook alone.
 """
@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from rich.console import Console
 
 from ..adapter.continued import adapter_sha256, resolved
@@ -21,6 +20,7 @@ from ..display.console import (
     RowsProgress,
     data_lines,
     lines_after,
+    lines_after_in_full,
     make_console,
     noise_line,
     quiet_libraries,
@@ -61,6 +61,7 @@ from .records import (
     measured_before,
     mirroring,
     open_records,
+    precision_line,
     summary_of,
     write_result,
 )
@@ -78,8 +79,9 @@ def run(
 ) -> dict[str, Any]:
     """Train what a recipe states and record the result, continuing where an earlier call was interrupted.
 
-    Writes into ``output_dir``: the adapter, the tokenizer, ``recipe.yaml``, ``run.json``, ``data_report.json``,
-    ``metrics.jsonl``, ``summary.json``, ``answers.json``, ``lengths.png``, ``loss.png`` and checkpoints.
+    Writes into ``output_dir``: the adapter, or the model of a recipe without one, the tokenizer, ``recipe.yaml``,
+    ``run.json``, ``data_report.json``, ``metrics.jsonl``, ``summary.json``, ``answers.json``, ``lengths.png``,
+    ``loss.png`` and checkpoints.
 
     Args:
         recipe: What is learned, from `load_recipe`.
@@ -143,11 +145,12 @@ def run(
 def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning) -> dict[str, Any]:
     """Carry a run to its end, or to the checkpoint at which it is asked to stop, and return its summary."""
     model = trainer.model
-    assert isinstance(model, PeftModel)  # `trainer_of` gives every trainer an adapter
+    in_full = run.recipe.trains_all
     say(run.console, [trainer.census.line()])
     # Taken before and compared after: that the base stays frozen is promised, so it is checked on every run.
     frozen = frozen_fingerprints(model)
-    base_sha256 = base_fingerprint(frozen)
+    # Of a model that is trained in full nothing is frozen; the weights it begins from are its base.
+    base_sha256 = base_fingerprint(frozen_fingerprints(model, and_trained=True) if in_full else frozen)
     check_identity(
         beginning.earlier,
         data_sha256=data_sha256(run.data),
@@ -169,8 +172,10 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
         _train(run, trainer, beginning, metrics)
         if frozen_fingerprints(model) != frozen:
             raise RunFailed("the frozen base changed during training; nothing was saved. Please report this.")
-        # The adapter leaves with the template it was trained in; the base's own would format prompts differently.
+        # The model leaves with the template it was trained in; the base's own would format prompts differently.
         run.tokenizer.chat_template = run.data.chat_template or run.tokenizer.chat_template
+        if in_full:  # the trainer switches the cache off, which would be saved
+            model.config.use_cache = getattr(run.config.get_text_config(), "use_cache", True)
         if is_main_process():
             # First: what comes after may fail.
             save_adapter(model, run.tokenizer, run.output_dir, revision=run.recipe.model.revision, say=decided)
@@ -183,7 +188,10 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
     _show(run, before, after)
     seconds = trainer.train_seconds
     base, steps = run.recipe.model.name_or_path, summary["steps"]
-    say(run.console, lines_after(run.output_dir, base, steps, seconds, drawn=drawn, **_next_steps(run)))
+    if in_full:
+        say(run.console, lines_after_in_full(run.output_dir, steps, seconds, drawn=drawn))
+    else:
+        say(run.console, lines_after(run.output_dir, base, steps, seconds, drawn=drawn, **_next_steps(run)))
     return summary
 
 
@@ -241,13 +249,20 @@ def _finished(output_dir: Path, console: Console) -> dict[str, Any]:
 def _lines_before(run: Run) -> list[str]:
     recipe = run.recipe
     return [
-        f"model: {recipe.model.name_or_path}, NF4 base, LoRA r {recipe.adapter.r}{_going_on(recipe)}",
-        str(run.policy),
+        f"model: {recipe.model.name_or_path}, {_what_is_trained(recipe)}",
+        precision_line(run),
         noise_line(recipe.neftune),
         *data_lines(run.data.report),
         *run.plan.notes,
         f"{run.plan.num_steps} optimizer steps of {recipe.train.effective_batch_size} sequences",
     ]
+
+
+def _what_is_trained(recipe: Recipe) -> str:
+    if recipe.trains_all:
+        return "not quantized, every weight trained in float32"
+    base = "a base that is not quantized" if recipe.quantization is None else "NF4 base"
+    return f"{base}, LoRA r {recipe.adapter.r}{_going_on(recipe)}"
 
 
 def _going_on(recipe: Recipe) -> str:

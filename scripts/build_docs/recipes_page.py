@@ -47,6 +47,17 @@ Twice the effective batch (32) and half the learning rate (1e-4), as in NEFTune'
 the recipe follows the paper whose table it reproduces. A recipe that states `max_steps` and doubles the batch would
 train on twice the tokens, so these state epochs.
 
+## Without NF4, and every weight
+
+- `quantization=null` loads the base as it is, in bfloat16, float16 or float32 by the machine, and trains plain LoRA
+  on it. `merge`, `check`, the card and `generate` go by that.
+- `quantization=null lora=null` trains every weight of the model, as in NEFTune's own tables: in float32, with
+  autocast, and with the same noise, batches and resumes. The output folder and each checkpoint hold a plain model in
+  float32, which `AutoModelForCausalLM.from_pretrained` loads; the verbs for adapters say so and stop. Choose a lower
+  `train.learning_rate` than LoRA's; the paper's is 5e-5. `lora=null` alone is refused: nothing in NF4 can be trained.
+- `fit` with both says what it costs: 16 bytes a weight for weights, gradients and Adam's states, 2 for the copies a
+  pass computes with, and activations. That estimate was not measured on a GPU, nor was such a training.
+
 ## Change one
 
 ```

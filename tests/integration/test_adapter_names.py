@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model, tiny_trainer
 
 from qlora_neft.adapter.folder import find_adapter
-from qlora_neft.adapter.load import load_trained, nf4_base_of, with_adapter
+from qlora_neft.adapter.load import base_of_adapter, load_trained, with_adapter
 from qlora_neft.adapter.names import check_names
 from qlora_neft.base.precision import resolve_precision
 from qlora_neft.errors import UserInputError
@@ -93,15 +93,15 @@ def test_another_base_is_told(whole, tmp_path):
 def test_what_the_headers_cannot_show_the_loaded_model_does(whole, tmp_path):
     """Names of the base are not known before it is loaded if its files lie elsewhere; PEFT would only warn."""
     folder = find_adapter(changed(whole, tmp_path / "adapter", without(".layers.3.")))
-    base = nf4_base_of(folder, resolve_precision("fp32", "cpu"))
+    base = base_of_adapter(folder, resolve_precision("fp32", "cpu"))
     with pytest.raises(UserInputError, match="14 weights of the model are not in its file"):
         with_adapter(base, folder)
 
 
 def test_a_whole_adapter_loads_as_peft_loads_it(whole):
     folder, policy = find_adapter(whole), resolve_precision("fp32", "cpu")
-    ours = with_adapter(nf4_base_of(folder, policy), folder)
-    theirs = PeftModel.from_pretrained(nf4_base_of(folder, policy), str(whole)).eval()
+    ours = with_adapter(base_of_adapter(folder, policy), folder)
+    theirs = PeftModel.from_pretrained(base_of_adapter(folder, policy), str(whole)).eval()
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)

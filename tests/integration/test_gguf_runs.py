@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import qlora_neft
 from qlora_neft.adapter.folder import find_adapter
-from qlora_neft.adapter.load import load_trained, nf4_base_of, with_adapter
+from qlora_neft.adapter.load import base_of_adapter, load_trained, with_adapter
 from qlora_neft.errors import UserInputError
 from qlora_neft.export.gguf.lora import write_lora_gguf
 from qlora_neft.export.gguf.model import write_model_gguf
@@ -115,7 +115,7 @@ def test_the_model_that_was_trained_answers_the_same(llama, tmp_path):
     prompts = [trained.prompts.ids([{"role": "user", "content": f"Repeat {n}"}]) for n in range(4)]
     options = {"batch_size": 1, "stop_token_ids": trained.prompts.stop_token_ids}
     answers = dict(generate_ids(trained.model, trained.tokenizer, prompts, Decoding(24), **options))
-    base = nf4_base_of(trained.folder, trained.policy).dequantize()
+    base = base_of_adapter(trained.folder, trained.policy).dequantize()
     with_adapter(base, trained.folder).merge_and_unload().save_pretrained(tmp_path / "merged")
     trained.tokenizer.save_pretrained(tmp_path / "merged")
     write_model_gguf(tmp_path / "merged", tmp_path / "m.gguf", "f32")

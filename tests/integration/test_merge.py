@@ -12,7 +12,7 @@ from tiny import ARCHITECTURES, mixed_rows, tiny_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_neft.adapter.folder import find_adapter
-from qlora_neft.adapter.load import nf4_base_of, tokenizer_of_adapter, with_adapter
+from qlora_neft.adapter.load import base_of_adapter, tokenizer_of_adapter, with_adapter
 from qlora_neft.base.nf4 import keep_nf4_layout, load_nf4_base
 from qlora_neft.base.precision import resolve_precision
 from qlora_neft.errors import RunFailed, UserInputError
@@ -49,7 +49,7 @@ def merged(adapter, out, rows=ROWS, shard=2 * 10**9, say=lambda line: None, **op
 
 def trained_logits(adapter):
     folder = find_adapter(adapter)
-    model = with_adapter(nf4_base_of(folder, resolve_precision("fp32", "cpu")), folder)
+    model = with_adapter(base_of_adapter(folder, resolve_precision("fp32", "cpu")), folder)
     return logits_of(model)
 
 
@@ -98,7 +98,7 @@ def test_the_proof_is_of_the_files_as_written(options, llama_adapter, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     keep_nf4_layout(model)
     reference = with_adapter(
-        nf4_base_of(find_adapter(llama_adapter), resolve_precision("fp32", "cpu")), find_adapter(llama_adapter)
+        base_of_adapter(find_adapter(llama_adapter), resolve_precision("fp32", "cpu")), find_adapter(llama_adapter)
     )
     kl, same, count = 0.0, 0, 0
     for row in ROWS.rows:

@@ -8,6 +8,7 @@ import yaml
 
 from qlora_neft import Recipe, RecipeError, load_recipe
 from qlora_neft.errors import UserInputError
+from qlora_neft.recipe import recipe_of_record
 from qlora_neft.recipe.keys import key_names, key_table
 
 MINIMAL = """\
@@ -159,6 +160,22 @@ def test_a_missing_section_is_named(write, section):
     del values[section]
     [problem] = problems_of(write(json.dumps(values)))
     assert problem.startswith(f"mine.yaml: {section}: required section is missing")
+
+
+def test_a_full_model_is_two_sections_that_are_null(write):
+    [problem] = problems_of(write(MINIMAL), "lora=null")
+    assert problem.startswith("override lora=null: lora: null trains every weight") and "quantization: null" in problem
+    text = MINIMAL.replace("quantization: {}", "quantization: null")
+    assert load_recipe(write(text)).quantization is None and not load_recipe(write(text)).trains_all
+    recipe = load_recipe(write(text), ["lora=null"])
+    assert recipe.trains_all and load_recipe(write(recipe.to_yaml())) == recipe
+    assert recipe_of_record(recipe.to_dict() | {"unknown": {}}).trains_all
+    # Nothing under a section is not null, which would change what is trained.
+    assert load_recipe(write(MINIMAL.replace("quantization: {}", "quantization:"))).quantization is not None
+    # A key of a section makes it again; a key without effect is refused.
+    assert load_recipe(write(text), ["quantization.bnb_4bit_use_double_quant=false"]).quantization is not None
+    [problem] = problems_of(write(text), "lora=null", "machine.fused_lora=true")
+    assert "machine.fused_lora: has no effect without LoRA" in problem
 
 
 def test_a_section_must_be_a_mapping(write):

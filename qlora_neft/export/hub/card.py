@@ -103,7 +103,10 @@ def _tags(training: Training) -> list[str]:
     if training.recipe is None:
         return found
     noisy = ["neftune"] if training.noise else []
-    return ["qlora_neft", "qlora", *noisy, "bitsandbytes", training.recipe.quantization.bnb_4bit_quant_type, *found]
+    quantization = training.recipe.quantization
+    if quantization is None:
+        return ["qlora_neft", *noisy, *found]
+    return ["qlora_neft", "qlora", *noisy, "bitsandbytes", quantization.bnb_4bit_quant_type, *found]
 
 
 def _datasets(recipe: Recipe | None) -> list[str]:

@@ -143,7 +143,9 @@ class Training:
             "checkpoint_step": self.records.step,
             "base": {"id": self.base.id, "revision": self.base.commit},
             "adapter": {"dtype": self.dtype, "trained_dtype": self.trained_dtype},
-            "quantization": recipe and recipe.quantization.model_dump(mode="json", warnings=False),
+            "quantization": recipe
+            and recipe.quantization
+            and recipe.quantization.model_dump(mode="json", warnings=False),
             "neftune": self._noise_summary(),
             "data": facts.data and self._data_summary(facts.data),
             "seed": facts.seed,

@@ -20,12 +20,11 @@ TEXT = "Once upon a time"  # for a model that was trained on plain text
 
 TRANSFORMERS = """\
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer{bits}
 
-{nf4}
-model = AutoModelForCausalLM.from_pretrained(
+{nf4}model = AutoModelForCausalLM.from_pretrained(
     "{base}",{revision}
-    quantization_config=nf4,
+    {weights},
     device_map="auto",
 )
 model.load_adapter("{repo}")
@@ -34,10 +33,9 @@ tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 PEFT = """\
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoTokenizer{bits}
 
-{nf4}
-model = AutoPeftModelForCausalLM.from_pretrained("{repo}", quantization_config=nf4, device_map="auto").eval()
+{nf4}model = AutoPeftModelForCausalLM.from_pretrained("{repo}", {weights}, device_map="auto").eval()
 tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 {ask}"""
 # Spelled out, not left to defaults: with other settings the base is other weights than the adapter was trained on.
@@ -47,7 +45,8 @@ nf4 = BitsAndBytesConfig(
     bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant={double_quant},
     bnb_4bit_compute_dtype=torch.{dtype},
-)"""
+)
+"""
 # return_token_type_ids: `generate` rejects them on models that take none. The penalty and greedy decoding are
 # NEFTune's.
 ASK = """\
@@ -93,7 +92,7 @@ def snippets(
     repo_id: str,
     base: PublicBase,
     config: Mapping[str, Any],
-    quantization: Quantization,
+    quantization: Quantization | None,
     prompts: Prompts | None,
     eos_token_id: int | None,
     facts: Facts | None = None,
@@ -104,22 +103,18 @@ def snippets(
         repo_id: Repository of the adapter.
         base: Its base on the Hub.
         config: Content of ``adapter_config.json``.
-        quantization: How the base was stored in training.
+        quantization: How the base was stored in training, None for not quantized.
         prompts: Prompts of the training; None if no tokenizer is published.
         eos_token_id: End token of that tokenizer.
         facts: What is known of the adapter; without it its configuration decides.
     """
-    dtype = quantization.bnb_4bit_compute_dtype
-    # "auto" is what the trainer chose for its device; for a reader's GPU bfloat16 is the likeliest.
-    nf4 = NF4.format(
-        double_quant=quantization.bnb_4bit_use_double_quant, dtype="bfloat16" if dtype == "auto" else dtype
-    )
+    in_nf4 = quantization is not None
     parts = {
         "repo": repo_id,
         "base": base.id,
         "revision": f'\n    revision="{base.commit}",' if base.commit else "",
         "tokenizer": repo_id if prompts is not None else base.id,
-        "nf4": nf4,
+        **_weights(quantization),
         "ask": _ask(prompts, eos_token_id),
     }
     is_text_part = facts is not None and facts.is_of_text_part
@@ -128,15 +123,27 @@ def snippets(
     note = PROMPT_NOTE + (f" {TEXT_PART_NOTE.format(base=base.id, others=others)}" if is_text_part else "")
     ours = Snippet("qlora_neft", note, "bash", f"qlora-neft generate {repo_id} {shlex.quote(QUESTION)}")
     by_peft = [
-        Snippet("PEFT, on the NF4 base it was trained on", "", "python", PEFT.format(**parts)),
-        Snippet("transformers, 4-bit", "", "python", TRANSFORMERS.format(**parts)),
+        Snippet(f"PEFT, on the {'NF4 ' * in_nf4}base it was trained on", "", "python", PEFT.format(**parts)),
+        Snippet("transformers, 4-bit" if in_nf4 else "transformers", "", "python", TRANSFORMERS.format(**parts)),
     ]
     return [
         ours,
         *([] if is_lost else by_peft),
-        *_vllm(repo_id, base, config, facts),
+        *_vllm(repo_id, base, config, facts, in_nf4=in_nf4),
         *_merged(repo_id, config, facts),
     ]
+
+
+def _weights(quantization: Quantization | None) -> dict[str, str]:
+    """Return how the base's weights are loaded, as parts of the code."""
+    # "auto" is what the trainer chose for its device; for a reader's GPU bfloat16 is the likeliest.
+    if quantization is None:
+        return {"bits": "", "nf4": "", "weights": "dtype=torch.bfloat16"}
+    dtype = quantization.bnb_4bit_compute_dtype
+    nf4 = NF4.format(
+        double_quant=quantization.bnb_4bit_use_double_quant, dtype="bfloat16" if dtype == "auto" else dtype
+    )
+    return {"bits": ", BitsAndBytesConfig", "nf4": nf4, "weights": "quantization_config=nf4"}
 
 
 def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:
@@ -159,7 +166,9 @@ def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:
     return f"prompt = {prompt}\n" + ASK.format(special=special, end=end)
 
 
-def _vllm(repo_id: str, base: PublicBase, config: Mapping[str, Any], facts: Facts | None) -> list[Snippet]:
+def _vllm(
+    repo_id: str, base: PublicBase, config: Mapping[str, Any], facts: Facts | None, *, in_nf4: bool
+) -> list[Snippet]:
     """Return the command for vLLM, which takes the matrices A and B only, of one rank and one alpha."""
     rank = int(config.get("r", 0)) if facts is None else facts.rank
     if facts is not None and not verdict_for("vllm", facts).is_usable:
@@ -170,9 +179,9 @@ def _vllm(repo_id: str, base: PublicBase, config: Mapping[str, Any], facts: Fact
         return []
     words = ["vllm", "serve", base.id, *(["--revision", base.commit] if base.commit else [])]
     # vLLM quantizes the base as it loads it; without these words it would serve the adapter on the 16-bit base.
-    words += ["--quantization", "bitsandbytes", "--enable-lora", *rank_flag.split()]
+    words += [*(["--quantization", "bitsandbytes"] if in_nf4 else []), "--enable-lora", *rank_flag.split()]
     words += ["--lora-modules", f"{repo_id.split('/')[-1]}={repo_id}"]
-    return [Snippet("vLLM", VLLM_NOTE, "bash", shlex.join(words))]
+    return [Snippet("vLLM", VLLM_NOTE if in_nf4 else "", "bash", shlex.join(words))]
 
 
 def _merged(repo_id: str, config: Mapping[str, Any], facts: Facts | None) -> list[Snippet]:

@@ -71,7 +71,8 @@ def plan_merge(folder: AdapterFolder, strategy: str = DEQUANTIZED, dtype: str = 
         config = check_base_config(folder.base, revision=folder.base_revision)
     # The configuration is checked before this, which may download gigabytes.
     base = Checkpoint(_base_folder(folder), config, folder.base)
-    quantized = quantized_names(base)
+    # Trained on a base that was not quantized: every strategy would be the plain one.
+    quantized = frozenset() if folder.quantization is None else quantized_names(base)
     shared = list(base.key_of.values())
     # Parameters that share a stored tensor: an update of one of them would change the other.
     tied = {name for name, key in base.key_of.items() if shared.count(key) > 1}
@@ -80,10 +81,13 @@ def plan_merge(folder: AdapterFolder, strategy: str = DEQUANTIZED, dtype: str = 
     # Of a stack of experts, (experts, out, in).
     shapes |= {name: (n, out, width) for name in base.turned_stacks for n, width, out in [base.shapes[name]]}
     update = Update(folder, shapes, set(quantized), tied)
-    merge = Merge(base, update, quantized, folder.quantization.bnb_4bit_use_double_quant)
+    double_quant = folder.quantization is not None and folder.quantization.bnb_4bit_use_double_quant
+    merge = Merge(base, update, quantized, double_quant)
     if strategy not in STRATEGIES:
         raise UserInputError(f"--strategy: must be one of {', '.join(STRATEGIES)}, got {strategy!r}.")
     if strategy not in merge.strategies:
+        if strategy == NF4 and not quantized:
+            raise UserInputError("--strategy: the adapter was trained on a base that was not quantized.")
         if strategy == NF4:
             raise UserInputError(f"--strategy: {folder.base} has experts, for which no format in NF4 exists.")
         raise UserInputError(f"--strategy: {folder.base} is stored in NF4, its original weights are not known.")
@@ -114,8 +118,8 @@ class Merge:
     @property
     def strategies(self) -> tuple[str, ...]:
         """Strategies that are possible: if the base is stored in NF4, its original weights are not known."""
-        if self.base.stacks:
-            return (DEQUANTIZED, ORIGINAL)  # there is no format for experts in NF4
+        if self.base.stacks or not self.quantized:
+            return (DEQUANTIZED, ORIGINAL)  # there is no format for experts in NF4, and none is asked for otherwise
         return (DEQUANTIZED, NF4) if self.base.stored_nf4 else STRATEGIES
 
     def exact(self, name: str, strategy: str) -> Tensor:

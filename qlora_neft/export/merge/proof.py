@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedModel
 
-from ...adapter.load import nf4_base_of, with_adapter
+from ...adapter.load import base_of_adapter, with_adapter
 from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import NOT_RUN
 from ...base.precision import PrecisionPolicy
@@ -93,7 +93,7 @@ def measure(
         policy: float32, and the device.
         say: Called with progress lines.
     """
-    say(f"proof on {policy.device}, {rows.origin}: NF4 base + adapter")
+    say(f"proof on {policy.device}, {rows.origin}: {'NF4 ' if plan.merge.quantized else ''}base + adapter")
     reference, base = _trained(plan, rows, policy)
     gc.collect()  # modules refer to each other in circles: without this the trained model would stay in memory
     num_bytes = 4 * sum(torch.Size(shape).numel() for shape in plan.merge.base.shapes.values())
@@ -120,7 +120,7 @@ def sized(num_bytes: int) -> str:
 
 def _trained(plan: Plan, rows: ProofRows, policy: PrecisionPolicy) -> tuple[Reference, Distance]:
     """Ask the trained model, loaded as anyone loads it: with bitsandbytes' layers and PEFT's adapter."""
-    model = with_adapter(nf4_base_of(plan.folder, policy), plan.folder)
+    model = with_adapter(base_of_adapter(plan.folder, policy), plan.folder)
 
     @torch.no_grad()
     def forward(**inputs: Tensor) -> Tensor:

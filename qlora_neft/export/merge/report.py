@@ -56,7 +56,7 @@ class MergeReport(TypedDict):
     base: str
     base_revision: str | None
     base_commit: str | None
-    bnb_4bit_use_double_quant: bool
+    bnb_4bit_use_double_quant: bool | None
     adapter: str
     adapter_sha256: str
     merged_layers: int
@@ -89,7 +89,7 @@ def report_of(plan: Plan, evidence: Evidence | None, num_bytes: int) -> MergeRep
         "base": shown_path(plan.folder.base),
         "base_revision": plan.folder.base_revision,
         "base_commit": getattr(plan.config, "_commit_hash", None),
-        "bnb_4bit_use_double_quant": plan.merge.double_quant,
+        "bnb_4bit_use_double_quant": plan.merge.double_quant if plan.merge.quantized else None,
         "adapter": plan.folder.source,
         # Which weights were merged, also after the run's folder has gone on training.
         "adapter_sha256": sha256_of_file(plan.folder.path / WEIGHTS),
@@ -135,13 +135,17 @@ def lines(report: MergeReport, out: Path) -> list[str]:
 
 def _table(report: MergeReport, proof: ProofRecord) -> list[str]:
     """Format the strategies' distances from the trained model."""
+    in_nf4 = report["bnb_4bit_use_double_quant"] is not None
+    base, meaning = (
+        ("NF4 base", MEANING) if in_nf4 else ("base", dict.fromkeys(MEANING, "not quantized: the base itself"))
+    )
     rows = [["trained model", "0", "100%", f"{proof['reference_loss']:.4f}", ""]]
     for name, values in report["strategies"].items():
         mark = " <" if name == report["chosen"] else ""
-        rows.append([f"{name}{mark}", *_numbers(values), MEANING[name]])
-    rows.append(["no adapter", *_numbers(proof["no_adapter"]), "NF4 base alone, for comparison"])
+        rows.append([f"{name}{mark}", *_numbers(values), meaning[name]])
+    rows.append(["no adapter", *_numbers(proof["no_adapter"]), f"{base} alone, for comparison"])
     measured_on = f"{proof['tokens']} trained tokens of {proof['rows']} rows ({proof['rows_from']})"
-    heading = f"against NF4 base + adapter in float32, on {measured_on}; KL and loss in nats per token"
+    heading = f"against {base} + adapter in float32, on {measured_on}; KL and loss in nats per token"
     return [heading, Table(("", "KL", "top-1", "loss", ""), rows, align="lrrrl").plain()]
 
 
