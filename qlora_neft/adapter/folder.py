@@ -174,19 +174,19 @@ def _what_is_missing(path: Path) -> str:
     # A pickle may run code when it is read.
     if (path / CONFIG).is_file() and (path / "adapter_model.bin").is_file():
         return "holds a pickled adapter (adapter_model.bin), which is not loaded. Save it as safetensors with PEFT."
-    # The likeliest mistake: a run that was interrupted, whose checkpoints would do.
-    newest = find_checkpoints(path).newest
-    if newest is not None:
-        return (
-            f"the run in this folder is not finished. Finish it with the same train command, or name its newest "
-            f"checkpoint: {newest.path}"
-        )
     recipe = _recorded_recipe(path)
     if recipe is not None and recipe.trains_all and (path / "config.json").is_file():
         return (
             "holds a full model, trained without an adapter (lora: null), which needs no base: there is nothing to "
             f"merge or export. Load it with AutoModelForCausalLM.from_pretrained({str(path)!r}), publish it with hf "
             "upload, or name it as model.name_or_path of another recipe."
+        )
+    # The likeliest mistake: a run that was interrupted, whose checkpoints would do.
+    newest = find_checkpoints(path).newest
+    if newest is not None:
+        return (
+            f"the run in this folder is not finished. Finish it with the same train command, or name its newest "
+            f"checkpoint: {newest.path}"
         )
     if (path / "config.json").is_file():
         return f"holds a model and no adapter ({WEIGHTS} and {CONFIG}). Give the --output-dir of a run."

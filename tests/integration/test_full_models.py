@@ -7,7 +7,7 @@ import pytest
 import torch
 from command_line import invoke
 from test_continued import recipe_file
-from tiny import adapter_weights, byte_tokenizer, max_difference, mixed_rows, tiny_trainer
+from tiny import adapter_weights, byte_tokenizer, gradient_norms, losses, max_difference, mixed_rows, tiny_trainer
 from transformers import AutoModelForCausalLM
 
 from qlora_neft import load_recipe
@@ -73,12 +73,16 @@ def test_micro_batches_and_alpha_zero_leave_the_trajectory_alone(llama, tmp_path
             **overrides,
         )
         trainer.train()
-        return adapter_weights(trainer)
+        return trainer
 
     whole, split = trained(), trained(micro_batch_size=1)
-    assert max_difference(whole, split) < 1e-5
-    assert max_difference(trained(neftune_noise_alpha=0.0), trained(neftune_noise_alpha=None)) == 0
-    assert max_difference(whole, trained(neftune_noise_alpha=None)) > 1e-5
+    assert losses(whole) == pytest.approx(losses(split), rel=1e-5)
+    assert gradient_norms(whole) == pytest.approx(gradient_norms(split), rel=1e-4)
+    # Adam divides by the size of a gradient: where that is rounding, so is a share of the step (learning rate 1e-3).
+    assert max_difference(adapter_weights(whole), adapter_weights(split)) < 5e-5
+    zero, none = (adapter_weights(trained(neftune_noise_alpha=alpha)) for alpha in (0.0, None))
+    assert max_difference(zero, none) == 0
+    assert max_difference(adapter_weights(whole), none) > 5e-4
 
 
 @pytest.mark.parametrize(
