@@ -106,8 +106,8 @@ def test_what_the_recipe_states_otherwise_is_named_with_both_values(first, tmp_p
     assert resolved(load_recipe(recipe_file(tmp_path, model={"adapter": str(first[0])}))).lora.r == 4
 
 
-def test_without_an_adapter_lora_is_required(llama, tmp_path):
-    with pytest.raises(RecipeError, match=r"lora.r: required key is missing"):
+def test_without_an_adapter_no_lora_is_a_full_model(llama, tmp_path):
+    with pytest.raises(RecipeError, match=r"lora: null trains every weight"):
         load_recipe(recipe_file(tmp_path, model={"name_or_path": str(llama)}), ["lora=null"])
     with pytest.raises(RecipeError, match=r"no effect without model.adapter"):
         load_recipe(recipe_file(tmp_path, model={"name_or_path": str(llama), "adapter_revision": "v1"}))
