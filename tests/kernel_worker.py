@@ -84,6 +84,15 @@ def main():
                     ops.ONE_KERNEL["rms_norm_backward"](g, x, weight, rstd2, offset),
                 )
                 compare(f"norm backward {size}", *backward)
+    for dtype in ULPS:
+        # Widths that fill no power of two, heads that fill no program; keys laid out as a gradient's may be.
+        for width, q_heads, k_heads, batch in ((2, 1, 1, 1), (20, 5, 2, 2), (128, 9, 3, 1)):
+            q = torch.randn(batch, 3, q_heads, width).to(dtype).transpose(1, 2)
+            k = torch.randn(batch, k_heads, 3, width).to(dtype)
+            angles = [torch.randn(batch, 3, width).to(dtype) for _ in range(2)]
+            for back in (False, True):
+                both = (function(q, k, *angles, back) for function in (triton_ops.rotated, ops.ONE_KERNEL["rotated"]))
+                compare(f"rotated {width} {dtype}", *both)
     compare("nothing", triton_ops.dropped(x[:0], a_mask(1, module=1)), x[:0])
     print(json.dumps({"found": found, "count": count}))
     return 0

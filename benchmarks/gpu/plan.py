@@ -43,6 +43,7 @@ def geometry(name: str, *, tiny: bool = False) -> dict[str, int]:
 UNFUSED: dict[str, Any] = {
     "fused_lora": False,
     "fused_norms": False,
+    "fused_rotary": False,
     "padding_free": False,
     "attn_implementation": "sdpa",
     "use_triton_kernels": False,

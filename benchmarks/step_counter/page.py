@@ -56,8 +56,8 @@ by eight; counted once at full size, the modules' path moved 5,488 KB against 5,
   contexts of autograd functions included; parameters, buffers and the base left out.
 - **Waits**: places where the host has to wait for the device before it can go on: `.item()`, `nonzero`, indexing by a
   mask and the like, on tensors that would be on the device.
-- **As on CUDA**: a function of `qlora_neft.fused.ops`, a fused norm and a rotary embedding (Liger's) count as one
-  launch that reads its inputs and writes its outputs; masks are drawn inside. Otherwise what runs on the CPU is
+- **As on CUDA**: a function of `qlora_neft.fused.ops`, a fused norm and a rotary embedding (Liger's if not fused) count
+  as one launch that reads its inputs and writes its outputs; masks are drawn inside. Otherwise what runs on the CPU is
   counted, masks that NumPy draws with their bytes. Not seen: what other libraries' kernels do inside themselves,
   such as the three passes of a flash-attention backward, or bitsandbytes' for one weight.
 

@@ -15,7 +15,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 ROUNDING = 0.5  # bytes
 
 _LLAMA = Arm()
-_MODULES = replace(_LLAMA, arguments={"fused_lora": False, "fused_norms": False})
+_MODULES = replace(_LLAMA, arguments={"fused_lora": False, "fused_norms": False, "fused_rotary": False})
 # By name: every family in the recipes' own setting, on the CPU's path and as on CUDA; then one change at a time.
 ARMS: dict[str, Arm] = {
     **{family: Arm(family) for family in FAMILIES},

@@ -9,7 +9,7 @@ from types import FrameType
 import torch
 
 # By function and part of its file's name: the norms of `qlora_neft.fused.norm` are torch's kernel or Triton's on CUDA,
-# rotary embeddings Liger's.
+# rotary embeddings that are not fused Liger's.
 ONE_KERNEL = {
     "rms_norm": "fused/norm.py",
     "rms_norm_backward": "fused/norm.py",

@@ -23,7 +23,6 @@ from .layers import (
     KeyedDropout,
     LayerState,
     MLPState,
-    Swapped,
     own_class,
     swap,
     swap_back,
@@ -129,7 +128,7 @@ class FastPath:
     def _take_back(self) -> None:
         for module in self._model.modules():
             # Other parts of the fast path swap classes as well.
-            if isinstance(module, Swapped):
+            if isinstance(module, (KeyedDropout, FusedLinear, FusedMLP)):
                 swap_back(module)
         self._groups, self.not_fused, self.num_fused = [], {}, 0
 

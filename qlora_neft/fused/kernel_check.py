@@ -139,6 +139,11 @@ def _cases(name: str, dtype: torch.dtype) -> Iterator[tuple]:
             part = x[:, :width].contiguous()
             rstd = part.float().square().mean(-1, keepdim=True).add(1e-6).rsqrt()
             yield (part, weight, 1e-6, offset) if name == "rms_norm" else (part.flip(0), part, weight, rstd, offset)
+    elif name == "rotated":
+        # Heads as projections give them, fewer keys than queries, and angles of each row or of all.
+        q, k = (numbers(2, 5, heads, 48).transpose(1, 2) for heads in (3, 1))
+        for count, back in ((2, False), (1, True)):
+            yield q, k, numbers(count, 5, 48), numbers(count, 5, 48), back
     else:
         # Those that families have with and without a gate; the interpreter's test has them all.
         for kind in ("silu", "gelu_tanh") if name.startswith("gated") else ("gelu", "relu"):

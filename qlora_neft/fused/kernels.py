@@ -1,8 +1,8 @@
 """The Triton kernels of the fast path; `.triton_ops` calls them. Imported only where Triton is.
 
-Shapes as in `.ops`. Tensors are two-dimensional with neighbors in a row next to each other in memory; rows may be any
-distance apart. All arithmetic is in float32, rounded once on the way out. Indices of rows are 64-bit: M times the
-width of a row can pass 2**31.
+Shapes as in `.ops`. Tensors are two-dimensional, heads apart, with neighbors in a row next to each other in memory;
+rows may be any distance apart. All arithmetic is in float32, rounded once on the way out. Indices of rows are 64-bit:
+M times the width of a row can pass 2**31.
 """
 
 from __future__ import annotations
@@ -178,3 +178,49 @@ def rms_norm_backward_kernel(
     mean = tl.sum(g * value, axis=1, keep_dims=True) / columns
     result = scale * (g - value * (scale * scale * mean))
     tl.store(dx + row * columns + column, result.to(dx.dtype.element_ty), mask=inside)
+
+
+# ---- Rotary embeddings ----
+
+
+@triton.jit
+def _rotate_heads(x, out, cos, sin, row, at, angle, heads, first, x_head,
+                  HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr):  # fmt: skip
+    """Turn heads ``first`` to ``first + HEADS`` of one token, whose first number is at ``at``."""
+    head = first + tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (column < HALF)
+    source = x + at + head * x_head + column
+    x1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    cos1 = tl.load(cos + angle + column, mask=column < HALF, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + angle + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin + angle + column, mask=column < HALF, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + angle + HALF + column, mask=column < HALF, other=0.0).to(tl.float32)
+    if BACK:
+        y1, y2 = x1 * cos1 + x2 * sin2, x2 * cos2 - x1 * sin1
+    else:
+        y1, y2 = x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2
+    target = out + (row * heads + head) * (2 * HALF) + column
+    tl.store(target, y1.to(out.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, y2.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rotated_kernel(
+    q, k, q_out, k_out, cos, sin, tokens, q_heads, k_heads,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, angle_batch,
+    HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Heads of queries, then of keys; results are (B, T, H, D), contiguous. Grid: tokens, heads by HEADS."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    batch, token = row // tokens, row % tokens
+    angle = batch * angle_batch + token * (2 * HALF)
+    q_groups = tl.cdiv(q_heads, HEADS)
+    if group < q_groups:
+        _rotate_heads(q, q_out, cos, sin, row, batch * q_batch + token * q_token, angle, q_heads, group * HEADS,
+                      q_head, HALF, HEADS, BLOCK, BACK)  # fmt: skip
+    else:
+        _rotate_heads(k, k_out, cos, sin, row, batch * k_batch + token * k_token, angle, k_heads,
+                      (group - q_groups) * HEADS, k_head, HALF, HEADS, BLOCK, BACK)  # fmt: skip

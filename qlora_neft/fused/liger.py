@@ -1,4 +1,4 @@
-"""Liger's kernels, of those pieces that nothing here covers: rotary embeddings always, norms and MLPs by wish.
+"""Liger's kernels, of those pieces that nothing here covers: rotary embeddings, norms and MLPs that are not fused.
 
 Liger replaces functions of transformers' modeling files for the whole process (``apply_liger_kernel_to_*``, its
 documented way). So it is applied for the length of training only and taken back afterwards: a model of the same family
@@ -50,17 +50,20 @@ def check_liger(device: torch.device, model_type: str, asked: bool | None) -> st
     return reason
 
 
-def pieces_of(model_type: str, *, own_norms: bool, own_mlps: bool, has_experts: bool) -> dict[str, bool]:
+def pieces_of(
+    model_type: str, *, own_rotary: bool, own_norms: bool, own_mlps: bool, has_experts: bool
+) -> dict[str, bool]:
     """Return the arguments of Liger's function for a family: which pieces it replaces.
 
     Args:
         model_type: As in the model's configuration.
-        own_norms: Whether norms have a fast path of ours.
+        own_rotary: Whether rotary embeddings have a fast path of ours.
+        own_norms: Whether norms have.
         own_mlps: Whether MLPs have.
         has_experts: Whether blocks are mixtures of experts, which Liger would replace by code that expects 16 bits.
     """
     wanted = {
-        "rope": True,
+        "rope": not own_rotary,
         "rms_norm": not own_norms,
         **dict.fromkeys(("swiglu", "geglu", "relu_squared"), not own_mlps and not has_experts),
     }

@@ -137,6 +137,40 @@ def activated_backward(x: Tensor, grad: Tensor, activation: Activation) -> tuple
     return activation.of(x), activation.derivative_times(grad, x)
 
 
+# ---- Rotary embeddings ----
+
+
+@one_kernel
+def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """Return queries and keys turned by the angles of their positions, or their gradients from those of the result.
+
+    With halves x1, x2 of a head: x1 * cos1 - x2 * sin1 and x2 * cos2 + x1 * sin2 (RoFormer, arXiv:2104.09864, in the
+    layout of GPT-NeoX).
+
+    Args:
+        q: (B, H, T, D), D even.
+        k: (B, H_kv, T, D), in the dtype of ``q``, as all of them.
+        cos: (B or 1, T, D).
+        sin: As ``cos``.
+        back: Whether ``q`` and ``k`` are gradients of the result.
+    """
+    return _turned(q, cos[:, None], sin[:, None], back), _turned(k, cos[:, None], sin[:, None], back)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    half = x.shape[-1] // 2
+    (x1, x2), (sin1, sin2) = x.split(half, -1), sin.split(half, -1)
+    y = x * cos
+    y1, y2 = y[..., :half], y[..., half:]
+    if back:
+        y1.addcmul_(x2, sin2)
+        y2.addcmul_(x1, sin1, value=-1)
+    else:
+        y1.addcmul_(x2, sin1, value=-1)
+        y2.addcmul_(x1, sin2)
+    return y
+
+
 # ---- The base's weight ----
 
 

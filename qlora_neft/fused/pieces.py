@@ -15,6 +15,7 @@ from .kernel_check import failures, use_kernels, why_not
 from .layers import FusedMLP, Swapped
 from .liger import check_liger, liger_applied, pieces_of
 from .norm import FewPassNorm, install_norms, uninstall_norms
+from .rotary import FusedAttention, install_rotary, uninstall_rotary
 
 COMPILER = "inductor"  # torch's own backend
 
@@ -27,12 +28,14 @@ class Switches:
         triton: Triton's kernels for the fused operations; None where they run.
         liger: Liger's kernels for what has no fused operation; None where they run.
         norms: RMSNorm in few passes.
+        rotary: Rotary embeddings in few passes.
         compiled: Compile each block.
     """
 
     triton: bool | None = None
     liger: bool | None = None
     norms: bool = True
+    rotary: bool = True
     compiled: bool = False
 
 
@@ -42,6 +45,7 @@ class PiecesRecord(TypedDict):
     triton_kernels: bool
     triton_failures: dict[str, str]
     fused_norms: int
+    fused_rotary: int
     liger: list[str]
     torch_compile: bool
 
@@ -50,7 +54,8 @@ class Pieces:
     """The pieces that one model trains with.
 
     Args:
-        model: The model, PEFT's wrapper included. Norms are given another class in place; `uninstall` takes that back.
+        model: The model, PEFT's wrapper included. Norms and attention modules are given other classes in place;
+            `uninstall` takes that back.
         device: Where it is.
         switches: What is asked for.
         dtype: The dtype that it computes in.
@@ -70,6 +75,8 @@ class Pieces:
         self._lines = [kernels] if device.type == "cuda" else []  # a CPU has nothing to choose from
         if switches.norms:
             install_norms(model)
+        if switches.rotary:
+            install_rotary(model)
         self._liger: list[str] = []
 
     @contextmanager
@@ -86,7 +93,9 @@ class Pieces:
         with ExitStack() as stack:
             if not self._no_liger:
                 pieces = self._pieces()
-                line = stack.enter_context(liger_applied(self._base, pieces, autocast))
+                line = "Liger: not used (what it has is fused here)"
+                if any(pieces.values()):
+                    line = stack.enter_context(liger_applied(self._base, pieces, autocast))
                 lines.append(line)
                 self._liger = [] if "not used" in line else [name for name, on in pieces.items() if on]
             elif self._device.type == "cuda":
@@ -97,8 +106,9 @@ class Pieces:
             yield lines
 
     def uninstall(self) -> None:
-        """Give every norm its own class back."""
+        """Give every norm and attention module its own class back."""
         uninstall_norms(self._model)
+        uninstall_rotary(self._model)
 
     def record(self) -> PiecesRecord:
         """Return what a run's summary says of it."""
@@ -107,6 +117,7 @@ class Pieces:
             "triton_kernels": triton,
             "triton_failures": failures(self._device, self._dtype) if triton else {},
             "fused_norms": sum(isinstance(module, FewPassNorm) for module in self._model.modules()),
+            "fused_rotary": sum(isinstance(module, FusedAttention) for module in self._model.modules()),
             "liger": self._liger,
             "torch_compile": self._switches.compiled,
         }
@@ -115,6 +126,7 @@ class Pieces:
         config, modules = cast(Any, self._base).config, list(self._model.modules())
         return pieces_of(
             config.model_type,
+            own_rotary=any(isinstance(module, FusedAttention) for module in modules),
             own_norms=any(isinstance(module, FewPassNorm) for module in modules),
             own_mlps=any(isinstance(module, FusedMLP) for module in modules),
             has_experts=any(

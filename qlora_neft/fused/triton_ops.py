@@ -194,6 +194,30 @@ def _norm_launch(rows: Tensor) -> tuple[tuple[int], dict[str, int]]:
     return (-(-rows.shape[0] // at_once),), {"ROWS": at_once, "BLOCK": block, "num_warps": warps}
 
 
+# ---- Rotary embeddings ----
+
+
+def rotated(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """`ops.rotated`; both in one launch."""
+    q, k = _dense_rows(q), _dense_rows(k)
+    (batch, heads, tokens, width), half = q.shape, q.shape[-1] // 2
+    cos, sin = cos.contiguous(), sin.contiguous()
+    # In the order of the projections that they come from and of most attention functions: heads of a token together.
+    q_out, k_out = (x.new_empty(batch, tokens, x.shape[1], width) for x in (q, k))
+    if q.numel():
+        block = _power_of_two(half)
+        at_once = min(_power_of_two(heads), max(1, NUMBERS_AT_ONCE // block))
+        groups = sum(-(-x.shape[1] // at_once) for x in (q, k))
+        strides = [x.stride(dim) for x in (q, k) for dim in (0, 2, 1)]
+        with _on(q):
+            _kernel("rotated")[batch * tokens, groups](
+                q, k, q_out, k_out, cos, sin, tokens, heads, k.shape[1], *strides,
+                cos.stride(0) if cos.shape[0] > 1 else 0,
+                HALF=half, HEADS=at_once, BLOCK=block, BACK=back,
+            )  # fmt: skip
+    return q_out.transpose(1, 2), k_out.transpose(1, 2)
+
+
 # ---- Launching ----
 
 
@@ -222,6 +246,6 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         dropped, add_dropped_, gated, gated_backward, activated, activated_backward, dequantized,
-        rms_norm, rms_norm_backward,
+        rms_norm, rms_norm_backward, rotated,
     )
 }  # fmt: skip

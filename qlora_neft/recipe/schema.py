@@ -394,6 +394,9 @@ class Machine(Section):
         "auto", description="compute LoRA layers and MLPs in fused functions: fewer passes over memory; auto: true"
     )
     fused_norms: Auto | bool = Field("auto", description="compute RMSNorm in fewer passes over memory; auto: true")
+    fused_rotary: Auto | bool = Field(
+        "auto", description="compute rotary position embeddings in fewer passes over memory; auto: true"
+    )
     use_triton_kernels: Auto | bool = Field(
         "auto", description="Triton kernels for the fused functions; auto: with CUDA, each where its check passes"
     )

@@ -84,6 +84,7 @@ def arguments_of(run: Run) -> QLoRANeftConfig:
         attn_implementation=plan.attn_implementation,
         fused_lora=plan.fused_lora,
         fused_norms=plan.fused_norms,
+        fused_rotary=plan.fused_rotary,
         use_triton_kernels=plan.use_triton_kernels,
         use_liger_kernel=plan.use_liger_kernel,
         activation_offloading=plan.activation_offloading,

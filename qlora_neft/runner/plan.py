@@ -70,6 +70,7 @@ class RunPlan:
         attn_implementation: Attention of the training passes, as in ``machine``; "auto" for transformers' choice.
         fused_lora: Whether LoRA layers and MLPs are computed in fused functions.
         fused_norms: Whether RMSNorm is computed in few passes.
+        fused_rotary: Whether rotary embeddings are.
         use_triton_kernels, use_liger_kernel: Whether such kernels are used; None wherever they run.
         activation_offloading: Whether what the backward pass needs is kept in host memory.
         torch_compile: Whether blocks are compiled.
@@ -89,6 +90,7 @@ class RunPlan:
     attn_implementation: str
     fused_lora: bool
     fused_norms: bool
+    fused_rotary: bool
     use_triton_kernels: bool | None
     use_liger_kernel: bool | None
     activation_offloading: bool
@@ -158,6 +160,7 @@ def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.dev
         attn_implementation=machine.attn_implementation,
         fused_lora=machine.fused_lora is not False,
         fused_norms=machine.fused_norms is not False,
+        fused_rotary=machine.fused_rotary is not False,
         use_triton_kernels=_wish(machine.use_triton_kernels),
         use_liger_kernel=_wish(machine.use_liger_kernel),
         activation_offloading=machine.activation_offloading is True,

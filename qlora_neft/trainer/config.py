@@ -61,10 +61,11 @@ class QLoRANeftConfig(SFTConfig):
         fused_lora: LoRA layers and MLPs as fused functions (`qlora_neft.fused`); False for the modules' own path. Both
             learn the same.
         fused_norms: RMSNorm in few passes over memory; False for the modules' own.
+        fused_rotary: Rotary embeddings in few passes over memory; False for the modules' own.
         use_triton_kernels: Triton's kernels for the fused functions; None uses them with CUDA, each where its check
             passes; True raises where they cannot run.
-        use_liger_kernel: Liger's kernels for rotary embeddings, and for norms and MLPs that are not fused; None uses
-            them with CUDA where liger-kernel is installed. Not upstream's switch of this name, which is deprecated
+        use_liger_kernel: Liger's kernels for rotary embeddings, norms and MLPs that are not fused; None uses them with
+            CUDA where liger-kernel is installed. Not upstream's switch of this name, which is deprecated
             and also replaces the loss.
         compile_blocks: Compile each decoder block by `torch.compile`.
         bf16, fp16: None decides by capability, see `qlora_neft.base.precision`.
@@ -89,6 +90,7 @@ class QLoRANeftConfig(SFTConfig):
     attn_implementation: str = field(default="auto", metadata={"help": "attention; auto decides"})
     fused_lora: bool = field(default=True, metadata={"help": "LoRA in fused functions"})
     fused_norms: bool = field(default=True, metadata={"help": "RMSNorm in few passes"})
+    fused_rotary: bool = field(default=True, metadata={"help": "rotary embeddings in few passes"})
     use_triton_kernels: bool | None = field(default=None, metadata={"help": "None: where they run"})
     compile_blocks: bool = field(default=False, metadata={"help": "torch.compile for each block"})
     use_liger_kernel: bool | None = field(  # ty: ignore[incompatible-attribute-override]
@@ -112,7 +114,7 @@ class QLoRANeftConfig(SFTConfig):
         if self.liger_kernel_config:
             raise ValueError(
                 f"liger_kernel_config: has no effect, got {self.liger_kernel_config}. Which of Liger's pieces are used "
-                "follows from fused_lora and fused_norms; remove it."
+                "follows from fused_lora, fused_norms and fused_rotary; remove it."
             )
         if self.activation_offloading and resolve_precision("auto", self._device()).device.type != "cuda":
             raise ValueError("activation_offloading: needs a CUDA device to offload from, got True. Leave it False.")

@@ -389,6 +389,7 @@ def _switches(args: QLoRANeftConfig) -> Switches:
         triton=args.use_triton_kernels,
         liger=args.use_liger_kernel,
         norms=args.fused_norms,
+        rotary=args.fused_rotary,
         compiled=args.compile_blocks,
     )
 

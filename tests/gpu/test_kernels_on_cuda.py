@@ -94,7 +94,7 @@ def test_ligers_pieces_give_upstreams_gradients(model_type, own):
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     expected = gradients()
-    pieces = liger.pieces_of(model_type, own_norms=own, own_mlps=own, has_experts=False)
+    pieces = liger.pieces_of(model_type, own_rotary=False, own_norms=own, own_mlps=own, has_experts=False)
     with liger.liger_applied(model, pieces, torch.no_grad) as line:
         assert line.startswith("Liger: rope"), line
         found = gradients()
@@ -105,6 +105,7 @@ def test_ligers_pieces_give_upstreams_gradients(model_type, own):
 PIECES = {
     "plain operations": {"use_triton_kernels": False},
     "upstream's norms": {"fused_norms": False},
+    "upstream's rotary embeddings": {"fused_rotary": False},
     "without Liger": {"use_liger_kernel": False},
     "offloaded": {"activation_offloading": True},
     "offloaded and recomputed": {"activation_offloading": True, "gradient_checkpointing": True},

@@ -153,6 +153,7 @@ def test_outside_of_a_training_step_modules_are_upstreams(llama, tmp_path):
 def test_uninstalling_leaves_nothing(llama, tmp_path):
     trainer = tiny_trainer(llama, tmp_path, lora_dropout=0.5)
     trainer.fast_path.uninstall()
+    trainer.pieces.uninstall()
     assert not any(isinstance(module, Swapped) for module in trainer.model.modules())
     assert trainer.fast_path._end_micro_batch not in trainer.under_way.at_end
 

@@ -128,7 +128,9 @@ def test_the_saved_recipe_is_the_recipe(finished):
     assert load_recipe(output_dir / "recipe.yaml") == recipe
     assert summary["recipe"] == recipe.to_dict()
     pieces = summary["fast_path"]
-    assert pieces["fused_norms"] > 0 and pieces["fused_layers"] > 0  # on a CPU too; kernels are for GPUs
+    assert (
+        pieces["fused_norms"] > 0 and pieces["fused_rotary"] > 0 and pieces["fused_layers"] > 0
+    )  # on a CPU too; kernels are for GPUs
     assert not pieces["triton_kernels"] and pieces["liger"] == [] and not pieces["torch_compile"]
 
 

@@ -64,7 +64,7 @@ def test_the_page_of_the_counts_is_up_to_date():
 
 # ---- The planner's terms ----
 
-BY_MODULES = {"fused_lora": False, "fused_norms": False}
+BY_MODULES = {"fused_lora": False, "fused_norms": False, "fused_rotary": False}
 
 
 @pytest.mark.parametrize(

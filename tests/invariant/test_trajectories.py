@@ -116,6 +116,7 @@ def test_checkpointing_none_some_or_all_blocks_is_one_trajectory(llama, tmp_path
 
 PIECES = {
     "upstream's norms": {"fused_norms": False},
+    "upstream's rotary embeddings": {"fused_rotary": False},
     "compiled blocks": {"compile_blocks": True, "lora_dropout": 0.1, "max_steps": 1},
 }
 
@@ -131,7 +132,7 @@ def test_the_pieces_of_the_fast_path_leave_the_trajectory_alone(llama, tmp_path,
     # TorchDynamo's part of compiling is what could go wrong: graphs, guards, breaks. The code behind it is torch's.
     monkeypatch.setattr("qlora_neft.fused.pieces.COMPILER", "eager")
     same = {"lora_dropout": 0.0, "max_steps": 3, "clean_loss_steps": 0, **STEP_OF_16, **piece}
-    without = trained(llama, tmp_path, **{**same, "fused_norms": True, "compile_blocks": False})
+    without = trained(llama, tmp_path, **{**same, "fused_norms": True, "fused_rotary": True, "compile_blocks": False})
     assert_one_trajectory(without, trained(llama, tmp_path, **same))
 
 

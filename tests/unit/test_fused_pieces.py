@@ -12,6 +12,7 @@ from qlora_neft.errors import UserInputError
 from qlora_neft.fused import liger
 from qlora_neft.fused.norm import FewPassNorm
 from qlora_neft.fused.pieces import Pieces, Switches, compiled_blocks
+from qlora_neft.fused.rotary import FusedAttention
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -44,14 +45,14 @@ def test_liger_that_is_not_installed_or_does_not_know_a_family_is_named(monkeypa
 def test_liger_replaces_only_what_nothing_here_covers(own):
     families = pytest.importorskip("liger_kernel.transformers.monkey_patch").MODEL_TYPE_TO_APPLY_LIGER_FN
     for model_type, function in families.items():
-        pieces = liger.pieces_of(model_type, own_norms=own, own_mlps=own, has_experts=False)
+        pieces = liger.pieces_of(model_type, own_rotary=own, own_norms=own, own_mlps=own, has_experts=False)
         switches = {n for n, p in inspect.signature(function).parameters.items() if isinstance(p.default, bool)}
         assert set(pieces) == switches
-        allowed = {"rope"} if own else {"rope", "rms_norm", "swiglu", "geglu", "relu_squared"}
+        allowed = set() if own else {"rope", "rms_norm", "swiglu", "geglu", "relu_squared"}
         # Never a loss: TRL's fused head is the one that knows the whole step's tokens.
         assert {name for name, on in pieces.items() if on} <= allowed
-        assert pieces.get("rope", True)
-    experts = liger.pieces_of("mixtral", own_norms=False, own_mlps=False, has_experts=True)
+        assert pieces.get("rope", not own) is not own
+    experts = liger.pieces_of("mixtral", own_rotary=True, own_norms=False, own_mlps=False, has_experts=True)
     assert experts["rms_norm"] and not experts["swiglu"]
 
 
@@ -59,7 +60,7 @@ def test_liger_is_there_for_training_only(llama):
     functions = pytest.importorskip("liger_kernel.transformers.rope")
     before, norm = dict(vars(modeling_llama)), llama.model.layers[0].input_layernorm
     attributes = set(vars(norm))
-    pieces = liger.pieces_of("llama", own_norms=False, own_mlps=False, has_experts=False)
+    pieces = liger.pieces_of("llama", own_rotary=False, own_norms=False, own_mlps=False, has_experts=False)
     with liger.liger_applied(llama, pieces, None) as line:
         assert line == "Liger: rope, rms_norm, swiglu"
         assert modeling_llama.apply_rotary_pos_emb is functions.liger_rotary_pos_emb
@@ -85,14 +86,20 @@ def test_pieces_that_change_a_models_hidden_states_are_taken_back(llama, monkeyp
 def test_what_was_on_is_recorded(llama):
     pieces = Pieces(llama, CPU, Switches())
     record = pieces.record()
-    assert record["fused_norms"] == 5 and not record["triton_kernels"] and record["liger"] == []
+    assert (
+        record["fused_norms"] == 5
+        and record["fused_rotary"] == 2
+        and not record["triton_kernels"]
+        and record["liger"] == []
+    )
     with pieces.in_use() as lines:
         assert lines == []
     with Pieces(llama, CPU, Switches(compiled=True)).in_use() as lines:
         assert len(lines) == 1 and "compiled" in lines[0]
     pieces.uninstall()
-    assert not any(isinstance(module, FewPassNorm) for module in llama.modules())
-    assert Pieces(llama, CPU, Switches(norms=False)).record()["fused_norms"] == 0
+    assert not any(isinstance(module, (FewPassNorm, FusedAttention)) for module in llama.modules())
+    record = Pieces(llama, CPU, Switches(norms=False, rotary=False)).record()
+    assert record["fused_norms"] == record["fused_rotary"] == 0
 
 
 def recomputed(function, *args):

@@ -98,6 +98,7 @@ def test_what_is_asked_for_is_what_is_done():
         "padding_free": True,
         "fused_lora": False,
         "fused_norms": False,
+        "fused_rotary": False,
         "use_triton_kernels": False,
         "use_liger_kernel": False,
         "activation_offloading": False,

@@ -52,9 +52,11 @@ SIGNATURES = {
         {"BLOCKSIZE": 64, "NESTED_BLOCKSIZE": 256, **TILE},
     ),
     "rms_norm": (["x", "weight", "y", f"rstd:{FLOATS}", "rows:i32", "columns:i32", "eps:fp32"], NORM),
+    "rotated": (["q", "k", "q_out", "k_out", "cos", "sin"], {"HALF": 64, "HEADS": 16, "BLOCK": 64, "BACK": True}),
     "rms_norm_backward": (["grad", "x", "weight", f"rstd:{FLOATS}", "dx"], NORM),
 }
-DISTANCES = {"columns", "num_out", "num_packed", "x_row", "out_row", "gate_row", "up_row", "grad_row"}
+DISTANCES = {"columns", "num_out", "num_packed", "x_row", "out_row", "gate_row", "up_row", "grad_row", "angle_batch"}
+DISTANCES |= {f"{x}_{name}" for x in "qk" for name in ("batch", "token", "head")}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
