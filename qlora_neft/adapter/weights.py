@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -156,7 +157,7 @@ class Update:
             raise self._misfit(key)
         # In training only one of the two uses changed; merged, the shared weight would change both.
         if name in tied:
-            raise self._refused(name, "is shared by embedding and head")
+            raise self._refused(name, _shared(name))
         self.pairs[name] = module
 
     def _add_stacks(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -183,7 +184,7 @@ class Update:
         if shapes.get(name) != self._weights.shapes[key]:
             raise self._misfit(key)
         if name in tied:
-            raise self._refused(name, "is shared by embedding and head")
+            raise self._refused(name, _shared(name))
         if name in quantized:
             raise self._refused(name, "is quantized in training")
         self._replaced[name] = key
@@ -215,3 +216,8 @@ def _check_kind(folder: AdapterFolder) -> None:
             f"{folder.source}: only plain LoRA can be merged here (with rsLoRA, rank and alpha patterns, "
             f"modules_to_save), the adapter has {', '.join(used)}. Merge it with PEFT's merge_and_unload."
         )
+
+
+def _shared(name: str) -> str:
+    """Say who shares a weight: blocks (zamba), else the two that mostly do."""
+    return "is shared by several blocks" if re.search(r"\.\d+\.", name) else "is shared by embedding and head"
