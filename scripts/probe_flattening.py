@@ -25,10 +25,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-import qlora_neft.fused
+import qlora_neft.base
+from qlora_neft.base.flattening import DROPOUT
 from qlora_neft.fused.attention import PER_SEQUENCE, FlattenedAttention, FlatteningCollator
 
-LIST = Path(qlora_neft.fused.__file__).with_name("flattening.json")
+LIST = Path(qlora_neft.base.__file__).with_name("flattening.json")
 LENGTHS = (13, 1, 9, 13)  # the window is shorter, one sequence is a single token
 VOCABULARY = 64
 TOLERANCE = 1e-4  # of logits around 1, float32
@@ -125,9 +126,16 @@ def main(names: list[str]) -> int:
             "flattens": [name for name, (ours, _) in found.items() if not ours],
             "padded": {name: ours for name, (ours, _) in found.items() if ours},
             "kept_apart_by_masks": [name for name, (ours, theirs) in found.items() if not theirs],
+            "attention_dropout": {name: p for name, (ours, _) in found.items() if not ours and (p := dropout_of(name))},
         }
         LIST.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def dropout_of(model_type: str) -> float:
+    """Return the probability with which a family drops attention weights unless its configuration says otherwise."""
+    config = transformers.CONFIG_MAPPING[model_type]()
+    return max(getattr(config, name, None) or 0.0 for name in DROPOUT)
 
 
 class NotProbed(Exception):

@@ -1,6 +1,7 @@
 """What a decoder block keeps for the backward pass, and what it needs at most, in bytes a token. No torch.
 
-The figures are sums over the widths of a model. Their factors are solved from counts of small models
+The figures are sums over the widths of a model; of the sums of one figure, the largest holds: a block's peak is in its
+attention or in its MLP. Their factors are solved from counts of small models
 (``benchmarks/step_counter/terms.py`` writes ``activation_terms.json``), and a test counts other models and compares.
 """
 
@@ -72,11 +73,11 @@ def block_bytes(geometry: Geometry, r: int, length: int, way: Way) -> BlockBytes
         geometry.num_attention_heads * length,
     )
     more = 0 if way.fused_norms or not way.half else NORM_COPY * NORMS * geometry.hidden_size
-    sums = {
-        name: sum(factor * width for factor, width in zip(factors, widths, strict=True)) + more
-        for name, factors in terms.items()
+    found = {
+        name: more + max(sum(factor * width for factor, width in zip(one, widths, strict=True)) for one in sums)
+        for name, sums in terms.items()
     }
-    return BlockBytes(**sums)
+    return BlockBytes(**found)
 
 
 def _key_width(geometry: Geometry) -> int:

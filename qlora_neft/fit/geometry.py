@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from ..base.expert_names import is_of_stack
+from ..base.flattening import why_padded
 from ..errors import UserInputError
 from ..files import read_json
 from .families import FAMILIES, Linear
@@ -49,6 +50,7 @@ class Geometry:
         float32_in_bfloat16, float32_in_float16: How many of the parameters that are not in NF4 stay in float32 where
             the others are in this dtype.
         left_out: Parts of the checkpoint that are not loaded, such as ``vision_config``.
+        padded: Why its rows must be padded; "" if they may be flattened.
     """
 
     model_type: str
@@ -69,6 +71,7 @@ class Geometry:
     float32_in_bfloat16: int = 0
     float32_in_float16: int = 0
     left_out: tuple[str, ...] = ()
+    padded: str = ""
 
     def parameters(self) -> int:
         """Return the size of the unquantized model, a tied weight counted once."""
@@ -191,6 +194,10 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
     _check_stored_skips(config)
     if not _parts_beside_text(config):
         config = config.get("text_config") or config
+    return replace(_counted(config), padded=why_padded(config))
+
+
+def _counted(config: Mapping[str, Any]) -> Geometry:
     # Counted by formula if the family is known, which needs no torch; else on transformers' own model, which takes
     # seconds. How a model with more parts is loaded, only its classes say.
     family = None if "text_config" in config else FAMILIES.get(config.get("model_type", ""))

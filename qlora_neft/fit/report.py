@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ..base.flattening import flattening_is_wanted, flattens
 from ..display.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, new_picture, save_picture
 from ..paths import resolve_bundled
 from ..recipe import Recipe
@@ -119,18 +120,23 @@ def fit_report(recipe: Recipe, geometry: Geometry, card: Card, stored: int | Non
         "quantized_parameters": geometry.quantized_parameters() if in_nf4 else 0,
         "nf4_bytes": geometry.nf4_bytes(quantization.bnb_4bit_use_double_quant) if quantization is not None else 0,
         "lora_parameters": 0 if lora is None else geometry.lora_parameters(lora.r, lora.target_modules),
-        "plan": _resolved_machine(recipe.machine.model_dump(), choice, card),
+        "plan": _resolved_machine(recipe, geometry, choice, card),
         "card": {"name": card.name, "memory": card.memory},
         "tokens_per_second": speed,
         "confidence": CONFIDENCE[card.is_gpu],
         "remedies": [] if fits else remedies(recipe, geometry, card),
-        "notes": _notes(recipe, geometry, choice, stored),
+        "notes": _notes(recipe, geometry, card, choice, stored),
         "seconds": _duration(recipe, speed),
     }
 
 
-def _resolved_machine(machine: Mapping[str, Any], choice: Choice, card: Card) -> dict[str, Any]:
+def _resolved_machine(recipe: Recipe, geometry: Geometry, choice: Choice, card: Card) -> dict[str, Any]:
     """Return the recipe's machine section with the planner's choices in place of ``auto``."""
+    machine = recipe.machine
+    asked = None if machine.padding_free == "auto" else machine.padding_free
+    flat = flattens(
+        asked, machine.attn_implementation, on_cuda=card.is_gpu, family=geometry.model_type, why=geometry.padded
+    )
     # Only where the recipe says "auto"; what it states is kept, even if it does not fit.
     chosen = {
         "device": "cuda" if card.is_gpu else "cpu",
@@ -140,8 +146,10 @@ def _resolved_machine(machine: Mapping[str, Any], choice: Choice, card: Card) ->
         "per_device_eval_batch_size": choice.eval_rows or "auto",
         "activation_checkpointing": choice.checkpointing,
         "activation_offloading": choice.step.offloading,
+        "padding_free": flat,
     }
-    return {key: chosen.get(key, value) if value == "auto" else value for key, value in machine.items()}
+    stated = machine.model_dump() | ({} if flat else {"padding_free": False})  # asked for, and not exact
+    return {key: chosen.get(key, value) if value == "auto" else value for key, value in stated.items()}
 
 
 def _duration(recipe: Recipe, speed: list[int] | None) -> list[int] | None:
@@ -239,8 +247,12 @@ def _override(key: str, value: Any) -> str:
     return " ".join(f"{key}.{name}={one}" for name, one in stated.items()) or f"{key}={{}}"
 
 
-def _notes(recipe: Recipe, geometry: Geometry, choice: Choice, stored: int | None) -> list[str]:
+def _notes(recipe: Recipe, geometry: Geometry, card: Card, choice: Choice, stored: int | None) -> list[str]:
     notes = []
+    asked = None if recipe.machine.padding_free == "auto" else recipe.machine.padding_free
+    wanted = flattening_is_wanted(asked, recipe.machine.attn_implementation, on_cuda=card.is_gpu)
+    if wanted and geometry.padded:
+        notes.append(f"rows are padded: {geometry.padded}")
     if recipe.trains_all:
         notes.append("every weight is trained, in float32; activations are counted at their most")
     if geometry.model_type not in FAMILIES:
@@ -353,8 +365,9 @@ def _plan(plan: Mapping[str, Any]) -> str:
     checkpointing += ", activations kept in host memory" * (plan["activation_offloading"] is True)
     eval_rows = plan["per_device_eval_batch_size"]
     evaluation = "" if eval_rows == "auto" else f", evaluation {eval_rows} rows at a time"
+    joined = "padding-free " if plan["padding_free"] else ""
     return (
-        f"{plan['precision']}, micro-batches of at most {' and '.join(limits)}, activation checkpointing "
+        f"{plan['precision']}, {joined}micro-batches of at most {' and '.join(limits)}, activation checkpointing "
         f"{checkpointing}{evaluation}"
     )
 

@@ -1,49 +1,27 @@
 """Whether rows are padded or flattened, and which attention keeps flattened sequences apart.
 
-Which families may be flattened is not believed but found out: ``python -m scripts.probe_flattening`` builds each one
-tiny and compares. Its result lies beside this module.
+Which families may be flattened, `qlora_neft.base.flattening` says.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
-from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..base.flattening import FLASH, OURS, PER_SEQUENCE, VARLEN, flattening_is_wanted, probed, why_padded
 from ..errors import UserInputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-VARLEN, PER_SEQUENCE = "varlen", "per_sequence"  # as `machine.attn_implementation` names them
-OURS = (VARLEN, PER_SEQUENCE)
-FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 ATTENTIONS = ("auto", "sdpa", "eager", *OURS, *FLASH)
-LAYERS = {"full_attention", "sliding_attention"}  # kinds of layers that our attention knows
-# Names of the probability with which a family drops attention weights.
-DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout", "attention_dropout_prob")
 MAX_HEAD_DIM = 256  # FlashAttention's
-
-
-class Probed(TypedDict):
-    """What the probe found, families by ``model_type``.
-
-    Attributes:
-        flattens: Exact under our attention.
-        padded: Not exact, and why.
-        kept_apart_by_masks: Exact under transformers' own attention and its block masks.
-    """
-
-    flattens: list[str]
-    padded: dict[str, str]
-    kept_apart_by_masks: list[str]
 
 
 @dataclass(frozen=True)
@@ -95,10 +73,10 @@ def choose_attention(
     """
     _check(implementation, config, device, dtype, padding_free=padding_free, packed=packed)
     model = "auto" if implementation in OURS else implementation
-    by_default = implementation in (*OURS, *FLASH) or (implementation == "auto" and device.type == "cuda")
-    if not packed and not (by_default if padding_free is None else padding_free):
+    on_cuda = device.type == "cuda"
+    if not packed and not flattening_is_wanted(padding_free, implementation, on_cuda=on_cuda):
         return AttentionChoice(False, "auto", model)
-    why = why_padded(config)
+    why = why_padded(config.to_dict())
     by_masks = _family(config) in probed()["kept_apart_by_masks"]
     if not why and (by_masks or implementation not in ("sdpa", "eager")):
         if implementation != "auto":
@@ -118,27 +96,6 @@ def choose_attention(
     if packed:
         return AttentionChoice(True, "auto", model, f"packed sequences may see each other: {why}")
     return AttentionChoice(False, "auto", model, f"rows are padded: {why}")
-
-
-def why_padded(config: PreTrainedConfig) -> str:
-    """Return why the rows of a model must be padded; "" if they may be flattened under our attention."""
-    text = config.get_text_config()
-    for part in {config.model_type: config, text.model_type: text}.values():
-        # A family's own code under a known name is not the code that was probed.
-        if hasattr(part, "auto_map") or part.model_type not in probed()["flattens"]:
-            known = probed()["padded"].get(part.model_type)
-            return f"{part.model_type}: {known}" if known else f"{part.model_type}: not known to flatten exactly"
-    if dropout := [name for name in DROPOUT if getattr(text, name, None)]:
-        return f"{dropout[0]} is {getattr(text, dropout[0])}, and attention by sequence has no dropout"
-    if others := set(getattr(text, "layer_types", None) or ()) - LAYERS:
-        return f"layers of kind {sorted(others)[0]}"
-    return ""
-
-
-@cache
-def probed() -> Probed:
-    """Return what the probe found."""
-    return json.loads(Path(__file__).with_name("flattening.json").read_text(encoding="utf-8"))
 
 
 def varlen_runs(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:

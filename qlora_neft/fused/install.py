@@ -15,6 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..base.expert_lora import is_expert_lora
+from .base_dropout import BaseDropouts
 from .casts import Casts
 from .layers import (
     FusedLinear,
@@ -68,6 +69,7 @@ class FastPath:
         self._model, self._under_way, self._fused = model, under_way, fused
         self._casts = Casts(under_way)
         self._groups: list[Group] = []
+        self._base_dropouts: BaseDropouts | None = None
         under_way.at_end.append(self._end_micro_batch)
         self.install()
 
@@ -87,6 +89,7 @@ class FastPath:
             for dropout in cast(Any, state.layer).lora_dropout.values():
                 if type(dropout) is nn.Dropout:
                     swap(dropout, KeyedDropout, state)
+        self._base_dropouts = BaseDropouts(self._model, self._under_way)
         if not self._fused:
             return
         reasons = {name: why_not_fused(state.layer) for name, state in states.items()}
@@ -122,6 +125,10 @@ class FastPath:
             f"fused LoRA: {self.num_fused} layers; the rest takes PEFT's path, slower and equal in result ({reasons})"
         )
 
+    def dropout_line(self) -> str | None:
+        """Return which dropout depends on how a step is split, in one line; None if none does."""
+        return None if self._base_dropouts is None else self._base_dropouts.line()
+
     def _reasons(self) -> dict[str, int]:
         return dict(Counter(self.not_fused.values()))
 
@@ -130,6 +137,9 @@ class FastPath:
             # Other parts of the fast path swap classes as well.
             if isinstance(module, (KeyedDropout, FusedLinear, FusedMLP)):
                 swap_back(module)
+        if self._base_dropouts is not None:
+            self._base_dropouts.remove_hooks()
+        self._base_dropouts = None
         self._groups, self.not_fused, self.num_fused = [], {}, 0
 
     def _end_micro_batch(self) -> None:

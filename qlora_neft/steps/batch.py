@@ -66,7 +66,7 @@ class StepBatch:
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> StepBatch:
         """Make a step of one ready-made batch, for callers that bring their own."""
-        return cls((MicroBatch(inputs, _spans_or_none(inputs)),))
+        return cls((_micro_batch(inputs, _spans_or_none(inputs)),))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.micro_batches)
@@ -145,7 +145,7 @@ class StepCollator:
             spans = [span.shifted(ordinal - span.ordinal) for span, ordinal in zip(spans, ordinals, strict=True)]
         elif spans is not None:  # a collator that merges rows: ordinals that no row of another micro-batch has
             spans = [span.shifted((first_ordinals[0] + 1) << 16) for span in spans]
-        return MicroBatch(inputs, spans)
+        return _micro_batch(inputs, spans)
 
 
 def split_rows(
@@ -205,6 +205,24 @@ def check_labels(step: StepBatch, tokenizer: PreTrainedTokenizerBase | Any) -> N
 
 
 # ---- Rows and batches ----
+
+
+def _micro_batch(inputs: dict[str, Any], spans: list[SequenceSpan] | None) -> MicroBatch:
+    """Return a micro-batch in which no sequence's first token has a label: padding on the left cannot predict it."""
+    labels = inputs.get("labels")
+    firsts = [(span.row, _first(span)) for span in spans or () if span.length]
+    # In the first column a label is not trained anyway, and most batches have no other.
+    wrong = [] if labels is None else [at for at in firsts if at[1] > 0 and labels[at] != IGNORE_INDEX]
+    if labels is None or not wrong:
+        return MicroBatch(inputs, spans)
+    labels = labels.clone()  # a collator may give out one tensor as labels and as ids
+    for at in wrong:
+        labels[at] = IGNORE_INDEX
+    return MicroBatch({**inputs, "labels": labels}, spans)
+
+
+def _first(span: SequenceSpan) -> int:
+    return span.tokens.start if isinstance(span.tokens, slice) else int(span.tokens[0])
 
 
 def _fits(part: list[int], i: int, lengths: Sequence[int], max_rows: int, max_tokens: int | None, padded: bool) -> bool:

@@ -209,7 +209,7 @@ class QLoRANeftTrainer(StepTrainer):
         """Train as upstream does, on the fast path where there is one."""
         self.fast_path.install()  # again: adapters may have been added since
         with self.pieces.in_use(self.accelerator.autocast) as lines:
-            for line in (self.fast_path.line(), *lines):
+            for line in (self.fast_path.line(), self.fast_path.dropout_line(), *lines):
                 if line:
                     self.say(line)
             return super().train(*args, **kwargs)

@@ -24,7 +24,7 @@ from qlora_neft.fit import card_of, choose, fit_report
 from qlora_neft.fit.cards import CARDS, GIB, this_machine
 from qlora_neft.fit.choose import USABLE, candidates
 from qlora_neft.fit.geometry import geometry_of, shipped_config
-from qlora_neft.fit.report import picture
+from qlora_neft.fit.report import lines, picture
 from qlora_neft.runner.plan import planned_for
 from qlora_neft.trainer.memory import MemoryProbe, Split
 
@@ -181,6 +181,14 @@ def test_activations_go_to_the_host_only_where_nothing_fits_without():
     for card, (choice, fits) in zip(cards, choices, strict=True):
         if fits and choice.step.offloading:
             assert not choose(refused, LLAMA_7B, card)[1]
+
+
+def test_the_plan_says_how_rows_are_laid_out():
+    gemma = geometry_of({"model_type": "gemma2"})
+    flat, padded = (fit_report(RECIPE_7B, geometry, card_of("80GiB")) for geometry in (LLAMA_7B, gemma))
+    assert flat["plan"]["padding_free"] is True and padded["plan"]["padding_free"] is False
+    assert "padding-free micro-batches" in "".join(lines(flat, "x"))
+    assert [note for note in padded["notes"] if note.startswith("rows are padded: gemma2: ")] and not flat["notes"]
 
 
 def test_a_path_that_is_switched_off_needs_more():

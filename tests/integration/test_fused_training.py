@@ -16,6 +16,7 @@ from tiny import (
     max_difference,
     mixed_rows,
     rows_of_lengths,
+    save_tiny_model,
     tiny_lora,
     tiny_trainer,
 )
@@ -81,6 +82,44 @@ def test_padding_on_the_left_changes_no_mask(llama, tmp_path, whole):
         return {name: torch.tensor(values) for name, values in columns.items()}
 
     assert_one_trajectory(whole, trained(llama, tmp_path, data_collator=on_the_left), tolerance=2e-5)
+    # The first token of a row has a label here, which nothing before it predicts.
+    short = rows_of_lengths([2, 2, 9, 17])
+    few = {"rows": short, "per_device_train_batch_size": 4, "max_steps": 2}
+    both = [trained(llama, tmp_path, **few, data_collator=collator) for collator in (None, on_the_left)]
+    assert_one_trajectory(*both, tolerance=2e-5)
+
+
+OF_THE_BASE = {"phi": {"resid_pdrop": 0.2, "embd_pdrop": 0.2}, "gpt-neox": {"hidden_dropout": 0.2}}
+
+
+@pytest.mark.parametrize("family", OF_THE_BASE)
+def test_dropout_modules_of_the_base_are_keyed_too(tmp_path, family):
+    """Phi uses one module twice in a block."""
+    base = save_tiny_model(tmp_path / "base", family, **OF_THE_BASE[family])
+    whole, *others = (
+        trained(base, tmp_path, max_steps=2, **way)
+        for way in ({}, {"padding_free": True}, WAYS["in fours"], WAYS["recomputed"])
+    )
+    assert whole.fast_path.dropout_line() is None
+    for other in others:
+        assert_one_trajectory(whole, other)
+    drawn = (
+        whole.model.get_base_model()
+        .base_model.layers[0]
+        .get_submodule("resid_dropout" if family == "phi" else "post_mlp_dropout")
+    )
+    assert drawn.fused.number - drawn.fused.first == (2 if family == "phi" else 1)
+    whole.fast_path.uninstall()
+    assert type(drawn) is nn.Dropout
+    assert not whole.model.get_base_model().base_model.layers[0]._forward_pre_hooks
+
+
+def test_dropout_by_functions_of_the_base_is_said(tmp_path):
+    lines = []
+    trainer = tiny_trainer(save_tiny_model(tmp_path / "base", "opt", dropout=0.2), tmp_path, max_steps=1)
+    trainer.say = lines.append
+    trainer.train()
+    assert [line for line in lines if "the base drops out by functions of its own (dropout 0.2)" in line]
 
 
 def test_dropout_is_on(llama, tmp_path, whole):

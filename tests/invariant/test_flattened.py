@@ -18,8 +18,8 @@ from tiny import (
 from transformers import AutoModelForCausalLM
 
 from benchmarks.step_counter.arms import Arm, count
+from qlora_neft.base.flattening import PER_SEQUENCE, probed
 from qlora_neft.errors import UserInputError
-from qlora_neft.fused.flattening import PER_SEQUENCE, probed
 
 ROWS = rows_of_lengths([30, 12, 2, 12, 41, 20, 7, 30], seed=6)
 HELD_OUT = rows_of_lengths([25, 9, 2, 14], seed=7)

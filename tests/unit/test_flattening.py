@@ -19,10 +19,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from qlora_neft.base.flattening import PER_SEQUENCE, VARLEN, flattens, probed, why_padded
 from qlora_neft.errors import UserInputError
 from qlora_neft.fused import attention
 from qlora_neft.fused.attention import per_sequence_attention, runs_of_one_length, varlen_attention
-from qlora_neft.fused.flattening import PER_SEQUENCE, VARLEN, choose_attention, probed, why_padded
+from qlora_neft.fused.flattening import choose_attention
 from scripts.probe_flattening import verdict
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -152,7 +153,28 @@ def test_a_family_of_ones_own_is_padded():
     class OwnConfig(LlamaConfig):
         model_type = "own"
 
-    assert why_padded(OwnConfig()) == "own: not known to flatten exactly"
+    assert why_padded(OwnConfig().to_dict()) == "own: not known to flatten exactly"
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("implementation", ["auto", "sdpa", PER_SEQUENCE])
+def test_the_planner_lays_rows_out_as_a_run_does(asked, implementation, ampere):
+    """By what config.json says, which leaves defaults out."""
+    for config in (
+        LlamaConfig(),
+        Gemma2Config(),
+        GPT2Config(),
+        GPT2Config(attn_pdrop=0.0),
+        BloomConfig(),
+        Lfm2Config(),
+    ):
+        for device, dtype in ((CUDA, torch.bfloat16), (CPU, torch.float32)):
+            if implementation == PER_SEQUENCE and asked is False:
+                continue  # refused
+            run = choose_attention(config, device, dtype, padding_free=asked, implementation=implementation)
+            family, why = config.model_type, why_padded(config.to_diff_dict() | {"model_type": config.model_type})
+            on_cuda = device == CUDA
+            assert flattens(asked, implementation, on_cuda=on_cuda, family=family, why=why) is run.padding_free
 
 
 def test_soft_caps_flatten_under_masks_for_those_who_ask():
