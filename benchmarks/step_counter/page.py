@@ -38,7 +38,8 @@ BEFORE = (
     "Before its fused path this trainer moved 5,357 KB in 280 launches and kept 338 KB, dropout masks included "
     "(this counter, commit 3733335).\n\n"
     "Counted in the first step of a run. Of the launches, 14 are its own (copies of the adapters in half precision, "
-    "made one by one) and on a CPU another 14 (the scales of NF4's blocks, unpacked once there); later steps have neither."
+    "made one by one) and on a CPU another 14 (the scales of NF4's blocks, unpacked once there); later steps have "
+    "neither."
 )
 
 WHAT = """
