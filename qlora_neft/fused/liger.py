@@ -7,6 +7,7 @@ on the CPU would find kernels that its tensors cannot enter. TRL's fused head an
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -102,9 +103,9 @@ def liger_applied(
 
 
 def _families() -> dict[str, Callable[..., None]]:
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    return cast("dict[str, Callable[..., None]]", MODEL_TYPE_TO_APPLY_LIGER_FN)
+    # By name: an extra that is not installed where types are checked.
+    module = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    return cast("dict[str, Callable[..., None]]", module.MODEL_TYPE_TO_APPLY_LIGER_FN)
 
 
 def _applied(model: nn.Module, pieces: dict[str, bool]) -> Callable[[], None]:
