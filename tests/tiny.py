@@ -10,10 +10,10 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
 from qlora_neft.trainer import QLoRANeftConfig, QLoRANeftTrainer
+from scripts.families.tokenizer import byte_tokenizer
 
 VOCABULARY = 260  # 256 bytes, then <pad>, <s>, </s>, <unk>
 WIDTH = 64
@@ -64,18 +64,6 @@ def save_tiny_model(folder: Path, architecture: str = "llama", **overrides: Any)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, with pad, begin, end and unknown tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*alphabet, "<pad>", "<s>", "</s>", "<unk>"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 def rows_of_lengths(lengths: list[int], seed: int = 0) -> Dataset:

@@ -20,13 +20,9 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -42,6 +38,7 @@ from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import save_adapter
 from ..steps import IGNORE_INDEX
 from ..steps.losses import TokenMean, mean_token_loss
+from .callbacks import CheckpointSomeBlocks, CleanLossDue, SaidOnce
 from .config import QLoRANeftConfig
 from .loss_head import PLAIN, LossCheck, settle_loss_head
 from .memory import Split
@@ -289,64 +286,6 @@ class QLoRANeftTrainer(StepTrainer):
             tokenizer = cast("PreTrainedTokenizerBase | None", self.processing_class)
             model, folder = self.accelerator.unwrap_model(self.model), output_dir or self._output_dir
             save_adapter(model, tokenizer, folder, revision=self._revision)
-
-
-class SaidOnce(TrainerCallback):
-    """Tell a trainer's ``say`` a line when training begins."""
-
-    def __init__(self, trainer: QLoRANeftTrainer, line: str) -> None:
-        self.trainer, self.line = trainer, line
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Say it."""
-        self.trainer.say(self.line)
-
-
-class CleanLossDue(TrainerCallback):
-    """Whether a log is the first of its session, or the first since a multiple of so many steps.
-
-    Args:
-        every: Optimizer steps; 0 for never.
-    """
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self._next = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Begin a session."""
-        self._next = 0
-
-    def __call__(self, step: int) -> bool:
-        """Whether the clean loss is due in the log of ``step``; asked once per log."""
-        if not self.every or step < self._next:
-            return False
-        # The next multiple, not `every` further on: logs that fall between multiples must not shift the rhythm.
-        self._next = (step // self.every + 1) * self.every
-        return True
-
-
-class CheckpointSomeBlocks(TrainerCallback):
-    """Keep activation checkpointing on for the first ``num_blocks`` decoder blocks only.
-
-    Args:
-        num_blocks: Blocks that recompute their activations in the backward pass, at least 1.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Switch it off again for the other blocks: upstream has just switched it on for every one."""
-        blocks = [module for module in kwargs["model"].modules() if isinstance(module, GradientCheckpointingLayer)]
-        for block in blocks[self.num_blocks :]:
-            block.gradient_checkpointing = False
 
 
 # ---- Arguments, base and adapters ----

@@ -23,6 +23,7 @@ from ...errors import UserInputError
 from ...files import read_json, sha256_of_file, whole_folder, write_json
 from ...recipe import Recipe
 from ...run_folder.tokenizer_files import CONFIG as TOKENIZER_CONFIG
+from ...run_folder.tokenizer_files import FILES as TOKENIZER_FILES
 from ...run_folder.tokenizer_files import save_tokenizer
 from ..abilities import facts_of
 from .base import BaseFacts
@@ -31,7 +32,6 @@ from .public import (
     CARD,
     CURVES,
     SUMMARY,
-    TOKENIZER_FILES,
     PublicBase,
     Published,
     is_template_file,

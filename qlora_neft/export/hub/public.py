@@ -17,20 +17,6 @@ from ...recipe.yaml_text import dump_yaml
 from ...run_folder.record import Record
 
 CARD, CURVES, SUMMARY, TEMPLATE_FILE = "README.md", "loss.png", "training_summary.json", "chat_template.jinja"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "tekken.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    TEMPLATE_FILE,
-)
 # Keys of the machine section that concern only the author of a run.
 AUTHORS_KEYS = ("mirror_dir", "push_to", "push_every")
 # Files written here, in which a local path is a leak. A tokenizer's vocabulary may hold "/home".

@@ -21,8 +21,9 @@ from huggingface_hub.hf_api import RepoFile
 from ...adapter.folder import CONFIG, RECIPE, WEIGHTS
 from ...errors import RunFailed, UserInputError
 from ...run_folder.checkpoints import files_in
+from ...run_folder.tokenizer_files import FILES as TOKENIZER_FILES
 from .failures import Patience, Place, keep_trying, token_source
-from .public import CURVES, SUMMARY, TOKENIZER_FILES
+from .public import CURVES, SUMMARY
 
 # Files of an earlier push that are removed if this folder lacks them: beside a newer adapter they would be wrong.
 OURS = {CONFIG, CURVES, RECIPE, SUMMARY, WEIGHTS, "generation_config.json", "lengths.png", *TOKENIZER_FILES}
