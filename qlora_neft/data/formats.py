@@ -50,10 +50,21 @@ class Dialogue:
     Attributes:
         messages: The messages in order, at least one.
         tools: Descriptions of the functions the assistant may call, None without any.
+        trained: Whether the loss is taken on each message, one flag a message, as the row says it; None if it says
+            nothing: on every assistant message. Read through `trained_turns`.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
+    trained: tuple[bool, ...] | None = None
+
+    @property
+    def trained_turns(self) -> tuple[bool, ...]:
+        """Whether the loss is taken on each message: an assistant's whose flag, if there are any, is true."""
+        flags = self.trained or (True,) * len(self.messages)
+        return tuple(
+            flag and message["role"] == "assistant" for flag, message in zip(flags, self.messages, strict=True)
+        )
 
 
 @dataclass(frozen=True)
