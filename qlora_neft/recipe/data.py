@@ -1,0 +1,142 @@
+"""The section ``data``: which rows are examples, and how a row becomes a sequence."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+from ..paths import DATA_SUFFIXES, JINJA_SUFFIXES, kind_of
+from .section import Positive, Section, Text, broken_rule
+
+TEMPLATES = ("auto", "alpaca", "vicuna", "chat")
+
+
+def template_name(value: str) -> str:
+    """Accept the name of a prompt template: one of ours, or a Jinja file, known by its suffix."""
+    if value in TEMPLATES or value.endswith(JINJA_SUFFIXES):
+        return value
+    close = difflib.get_close_matches(value, TEMPLATES, n=1)
+    meant = f" Did you mean {close[0]}?" if close else ""
+    raise broken_rule(f"one of {', '.join(TEMPLATES)}, or a .jinja file, got the text {value!r}.{meant}")
+
+
+def only_on_the_hub(value: str | None, path: str, key: str) -> str | None:
+    """Accept a key of data from the Hub: local files have no revision, configuration or list of files.
+
+    Args:
+        value: The key's value, None if it is not given.
+        path: Where the data is.
+        key: What messages call ``path``.
+    """
+    if value is not None and not is_data_on_the_hub(path):
+        raise broken_rule(
+            f"has an effect only on data from the Hub, and {key} is {path!r}. Remove it.", involves=("path",)
+        )
+    return value
+
+
+def is_data_on_the_hub(path: str) -> bool:
+    """Tell whether a path of data names a dataset on the Hub."""
+    return kind_of(path, suffixes=DATA_SUFFIXES) == "hub"
+
+
+Format = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
+Template = Annotated[str, AfterValidator(template_name)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class MixedSource(Section):
+    """One more source of examples, mixed with the others."""
+
+    path: Text
+    split: Text = "train"
+    revision: Text | None = None
+    data_files: Text | None = None
+    name: Text | None = None
+    format: Format = "auto"
+    prompt_template: Template = "auto"
+    weight: Positive = 1.0
+
+    @field_validator("revision", "data_files", "name")
+    @classmethod
+    def _only_on_the_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return only_on_the_hub(value, info.data["path"], "its path") if "path" in info.data else value
+
+
+class Data(Section):
+    """The examples. Local paths are relative to the current directory."""
+
+    # Which rows.
+    path: Text = Field(description="local .jsonl, .json, .csv or .parquet, a glob of them, a Hub id, or bundled:NAME")
+    revision: Text | None = Field(None, description="branch, tag or commit, for path on the Hub")
+    split: Text = Field("train", description="split or slice in the syntax of datasets, such as train[:128]")
+    data_files: Text | None = Field(None, description="files to use of a Hub dataset, a name or a glob")
+    name: Text | None = Field(None, description="configuration of a Hub dataset")
+    weight: Positive = Field(
+        1.0, description="how often each example is used per epoch; 0.5: half of them, chosen by hash"
+    )
+    mixture: list[MixedSource] = Field(
+        [], description="more sources, each with keys such as path, split, format, weight"
+    )
+    # Which rows are held out.
+    eval_path: Text | None = Field(None, description="held-out examples, named like path")
+    eval_split: Text | None = Field(None, description="held-out split, of eval_path (default train) or of path")
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="share of the rows to hold out, the same ones on every machine"
+    )
+    # How a row becomes a sequence.
+    format: Format = Field("auto", description="how columns are read; auto: by their names")
+    prompt_template: Template = Field(
+        "auto", description="alpaca, vicuna, chat (the tokenizer's own), or a .jinja file; auto: by format"
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(description="maximum number of tokens per sequence")
+    train_on_prompt: bool = Field(False, description="compute the loss on prompts too")
+    split_conversations: bool = Field(True, description="split conversations longer than max_length between turns")
+    keep_end_token: bool = Field(True, description="end a response that is cut at max_length with the end token")
+    # How many rows the gate lets through in spite of a fault.
+    max_truncated_fraction: Share = Field(0.5, description="share of rows whose response may be cut")
+    max_dropped_fraction: Share = Field(
+        0.01, description="share of rows that may be dropped: empty, unusable, or too long"
+    )
+    max_duplicate_fraction: Share = Field(0.5, description="share of rows that may duplicate an earlier one")
+
+    @field_validator("revision", "data_files", "name")
+    @classmethod
+    def _only_on_the_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return only_on_the_hub(value, info.data["path"], "data.path") if "path" in info.data else value
+
+    @field_validator("eval_split")
+    @classmethod
+    def _held_out_is_not_trained_on(cls, value: str | None, info: ValidationInfo) -> str | None:
+        path, eval_path, split = (info.data.get(key) for key in ("path", "eval_path", "split"))
+        named = value is not None or eval_path is not None
+        if path is not None and named and (eval_path or path, value or "train") == (path, split):
+            raise broken_rule(
+                f"the held-out rows would be the training rows ({path}, {split}). "
+                "Give another split or eval_path, or eval_fraction to hold out a share.",
+                involves=("eval_path", "path", "split"),
+            )
+        return value
+
+    @field_validator("eval_fraction")
+    @classmethod
+    def _one_source_of_held_out_rows(cls, value: float | None, info: ValidationInfo) -> float | None:
+        other = [key for key in ("eval_path", "eval_split") if info.data.get(key) is not None]
+        if value is not None and other:
+            raise broken_rule(
+                f"cannot be combined with data.{' and data.'.join(other)}, got {value:g}. Keep one.",
+                involves=tuple(other),
+            )
+        return value
+
+    @property
+    def has_eval_rows(self) -> bool:
+        """Whether the recipe names held-out examples, in any of the three ways."""
+        return (self.eval_path, self.eval_split, self.eval_fraction) != (None, None, None)
+
+    @property
+    def paths(self) -> list[str]:
+        """Every path that rows are read from, held-out ones included."""
+        return [self.path, *(source.path for source in self.mixture), *([self.eval_path] if self.eval_path else [])]
