@@ -192,6 +192,7 @@ def test_a_session_is_a_process_that_waits_fails_and_hangs_alone(tmp_path, ahead
     assert last is None or last.process.returncode is not None
 
 
+@pytest.mark.slow
 def test_tests_are_counted_also_if_they_are_cut_off(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import time, pytest\n"
@@ -211,6 +212,7 @@ def test_tests_are_counted_also_if_they_are_cut_off(tmp_path):
     assert "assert 1 == 2" in next(test["message"] for test in found["tests"] if test["outcome"] == "failed")
 
 
+@pytest.mark.slow
 def test_a_session_really_runs_as_a_process(tmp_path):
     options = Options(tmp_path, tmp_path / "state", minutes=1, tiny=True)
     with Processes() as launch:
