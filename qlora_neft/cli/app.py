@@ -98,7 +98,7 @@ app = typer.Typer(
 )
 # In the order of --help: look at recipes, train, use, hand over, compare.
 for verb in (
-    *(recipes.ls, recipes.show, recipes.diff, recipes.cp, recipes.validate),
+    *(recipes.ls, recipes.show, recipes.diff, recipes.cp, recipes.validate, recipes.schema),
     *(train, look.preview, look.fit, look.noise),
     *(generate.generate, generate.chat),
     *(publish.merge, publish.check, publish.gguf, publish.export),

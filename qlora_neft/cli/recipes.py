@@ -1,4 +1,4 @@
-"""The verbs that read recipes: ls, show, diff, cp, validate."""
+"""The verbs that read recipes: ls, show, diff, cp, validate, schema."""
 
 from __future__ import annotations
 
@@ -176,6 +176,16 @@ def validate(
                 typer.echo(f"  {problem}", err=True)
     if any(problems.values()):
         raise typer.Exit(2)
+
+
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors.
+
+    They complete keys and values by it, and underline what is wrong.
+    """
+    from ..recipe.json_schema import json_schema
+
+    print_json(json_schema())
 
 
 def _count(problems: Sequence[str]) -> str:
