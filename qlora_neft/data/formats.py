@@ -28,10 +28,28 @@ class Piece:
     Attributes:
         text: The text as the model reads it, with end tokens spelled out.
         trained: Whether the loss is taken on it.
+        whole_from: Number of characters before which the piece must not be ended: a thought cut short is no answer, nor
+            is half a call.
     """
 
     text: str
     trained: bool
+    whole_from: int = 0
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a template makes of an example.
+
+    Attributes:
+        sequences: The texts to train on, each in pieces; more than one if no single text shows all that is trained.
+        left_out: What of the example none of them shows, in words; empty if nothing.
+        marks: Kinds of findings, see `gate.SUSPICIOUS`.
+    """
+
+    sequences: tuple[list[Piece], ...]
+    left_out: str = ""
+    marks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

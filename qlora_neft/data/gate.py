@@ -25,6 +25,9 @@ SUSPICIOUS = {
     "replacement": "{n} with U+FFFD, the mark of text that was decoded wrongly: {p}.",
     "cut apart": "in {n} a token would reach from prompt into response; the two are tokenized apart: {p}.",
     "across": "in {n} a token reaches from prompt into response, and is not trained: {p}.",
+    "left out": "{n} of which the chat template leaves something out, so it is not in the context: {p}.",
+    "off prompt": "in {n} a response stands behind other text than the prompt of generation: {p}.",
+    "unended": "in {n} a response ends with no token that ends generation: {p}.",
     "duplicate": "{n} repeated: {p}.",
 }
 
@@ -60,7 +63,7 @@ class Tally:
         turns_left_out: Turns before the first request or after the last response.
         largest_token_id: Largest id in any sequence, -1 without any.
         findings: Rows by kind: ``bad``, ``empty``, ``unfit``, ``no room``, ``truncated``, ``duplicate``, ``special``,
-            ``replacement``, ``cut apart``, ``across``.
+            ``replacement``, ``cut apart``, ``across``, ``left out``, ``off prompt``, ``unended``.
     """
 
     rows: int = 0
@@ -95,6 +98,8 @@ class Tally:
             self.finding("truncated").add(outcome.place)
         for mark in sorted(outcome.marks):
             self.finding(mark).add(outcome.place)
+        if outcome.left_out:
+            self.finding("left out").add(_said(outcome.place, outcome.left_out))
         self.truncated_sequences += times * outcome.num_truncated
         self.turns_left_out += outcome.turns_left_out
         self.ended += times * outcome.num_ended

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import UserInputError
 from ..paths import JINJA_SUFFIXES
 from .chat_template import ChatTemplate
-from .formats import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
+from .formats import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, Rendered, as_dialogue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,11 +55,26 @@ class Template(Protocol):
     def render(self, example: Example) -> list[Piece]:
         """Return the example's text; raises `BadRow` if the template cannot express it."""
 
+    def sequences(self, example: Example) -> Rendered:
+        """Return what is trained of the example; raises `BadRow` if the template cannot express it."""
+
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text that the next response follows."""
 
 
-class NoTemplate:
+class _OneSequence:
+    """A template that makes one sequence of an example."""
+
+    def render(self, example: Example) -> list[Piece]:
+        """Return the example's text."""
+        raise NotImplementedError
+
+    def sequences(self, example: Example) -> Rendered:
+        """Return the example's text as the one sequence."""
+        return Rendered((self.render(example),))
+
+
+class NoTemplate(_OneSequence):
     """No text around a prompt and its completion, or a completion alone."""
 
     adds_special_tokens = True
@@ -81,7 +96,7 @@ class NoTemplate:
         return message["content"]
 
 
-class AlpacaTemplate:
+class AlpacaTemplate(_OneSequence):
     """Stanford Alpaca's prompt: one request, with or without an input, and one response."""
 
     adds_special_tokens = True
@@ -102,7 +117,7 @@ class AlpacaTemplate:
         return alpaca_prompt(message["content"])
 
 
-class VicunaTemplate:
+class VicunaTemplate(_OneSequence):
     """Vicuna v1.1: a system line, which a system message replaces, then USER and ASSISTANT in turn."""
 
     adds_special_tokens = True
@@ -133,7 +148,7 @@ class VicunaTemplate:
         return "".join(piece.text for piece in pieces[:-1])
 
 
-class JinjaTemplate:
+class JinjaTemplate(_OneSequence):
     """The tokenizer's own chat template, or the user's."""
 
     adds_special_tokens = False

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..recipe.schema import Data
 from .encode import Encoded, Encoder, cut_to_length
-from .formats import BadRow, Dialogue, EmptyRow, Example, Message, Piece, content_hash, to_example
+from .formats import BadRow, Dialogue, EmptyRow, Example, Message, Piece, Rendered, content_hash, to_example
 from .sources import Row
 from .templates import make_template
 
@@ -41,7 +42,8 @@ class Outcome:
         num_ended: Sequences whose last response ends with a trained end token.
         num_truncated: Sequences that lost trained tokens, including those that lost all of them.
         turns_left_out: Turns before the first request or after the last response.
-        marks: What is suspicious but allowed: ``special``, ``replacement``, ``cut apart``, ``across``.
+        marks: What is suspicious but allowed, see `gate.SUSPICIOUS`.
+        left_out: What the template leaves out of it, in words.
     """
 
     number: int
@@ -54,6 +56,7 @@ class Outcome:
     num_truncated: int = 0
     turns_left_out: int = 0
     marks: frozenset[str] = field(default_factory=frozenset)
+    left_out: str = ""
 
     def placed(self, prefix: str) -> Outcome:
         """Return the outcome with a prefix on its place."""
@@ -61,11 +64,11 @@ class Outcome:
 
 
 class _Readable(NamedTuple):
-    """A row that was read: what it says, how many turns were left out of it, and its text."""
+    """A row that was read: what it says, how many turns were left out of it, and its texts."""
 
     example: Example
     turns_left_out: int
-    pieces: list[Piece]
+    rendered: Rendered
 
 
 class RowWorker:
@@ -89,9 +92,10 @@ class RowWorker:
         """Prepare some rows, in order; a fast tokenizer gets them as one batch."""
         read = [self._read(row) for row in rows]
         # Tokenized in one call: a fast tokenizer works on a batch much faster than on single texts.
-        encoded = iter(self.encoder.encode([r.pieces for r in read if isinstance(r, _Readable)]))
+        texts = [pieces for r in read if isinstance(r, _Readable) for pieces in r.rendered.sequences]
+        encoded = iter(self.encoder.encode(texts))
         return [
-            self._finished(row, r, next(encoded)) if isinstance(r, _Readable) else r
+            self._finished(row, r, list(islice(encoded, len(r.rendered.sequences)))) if isinstance(r, _Readable) else r
             for row, r in zip(rows, read, strict=True)
         ]
 
@@ -103,32 +107,33 @@ class RowWorker:
             example, turns_left_out = to_example(row.values, self.format)
             # From here on the row is what its format says, and what fails is the template.
             kind = UNFIT
-            pieces = self.template.render(example)
+            rendered = self.template.sequences(example)
         except EmptyRow as error:
             return _left_out(row, EMPTY, str(error))
         except BadRow as error:
             return _left_out(row, kind, str(error))
         except RecursionError:  # ``tools`` may be JSON text, nested as deep as its author likes
             return _left_out(row, BAD, TOO_DEEP)
-        if not _is_text(pieces):
+        if not all(map(_is_text, rendered.sequences)):
             return _left_out(row, BAD, "has half of a surrogate pair in a field that the template writes")
-        return _Readable(example, turns_left_out, pieces)
+        return _Readable(example, turns_left_out, rendered)
 
-    def _finished(self, row: Row, read: _Readable, encoded: Encoded) -> Outcome:
+    def _finished(self, row: Row, read: _Readable, encoded: list[Encoded]) -> Outcome:
         try:
-            return self._outcome(row, read.example, read.turns_left_out, self._split(read.example, encoded))
+            return self._outcome(row, read, self._split(read.example, encoded))
         except BadRow as error:  # a template may accept a whole conversation and refuse a part of it
             return _left_out(row, UNFIT, str(error))
         except RecursionError:  # a field that is not text: tools, or a tool call's arguments
             return _left_out(row, BAD, TOO_DEEP)
 
-    def _outcome(self, row: Row, example: Example, turns_left_out: int, found: list[Encoded]) -> Outcome:
+    def _outcome(self, row: Row, read: _Readable, found: list[Encoded]) -> Outcome:
+        example, rendered = read.example, read.rendered
         cut = [cut_to_length(e, self.section.max_length, keep_end_token=self.section.keep_end_token) for e in found]
         kept = [(sequence, lost) for sequence, lost in cut if sequence.num_trained()]
         text = _text_of(example)
         marks = {"special"} if self._special and self._special.search(text) else set()
         marks |= {"replacement"} if "\ufffd" in text else set()
-        marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed}
+        marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed} | rendered.marks
         reason = f"{max(len(e.ids) for e in found)} tokens, none of the response within {self.section.max_length}"
         return Outcome(
             row.number,
@@ -141,21 +146,22 @@ class RowWorker:
             num_ended=sum(int(sequence.ids[sequence.trained][-1]) == self.end_id for sequence, _ in kept),
             # A row that lost every trained token is counted once, as left out.
             num_truncated=sum(lost for _, lost in cut) if kept else 0,
-            turns_left_out=turns_left_out,
+            turns_left_out=read.turns_left_out,
             marks=frozenset(marks),
+            left_out=rendered.left_out,
         )
 
-    def _split(self, example: Example, encoded: Encoded) -> list[Encoded]:
+    def _split(self, example: Example, encoded: list[Encoded]) -> list[Encoded]:
         # Only what is too long, since each piece is rendered and tokenized again.
-        too_long = len(encoded.ids) > self.section.max_length
+        too_long = any(len(sequence.ids) > self.section.max_length for sequence in encoded)
         if not (too_long and self.section.split_conversations and isinstance(example, Dialogue)):
-            return [encoded]
+            return encoded
         # Measured by rendering and tokenizing: what a template adds to a piece is not known before.
         pieces = split_dialogue(example, self.section.max_length, self._length)
-        return self.encoder.encode([self.template.render(piece) for piece in pieces])
+        return self.encoder.encode([text for piece in pieces for text in self.template.sequences(piece).sequences])
 
     def _length(self, dialogue: Dialogue) -> int:
-        return self.encoder.lengths([self.template.render(dialogue)])[0]
+        return max(self.encoder.lengths(self.template.sequences(dialogue).sequences))
 
     def _with_prompt(self, sequence: Encoded) -> Encoded:
         if not self.section.train_on_prompt:
