@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from ..data.encode import Encoder
-from ..data.formats import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
+from ..data.examples import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
 from ..data.templates import TEMPLATE_OF_FORMAT, JinjaTemplate, alpaca_prompt, make_template
 from ..errors import UserInputError
 from ..paths import JINJA_SUFFIXES

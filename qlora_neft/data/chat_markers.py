@@ -14,7 +14,7 @@ from itertools import pairwise
 from os.path import commonprefix
 from typing import Any
 
-from .formats import BadRow, Message
+from .examples import BadRow, Message
 
 Span = tuple[int, int]
 FIRST = 0x100000  # private use, plane 16; two characters to a message. Icon fonts use plane 15.

@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import UserInputError
 from .chat_markers import AMBIGUOUS, Span, TurnFinder, Wording, mark, read_marks
-from .formats import BadRow, Message, Piece
+from .examples import BadRow, Message, Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

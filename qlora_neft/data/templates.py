@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import UserInputError
 from ..paths import JINJA_SUFFIXES
 from .chat_template import ChatTemplate
-from .formats import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, Rendered, as_dialogue
+from .examples import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, Rendered, as_dialogue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..recipe.schema import Data
 from .encode import Encoded, Encoder, cut_to_length
-from .formats import BadRow, Dialogue, EmptyRow, Example, Message, Piece, Rendered, content_hash, to_example
+from .examples import BadRow, Dialogue, EmptyRow, Example, Message, Piece, Rendered, content_hash
+from .formats import to_example
 from .sources import Row
 from .templates import make_template
 

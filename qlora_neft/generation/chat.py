@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ..adapter.load import Trained
 from ..adapter.prompts import Prompts
-from ..data.formats import Message
+from ..data.examples import Message
 from ..display.preview_text import plural
 from ..errors import RunFailed, RunInterrupted, UserInputError
 from ..noise.streams import stream_key

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..adapter.load import Trained
 from ..base.config import check_vocabulary
-from ..data.formats import Passage
+from ..data.examples import Passage
 from ..errors import RunFailed, UserInputError
 from .decode import Continuation, Decoding, continuations, generate_ids, text_of
 from .requests import Request

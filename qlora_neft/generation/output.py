@@ -11,7 +11,7 @@ from typing import TypedDict
 from rich.console import Console
 from rich.progress import track
 
-from ..data.formats import Message
+from ..data.examples import Message
 from ..errors import RunFailed, UserInputError
 from ..files import whole_file, write_text
 from .generate import Reply

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.formats import BadRow, Dialogue, Example, Instruction, Message, as_dialogue, to_example
+from ..data.examples import BadRow, Dialogue, Example, Instruction, Message, as_dialogue
+from ..data.formats import to_example
 from ..data.read_local import file_rows
 from ..errors import UserInputError
 from ..paths import DATA_SUFFIXES

@@ -20,7 +20,8 @@ from qlora_neft import load_recipe
 from qlora_neft.base.lora import LARGE_MODEL_PARAMETERS, default_lora_config
 from qlora_neft.base.nf4 import load_nf4_base
 from qlora_neft.data.encode import Encoder
-from qlora_neft.data.formats import content_hash, to_example
+from qlora_neft.data.examples import content_hash
+from qlora_neft.data.formats import to_example
 from qlora_neft.data.prepare import unit_interval
 from qlora_neft.data.templates import AlpacaTemplate
 from qlora_neft.display.plots import plot_losses

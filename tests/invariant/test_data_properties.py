@@ -32,7 +32,7 @@ from tiny import tiny_trainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qlora_neft.data.encode import Encoder
-from qlora_neft.data.formats import Dialogue
+from qlora_neft.data.examples import Dialogue
 from qlora_neft.data.sources import Row
 from qlora_neft.data.templates import alpaca_prompt, make_template
 from qlora_neft.data.worker import NO_ROOM, split_dialogue

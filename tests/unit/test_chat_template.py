@@ -11,7 +11,7 @@ from tiny import byte_tokenizer
 
 from qlora_neft.data.chat_template import ChatTemplate
 from qlora_neft.data.encode import Encoder
-from qlora_neft.data.formats import BadRow
+from qlora_neft.data.examples import BadRow
 from qlora_neft.errors import UserInputError
 
 # Small templates, each with a habit that templates in use have.

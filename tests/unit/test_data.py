@@ -10,18 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from qlora_neft.data.encode import Encoded, Encoder, cut_to_length, joins_cleanly
-from qlora_neft.data.formats import (
-    BadRow,
-    Dialogue,
-    EmptyRow,
-    Instruction,
-    Passage,
-    Piece,
-    check_columns,
-    content_hash,
-    detect_format,
-    to_example,
-)
+from qlora_neft.data.examples import BadRow, Dialogue, EmptyRow, Instruction, Passage, Piece, content_hash
+from qlora_neft.data.formats import check_columns, detect_format, to_example
 from qlora_neft.data.templates import AlpacaTemplate, NoTemplate, VicunaTemplate, alpaca_prompt, make_template
 from qlora_neft.data.worker import split_dialogue
 from qlora_neft.errors import UserInputError

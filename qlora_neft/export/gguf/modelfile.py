@@ -18,7 +18,7 @@ from ...adapter.folder import CONFIG, AdapterFolder, find_adapter
 from ...adapter.load import tokenizer_of_adapter
 from ...adapter.prompts import Prompts, template_of
 from ...base.config import load_tokenizer
-from ...data.formats import BadRow
+from ...data.examples import BadRow
 from ...data.templates import VICUNA_SYSTEM, alpaca_prompt
 from ...errors import UserInputError
 from ...files import read_json, write_text

@@ -1,0 +1,121 @@
+"""What a row states: an instruction, a dialogue or a passage; and the pieces of text it becomes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Message = Mapping[str, Any]
+
+
+class BadRow(ValueError):
+    """A row that is not an example. The message says why, without naming the row."""
+
+
+class EmptyRow(BadRow):
+    """A row with nothing to learn in it: no text, or no response."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a sequence's text.
+
+    Attributes:
+        text: The text as the model reads it, with end tokens spelled out.
+        trained: Whether the loss is taken on it.
+        whole_from: Number of characters before which the piece must not be ended: a thought cut short is no answer, nor
+            is half a call.
+    """
+
+    text: str
+    trained: bool
+    whole_from: int = 0
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a template makes of an example.
+
+    Attributes:
+        sequences: The texts to train on, each in pieces; more than one if no single text shows all that is trained.
+        left_out: What of the example none of them shows, in words; empty if nothing.
+        marks: Kinds of findings, see `gate.SUSPICIOUS`.
+    """
+
+    sequences: tuple[list[Piece], ...]
+    left_out: str = ""
+    marks: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A request, its input (may be empty), and the response."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Messages with ``role`` and ``content``, as OpenAI spells them; the loss is taken on the assistant's.
+
+    Attributes:
+        messages: The messages in order, at least one.
+        tools: Descriptions of the functions the assistant may call, None without any.
+        trained: Whether the loss is taken on each message, one flag a message, as the row says it; None if it says
+            nothing: on every assistant message. Read through `trained_turns`.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    trained: tuple[bool, ...] | None = None
+
+    @property
+    def trained_turns(self) -> tuple[bool, ...]:
+        """Whether the loss is taken on each message: an assistant's whose flag, if there are any, is true."""
+        flags = self.trained or (True,) * len(self.messages)
+        return tuple(
+            flag and message["role"] == "assistant" for flag, message in zip(flags, self.messages, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Text without a template around it; the loss is taken on ``completion``."""
+
+    prompt: str
+    completion: str
+
+
+Example = Instruction | Dialogue | Passage
+
+
+def content_hash(example: Example) -> bytes:
+    """Return 16 bytes of SHA-256 over an example's content, which no template changes."""
+    if isinstance(example, Dialogue):
+        said: Any = [[dict(message) for message in example.messages], list(example.tools or ())]
+    elif isinstance(example, Instruction):
+        said = [example.instruction, example.input, example.output]
+    else:
+        said = [example.prompt, example.completion]
+    # default: values that JSON has no form for, such as the dates in a Parquet file.
+    text = json.dumps(said, sort_keys=True, ensure_ascii=True, default=str)
+    # 128 bits tell any number of rows apart, and one hash is held in memory for every row.
+    return hashlib.sha256(text.encode()).digest()[:16]
+
+
+def as_dialogue(example: Example) -> Dialogue:
+    """Return an example as messages; an instruction's input follows it on a line of its own."""
+    if isinstance(example, Dialogue):
+        return example
+    if isinstance(example, Passage):
+        # White space joins the two and is of neither turn.
+        request, response = example.prompt.strip(), example.completion.strip()
+    else:
+        request = f"{example.instruction}\n{example.input}" if example.input else example.instruction
+        response = example.output
+    return Dialogue(({"role": "user", "content": request}, {"role": "assistant", "content": response}))
