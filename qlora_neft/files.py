@@ -137,6 +137,25 @@ def visible(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(".")]
 
 
+def is_inside(name: str) -> bool:
+    """Return whether a relative name, such as one in a manifest that someone else wrote, stays below its folder."""
+    # Backslashes and drive letters too: what is written here may be read on Windows.
+    parts = name.replace("\\", "/").split("/")
+    return not ({"", ".", ".."} & set(parts) or ":" in parts[0] or "\0" in name)
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Return whether a path, followed through every link, is outside a folder that it was found in.
+
+    The Hub's download cache holds links from a snapshot to the blobs of the same repository; those stay inside.
+    """
+    real, root = path.resolve(), folder.resolve()
+    if real.is_relative_to(root):
+        return False
+    snapshot = next((place for place in (root, *root.parents) if place.parent.name == "snapshots"), None)
+    return snapshot is None or not real.is_relative_to(snapshot.parent.parent / "blobs")
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk; do nothing on a file system without fsync."""
     descriptor = os.open(path, os.O_RDONLY)

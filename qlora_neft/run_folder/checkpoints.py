@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import UserInputError
-from ..files import hidden_name, read_json, remove, sha256_of_file, whole_folder, write_json
+from ..files import hidden_name, is_inside, read_json, remove, sha256_of_file, whole_folder, write_json
 from .tokenizer_files import save_tokenizer
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ class Manifest:
         # Not isinstance, which takes true for a number.
         if version != VERSION or type(step) is not int or not isinstance(about, dict):
             raise ValueError(f"{MANIFEST} is not one of version {VERSION}, which this program reads")
+        if outside := [name for name in files if not is_inside(name)]:
+            raise ValueError(f"{MANIFEST} names a file outside its folder, {outside[0]!r}")
         return cls(step, about, files)
 
 

@@ -1,6 +1,7 @@
 """A second folder, such as a mounted Google Drive, that receives copies of a run's checkpoints and results.
 
-A background thread makes the copies. A mirror that fails is reported and tried again; it never stops a run.
+A background thread makes the copies. A mirror that cannot be made is refused before training; one that fails later is
+reported and tried again, and never stops a run. What the folder holds besides is left alone (`mirror_mark`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UserInputError
-from ..files import visible, whole_file, whole_folder
-from .checkpoints import Checkpoint, files_in, find_checkpoints, prune, remove_leftovers, verify
+from ..files import leads_out, sha256_of_file, visible, whole_file, whole_folder
+from .checkpoints import MANIFEST, Checkpoint, read_manifest, remove_leftovers, verify
+from .mirror_mark import KEY, Mark, mirror_place
 
 
 class Mirror:
@@ -25,18 +27,21 @@ class Mirror:
 
     Args:
         output_dir: The run's folder.
-        mirror_dir: The folder for the copies, for this run alone. It is made once: if it is gone later, the drive is
-            gone, and copies into its mount point on the local disk would not be a mirror.
+        mirror_dir: What was named for the copies; `mirror_place` says which folder that is. It is made once: if it is
+            gone later, the drive is gone, and copies into its mount point on the local disk would not be a mirror.
         on_problem: Called once for each kind of failure, from the background thread.
 
+    Attributes:
+        mirror_dir: The folder that holds the copies.
+
     Raises:
-        UserInputError: If both are the same folder.
+        UserInputError: If it cannot be made, or is not a place for a mirror of this run.
     """
 
     def __init__(self, output_dir: Path, mirror_dir: Path, on_problem: Callable[[str], None]) -> None:
-        if output_dir.resolve() == mirror_dir.resolve():
-            raise UserInputError(f"{mirror_dir}: the mirror is the folder of the run itself. Give another one.")
-        self.output_dir, self.mirror_dir, self.on_problem = output_dir.absolute(), mirror_dir.absolute(), on_problem
+        self.output_dir, self.mirror_dir = output_dir.absolute(), mirror_place(mirror_dir, output_dir)
+        self.on_problem = on_problem
+        self._mark, self._was_mount = _made(self.mirror_dir)
         self._changed = threading.Condition()  # guards the four attributes below
         self._checkpoint: Path | None = None
         self._files: dict[str, None] = {}  # in the order asked for
@@ -44,8 +49,6 @@ class Mirror:
         self._is_working = False
         # Only the background thread uses the following.
         self._reported: set[int | str] = set()
-        self._is_made = self._was_mount = False
-        self._attempt(self._make)
 
     def checkpoint(self, path: Path) -> None:
         """Queue a finished checkpoint. If several are waiting, only the last is copied; the mirror keeps the newest.
@@ -146,34 +149,48 @@ class Mirror:
 
     def _copy_file(self, name: str) -> None:
         if (self.output_dir / name).is_file():
-            self._check()
-            copy_file(self.output_dir / name, self.mirror_dir / name)
+            _refuse_link(self.output_dir / name, self.output_dir)
+            self._check(name)
+            with whole_file(self.mirror_dir / name, synced=True) as draft:
+                shutil.copyfile(self.output_dir / name, draft)
+                self._mark.add(name, sha256_of_file(draft))
 
     def _copy_checkpoint(self, path: Path) -> None:
         if not path.is_dir():
             return
-        self._check()
+        self._check(path.name)
         # Those of an earlier session that was killed while copying; only this thread writes there.
         remove_leftovers(self.mirror_dir)
         try:
             with whole_folder(self.mirror_dir / path.name, synced=True) as folder:
                 copy_tree(path, folder)
+                self._mark.add(path.name, sha256_of_file(folder / MANIFEST))
         except OSError:
             if path.is_dir():
                 raise
             return  # pruned while it was being copied
-        prune(self.mirror_dir, 1)
+        self._mark.prune()
 
-    def _make(self) -> None:
-        self.mirror_dir.mkdir(parents=True, exist_ok=True)
-        self._is_made, self._was_mount = True, os.path.ismount(self.mirror_dir)
-
-    def _check(self) -> None:
-        """Refuse the empty local folder that remains where a drive was mounted."""
-        if not self._is_made:
-            self._make()
-        elif not self.mirror_dir.is_dir() or (self._was_mount and not os.path.ismount(self.mirror_dir)):
+    def _check(self, name: str) -> None:
+        """Refuse what is not ours to write: a name that is taken, or the local folder where a drive was mounted."""
+        if not self.mirror_dir.is_dir() or (self._was_mount and not os.path.ismount(self.mirror_dir)):
             raise FileNotFoundError(errno.ENOENT, "the folder is gone", str(self.mirror_dir))
+        if not self._mark.may_write(name):
+            raise OSError(f"{name!r} there is not what this run wrote, so it is left as it is; move it to make room")
+
+
+def _made(place: Path) -> tuple[Mark, bool]:
+    """Make a mirror's folder and mark it; return the mark, and whether the folder is a drive's mount point."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        mark = Mark.read(place) or Mark(place, {})
+        mark.write()  # also an old one: whether anything can be written there is known before training
+        return mark, os.path.ismount(place)
+    except OSError as error:
+        raise UserInputError(
+            f"{KEY}: {str(place)!r} cannot be made or written to ({error.strerror or error}). Name another folder, or "
+            "leave the key out."
+        ) from error
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -192,7 +209,9 @@ def copy_tree(source: Path, folder: Path) -> None:
     Raises:
         OSError: If they cannot be copied, or the copy is not sound.
     """
-    for name in files_in(source):
+    # By name, not by what lies there: nothing but the checkpoint itself leaves its folder.
+    for name in (*_named(source), MANIFEST):
+        _refuse_link(source / name, source)
         # Checkpoints may hold folders.
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
@@ -201,24 +220,37 @@ def copy_tree(source: Path, folder: Path) -> None:
         raise OSError(errno.EIO, f"the copy of a checkpoint is not sound: {'; '.join(wrong)}", str(source))
 
 
+def _refuse_link(path: Path, folder: Path) -> None:
+    if leads_out(path, folder):
+        raise OSError(errno.EPERM, "a link that leads out of the folder is not copied", str(path))
+
+
+def _named(source: Path) -> list[str]:
+    try:
+        return list(read_manifest(source).files)
+    except ValueError as error:
+        raise OSError(errno.EIO, f"a checkpoint is not sound: {error}", str(source)) from error
+
+
 def restore(mirror_dir: Path, output_dir: Path) -> Checkpoint | None:
-    """Bring back the newest sound checkpoint of a mirror, and the files beside it.
+    """Bring back the newest sound checkpoint of a mirror, and the run's files beside it; nothing that is not the run's.
 
     The checkpoint gets its name last: until then the folder does not look like a run that could be resumed.
 
     Args:
-        mirror_dir: A folder that a `Mirror` kept.
+        mirror_dir: The folder that a `Mirror` kept.
         output_dir: A new folder, or one with nothing but hidden files.
 
     Returns:
         The checkpoint in ``output_dir``; None if the mirror holds none, in which case nothing is copied.
 
     Raises:
-        UserInputError: If ``output_dir`` holds files.
+        UserInputError: If ``output_dir`` holds files, or the mirror's list of what is the run's is damaged.
         OSError: If something cannot be copied; then nothing of it is left.
     """
-    found = find_checkpoints(mirror_dir).newest
-    if found is None:
+    mark = Mark.read(mirror_dir)
+    found = mark.newest() if mark else None
+    if mark is None or found is None:
         return None
     output_dir.mkdir(parents=True, exist_ok=True)
     if any(visible(output_dir)):
@@ -231,7 +263,7 @@ def restore(mirror_dir: Path, output_dir: Path) -> Checkpoint | None:
         whole_folder(final, synced=True) as folder,
     ):
         copy_tree(found.path, folder)
-        names = [path.name for path in visible(mirror_dir) if path.is_file()]
+        names = [name for name in mark.sums if (mirror_dir / name).is_file() and mark.has(name)]
         for name in names:
             copy_file(mirror_dir / name, Path(staged) / name)
         for name in names:

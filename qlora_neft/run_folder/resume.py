@@ -17,6 +17,7 @@ from ..recipe.settings import learned
 from .checkpoints import MANIFEST, Checkpoint, find_checkpoints, read_checkpoint
 from .lock import run_lock
 from .mirror import restore
+from .mirror_mark import KEY, mirror_place
 from .record import RECIPE_FILE, RUN_FILE, SUMMARY_FILE, RunFile
 
 
@@ -257,24 +258,32 @@ def restore_from_mirror(mirror_dir: str | None, output_dir: Path, recipe: Recipe
     """Bring back what a mirror holds if the run's own folder is gone, as after a session whose disk vanished.
 
     Raises:
-        UserInputError: If the mirror is that of another recipe's run, or cannot be copied back.
+        UserInputError: If there can be no mirror where it is named, if it is that of another recipe's run, or cannot be
+            copied back.
     """
-    if mirror_dir is None or not Path(mirror_dir).expanduser().is_dir():
+    if mirror_dir is None:
         return
+    named = Path(mirror_dir).expanduser()
+    place = mirror_place(named, output_dir)
+    shown = mirror_dir if place == named.absolute() else str(place)
+    if shown != mirror_dir:
+        say(f"{KEY}: {mirror_dir} holds other files, which are left alone; the mirror is {place}")
     # Checked even if nothing is restored: the run is going to write there.
-    mirrored = read_run_file(Path(mirror_dir).expanduser())
+    if not place.is_dir():
+        return
+    mirrored = read_run_file(place)
     if mirrored is not None:
-        check_same(mirrored, recipe, Path(mirror_dir), key="machine.mirror_dir")
+        check_same(mirrored, recipe, Path(shown), key=KEY)
     if output_dir.exists() and (not output_dir.is_dir() or visible(output_dir)):
         return
     # Claimed: the same command, started twice, must not restore twice at once.
     with claimed(output_dir):
         try:
-            found = restore(Path(mirror_dir).expanduser(), output_dir)
+            found = restore(place, output_dir)
         except OSError as error:
             raise UserInputError(
-                f"machine.mirror_dir: {mirror_dir!r} cannot be restored to {str(output_dir)!r} ({error}). Remove the "
-                "cause, and run the same command again."
+                f"{KEY}: {str(place)!r} cannot be restored to {str(output_dir)!r} ({error}). Remove the cause, and run "
+                "the same command again."
             ) from error
     if found is not None:
-        say(f"restored from the mirror {mirror_dir}: checkpoint of step {found.step}")
+        say(f"restored from the mirror {shown}: checkpoint of step {found.step}")

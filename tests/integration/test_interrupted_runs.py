@@ -40,6 +40,7 @@ from tiny import max_difference
 
 from qlora_neft import load_recipe
 from qlora_neft.run_folder.checkpoints import read_checkpoint
+from qlora_neft.run_folder.mirror_mark import Mark
 
 OUT = Path("out")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -199,6 +200,7 @@ def test_a_mirror_brings_back_a_run_whose_folder_is_gone(workplace, whole):
 
 def test_a_mirror_of_another_run_is_refused_and_nothing_restored(workplace, llama):
     copied(cut_off(llama) / "out", Path("drive"))
+    Mark(Path("drive"), {}).write()
     message = refused(*TRAIN, "machine.mirror_dir=drive", "train.seed=4")
     assert message.startswith("machine.mirror_dir: 'drive' holds a run that learns something else:\n  train.seed: 3")
 

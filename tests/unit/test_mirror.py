@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from qlora_neft.errors import UserInputError
+from qlora_neft.files import sha256_of_file
 from qlora_neft.run_folder.checkpoints import find_checkpoints, new_checkpoint, prune, verify
 from qlora_neft.run_folder.mirror import Mirror, restore
+from qlora_neft.run_folder.mirror_mark import MARK, Mark, mirror_place
 
 
 @pytest.fixture
@@ -48,7 +50,8 @@ def write(run_dir, step, size=1000):
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """What a folder holds, except the mirror's list."""
+    return sorted(path.name for path in folder.iterdir() if path.name != MARK)
 
 
 @pytest.fixture
@@ -116,7 +119,7 @@ def test_calls_do_not_wait_for_the_copy(run_dir, drive, mirror, gate):
 def test_of_several_that_wait_only_the_last_is_copied(run_dir, drive, mirror, gate, monkeypatch):
     started, opened, _ = gate
     copied = []
-    monkeypatch.setattr("qlora_neft.run_folder.mirror.prune", lambda folder, keep: copied.append(names(folder)))
+    monkeypatch.setattr(Mark, "prune", lambda mark: copied.append(names(mark.folder)))
     mirror.files(["gate.txt"])
     assert started.wait(5)
     for step in (1, 2, 3):
@@ -138,11 +141,6 @@ def test_no_thread_without_work(run_dir, drive, problems):
     before = threading.active_count()
     mirror = Mirror(run_dir, drive, problems.append)
     assert threading.active_count() == before and mirror.close(0)
-
-
-def test_both_the_same_folder(run_dir, problems):
-    with pytest.raises(UserInputError, match="is the folder of the run itself"):
-        Mirror(run_dir, run_dir / ".." / "run", problems.append)
 
 
 def test_copying_while_the_run_writes_and_prunes(run_dir, drive, mirror, problems):
@@ -239,13 +237,19 @@ def test_close_tries_once_more(run_dir, drive, mirror, tmp_path):
     assert mirror.close() and names(drive) == ["checkpoint-1"]
 
 
-def test_a_mirror_that_cannot_be_made(run_dir, drive, problems):
-    drive.parent.write_text("a file")
-    mirror = Mirror(run_dir, drive, problems.append)
-    mirror.checkpoint(write(run_dir, 1))
-    assert not mirror.close() and len(problems) == 1 and "Not a directory" in problems[0]
-    drive.parent.unlink()
-    assert mirror.close() and names(drive) == ["checkpoint-1"]
+@pytest.mark.parametrize("obstacle", ["a file", "nothing can be written"])
+def test_a_mirror_that_cannot_be_made_is_refused(run_dir, drive, problems, obstacle, monkeypatch):
+    if obstacle == "a file":
+        drive.parent.write_text("a file")
+    else:
+
+        def read_only(path, *args, **kwargs):
+            raise OSError(30, "Read-only file system", str(path))
+
+        monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(UserInputError, match=r"machine\.mirror_dir: .*cannot be made"):
+        Mirror(run_dir, drive, problems.append)
+    assert problems == []
 
 
 def test_what_is_queued_during_a_failing_copy_is_not_left_lying(run_dir, drive, mirror, gate, problems):
@@ -343,17 +347,28 @@ def test_the_mount_point_of_a_drive_that_is_gone_is_no_mirror(run_dir, small_dri
 # ---- Bringing back ----
 
 
-def filled(drive):
-    for step in (3, 5):
-        write(drive, step)
-    (drive / "recipe.yaml").write_text("a: 1")
-    (drive / "metrics.jsonl").write_text("{}")
-    (drive / ".hidden").write_text("x")
+@pytest.fixture
+def filled(run_dir, drive):
+    """A mirror of checkpoints 3 and 5 beside which the user keeps things; the run's own folder is gone."""
+    mirror = Mirror(run_dir, drive, pytest.fail)
+    mirror.checkpoint(write(run_dir, 3))
+    assert mirror.close()
+    shutil.copytree(drive / "checkpoint-3", drive / "older")
+    (run_dir / "recipe.yaml").write_text("a: 1")
+    (run_dir / "metrics.jsonl").write_text("{}")
+    mirror.files(["recipe.yaml", "metrics.jsonl"])
+    mirror.checkpoint(write(run_dir, 5))
+    assert mirror.close()
+    (drive / "older").rename(drive / "checkpoint-3")
+    mark = Mark.read(drive)
+    mark.add("checkpoint-3", sha256_of_file(drive / "checkpoint-3/manifest.json"))
+    for name in (".hidden", "tax.pdf", "holiday.mp4", "README.md"):
+        (drive / name).write_text("mine")
     (drive / "folder").mkdir()
+    shutil.rmtree(run_dir)
 
 
-def test_restore(drive, run_dir):
-    filled(drive)
+def test_restore(drive, run_dir, filled):
     found = restore(drive, run_dir)
     assert (found.path, found.step, found.about) == (run_dir / "checkpoint-5", 5, {"of": "this run"})
     assert names(run_dir) == ["checkpoint-5", "metrics.jsonl", "recipe.yaml"]
@@ -361,8 +376,7 @@ def test_restore(drive, run_dir):
     assert {"checkpoint-3", "checkpoint-5"} < set(names(drive))
 
 
-def test_restore_takes_the_newest_sound_one(drive, run_dir):
-    filled(drive)
+def test_restore_takes_the_newest_sound_one(drive, run_dir, filled):
     (drive / "checkpoint-5/state.json").unlink()
     assert restore(drive, run_dir).step == 3 and "checkpoint-5" not in names(run_dir)
 
@@ -373,19 +387,22 @@ def test_nothing_to_restore(drive, run_dir, state):
         drive.mkdir(parents=True)
         (drive / "recipe.yaml").write_text("a: 1")
     if state == "damaged":
-        (write(drive, 1) / "state.json").unlink()
+        mirror = Mirror(run_dir, drive / "of a run", pytest.fail)
+        mirror.checkpoint(write(run_dir, 1))
+        drive = mirror.mirror_dir
+        assert mirror.close()
+        (drive / "checkpoint-1/state.json").unlink()
+        shutil.rmtree(run_dir)
     assert restore(drive, run_dir) is None and not run_dir.exists()
 
 
-def test_restore_into_a_locked_folder(drive, run_dir):
-    filled(drive)
+def test_restore_into_a_locked_folder(drive, run_dir, filled):
     run_dir.mkdir()
     (run_dir / ".run.lock").write_text("{}")
     assert restore(drive, run_dir).step == 5
 
 
-def test_restore_overwrites_nothing(drive, run_dir):
-    filled(drive)
+def test_restore_overwrites_nothing(drive, run_dir, filled):
     run_dir.mkdir()
     (run_dir / "recipe.yaml").write_text("mine")
     with pytest.raises(UserInputError, match="not empty"):
@@ -394,8 +411,7 @@ def test_restore_overwrites_nothing(drive, run_dir):
 
 
 @pytest.mark.parametrize("failing", ["state.json", "recipe.yaml"])
-def test_restore_that_fails_leaves_nothing(drive, run_dir, monkeypatch, failing):
-    filled(drive)
+def test_restore_that_fails_leaves_nothing(drive, run_dir, filled, monkeypatch, failing):
     copyfile = shutil.copyfile
 
     def fail(source, target):
@@ -418,3 +434,122 @@ def test_there_and_back(run_dir, drive, mirror, tmp_path):
     restore(drive, tmp_path / "again")
     for path in ("recipe.yaml", "checkpoint-7/manifest.json", "checkpoint-7/deep/model.bin"):
         assert (tmp_path / "again" / path).read_bytes() == (run_dir / path).read_bytes()
+
+
+# ---- What is not ours ----
+
+
+@pytest.mark.parametrize(
+    ("named", "word"),
+    [
+        ("run", "the run itself"),
+        ("run/../run", "the run itself"),
+        ("run/copies", "inside"),
+        (".", "around"),
+        ("link", "inside"),
+    ],
+)
+def test_places_that_are_no_second_folder(tmp_path, run_dir, named, word):
+    run_dir.mkdir()
+    (tmp_path / "link").symlink_to(run_dir / "copies")
+    with pytest.raises(UserInputError, match=rf"machine\.mirror_dir: .*{word}"):
+        mirror_place(tmp_path / named, run_dir)
+
+
+def kept(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_with_other_things_gets_a_mirror_of_its_own(run_dir, drive, problems):
+    """Somebody's checkpoint of another run, a summary, papers: nothing is replaced, removed or brought back."""
+    write(drive, 3)
+    for name in ("summary.json", "run.json", "tax.pdf", ".profile"):
+        (drive / name).write_text("mine")
+    before = kept(drive)
+    mirror = Mirror(run_dir, drive, problems.append)
+    for step in (4, 5):
+        path = write(run_dir, step)
+        (run_dir / "summary.json").write_text("{}")
+        mirror.files(["summary.json"])
+        mirror.checkpoint(path)
+        assert mirror.close()
+    assert mirror.mirror_dir == drive / "run" and names(drive / "run") == ["checkpoint-5", "summary.json"]
+    assert {name: text for name, text in kept(drive).items() if not name.startswith("run/")} == before
+    shutil.rmtree(run_dir)
+    assert mirror_place(drive, run_dir) == drive / "run" and restore(drive / "run", run_dir).step == 5
+    assert names(run_dir) == ["checkpoint-5", "summary.json"] and problems == []
+
+
+def test_where_both_places_are_taken(run_dir, drive):
+    (drive / "run").mkdir(parents=True)
+    (drive / "run" / "mine.txt").write_text("x")
+    with pytest.raises(UserInputError, match="holds other files, and so does"):
+        mirror_place(drive, run_dir)
+
+
+@pytest.mark.parametrize("taken", ["summary.json", "checkpoint-2", "a link"])
+def test_what_the_user_put_into_the_mirror_stays(run_dir, drive, mirror, problems, taken, tmp_path):
+    run_dir.mkdir()
+    (run_dir / "summary.json").write_text("{}")
+    (tmp_path / "elsewhere").write_text("mine")
+    if taken == "checkpoint-2":
+        (drive / taken).mkdir()
+        (drive / taken / "mine.txt").write_text("mine")
+        mirror.checkpoint(write(run_dir, 2))
+    elif taken == "a link":
+        (drive / "summary.json").symlink_to(tmp_path / "elsewhere")
+        mirror.files(["summary.json"])
+    else:
+        mirror.files(["summary.json"])
+        assert mirror.close()
+        (drive / taken).write_text("mine")  # ours until now
+        mirror.files([taken])
+    before = kept(drive)
+    assert not mirror.close() and kept(drive) == before and (tmp_path / "elsewhere").read_text() == "mine"
+    assert len(problems) == 1 and "not what this run wrote" in problems[0]
+
+
+def test_retention_leaves_what_was_put_into_a_checkpoint(run_dir, drive, mirror, problems):
+    mirror.checkpoint(write(run_dir, 1))
+    assert mirror.close()
+    (drive / "checkpoint-1/notes.txt").write_text("mine")
+    mirror.checkpoint(write(run_dir, 2))
+    assert mirror.close() and problems == []
+    assert list(kept(drive / "checkpoint-1")) == ["notes.txt"] and verify(drive / "checkpoint-2") == []
+
+
+def test_what_changed_in_the_mirror_is_not_brought_back(run_dir, drive, filled):
+    (drive / "metrics.jsonl").write_text("mine")
+    assert restore(drive, run_dir).step == 5
+    assert names(run_dir) == ["checkpoint-5", "recipe.yaml"]
+
+
+def test_links_are_not_copied(run_dir, drive, mirror, problems, tmp_path):
+    (tmp_path / "id_rsa").write_text("secret")
+    path = write(run_dir, 1)
+    (path / "state.json").unlink()
+    (tmp_path / "state.json").write_text("1")
+    (path / "state.json").symlink_to(tmp_path / "state.json")
+    (run_dir / "summary.json").symlink_to(tmp_path / "id_rsa")
+    mirror.files(["summary.json"])
+    mirror.checkpoint(path)
+    assert not mirror.close() and names(drive) == [] and "leads out of the folder" in problems[0]
+
+
+def test_a_manifest_that_names_files_elsewhere_is_no_checkpoint(run_dir):
+    path = write(run_dir, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in ("../x", "/etc/hostname", "a/../../x", "..\\x", "C:/x"):
+        manifest["files"] = {name: {"sha256": "", "bytes": 0}}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        assert "outside its folder" in verify(path)[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"mirror_version": 1, "files": {"../x": ["a"]}}', '{"mirror_version": 9}']
+)
+def test_a_list_that_cannot_be_read_is_refused(run_dir, drive, text):
+    drive.mkdir(parents=True)
+    (drive / MARK).write_text(text)
+    with pytest.raises(UserInputError, match=r"machine\.mirror_dir"):
+        mirror_place(drive, run_dir)
