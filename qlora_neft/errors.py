@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 
 class UserInputError(ValueError):
@@ -49,6 +51,46 @@ class RunInterrupted(Exception):
     def __init__(self, signal: int, message: str) -> None:
         self.signal = int(signal)
         super().__init__(message)
+
+
+# A message begins with what the caller wrote, or with where it stands: ``mine.yaml:7: lora.r: ...``, ``override
+# lora.r=0: lora.r: ...``, ``override lora.rank=8: ...``.
+_PLACED = re.compile(
+    r"(?:(?P<place>\S+:\d+|override (?P<override>[^\s=:]+)\S*): )?(?:(?P<key>[^\s:]+): )?(?P<said>.*)", re.DOTALL
+)
+_SENTENCE = re.compile(r"(?<=[.?])\s+(?=[A-Z])")
+
+
+def problem_of(line: str) -> dict[str, str | None]:
+    """Take a message to the user apart, for programs.
+
+    Args:
+        line: A message as `UserInputError` states them: what the caller wrote, the rule and the value got, the remedy.
+
+    Returns:
+        ``message``, whole; ``place``, file and line or the override, ``key``, what the caller wrote, and ``remedy``,
+        the sentences after the first: each None if the message has no such part.
+    """
+    found = _PLACED.fullmatch(line)
+    assert found is not None  # every part may be missing
+    sentences = _SENTENCE.split(found["said"].strip(), maxsplit=1)
+    return {
+        "place": found["place"],
+        "key": found["key"] or found["override"],
+        "message": line,
+        "remedy": sentences[1] if len(sentences) > 1 else None,
+    }
+
+
+def as_record(error: Exception, code: int) -> dict[str, Any]:
+    """Return an error that ends a command as plain values, as ``--json`` prints it.
+
+    Args:
+        error: One of the errors above.
+        code: The command's exit code.
+    """
+    problems = getattr(error, "problems", None) or [str(error)]
+    return {"error": {"code": code, "message": str(error), "problems": [problem_of(line) for line in problems]}}
 
 
 def first_line(error: BaseException) -> str:

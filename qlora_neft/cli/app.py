@@ -16,9 +16,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from ..errors import RunFailed, RunInterrupted, UserInputError
+from ..errors import RunFailed, RunInterrupted, UserInputError, as_record
 from . import compare, evaluate, generate, look, publish, recipes
-from .options import JsonOption, OverridesArgument, RecipeArgument, json_only, print_json
+from .options import JSON_IS_DUE, JsonOption, OverridesArgument, RecipeArgument, json_only, print_json
 
 
 # In the group rather than in `main`, so that Typer's test runner sees the same messages and exit codes.
@@ -32,14 +32,21 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserInputError as error:
-            raise _exit(f"error: {error}", 2) from error
+            raise _ended(ctx, error, "error", 2) from error
         except RunFailed as error:
-            raise _exit(f"failed: {error}", 1) from error
+            raise _ended(ctx, error, "failed", 1) from error
         except RunInterrupted as error:
-            raise _exit(f"interrupted: {error}", 128 + error.signal) from error
+            raise _ended(ctx, error, "interrupted", 128 + error.signal) from error
         except KeyboardInterrupt as error:
             # 128 + SIGINT, as a shell counts.
             raise _exit("interrupted", 130) from error
+
+
+def _ended(ctx: Any, error: Exception, how: str, code: int) -> typer.Exit:
+    # Some verbs say in their own JSON what is wrong (`validate`, `preview`): stdout holds one document.
+    if ctx.meta.get(JSON_IS_DUE):
+        print_json(as_record(error, code))
+    return _exit(f"{how}: {error}", code)
 
 
 def _exit(message: str, code: int) -> typer.Exit:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 
 from ..errors import UserInputError
@@ -66,7 +67,17 @@ RunsArgument = Annotated[
     list[str], typer.Argument(metavar="DIR...", help="Adapters: folders of finished runs, or Hub ids.")
 ]
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+# Whether JSON is wanted and not printed yet: an error is then printed as JSON too. In the context's ``meta``, which
+# the group (`_Verbs`) shares with its verbs, and which outlives the verb.
+JSON_IS_DUE = "qlora_neft.json_is_due"
+
+
+def _remember_json(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta[JSON_IS_DUE] = value
+    return value
+
+
+JsonOption = Annotated[bool, typer.Option("--json", callback=_remember_json, help="Print JSON.")]
 PictureOption = Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw the result to this PNG file.")]
 
 DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Device to compute on.")]
@@ -179,6 +190,9 @@ def print_json(content: Any) -> None:
     """Print indented JSON to stdout; NaN and infinity, for which JSON has no word, become null."""
     from ..files import finite
 
+    context = click.get_current_context(silent=True)  # None in a notebook
+    if context is not None:
+        context.meta[JSON_IS_DUE] = False
     typer.echo(json.dumps(finite(content) if isinstance(content, dict) else content, indent=2))
 
 

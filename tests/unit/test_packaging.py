@@ -119,10 +119,9 @@ def test_an_sdist_holds_what_users_developers_and_tests_need(sdist):
     assert {name.split("/")[0] for name in names if "/" in name} == set(
         ".github benchmarks constraints docs jobs notebooks qlora_neft recipes scripts tests".split()
     )
-    single = (
-        "CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE Makefile README.md SECURITY.md mkdocs.yml pyproject.toml"
-    )
-    assert {name for name in names if "/" not in name} == {*single.split(), ".gitignore", "PKG-INFO"}
+    pages = "AGENTS.md CHANGELOG.md CONTRIBUTING.md README.md SECURITY.md"
+    single = f"{pages} CITATION.cff LICENSE Makefile mkdocs.yml pyproject.toml .gitignore PKG-INFO"
+    assert {name for name in names if "/" not in name} == set(single.split())
     assert {"recipes/demo.yaml", "constraints/cpu.txt", "docs/index.md", "tests/unit/test_packaging.py"} <= names
 
 
