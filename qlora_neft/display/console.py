@@ -77,6 +77,8 @@ def noise_line(noise: Neftune | None) -> str:
     norm = expected_norm(noise.noise_alpha, noise.distribution)
     drawn = f"alpha {noise.noise_alpha:g}{way}, {noise.distribution}, norm {norm:.2f} per sequence"
     passes, size = noise.adversarial_steps, noise.adversarial_step_size
+    if noise.symmetric:
+        return f"noise: SymNoise {drawn}, with both signs: 2 passes a step, which costs twice as much"
     if passes == 1:
         return f"noise: NEFTune {drawn}"
     return f"noise: FreeLB {drawn}, climbing by {size:g}: {passes} passes a step, which costs {passes} times as much"

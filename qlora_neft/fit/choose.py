@@ -128,9 +128,11 @@ def candidates(recipe: Recipe, geometry: Geometry, card: Card, *, offloading: bo
 
 
 def passes(recipe: Recipe) -> int:
-    """Return the forward and backward passes per step: several for FreeLB, unless there is no noise to climb with."""
+    """Return the forward and backward passes per step: several for FreeLB and SymNoise where there is noise."""
     noise = recipe.neftune
-    return noise.adversarial_steps if noise is not None and (noise.noise_alpha or noise.final_alpha) else 1
+    if noise is None or not (noise.noise_alpha or noise.final_alpha):
+        return 1
+    return 2 if noise.symmetric else noise.adversarial_steps
 
 
 def _checkpointed_blocks(recipe: Recipe, layers: int, card: Card) -> tuple[int, ...]:

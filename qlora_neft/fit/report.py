@@ -261,9 +261,10 @@ def _notes(recipe: Recipe, geometry: Geometry, card: Card, choice: Choice, store
             "modelled on Llama"
         )
     if (count := passes(recipe)) > 1:
+        method = "SymNoise" if recipe.neftune is not None and recipe.neftune.symmetric else "FreeLB"
         notes.append(
-            f"FreeLB makes {count} passes a step, which costs {count} times as much time; any speed given here counts "
-            "them"
+            f"{method} makes {count} passes a step, which costs {count} times as much time; any speed given here "
+            "counts them"
         )
     if choice.paged_out:
         notes.append(

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from ..steps.sequences import SequenceSpan
 from .streams import normal_draws, uniform_draws
 
-DISTRIBUTIONS = ("uniform", "gaussian")
+DISTRIBUTIONS = ("uniform", "gaussian", "bernoulli")
 SCHEDULES = ("constant", "linear", "cosine")
 # Standard deviation of one component of eps: Uniform(-1, 1) has variance 1/3.
-UNIT_RMS = {"uniform": 1 / math.sqrt(3), "gaussian": 1.0}
+UNIT_RMS = {"uniform": 1 / math.sqrt(3), "gaussian": 1.0, "bernoulli": 1.0}
 
 
 def noise_scale(alpha: float, length: int, width: int) -> float:
@@ -33,15 +33,15 @@ def noise_scale(alpha: float, length: int, width: int) -> float:
 
 
 def expected_norm(alpha: float, distribution: str) -> float:
-    """Return the expected L2 norm of a sequence's noise: alpha / sqrt(3) if uniform, alpha if gaussian."""
+    """Return the expected L2 norm of a sequence's noise: alpha / sqrt(3) if uniform, alpha if not."""
     return alpha * UNIT_RMS[distribution]
 
 
 def alpha_at(step: int, num_steps: int, alpha: float, final_alpha: float | None, schedule: str) -> float:
     """Return the noise strength at optimizer step ``step`` (0-based) of ``num_steps``.
 
-    ``linear`` and ``cosine`` go from ``alpha`` at the first step to ``final_alpha`` at the last; a schedule over
-    training is the future work that the paper names, not a part of its results.
+    ``linear`` and ``cosine`` go from ``alpha`` at the first step to ``final_alpha`` at the last. They are ours: the
+    paper keeps alpha constant.
     """
     if schedule == "constant" or final_alpha is None:
         return alpha
@@ -95,7 +95,9 @@ class NEFTuneNoise:
         alpha: Noise strength at this step, dimensionless, >= 0.
         seed: Seed of the run.
         step: Optimizer step, 0-based.
-        distribution: ``"uniform"`` (the paper) or ``"gaussian"`` (its ablation, eps ~ N(0, 1)).
+        distribution: ``"uniform"`` (the paper), ``"gaussian"`` (its ablation, eps ~ N(0, 1)) or ``"bernoulli"``
+            (SymNoise's: -1 or 1 with equal chance).
+        sign: 1, or -1 for the same noise mirrored, as SymNoise's second pass adds it.
         scale: See `lookup_scale`.
         statistics: Where to record norms, or None to skip the measurement.
     """
@@ -105,6 +107,7 @@ class NEFTuneNoise:
     seed: int
     step: int
     distribution: str = "uniform"
+    sign: float = 1.0
     scale: float = 1.0
     statistics: NoiseStatistics | None = None
 
@@ -129,21 +132,25 @@ class NEFTuneNoise:
         width = output.shape[-1]
         for span, eps in zip(self.spans, self._draws(width, output.device), strict=True):
             # The paper's factor holds at the lookup; the output carries the embedding's own factor as well.
-            bound = noise_scale(self.alpha, span.length, width) * self.scale
+            bound = noise_scale(self.alpha, span.length, width) * self.scale * self.sign
             noise = self._scaled(eps, bound).view(-1, width)
             if self.statistics is not None:
                 self.statistics.add(noise, output[span.row, span.tokens].detach(), self.scale)
             yield span, noise
 
     def _draws(self, width: int, device: torch.device) -> Iterator[Tensor]:
-        draws = uniform_draws if self.distribution == "uniform" else normal_draws
+        draws = normal_draws if self.distribution == "gaussian" else uniform_draws
         # 128 bits of key: the seed, then step and ordinal in 32 bits each. No hash, so no two draws collide.
         keys = [(self.seed, (self.step << 32) | span.ordinal) for span in self.spans]
         return draws([span.length * width for span in self.spans], keys, device)
 
     def _scaled(self, eps: Tensor, bound: float) -> Tensor:
-        """Map Uniform[0, 1) to Uniform[-bound, bound), or N(0, 1) to N(0, bound^2), in place."""
-        return eps.mul_(2 * bound).sub_(bound) if self.distribution == "uniform" else eps.mul_(bound)
+        """Map Uniform[0, 1) to Uniform[-bound, bound) or to -bound and bound, or N(0, 1) to N(0, bound^2), in place."""
+        if self.distribution == "gaussian":
+            return eps.mul_(bound)
+        if self.distribution == "bernoulli":
+            eps.ge_(0.5)  # 0 or 1, each for half of the draws
+        return eps.mul_(2 * bound).sub_(bound)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ class Neftune(Section):
     """Noise on the input embeddings during training. Omit the section for none."""
 
     noise_alpha: NotNegative = Field(description="noise strength, dimensionless; 0: no noise")
-    distribution: Literal["uniform", "gaussian"] = Field(
+    distribution: Literal["uniform", "gaussian", "bernoulli"] = Field(
         "uniform", description="distribution of each component before scaling"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="how alpha changes over the run")
@@ -24,6 +24,7 @@ class Neftune(Section):
     adversarial_step_size: Positive | None = Field(
         None, description="step size of FreeLB's ascent, a norm on the scale of noise_alpha"
     )
+    symmetric: bool = Field(False, description="two passes per step, with the noise and its mirror image (SymNoise)")
 
     @field_validator("final_alpha")
     @classmethod
@@ -55,6 +56,17 @@ class Neftune(Section):
             raise broken_rule(
                 f"required under adversarial_steps: {steps}. Write the norm of one ascent step, for instance half of "
                 "noise_alpha.",
+                involves=("adversarial_steps",),
+            )
+        return value
+
+    @field_validator("symmetric")
+    @classmethod
+    def _not_with_freelb(cls, value: bool, info: ValidationInfo) -> bool:
+        steps = info.data.get("adversarial_steps", 1)
+        if value and steps > 1:
+            raise broken_rule(
+                f"cannot be combined with adversarial_steps: {steps}, which is FreeLB's, got true. Keep one.",
                 involves=("adversarial_steps",),
             )
         return value

@@ -91,7 +91,9 @@ def compare_scales(lengths: Sequence[int], width: int, alpha: float) -> list[Seq
 def render(report: NoiseReport, console: Console) -> None:
     """Print a report as a table."""
     # Uniform noise has a bound; a normal component has none, so its spread is told instead.
-    bound = "largest" if report["distribution"] == "uniform" else "standard deviation of a"
+    bound = {"uniform": "largest", "gaussian": "standard deviation of a", "bernoulli": "size of every"}[
+        report["distribution"]
+    ]
     console.print(
         f"NEFTune alpha {report['alpha']:g}, {report['distribution']}, d = {report['width']}: "
         f"norm {report['expected_norm']:.3f} per sequence, padding gets none"

@@ -31,11 +31,13 @@ class QLoRANeftConfig(SFTConfig):
     Attributes:
         neftune_noise_alpha: Noise strength, dimensionless, >= 0. None and 0 are the same run, bit for bit. The
             paper tries 5, 10 and 15.
-        neftune_distribution: ``"uniform"`` (the paper) or ``"gaussian"`` (its ablation).
+        neftune_distribution: ``"uniform"`` (the paper), ``"gaussian"`` (its ablation) or ``"bernoulli"`` (SymNoise's).
         neftune_schedule: ``"constant"``, ``"linear"`` or ``"cosine"``, from alpha to the final alpha.
         neftune_final_alpha: Noise strength at the last step; required by a schedule that is not constant.
         neftune_adversarial_steps: Forward and backward passes per step: 1 is NEFTune, more are FreeLB's (see
             `qlora_neft.noise.freelb`), and cost that many times as much.
+        neftune_symmetric: SymNoise (arXiv:2312.01523): each step passes over its rows with the noise and with its
+            mirror image, and takes the mean of the two gradients. Costs twice as much; not together with FreeLB.
         neftune_adversarial_step_size: Length of FreeLB's ascent step, an L2 norm per sequence like alpha; required with
             more than one pass.
         clean_loss_steps: Optimizer steps between two measurements of the clean train loss (no noise, no dropout),
@@ -74,11 +76,12 @@ class QLoRANeftConfig(SFTConfig):
         ValueError: If a value breaks one of these rules.
     """
 
-    neftune_distribution: str = field(default="uniform", metadata={"help": "uniform or gaussian"})
+    neftune_distribution: str = field(default="uniform", metadata={"help": "uniform, gaussian or bernoulli"})
     neftune_schedule: str = field(default="constant", metadata={"help": "constant, linear or cosine"})
     neftune_final_alpha: float | None = field(default=None, metadata={"help": "alpha at the last step"})
     neftune_adversarial_steps: int = field(default=1, metadata={"help": "passes per step; more than 1: FreeLB"})
     neftune_adversarial_step_size: float | None = field(default=None, metadata={"help": "L2 norm per sequence"})
+    neftune_symmetric: bool = field(default=False, metadata={"help": "the noise with both signs, in two passes"})
     clean_loss_steps: int = field(default=50, metadata={"help": "steps between clean train losses; 0 = never"})
     clean_loss_rows: int = field(default=16, metadata={"help": "rows in the clean-loss slice"})
     micro_batch_size: int | None = field(default=None, metadata={"help": "rows"})
@@ -157,6 +160,11 @@ class QLoRANeftConfig(SFTConfig):
             raise ValueError(
                 "neftune_adversarial_step_size: must be a finite number > 0 with neftune_adversarial_steps above 1 "
                 f"(FreeLB), and None without, got {size} with {self.neftune_adversarial_steps}."
+            )
+        if self.neftune_symmetric and self.neftune_adversarial_steps > 1:
+            raise ValueError(
+                "neftune_symmetric: cannot be combined with neftune_adversarial_steps above 1 (FreeLB), got True with "
+                f"{self.neftune_adversarial_steps}. Keep one of the two."
             )
 
     def _check_counts(self) -> None:

@@ -197,7 +197,7 @@ class StepTrainer(LossTrainer):
             return self.token_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.router_loss.captured() as logits:
             loss = self.token_loss(model, inputs, return_outputs, num_items_in_batch)
-        # Ranks average their gradients, and this is a sum over all of them; the passes of FreeLB share it.
+        # Ranks average their gradients, and this is a sum over all of them; several passes share it.
         scale = self.args.world_size / self._num_passes()
         return loss + scale * self.router_loss.of(logits, inputs.get("attention_mask"))
 
@@ -228,7 +228,7 @@ class StepTrainer(LossTrainer):
         alpha, final_alpha = args.neftune_noise_alpha or 0.0, args.neftune_final_alpha
         return alpha_at(step, self.state.max_steps, alpha, final_alpha, args.neftune_schedule)
 
-    def _noise(self, micro: MicroBatch, first_ordinal: int) -> NEFTuneNoise | None:
+    def _noise(self, micro: MicroBatch, first_ordinal: int, sign: float = 1.0) -> NEFTuneNoise | None:
         """Return NEFTune's noise for a micro-batch, None where there is none."""
         alpha = self._alpha(self.state.global_step)
         # Alpha 0 registers no hook at all, so that it is bit for bit the run without NEFTune.
@@ -242,17 +242,25 @@ class StepTrainer(LossTrainer):
             seed=self.args.seed,
             step=self.state.global_step,
             distribution=self.args.neftune_distribution,
+            sign=sign,
             scale=self._lookup_scale,
             statistics=self._noise_statistics if self._next_step_is_logged() else None,
         )
 
     def _num_passes(self) -> int:
-        """Return the number of passes over each micro-batch: FreeLB's in a step that has noise, else one."""
-        return self.args.neftune_adversarial_steps if self._alpha(self.state.global_step) else 1
+        """Return the number of passes over each micro-batch: FreeLB's or SymNoise's where there is noise, else one."""
+        if not self._alpha(self.state.global_step):
+            return 1
+        return 2 if self.args.neftune_symmetric else self.args.neftune_adversarial_steps
 
     def _noise_of_pass(self, micro: MicroBatch, first_ordinal: int, number: int) -> NEFTuneNoise | Perturbation | None:
-        """Return NEFTune's noise; under FreeLB the first pass draws it, and each later one moves it up the loss."""
+        """Return the noise of a pass: NEFTune's.
+
+        SymNoise's second pass mirrors it. Under FreeLB the first pass draws it, and each later one moves it up.
+        """
         passes = self._num_passes()
+        if self.args.neftune_symmetric:
+            return self._noise(micro, first_ordinal, sign=-1.0 if number else 1.0)
         if passes == 1:
             return self._noise(micro, first_ordinal)
         if number == 0:

@@ -30,7 +30,7 @@ WHY = {
     ),
     "neftune.noise_alpha": "Strength of the noise. 0 or no section: none, bit for bit ([the noise](noise.md)).",
     "neftune.distribution": "Of one component. `gaussian` is the paper's ablation, with sqrt(3) times the norm.",
-    "neftune.schedule": "The paper keeps alpha constant. `linear` and `cosine` are for experiments.",
+    "neftune.schedule": "The paper keeps alpha constant. `linear` and `cosine` are ours, for experiments.",
     "data.path": "Rows: a file, a glob, a Hub dataset, or a mixture ([data](data.md)).",
     "data.split": "Split of a Hub dataset, or a slice of any source, such as `train[:1000]`.",
     "data.format": "How the columns are read. `auto` recognizes the format by the columns.",

@@ -108,6 +108,9 @@ def test_how_long_a_run_takes_is_a_range_by_the_size_of_its_data(tmp_path):
     assert "FreeLB makes 3 passes a step, which costs 3 times as much time" in fit(*arguments, *freelb)[1]
     without = json.loads(fit(*arguments, *freelb, "neftune.noise_alpha=0", "--json")[1])  # nothing to climb
     assert without["seconds"] == report["seconds"] and not any("FreeLB" in note for note in without["notes"])
+    symmetric = json.loads(fit(*arguments, "neftune.symmetric=true", "--json")[1])
+    assert symmetric["seconds"][1] == pytest.approx(2 * report["seconds"][1], abs=2)
+    assert any("SymNoise makes 2 passes a step" in note for note in symmetric["notes"])
     twice = json.loads(fit(*arguments, "train.num_train_epochs=2", "--json")[1])
     assert twice["seconds"][1] == pytest.approx(2 * report["seconds"][1], abs=1)
     assert json.loads(fit("llama2-7b-alpaca", "--vram", "rtx4090", "--json")[1])["seconds"] is None  # on the Hub

@@ -50,7 +50,7 @@ def every_distance(weight, ids, alpha, ordinal, seed, distribution):
     return torch.cdist(noisy.double(), weight.double(), compute_mode="donot_use_mm_for_euclid_dist")
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
+@pytest.mark.parametrize("distribution", ["uniform", "gaussian", "bernoulli"])
 def test_flips_are_those_of_comparing_everything(weight, distribution):
     sequences = sequences_of([3, 40, 90, 17])
     alphas = [0.0, 2.0, 8.0, 30.0]

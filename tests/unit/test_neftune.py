@@ -47,7 +47,7 @@ def test_scale_is_alpha_over_the_root_of_length_times_width(alpha, length, width
     assert scale**2 * length * width == pytest.approx(alpha**2)
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "gaussian"])
+@pytest.mark.parametrize("distribution", ["uniform", "gaussian", "bernoulli"])
 @pytest.mark.parametrize("length", [3, 40])
 def test_expected_norm_is_the_mean_norm_of_many_draws(distribution, length):
     norms = torch.stack([draw(length, k, distribution=distribution).norm() for k in range(400)])
@@ -60,7 +60,7 @@ def test_expected_norm_is_the_mean_norm_of_many_draws(distribution, length):
 
 def test_expected_norm_is_alpha_over_root_three_or_alpha():
     assert expected_norm(12.0, "uniform") ** 2 * 3 == pytest.approx(144)
-    assert expected_norm(12.0, "gaussian") == 12
+    assert expected_norm(12.0, "gaussian") == expected_norm(12.0, "bernoulli") == 12
 
 
 def test_uniform_draws_fill_their_interval_and_gaussian_ones_do_not_stop_there():
@@ -71,6 +71,18 @@ def test_uniform_draws_fill_their_interval_and_gaussian_ones_do_not_stop_there()
     assert quarter == pytest.approx(0.25, abs=5 * math.sqrt(0.25 * 0.75 / uniform.numel()))
     assert gaussian.std().item() == pytest.approx(bound, rel=0.03)
     assert gaussian.abs().max() > 3 * bound
+
+
+def test_bernoulli_draws_have_one_size_and_both_signs():
+    bound, drawn = noise_scale(5.0, 500, WIDTH), draw(500, distribution="bernoulli")
+    torch.testing.assert_close(drawn.abs(), torch.full_like(drawn, bound), rtol=1e-6, atol=0)
+    positive = (drawn > 0).float().mean().item()
+    assert positive == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(drawn.numel()))
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "gaussian", "bernoulli"])
+def test_the_mirror_image_is_exact(distribution):
+    assert torch.equal(draw(distribution=distribution, sign=-1.0), -draw(distribution=distribution))
 
 
 # ---- Schedule ----
@@ -134,6 +146,7 @@ def test_drawing_leaves_the_global_stream_alone():
         {"step": 2**20},
         {"ordinal": 2**20},
         {"distribution": "gaussian"},
+        {"distribution": "bernoulli"},
     ],
     ids=str,
 )

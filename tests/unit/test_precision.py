@@ -186,7 +186,10 @@ def test_alpha_must_be_finite_and_not_negative(tmp_path, name, alpha):
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"neftune_distribution": "normal"}, "neftune_distribution: must be one of uniform, gaussian, got 'normal'"),
+        (
+            {"neftune_distribution": "normal"},
+            "neftune_distribution: must be one of uniform, gaussian, bernoulli, got",
+        ),
         ({"neftune_schedule": "step"}, "neftune_schedule: must be one of constant, linear, cosine, got 'step'"),
         ({"neftune_final_alpha": 1.0}, "neftune_final_alpha: has no effect under the constant schedule, got 1.0"),
         ({"neftune_schedule": "cosine"}, "neftune_final_alpha: required by neftune_schedule='cosine'"),

@@ -193,6 +193,10 @@ def test_a_section_must_be_a_mapping(write):
         (["neftune.noise_alpha=5", "neftune.schedule=linear"], "neftune.final_alpha: required under"),
         (["neftune.noise_alpha=5", "neftune.adversarial_steps=3"], "neftune.adversarial_step_size: required under"),
         (["neftune.noise_alpha=5", "neftune.adversarial_step_size=1"], "adversarial_step_size: has no effect under"),
+        (
+            ["neftune={noise_alpha: 5, adversarial_steps: 2, adversarial_step_size: 1, symmetric: true}"],
+            "neftune.symmetric: cannot be combined with adversarial_steps: 2",
+        ),
         (["machine.eval_steps=5"], "machine.eval_steps: has no effect without held-out rows"),
         (["data.eval_split=train"], "data.eval_split: the held-out rows would be the training rows"),
         (["data.eval_fraction=0.1", "data.eval_path=x"], "data.eval_fraction: cannot be combined with"),
@@ -218,6 +222,7 @@ def test_rules_that_look_at_more_than_a_type(write, overrides, fragment):
         ["train.lr_scheduler_type=linear", "train.warmup_steps=10"],
         ["neftune.noise_alpha=15", "neftune.schedule=cosine", "neftune.final_alpha=0"],
         ["neftune.noise_alpha=5", "neftune.adversarial_steps=3", "neftune.adversarial_step_size=2.5"],
+        ["neftune.noise_alpha=5", "neftune.symmetric=true", "neftune.distribution=bernoulli"],
         ["neftune.noise_alpha=0"],
         ["data.eval_split=test", "machine.eval_steps=5"],
         ["data.eval_path=held.jsonl"],

@@ -91,7 +91,7 @@ def token_flips(
         sequences: Token ids (L,) each, L >= 1. They are the sequences of one optimizer step.
         alphas: Noise strengths, each >= 0.
         seed: Seed of the noise.
-        distribution: ``uniform`` or ``gaussian``.
+        distribution: ``uniform``, ``gaussian`` or ``bernoulli``.
         max_tokens: Count only the first N tokens; the others only fill the last sequence.
         gaps: From `gaps_of`, to share among several calls with one table.
     """
@@ -124,7 +124,7 @@ def noised(
         sequences: Token ids (L,) each; a sequence's place is its ordinal in the step.
         alpha: Noise strength, >= 0.
         seed: The run's seed.
-        distribution: ``uniform`` or ``gaussian``.
+        distribution: ``uniform``, ``gaussian`` or ``bernoulli``.
         statistics: Where to record norms.
     """
     for ordinal, ids in enumerate(sequences):

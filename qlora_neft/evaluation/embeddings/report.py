@@ -93,7 +93,7 @@ def embedding_noise_report(
         alphas: Noise strengths.
         lengths: Values of L for noise on the whole vocabulary; may be empty if there are sequences.
         seed: Seed of the noise.
-        distribution: ``uniform`` or ``gaussian``.
+        distribution: ``uniform``, ``gaussian`` or ``bernoulli``.
         spell: Gives a token id's text, to name the tokens that flip.
         say: Called with what is being done.
     """
