@@ -28,11 +28,14 @@ class Piece:
         trained: Whether the loss is taken on it.
         whole_from: Number of characters before which the piece must not be ended: a thought cut short is no answer, nor
             is half a call.
+        excluded: Whether it is a response that its row takes the loss off (``weight: 0``): not prompt either, so that
+            no ``data.prompt_loss_weight`` trains it. A template keeps it apart from the pieces around it.
     """
 
     text: str
     trained: bool
     whole_from: int = 0
+    excluded: bool = False
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,17 @@ TRAIN, EVAL = "train.arrow", "eval.arrow"
 HEAD = 1000  # rows by which a format is recognized
 # The keys that decide how a row becomes sequences. With the sources they make the cache key: the other keys of the
 # section only say what the gate lets through, and changing them prepares nothing again.
-SEQUENCE_KEYS = ("max_length", "train_on_prompt", "keep_end_token", "split_conversations")
+SEQUENCE_KEYS = (
+    "max_length",
+    "max_prompt_length",
+    "max_response_length",
+    "train_on",
+    "prompt_loss_weight",
+    "train_on_prompt",
+    "keep_end_token",
+    "split_conversations",
+    "split_text",
+)
 
 Progress = Callable[[int], None]
 NumProc = int | Literal["auto"]

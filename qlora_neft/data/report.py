@@ -19,9 +19,13 @@ REPORT_VERSION = 1
 # Keys of the data section that the report repeats under ``settings``.
 SETTINGS = (
     "max_length",
-    "train_on_prompt",
+    "max_prompt_length",
+    "max_response_length",
+    "train_on",
+    "prompt_loss_weight",
     "keep_end_token",
     "split_conversations",
+    "split_text",
     "max_dropped_fraction",
     "max_truncated_fraction",
     "max_duplicate_fraction",
@@ -123,7 +127,7 @@ def data_report(state: State, train: Dataset, held_out: Dataset | None, section:
         "truncated": described["truncated"],
         "problems": problems,
         "warnings": warnings,
-        "settings": {key: getattr(section, key) for key in SETTINGS},
+        "settings": {key: getattr(section, key) for key in SETTINGS} | {"prompt_loss_weight": section.prompt_weight},
         "sources": state["sources"],
         "train": described,
         "eval": eval_described,

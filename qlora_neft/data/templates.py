@@ -131,13 +131,14 @@ class VicunaTemplate(_OneSequence):
         if dialogue.tools:
             raise BadRow("has tools, and Vicuna's prompt has no place for them; set data.prompt_template: chat")
         system, turns = _system_and_turns(dialogue.messages)
+        flags = dialogue.trained_turns[-len(turns) :]  # a system message before them has none
         pieces: list[Piece] = []
-        for number, turn in enumerate(turns):
+        for number, (turn, trained) in enumerate(zip(turns, flags, strict=True)):
             if turn["role"] == "user":
                 start = f"{system} " if number == 0 else ""
                 pieces.append(Piece(f"{start}USER: {turn['content']} ASSISTANT:", False))
             else:
-                pieces.append(Piece(f" {turn['content']}{self.end}", True))
+                pieces.append(Piece(f" {turn['content']}{self.end}", trained, excluded=not trained))
         return pieces
 
     def prompt(self, messages: Sequence[Message]) -> str:

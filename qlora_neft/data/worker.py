@@ -165,7 +165,7 @@ class RowWorker:
         return max(self.encoder.lengths(self.template.sequences(dialogue).sequences))
 
     def _with_prompt(self, sequence: Encoded) -> Encoded:
-        if not self.section.train_on_prompt:
+        if not self.section.prompt_weight:
             return sequence
         return Encoded(sequence.ids, np.ones_like(sequence.trained), sequence.crossed)
 

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from ..paths import DATA_SUFFIXES, JINJA_SUFFIXES, kind_of
 from .section import Positive, Section, Text, broken_rule
+from .settings import prompt_loss_weight
 
 TEMPLATES = ("auto", "alpaca", "vicuna", "chat")
 
@@ -92,9 +93,25 @@ class Data(Section):
         "auto", description="alpaca, vicuna, chat (the tokenizer's own), or a .jinja file; auto: by format"
     )
     max_length: Annotated[int, Field(ge=8)] = Field(description="maximum number of tokens per sequence")
-    train_on_prompt: bool = Field(False, description="compute the loss on prompts too")
+    max_prompt_length: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="maximum number of tokens before the first response, cut at their end; null: max_length's"
+    )
+    max_response_length: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="maximum number of tokens of each response, its end token included; null: max_length's"
+    )
     split_conversations: bool = Field(True, description="split conversations longer than max_length between turns")
+    split_text: bool = Field(False, description="split plain text longer than max_length into chunks, none of it lost")
     keep_end_token: bool = Field(True, description="end a response that is cut at max_length with the end token")
+    # Where the loss is taken, and how much it counts there.
+    train_on: Literal["responses", "last-response", "all"] = Field(
+        "responses", description="tokens that are trained: every response, the last one of each row, or prompts too"
+    )
+    prompt_loss_weight: Share | None = Field(
+        None, description="weight of a token outside responses, where one of a response has 1; null: 0, or 1 for all"
+    )
+    train_on_prompt: bool | None = Field(
+        None, description="older spelling of prompt_loss_weight: true is 1, false is 0"
+    )
     # How many rows the gate lets through in spite of a fault.
     max_truncated_fraction: Share = Field(0.5, description="share of rows whose response may be cut")
     max_dropped_fraction: Share = Field(
@@ -130,6 +147,59 @@ class Data(Section):
                 involves=tuple(other),
             )
         return value
+
+    @field_validator("max_prompt_length", "max_response_length")
+    @classmethod
+    def _fits_into_the_sequence(cls, value: int | None, info: ValidationInfo) -> int | None:
+        longest, prompt = info.data.get("max_length"), info.data.get("max_prompt_length") or 0
+        if value is not None and longest is not None and value + prompt > longest:
+            beside = f" beside data.max_prompt_length={prompt}" if prompt else ""
+            raise broken_rule(
+                f"must fit into data.max_length={longest}{beside}, got {value}. Lower it, or raise data.max_length.",
+                involves=("max_length", "max_prompt_length"),
+            )
+        return value
+
+    @field_validator("split_text")
+    @classmethod
+    def _text_is_split_or_cut(cls, value: bool, info: ValidationInfo) -> bool:
+        limit = info.data.get("max_response_length")
+        if value and limit is not None:
+            raise broken_rule(
+                f"cannot be combined with data.max_response_length={limit}, which cuts text, got true. Keep one.",
+                involves=("max_response_length",),
+            )
+        return value
+
+    @field_validator("prompt_loss_weight")
+    @classmethod
+    def _all_means_all(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if info.data.get("train_on") == "all" and value not in (None, 1):
+            raise broken_rule(
+                f"contradicts train_on: all, which trains prompts with weight 1, got {value:g}. Remove one of them.",
+                involves=("train_on",),
+            )
+        return value
+
+    @field_validator("train_on_prompt")
+    @classmethod
+    def _two_spellings_agree(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        names = ("train_on", "prompt_loss_weight")
+        weight = prompt_loss_weight({key: info.data.get(key) for key in names})
+        is_stated = info.data.get("prompt_loss_weight") is not None or info.data.get("train_on") == "all"
+        if value is not None and is_stated and weight != value:
+            stated = "train_on: all" if info.data.get("train_on") == "all" else f"prompt_loss_weight: {weight:g}"
+            raise broken_rule(
+                f"is an older spelling of prompt_loss_weight: {int(value)}, and contradicts {stated}, got "
+                f"{str(value).lower()}. Remove it.",
+                involves=names,
+            )
+        return value
+
+    @property
+    def prompt_weight(self) -> float:
+        """Weight of a token outside responses in the loss, in [0, 1], however the recipe spells it."""
+        return prompt_loss_weight(self.model_dump())
 
     @property
     def has_eval_rows(self) -> bool:

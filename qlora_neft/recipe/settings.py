@@ -22,6 +22,9 @@ NOT_LEARNED = frozenset(
     }
 )
 
+# Keys that earlier versions did not have, each with the value by which a run is as it was without it.
+AS_BEFORE = {"data.split_text": False, "train.loss_mean": "tokens"}
+
 
 def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return every key of a recipe as ``section.key`` to value; an absent section has none."""
@@ -41,7 +44,31 @@ def without_silent_noise(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if not key.startswith("neftune.")}
 
 
+def prompt_loss_weight(data: Mapping[str, Any]) -> float:
+    """Return the weight of a token outside responses, from the keys of a data section: three spellings of one thing."""
+    stated = data.get("prompt_loss_weight")
+    if stated is not None:
+        return float(stated)
+    return 1.0 if data.get("train_on") == "all" or data.get("train_on_prompt") else 0.0
+
+
+def with_one_prompt_weight(settings: dict[str, Any]) -> dict[str, Any]:
+    """Spell the weight of prompts in one way: a run is the same however its recipe says it."""
+    names = ("train_on", "prompt_loss_weight", "train_on_prompt")
+    data = {name: settings[f"data.{name}"] for name in names if f"data.{name}" in settings}
+    if not data:
+        return settings
+    # With prompts at weight 1 every response has it too, so that `all` says no more than its weight.
+    train_on = "responses" if data.get("train_on") in (None, "all") else data["train_on"]
+    others = {key: value for key, value in settings.items() if key.removeprefix("data.") not in data}
+    return {**others, "data.train_on": train_on, "data.prompt_loss_weight": prompt_loss_weight(data)}
+
+
 def learned(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the trained weights as ``section.key`` to value: two runs equal in it learn the same."""
-    settings = without_silent_noise(flat(recipe))
-    return {key: value for key, value in settings.items() if key not in NOT_LEARNED and not key.startswith("machine.")}
+    settings = with_one_prompt_weight(without_silent_noise(flat(recipe)))
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in NOT_LEARNED and not key.startswith("machine.") and AS_BEFORE.get(key, ...) != value
+    }

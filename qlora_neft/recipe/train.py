@@ -81,6 +81,10 @@ class Train(Section):
     max_steps: Count | None = Field(
         None, description="maximum number of optimizer steps; the run ends at whichever limit comes first"
     )
+    # What is averaged.
+    loss_mean: Literal["tokens", "sequences"] = Field(
+        "tokens", description="loss of a step: mean over its trained tokens, or over the means of its sequences"
+    )
     # How fast.
     learning_rate: Positive = Field(description="peak learning rate")
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
