@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..data.encode import Encoder
 from ..data.examples import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, as_dialogue
-from ..data.templates import TEMPLATE_OF_FORMAT, JinjaTemplate, alpaca_prompt, make_template
+from ..data.templates import ALPACA_ENDINGS, TEMPLATE_OF_FORMAT, JinjaTemplate, alpaca_prompt, make_template
 from ..errors import UserInputError
 from ..paths import JINJA_SUFFIXES
 from .folder import AdapterFolder
@@ -15,7 +15,7 @@ from .folder import AdapterFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ONE_REQUEST = ("alpaca", "none")  # templates without a place for earlier turns
+ONE_REQUEST = (*ALPACA_ENDINGS, "none")  # templates without a place for earlier turns
 TEMPLATES = (*ONE_REQUEST, "vicuna", "chat")
 
 
@@ -24,7 +24,7 @@ class Prompts:
 
     Args:
         tokenizer: The adapter's own tokenizer.
-        name: Prompt template: ``alpaca``, ``vicuna``, ``chat``, ``none``, or a Jinja file.
+        name: Prompt template: ``alpaca`` (``-newline``, ``-space``), ``vicuna``, ``chat``, ``none``, or a Jinja file.
 
     Attributes:
         name: Name of the template.
@@ -84,8 +84,8 @@ class Prompts:
         """Return the token ids of a row of data without its response; a dialogue ends with a request."""
         if isinstance(example, Dialogue):
             return self.ids(example.messages, example.tools)
-        if isinstance(example, Instruction) and self.name == "alpaca":
-            return self.ids_of_text(alpaca_prompt(example.instruction, example.input))
+        if isinstance(example, Instruction) and self.name in ALPACA_ENDINGS:
+            return self.ids_of_text(alpaca_prompt(example.instruction, example.input, self.name))
         if isinstance(example, Passage) and self.name == "none":
             return self.ids_of_text(example.prompt)
         # A row of one request and its response: only the request is asked.

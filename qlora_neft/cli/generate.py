@@ -41,7 +41,10 @@ if TYPE_CHECKING:
 
 TemplateOption = Annotated[
     str | None,
-    typer.Option(metavar="alpaca|vicuna|chat|none|FILE.jinja", help="Prompt template; default: the run's own."),
+    typer.Option(
+        metavar="alpaca|vicuna|chat|none|FILE.jinja",
+        help="Prompt template (also alpaca-newline, alpaca-space); default: the run's own.",
+    ),
 ]
 SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="System message, if the template has one.")]
 BaseAloneOption = Annotated[bool, typer.Option("--base-alone", help="Ask the base, without the adapter.")]

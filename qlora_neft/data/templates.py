@@ -22,17 +22,25 @@ if TYPE_CHECKING:
 TEMPLATE_OF_FORMAT = {"alpaca": "alpaca", "sharegpt": "vicuna", "messages": "chat", "prompt-completion": "none"}
 
 # PROMPT_DICT in train.py of github.com/tatsu-lab/stanford_alpaca; dataset.py of github.com/neelsjain/NEFTune has
-# the same. The NEFTune paper uses it for every data set but ShareGPT (section 4, "Experimental Set-up").
+# the same. The NEFTune paper uses it for every data set but ShareGPT ("Experimental Set-up"). Up to its ending:
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
 )
 ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
+    "### Instruction:\n{instruction}\n\n"
 )
+# Published code ends the prompt in three ways, and a model answers best in the one that it was trained on.
+ALPACA_ENDINGS = {
+    "alpaca": "### Response:",
+    # conversation.py of NEFTune's code, with which its authors ask for AlpacaEval's answers (they train on the above).
+    "alpaca-newline": "### Response:\n",
+    # ALPACA_PROMPT_DICT in qlora.py of github.com/artidoro/qlora, the implementation behind NEFTune's Table 3.
+    "alpaca-space": "### Response: ",
+}
 # vicuna_v1.1 in fastchat/conversation.py of github.com/lm-sys/FastChat: roles USER and ASSISTANT, separated by a
 # space; each response is followed by the end token, and nothing by that.
 VICUNA_SYSTEM = (
@@ -97,24 +105,29 @@ class NoTemplate(_OneSequence):
 
 
 class AlpacaTemplate(_OneSequence):
-    """Stanford Alpaca's prompt: one request, with or without an input, and one response."""
+    """Stanford Alpaca's prompt: one request, with or without an input, and one response.
+
+    Args:
+        end: Text of the token that ends a response.
+        name: One of `ALPACA_ENDINGS`.
+    """
 
     adds_special_tokens = True
 
-    def __init__(self, end: str) -> None:
-        self.end = end
+    def __init__(self, end: str, name: str = "alpaca") -> None:
+        self.end, self.name = end, name
 
     def render(self, example: Example) -> list[Piece]:
         """Return prompt and response."""
         if not isinstance(example, Instruction):
             example = _single_exchange(as_dialogue(example))
-        prompt = alpaca_prompt(example.instruction, example.input)
+        prompt = alpaca_prompt(example.instruction, example.input, self.name)
         return [Piece(prompt, False), Piece(example.output + self.end, True)]
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the prompt of one request."""
         [message] = messages
-        return alpaca_prompt(message["content"])
+        return alpaca_prompt(message["content"], name=self.name)
 
 
 class VicunaTemplate(_OneSequence):
@@ -171,7 +184,7 @@ def make_template(name: str, format: str, tokenizer: PreTrainedTokenizerBase) ->
     """Make the template that a recipe names.
 
     Args:
-        name: ``auto``, ``alpaca``, ``vicuna``, ``chat``, or the path of a Jinja file.
+        name: ``auto``, one of `ALPACA_ENDINGS`, ``vicuna``, ``chat``, or the path of a Jinja file.
         format: The format of the rows, which decides what ``auto`` is.
         tokenizer: A tokenizer with an end token; for ``chat``, with a chat template.
 
@@ -183,18 +196,19 @@ def make_template(name: str, format: str, tokenizer: PreTrainedTokenizerBase) ->
         return JinjaTemplate(ChatTemplate(tokenizer))
     if name.endswith(JINJA_SUFFIXES):
         return JinjaTemplate(ChatTemplate(tokenizer, read_jinja(name), name))
-    plain = {"none": NoTemplate, "alpaca": AlpacaTemplate, "vicuna": VicunaTemplate}
     # These end a response with the tokenizer's own end token, as the code they are from does.
-    return plain[name](tokenizer.eos_token)
+    if name in ALPACA_ENDINGS:
+        return AlpacaTemplate(tokenizer.eos_token, name)
+    return {"none": NoTemplate, "vicuna": VicunaTemplate}[name](tokenizer.eos_token)
 
 
 def resolve_template(name: str, format: str) -> str:
-    """Return the template that rows of a format get: ``none``, ``alpaca``, ``vicuna``, ``chat`` or a file.
+    """Return the template that rows of a format get: ``none``, Alpaca's, ``vicuna``, ``chat`` or a file.
 
     Plain text has no request to put anything around. A prompt with its completion stays unchanged unless the recipe
     names a template for conversations; Alpaca's is not one, it goes around an instruction.
     """
-    if format == "text" or (format == "prompt-completion" and name == "alpaca"):
+    if format == "text" or (format == "prompt-completion" and name in ALPACA_ENDINGS):
         return "none"
     return TEMPLATE_OF_FORMAT[format] if name == "auto" else name
 
@@ -216,11 +230,10 @@ def read_jinja(path: str) -> str:
         ) from error
 
 
-def alpaca_prompt(instruction: str, input: str | None = None) -> str:
-    """Return Stanford Alpaca's prompt, with its input section if there is an input, up to the response."""
-    if input:
-        return ALPACA_WITH_INPUT.format(instruction=instruction, input=input)
-    return ALPACA_WITHOUT_INPUT.format(instruction=instruction)
+def alpaca_prompt(instruction: str, input: str | None = None, name: str = "alpaca") -> str:
+    """Return Alpaca's prompt, with its input section if there is an input, ended as ``name`` says."""
+    before = ALPACA_WITH_INPUT if input else ALPACA_WITHOUT_INPUT
+    return before.format(instruction=instruction, input=input) + ALPACA_ENDINGS[name]
 
 
 def _single_exchange(dialogue: Dialogue) -> Instruction:

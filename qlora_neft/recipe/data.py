@@ -11,7 +11,9 @@ from ..paths import DATA_SUFFIXES, JINJA_SUFFIXES, kind_of
 from .section import Positive, Section, Text, broken_rule
 from .settings import prompt_loss_weight
 
-TEMPLATES = ("auto", "alpaca", "vicuna", "chat")
+# Alpaca's prompt with the three endings that published code gives it, see `data.templates.ALPACA_ENDINGS`.
+ALPACA_TEMPLATES = ("alpaca", "alpaca-newline", "alpaca-space")
+TEMPLATES = ("auto", *ALPACA_TEMPLATES, "vicuna", "chat")
 
 
 def template_name(value: str) -> str:
@@ -90,7 +92,9 @@ class Data(Section):
     # How a row becomes a sequence.
     format: Format = Field("auto", description="how columns are read; auto: by their names")
     prompt_template: Template = Field(
-        "auto", description="alpaca, vicuna, chat (the tokenizer's own), or a .jinja file; auto: by format"
+        "auto",
+        description="alpaca (also -newline and -space), vicuna, chat (the tokenizer's own), or a .jinja file; "
+        "auto: by format",
     )
     max_length: Annotated[int, Field(ge=8)] = Field(description="maximum number of tokens per sequence")
     max_prompt_length: Annotated[int, Field(ge=1)] | None = Field(

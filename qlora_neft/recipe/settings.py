@@ -23,7 +23,7 @@ NOT_LEARNED = frozenset(
 )
 
 # Keys that earlier versions did not have, each with the value by which a run is as it was without it.
-AS_BEFORE = {"data.split_text": False, "train.loss_mean": "tokens"}
+AS_BEFORE = {"data.split_text": False, "train.loss_mean": "tokens", "neftune.symmetric": False}
 
 
 def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:

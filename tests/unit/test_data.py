@@ -12,9 +12,18 @@ from transformers import PreTrainedTokenizerFast
 from qlora_neft.data.encode import Encoded, Encoder, cut_to_length, joins_cleanly
 from qlora_neft.data.examples import BadRow, Dialogue, EmptyRow, Instruction, Passage, Piece, content_hash
 from qlora_neft.data.formats import check_columns, detect_format, to_example
-from qlora_neft.data.templates import AlpacaTemplate, NoTemplate, VicunaTemplate, alpaca_prompt, make_template
+from qlora_neft.data.templates import (
+    ALPACA_ENDINGS,
+    AlpacaTemplate,
+    NoTemplate,
+    VicunaTemplate,
+    alpaca_prompt,
+    make_template,
+    resolve_template,
+)
 from qlora_neft.data.worker import split_dialogue
 from qlora_neft.errors import UserInputError
+from qlora_neft.recipe.data import ALPACA_TEMPLATES
 
 ALPACA = {"instruction": "Say 1", "input": "", "output": "1"}
 
@@ -188,6 +197,32 @@ def test_alpacas_prompt_is_stanfords_to_the_letter():
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Response:"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        # https://github.com/neelsjain/NEFTune, conversation.py: roles "### Instruction:" and "### Response:", each
+        # followed by a line break (SeparatorStyle.ADD_NEW_LINE_SINGLE); its dataset.py trains on Stanford's.
+        ("alpaca-newline", "### Response:\n"),
+        # https://github.com/artidoro/qlora, qlora.py, ALPACA_PROMPT_DICT
+        ("alpaca-space", "### Response: "),
+    ],
+)
+def test_other_endings_of_alpacas_prompt_are_their_authors_to_the_letter(name, ending):
+    template = make_template(name, "alpaca", byte_tokenizer())
+    without = (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        f"\n\n### Instruction:\nAdd.\n\n{ending}"
+    )
+    assert template.prompt([{"role": "user", "content": "Add."}]) == alpaca_prompt("Add.", name=name) == without
+    pieces = template.render(Instruction("Add.", "1 2", "3"))
+    assert text_of(pieces) == alpaca_prompt("Add.", "1 2").removesuffix("### Response:") + ending + f"3{template.end}"
+    assert resolve_template(name, "prompt-completion") == resolve_template("alpaca", "prompt-completion") == "none"
+
+
+def test_a_recipe_may_name_every_ending():
+    assert tuple(ALPACA_ENDINGS) == ALPACA_TEMPLATES
 
 
 def test_alpacas_response_follows_at_once_and_ends_with_the_end_token():

@@ -94,8 +94,9 @@ def test_a_conversation_is_prompted_as_in_training(name, messages):
     assert rendered(go_template(prompts, tokenizer), messages) == expected.removeprefix(tokenizer.bos_token)
 
 
-def test_alpacas_request_is_prompted_as_in_training():
-    prompts, tokenizer = prompts_of("alpaca")
+@pytest.mark.parametrize("name", ["alpaca", "alpaca-newline", "alpaca-space"])
+def test_alpacas_request_is_prompted_as_in_training(name):
+    prompts, tokenizer = prompts_of(name)
     expected = prompts.text([{"role": "user", "content": "Name {three} colours"}])
     assert rendered(go_template(prompts, tokenizer), [("user", "Name {three} colours")]) == expected
 

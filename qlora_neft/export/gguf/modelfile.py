@@ -19,14 +19,14 @@ from ...adapter.load import tokenizer_of_adapter
 from ...adapter.prompts import Prompts, template_of
 from ...base.config import load_tokenizer
 from ...data.examples import BadRow
-from ...data.templates import VICUNA_SYSTEM, alpaca_prompt
+from ...data.templates import ALPACA_ENDINGS, VICUNA_SYSTEM, alpaca_prompt
 from ...errors import UserInputError
 from ...files import read_json, write_text
 from ..merge.report import REPORT
 
 # Greedy with this penalty, over the whole text: arXiv:2310.05914, appendix.
 PARAMETERS = ("PARAMETER temperature 0", "PARAMETER repeat_penalty 1.2", "PARAMETER repeat_last_n -1")
-TEMPLATES = ("alpaca", "vicuna", "chat", "none")
+TEMPLATES = (*ALPACA_ENDINGS, "vicuna", "chat", "none")
 _ROLES = ("system", "user", "assistant")
 _NO_TEMPLATE = "its chat template has no equal in Ollama's language: write TEMPLATE by hand, or use llama-server."
 
@@ -141,8 +141,8 @@ def go_template(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> str | N
     The begin token is omitted: Ollama puts it there, as the GGUF says.
     """
     # One request: Alpaca's prompt has no place for earlier turns.
-    if prompts.name == "alpaca":
-        return _quotable(alpaca_prompt("{{ .Prompt }}") + "{{ .Response }}")
+    if prompts.name in ALPACA_ENDINGS:
+        return _quotable(alpaca_prompt("{{ .Prompt }}", name=prompts.name) + "{{ .Response }}")
     if prompts.name == "vicuna":
         answer = "{{ .Content }}" + (prompts.template.end or "")
         return _quotable(

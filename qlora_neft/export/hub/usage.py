@@ -10,6 +10,7 @@ from typing import Any
 
 from ...adapter.folder import beyond_merging, beyond_plain
 from ...adapter.prompts import Prompts
+from ...data.templates import ALPACA_ENDINGS
 from ...recipe.schema import Quantization
 from ..abilities import Abilities
 from ..consumers import Facts, verdict_for, vllm_rank_flag
@@ -154,7 +155,7 @@ def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:
     if prompts.name == "none":
         # JSON's quotes and escapes are Python's too.
         prompt = json.dumps(TEXT)
-    elif prompts.name in ("alpaca", "vicuna"):
+    elif prompts.name in (*ALPACA_ENDINGS, "vicuna"):
         prompt = json.dumps(prompts.text([{"role": "user", "content": QUESTION}]), ensure_ascii=False)
     else:
         messages = f'[{{"role": "user", "content": {json.dumps(QUESTION)}}}]'
