@@ -202,7 +202,10 @@ def test_a_section_must_be_a_mapping(write):
         (["data.eval_fraction=0.1", "data.eval_path=x"], "data.eval_fraction: cannot be combined with"),
         (["data.path=rows.jsonl", "data.revision=main"], "data.revision: has an effect only on data from"),
         (["quantization.bnb_4bit_quant_type=fp4"], "the frozen base is stored as NF4, got 'fp4'"),
-        (["data.prompt_template=chart"], "one of auto, alpaca, alpaca-newline, alpaca-space, vicuna, chat, or a .jinja"),
+        (
+            ["data.prompt_template=chart"],
+            "one of auto, alpaca, alpaca-newline, alpaca-space, vicuna, chat, or a .jinja",
+        ),
         (["data.mixture=[{weight: 2}]"], "data.mixture[1].path: required key is missing"),
         (["data.mixture=[{path: a, wieght: 2}]"], "data.mixture[1].wieght: unknown key. Did you mean weight?"),
         (["data.mixture=[{path: a, weight: 0}]"], "data.mixture[1].weight: expected number > 0, got 0"),
