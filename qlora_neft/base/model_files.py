@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserInputError, first_line
-from ..files import read_json
+from ..files import is_inside, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LENGTH = 8  # bytes at the start of a file that give the length of its header, little-endian
@@ -86,18 +86,25 @@ def tensor_files(source: str, find: Callable[[str], Path | None]) -> dict[str, s
     try:
         if (index := find(INDEX)) is not None:
             # The index alone: the headers of many shards need not be fetched.
-            return read_json(index)["weight_map"]
+            return _inside(read_json(index)["weight_map"])
         name = SINGLE
         if (single := find(SINGLE)) is not None:
             return dict.fromkeys(stored_tensors(single), SINGLE)
     except UserInputError:  # a ValueError as well; ``find`` has said what is wrong
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise UserInputError(f"{source}: {name} cannot be read ({error}). Fetch it again.") from error
     raise UserInputError(
         f"{source}: holds no {SINGLE} and no {INDEX}. Give a base that is stored as safetensors; one stored as .bin is "
         "converted by loading it in transformers and save_pretrained."
     )
+
+
+def _inside(weight_map: dict[str, str]) -> dict[str, str]:
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not is_inside(file):
+            raise ValueError(f"{tensor} is said to be in {file!r}, outside the model's folder")
+    return weight_map
 
 
 def file_in(folder: Path) -> Callable[[str], Path | None]:

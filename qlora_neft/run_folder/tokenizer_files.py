@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import read_json, read_record_if_there
+from ..files import leads_out, read_json, read_record_if_there
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +83,9 @@ def _copy(tokenizer: PreTrainedTokenizerBase, output_dir: Path, revision: str | 
     found = {name: path for name in names if (path := _find(source, name, revision)) is not None} if source else {}
     if CONFIG not in found:
         return "the files it was loaded from are not here"
+    folder = Path(source).expanduser()
+    if folder.is_dir() and (links := [name for name, path in found.items() if leads_out(path, folder)]):
+        return f"{links[0]} is a link that leads out of the base's folder"
     stored = _load(source, revision)
     if stored is None:
         return "the files it was loaded from cannot be read"

@@ -12,6 +12,7 @@ from ..adapter.folder import RECIPE, AdapterFolder
 from ..adapter.load import Trained
 from ..data.prepare import SEQUENCE_KEYS, PreparedData, prepare_data
 from ..errors import UserInputError, first_line
+from ..export.hub.public import public_path
 from ..export.merge.proof import ProofRows
 from ..paths import JINJA_SUFFIXES
 from ..recipe import Recipe, load_recipe
@@ -75,7 +76,7 @@ def proof_rows(
         own = "chat" if template.endswith(JINJA_SUFFIXES) else "auto" if template == "none" else template
         section = _like_the_runs(folder, path, own)
         found = prepare_data(tokenizer, section, key="--proof-data", refuse=False).train
-        return ProofRows(_first(found, count), path)
+        return ProofRows(_first(found, count), public_path(path))
     remedy = "Give rows like those it was trained on with --proof-data FILE, or merge unproven with --no-proof."
     if folder.recipe is None:
         raise UserInputError(f"{folder.source}: no recipe.yaml says what it was trained on. {remedy}")
@@ -104,9 +105,11 @@ def _own_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Datas
     if data.eval_fraction is not None:
         found = data_of(recipe, tokenizer, refuse=False).eval
         assert found is not None  # a dataset even if the share comes to no row
-        return found, f"held-out rows of {data.path}"
+        return found, f"held-out rows of {public_path(data.path)}"
     if not data.has_eval_rows:
-        return data_of(recipe, tokenizer, refuse=False).train, f"training rows of {data.path}, none are held out"
+        return data_of(
+            recipe, tokenizer, refuse=False
+        ).train, f"training rows of {public_path(data.path)}, none are held out"
     # Prepare the held-out source alone: the training rows may be many.
     changes: dict[str, Any] = {"eval_path": None, "eval_split": None, "mixture": [], "weight": 1.0}
     if data.eval_path is not None:
@@ -114,7 +117,7 @@ def _own_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Datas
     changes["split"] = data.eval_split or "train"
     held_out = data.model_copy(update=changes)
     found = data_of(recipe.model_copy(update={"data": held_out}), tokenizer, refuse=False).train
-    return found, f"held-out rows of {held_out.path}"
+    return found, f"held-out rows of {public_path(held_out.path)}"
 
 
 def _first(dataset: Dataset, count: int) -> list[dict[str, Any]]:

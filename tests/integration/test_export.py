@@ -119,6 +119,46 @@ def test_a_token_in_a_file_is_refused(run_dir, monkeypatch):
     assert "access token" in refused("export", "out", "--repo-id", "ann/tiny", "--dry-run", *BASE)
 
 
+DRY_RUN = ("export", "out", "--repo-id", "ann/tiny", "--dry-run", *BASE)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "chat_template.jinja", "adapter_config.json", "summary.json"])
+def test_a_link_out_of_the_folder_is_not_followed(run_dir, tmp_path, name):
+    """A key's text was published as the vocabulary of an adapter that somebody else had packed."""
+    secret = tmp_path / "elsewhere" / name
+    secret.parent.mkdir()
+    secret.write_bytes((run_dir / name).read_bytes() if (run_dir / name).exists() else b"KEY")
+    (run_dir / name).unlink(missing_ok=True)
+    (run_dir / name).symlink_to(Path("..") / "elsewhere" / name)
+    message = refused(*DRY_RUN)
+    assert message.startswith(f"out: {name} is a link that leads out of the folder") and "KEY" not in message
+    assert not (run_dir / "export").exists()
+    for verb in (("merge", "out", "merged", "--no-proof"), ("gguf", "out", "adapter.gguf")):
+        assert "leads out of the folder" in refused(*verb)
+
+
+def test_other_files_are_not_published(run_dir):
+    for name in ("notes.md", "id_rsa", "tokenizer.json.bak", ".env", "optimizer.pt", "loss.svg"):
+        (run_dir / name).write_text("hunter2")
+    (run_dir / "vocab.json").write_text(json.dumps({"/root": 0, "/content": 1}))  # tokens, not places
+    exported(*BASE)
+    assert not [path.name for path in (run_dir / "export").iterdir() if b"hunter2" in path.read_bytes()]
+    (run_dir / "vocab.txt").write_text("the password is\nhunter2\n")
+    message = refused(*DRY_RUN)
+    assert "vocab.txt: has the name of a tokenizer's file" in message and "hunter2" not in message
+
+
+def test_paths_of_this_machine_are_named_before_a_push(run_dir):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}\n{# see /home/wendy/t.jinja #}"
+    (run_dir / "chat_template.jinja").write_text(template)
+    message = refused(*DRY_RUN)
+    assert "would be published" in message and "chat_template.jinja:2: '/home/wendy/t.jinja'" in message
+    assert not (run_dir / "export").exists()
+    code, _, stderr = invoke("merge", "out", "merged", "--no-proof")
+    assert code == 0 and "chat_template.jinja, line 2, names '/home/wendy/t.jinja'" in stderr
+    assert json.loads(Path("merged/merge_report.json").read_text())["adapter"] == "out"
+
+
 def test_the_same_run_gives_the_same_bytes(run_dir):
     exported(*BASE)
     first = contents("out/export")

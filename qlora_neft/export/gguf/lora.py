@@ -10,6 +10,7 @@ from ...adapter.folder import AdapterFolder, beyond_plain
 from ...adapter.names import check_names
 from ...adapter.weights import A, AdapterWeights, B
 from ...errors import UserInputError
+from ..inputs import refuse_links_of_adapter
 from .architecture import Architecture, architecture_of, notes_on, read_model_config
 from .file import GgufTensor, check_dtype, gguf_library, write_gguf
 
@@ -40,6 +41,7 @@ def write_lora_gguf(folder: AdapterFolder, path: Path, dtype: str = "f32") -> li
     gguf = gguf_library()
     # Dtype, library and architecture are checked before the weights are read.
     written = check_dtype(dtype)
+    refuse_links_of_adapter(folder)
     check_names(folder)
     architecture = architecture_of(read_model_config(folder.base, folder.base_revision), folder.source)
     weights = _weights(folder, architecture)

@@ -14,6 +14,7 @@ from ...base.config import load_tokenizer
 from ...base.model_files import same_tensor, stored_tensors
 from ...errors import UserInputError
 from ...files import read_json
+from ..inputs import OF_MODEL, refuse_links
 from .architecture import Architecture, add_hyper_parameters, architecture_of, notes_on, read_model_config, rope_factors
 from .file import GgufTensor, check_dtype, gguf_library, write_gguf
 from .vocabulary import vocabulary_of
@@ -42,6 +43,7 @@ def write_model_gguf(model_dir: Path, path: Path, dtype: str = "f16") -> list[st
     """
     gguf_library()
     matrices = check_dtype(dtype)
+    refuse_links(str(model_dir), model_dir, OF_MODEL)
     config = read_model_config(str(model_dir))
     architecture = architecture_of(config, str(model_dir))
     # The tokenizer may be refused, so it is read before any weight.

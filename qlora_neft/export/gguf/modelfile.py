@@ -21,7 +21,7 @@ from ...base.config import load_tokenizer
 from ...data.examples import BadRow
 from ...data.templates import ALPACA_ENDINGS, VICUNA_SYSTEM, alpaca_prompt
 from ...errors import UserInputError
-from ...files import read_json, write_text
+from ...files import read_record_if_there, write_text
 from ..merge.report import REPORT
 
 # Greedy with this penalty, over the whole text: arXiv:2310.05914, appendix.
@@ -97,10 +97,12 @@ def check_no_modelfile(path: Path) -> None:
 
 
 def _template_of_model(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    # The merge's report names the adapter, whose run names the prompt.
-    report = model_dir / REPORT
-    adapter = read_json(report).get("adapter") if report.is_file() else None
-    if adapter is not None and (Path(adapter) / CONFIG).is_file():
+    # The merge's report names the prompt; of earlier versions the adapter, whose run names it.
+    report = read_record_if_there(model_dir / REPORT, "Remove it, and give --prompt-template.") or {}
+    if report.get("prompt_template") in TEMPLATES:
+        return report["prompt_template"]
+    adapter = report.get("adapter")
+    if isinstance(adapter, str) and (Path(adapter) / CONFIG).is_file():
         return template_of(find_adapter(adapter), tokenizer)
     if tokenizer.chat_template:
         return "chat"

@@ -26,11 +26,11 @@ from ...run_folder.tokenizer_files import CONFIG as TOKENIZER_CONFIG
 from ...run_folder.tokenizer_files import FILES as TOKENIZER_FILES
 from ...run_folder.tokenizer_files import save_tokenizer
 from ..abilities import facts_of
+from ..inputs import CURVES, check_picture, check_tokenizer_file, refuse_links_of_adapter
 from .base import BaseFacts
 from .card import render_card
 from .public import (
     CARD,
-    CURVES,
     SUMMARY,
     PublicBase,
     Published,
@@ -87,6 +87,7 @@ def build_folder(folder: AdapterFolder, output: Path, export: Export) -> str:
     """
     # Before the work: a folder with somebody's own files is never replaced.
     _check_replaceable(output)
+    refuse_links_of_adapter(folder)
     check_names(folder)  # nobody could use an adapter that is not whole
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -210,6 +211,7 @@ def _write_tokenizer(folder: AdapterFolder, target: Path) -> bool:
     if (folder.path / "tokenizer_config.json").is_file():
         for name in TOKENIZER_FILES:
             if (folder.path / name).is_file():
+                check_tokenizer_file(folder.path / name)
                 shutil.copyfile(folder.path / name, target / name)
     elif folder.recipe is not None:
         tokenizer = tokenizer_of_adapter(folder)
@@ -244,6 +246,7 @@ def _draw(records: Records, recipe: Recipe, folder: AdapterFolder, path: Path) -
     if records.log:
         return plot_losses(records.log, path, title(recipe))
     if Published.of(folder.summary).files is not None and (folder.path / CURVES).is_file():
+        check_picture(folder.path / CURVES)
         shutil.copyfile(folder.path / CURVES, path)  # an export of an export
     return path.is_file()
 

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NamedTuple, TypeVar
 
-from ...adapter.folder import CONFIG, RECIPE, WEIGHTS
+from ...adapter.folder import CONFIG, RECIPE
 from ...errors import RunFailed, UserInputError
 from ...paths import DATA_SUFFIXES, JINJA_SUFFIXES, kind_of
 from ...recipe import Recipe
 from ...recipe.schema import Data, MixedSource
 from ...recipe.yaml_text import dump_yaml
 from ...run_folder.record import Record
+from ..leaks import paths_in, secrets_in
 
-CARD, CURVES, SUMMARY, TEMPLATE_FILE = "README.md", "loss.png", "training_summary.json", "chat_template.jinja"
+CARD, SUMMARY, TEMPLATE_FILE = "README.md", "training_summary.json", "chat_template.jinja"
 # Keys of the machine section that concern only the author of a run.
 AUTHORS_KEYS = ("mirror_dir", "push_to", "push_every")
-# Files written here, in which a local path is a leak. A tokenizer's vocabulary may hold "/home".
-SEARCHED_FOR_PATHS = (CARD, CONFIG, RECIPE, SUMMARY)
-TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
-TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# Files written here, from which every path is left out.
+WRITTEN_HERE = (CARD, CONFIG, RECIPE, SUMMARY)
+SHOWN = 5  # places that a message names
 
 Source = TypeVar("Source", Data, MixedSource)
 
@@ -146,43 +144,32 @@ def _public_source(source: Source) -> Source:
 
 
 def refuse_secrets(folder: Path, local_paths: Iterable[str]) -> None:
-    """Search every file but the weights for tokens, and the files that are written here for paths.
+    """Search every file for credentials, and for paths of this machine.
 
     Args:
         folder: About to be published.
         local_paths: Absolute paths that must not stand in it.
 
     Raises:
-        UserInputError: If there is a token. The message names the file and does not repeat the token.
-        RunFailed: If there is a path.
+        UserInputError: If there is a credential or a path. The message names the files, and does not repeat a token.
+        RunFailed: If there is a path in a file that is written here.
     """
-    tokens = [token.encode() for token in _own_tokens()]
-    for path in sorted(folder.rglob("*")):
-        # Weights are numbers, and large; a token in them would be chance.
-        if not path.is_file() or path.name == WEIGHTS:
-            continue
-        content = path.read_bytes()
-        if TOKEN.search(content) or any(token in content for token in tokens):
-            raise UserInputError(
-                f"{path.name}: holds an access token of the Hub, which must not be published. Remove it from the file "
-                "it came from, and revoke it on the Hub."
-            )
-        found = [local for local in local_paths if path.name in SEARCHED_FOR_PATHS and _names(content, local)]
-        if found:
-            # Our own bug, not the user's: everything that writes these files omits paths.
-            raise RunFailed(
-                f"{path.name} would publish the path {found[0]!r}; nothing was written. Please report this."
-            )
-
-
-def _names(content: bytes, path: str) -> bool:
-    """Return whether a path stands in a text: ``/data`` does not stand in ``huggingface.co/datasets``."""
-    return re.search(rb"(?<![\w.])" + re.escape(path.encode()) + rb"(?![\w-])", content) is not None
-
-
-def _own_tokens() -> list[str]:
-    from huggingface_hub import get_token
-
-    found = [os.environ.get(name, "").strip() for name in TOKEN_VARIABLES]
-    # A short value is no token, and would be found in every file.
-    return [token for token in [*found, get_token() or ""] if len(token) >= 8]
+    if found := secrets_in(folder):
+        places = ", ".join(f"{leak.file} (line {leak.line})" for leak in found[:SHOWN])
+        raise UserInputError(
+            f"{places}: holds an access token or a private key, which must not be published. Remove it from the file "
+            "it came from, and revoke it where it was made."
+        )
+    leaks = paths_in(folder, local_paths)
+    if ours := [leak for leak in leaks if leak.file in WRITTEN_HERE]:
+        # Our own bug, not the user's: everything that writes these files omits paths.
+        raise RunFailed(
+            f"{ours[0].file} would publish the path {ours[0].text!r}; nothing was written. Please report this."
+        )
+    if leaks:
+        lines = "".join(f"\n  {leak}" for leak in leaks[:SHOWN])
+        more = f"\n  and {len(leaks) - SHOWN} more" if len(leaks) > SHOWN else ""
+        raise UserInputError(
+            f"paths or names of this machine would be published; nothing was written:{lines}{more}\n"
+            "Remove them from the files beside the adapter (in a chat template: its comments), and export again."
+        )

@@ -22,8 +22,9 @@ from ...adapter.folder import CONFIG, RECIPE, WEIGHTS
 from ...errors import RunFailed, UserInputError
 from ...run_folder.checkpoints import files_in
 from ...run_folder.tokenizer_files import FILES as TOKENIZER_FILES
+from ..inputs import CURVES, refuse_links
 from .failures import Patience, Place, keep_trying, token_source
-from .public import CURVES, SUMMARY
+from .public import SUMMARY
 
 # Files of an earlier push that are removed if this folder lacks them: beside a newer adapter they would be wrong.
 OURS = {CONFIG, CURVES, RECIPE, SUMMARY, WEIGHTS, "generation_config.json", "lengths.png", *TOKENIZER_FILES}
@@ -163,7 +164,9 @@ class _Push:
 
     def __init__(self, branch: _Branch, folder: Path, message: str) -> None:
         self.branch, self.folder, self.message = branch, folder, message
-        self.wanted = {name: _hashes(folder / name) for name in files_in(folder)}
+        names = files_in(folder)
+        refuse_links(str(folder), folder, names)
+        self.wanted = {name: _hashes(folder / name) for name in names}
         if not self.wanted:
             raise UserInputError(f"{folder}: holds no file to push.")
         self.has_sent = False

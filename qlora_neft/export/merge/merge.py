@@ -15,10 +15,13 @@ from ...base.nf4 import nf4_config
 from ...base.precision import resolve_precision
 from ...errors import RunFailed, UserInputError
 from ...files import failing_with_the_disk, put_folder, read_json, write_json
+from ...paths import kind_of
 from ...recipe.schema import Quantization
 from ...run_folder.lock import LOCK
 from ...run_folder.resume import claimed
 from ...run_folder.tokenizer_files import save_tokenizer
+from ..hub.public import SHOWN
+from ..leaks import paths_in
 from .plan import DEQUANTIZED, NF4, Plan
 from .proof import Evidence, ProofRows, measure, sized
 from .report import KL_LIMIT, REPORT, MergeReport, report_of
@@ -61,6 +64,8 @@ def merge_adapter(
     with failing_with_the_disk(_disk_message(out)), _draft_of(out) as draft:
         # Written, then proven: the proof reads back the files that the user gets.
         num_bytes = _write(plan, draft, tokenizer, max_shard_bytes, say)
+        for leak in paths_in(draft, _local_paths(plan))[:SHOWN]:
+            say(f"before you share it: {leak.file}, line {leak.line}, names {leak.text!r} of this machine")
         # float32 on any device: there both sides compute with the same numbers, and rounding does not hide a fault.
         policy = resolve_precision("fp32", device)
         evidence = None if rows is None else measure(plan, draft, rows, policy, say)
@@ -143,6 +148,8 @@ def _write_companions(draft: Path, plan: Plan, quantization: BitsAndBytesConfig 
     config = read_json(base / "config.json")
     key = "torch_dtype" if "torch_dtype" in config else "dtype"  # transformers before 4.56 reads torch_dtype only
     config |= {key: str(dtype).removeprefix("torch.")}
+    if kind_of(str(config.get("_name_or_path") or "")) == "local":  # of the machine that saved the base
+        config.pop("_name_or_path", None)
     # A base stored in NF4 names its quantization, which the merged weights no longer have.
     config.pop("quantization_config", None)
     if quantization is not None:
@@ -152,6 +159,11 @@ def _write_companions(draft: Path, plan: Plan, quantization: BitsAndBytesConfig 
         shutil.copymode(draft / "config.json", path)
     if (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", draft / "generation_config.json")
+
+
+def _local_paths(plan: Plan) -> list[str]:
+    places = (plan.folder.source, plan.folder.base, plan.merge.base.folder)
+    return [str(Path(place).expanduser().absolute()) for place in places if Path(place).expanduser().exists()]
 
 
 def _why(plan: Plan, evidence: Evidence, out: Path) -> str:

@@ -21,6 +21,7 @@ from ...base.nf4 import from_nf4, nf4_config, to_nf4
 from ...base.quantizer import in_nf4
 from ...errors import UserInputError, first_line
 from ...recipe.schema import Quantization
+from ..inputs import OF_MODEL, refuse_links, refuse_links_of_adapter
 
 DEQUANTIZED, ORIGINAL, NF4 = "dequantized", "original", "nf4"
 STRATEGIES = (DEQUANTIZED, ORIGINAL, NF4)
@@ -66,11 +67,14 @@ def plan_merge(folder: AdapterFolder, strategy: str = DEQUANTIZED, dtype: str = 
     Raises:
         UserInputError: If they cannot be merged.
     """
+    refuse_links_of_adapter(folder)
     check_names(folder)
     with naming_the_base(folder):
         config = check_base_config(folder.base, revision=folder.base_revision)
     # The configuration is checked before this, which may download gigabytes.
-    base = Checkpoint(_base_folder(folder), config, folder.base)
+    place = _base_folder(folder)
+    refuse_links(folder.base, place, OF_MODEL)
+    base = Checkpoint(place, config, folder.base)
     # Trained on a base that was not quantized: every strategy would be the plain one.
     quantized = frozenset() if folder.quantization is None else quantized_names(base)
     shared = list(base.key_of.values())

@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 from typing import TypedDict
 
-from ...adapter.folder import WEIGHTS
+from ...adapter.folder import WEIGHTS, AdapterFolder
+from ...adapter.prompts import recorded_template
 from ...display.tables import Table
 from ...files import sha256_of_file
-from ...paths import shown_path
+from ...paths import JINJA_SUFFIXES, shown_path
 from ...run_folder.metrics import versions
+from ..hub.public import public_path
 from .plan import DEQUANTIZED, NF4, ORIGINAL, Plan
 from .proof import Distance, Evidence, sized
 
@@ -58,6 +60,7 @@ class MergeReport(TypedDict):
     base_commit: str | None
     bnb_4bit_use_double_quant: bool | None
     adapter: str
+    prompt_template: str | None
     adapter_sha256: str
     merged_layers: int
     bytes: int
@@ -85,18 +88,25 @@ def report_of(plan: Plan, evidence: Evidence | None, num_bytes: int) -> MergeRep
         "strategies": {} if evidence is None else {name: _record(found) for name, found in evidence.strategies.items()},
         "kl_limit": KL_LIMIT,
         "proof": None if evidence is None else _proof(evidence),
-        # A bundled base by its name: its path is that of this machine's installation.
-        "base": shown_path(plan.folder.base),
+        # By their names alone, as the report is part of what is shared: a path of this machine says who made it.
+        "base": public_path(shown_path(plan.folder.base)),
         "base_revision": plan.folder.base_revision,
         "base_commit": getattr(plan.config, "_commit_hash", None),
         "bnb_4bit_use_double_quant": plan.merge.double_quant if plan.merge.quantized else None,
-        "adapter": plan.folder.source,
+        "adapter": public_path(plan.folder.source),
+        "prompt_template": _public_template(plan.folder),
         # Which weights were merged, also after the run's folder has gone on training.
         "adapter_sha256": sha256_of_file(plan.folder.path / WEIGHTS),
         "merged_layers": len(plan.merge.update.pairs),
         "bytes": num_bytes,
         "versions": versions(),
     }
+
+
+def _public_template(folder: AdapterFolder) -> str | None:
+    """Return the prompt template of the training; a file of the user's is the tokenizer's own by now."""
+    stated = recorded_template(folder)
+    return "chat" if stated is not None and stated.endswith(JINJA_SUFFIXES) else stated
 
 
 def _proof(evidence: Evidence) -> ProofRecord:
