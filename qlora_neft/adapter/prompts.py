@@ -96,8 +96,7 @@ class Prompts:
         return self._encoded([Piece(text, False)])
 
     def _encoded(self, pieces: Sequence[Piece]) -> list[int]:
-        [encoded] = self._encoder.encode([pieces])
-        return encoded.ids.tolist()
+        return self._encoder.prompt_ids(pieces)
 
     def _pieces(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> list[Piece]:
         """Cut the text where training cuts it, around earlier responses: tokens never cross these cuts."""

@@ -1,17 +1,19 @@
 """Turn pieces of text into token ids, and decide which of them are trained.
 
-A sequence's text is tokenized as a whole, as in the papers' code, and a token is trained if it begins inside a trained
-piece. If a token would reach across the beginning of a response, the text is cut there and both sides are tokenized
-separately, so that generation starts from exactly the prompt that training saw. With a tokenizer that would then put a
-space between them (SentencePiece) the token stays, untrained: part of it is prompt.
+A sequence's text is tokenized as a whole, and a token is trained if it begins inside a trained piece. If a token would
+reach across the beginning of a response, the text is cut there and both sides are tokenized separately, so that
+generation starts from exactly the prompt that training saw.
+
+SentencePiece tokenizers write a space and the word after it as one token. With these, spaces that end a prompt are the
+response's: `Encoder.prompt_ids` leaves them out as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from .examples import Piece
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+_ANCHOR = "\n"
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,17 @@ class Encoded:
         ids: Token ids, int32 (L,).
         trained: Whether each token is trained, bool (L,).
         crossed: None, unless a token would have reached across the beginning of a response: ``"cut apart"`` if the
-            text was cut there, ``"across"`` if the token was kept and not trained, as cutting would change the text.
+            text was cut there, ``"space"`` if a space that ends the prompt became the response's, ``"across"`` if the
+            token was kept and not trained, as cutting would change the text.
+        excluded: Whether each token is of a response that its row takes the loss off, bool (L,); None if no token is.
+        weights: How much each token counts in the loss, float32 (L,); None for 1 where ``trained``, else 0.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     crossed: str | None = None
+    excluded: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     def num_trained(self) -> int:
         """Count the trained tokens as a causal LM does: nothing predicts the first token."""
@@ -44,6 +53,23 @@ class Encoded:
     def labels(self) -> np.ndarray:
         """Return the ids where trained and -100 elsewhere, int32 (L,)."""
         return np.where(self.trained, self.ids, np.int32(IGNORE_INDEX))
+
+    def loss_weights(self) -> np.ndarray:
+        """Return how much each token counts in the loss, float32 (L,)."""
+        return self.trained.astype(np.float32) if self.weights is None else self.weights
+
+    def at(self, kept: slice | np.ndarray) -> Encoded:
+        """Return the tokens at some places alone."""
+        excluded = None if self.excluded is None else self.excluded[kept]
+        return Encoded(self.ids[kept], self.trained[kept], self.crossed, excluded)
+
+
+class _Response(NamedTuple):
+    """The characters of a response, and whether the loss is taken on it."""
+
+    begin: int
+    end: int
+    trained: bool
 
 
 class Encoder:
@@ -60,9 +86,9 @@ class Encoder:
 
     def encode(self, sequences: Sequence[Sequence[Piece]]) -> list[Encoded]:
         """Tokenize sequences, each of at least one piece."""
-        if not self.tokenizer.is_fast:  # it gives no offsets, so pieces are tokenized one by one
-            return [self._apart([(p.text, p.trained) for p in pieces], cut=False) for pieces in sequences]
         texts = ["".join(piece.text for piece in pieces) for pieces in sequences]
+        if not self.tokenizer.is_fast:  # it gives no offsets
+            return [self._by_prefixes(text, pieces) for text, pieces in zip(texts, sequences, strict=True)]
         if not texts:
             return []
         encodings = self._tokenize(texts).encodings
@@ -73,6 +99,14 @@ class Encoder:
         """Return the number of tokens of each sequence."""
         return [len(encoded.ids) for encoded in self.encode(sequences)]
 
+    def prompt_ids(self, pieces: Sequence[Piece]) -> list[int]:
+        """Return the token ids of a text that a response follows, as they stand before it in training."""
+        if not self._joins:  # the spaces that end it are the response's
+            *before, last = pieces
+            pieces = [*before, replace(last, text=last.text.rstrip(" "))]
+        [encoded] = self.encode([pieces])
+        return encoded.ids.tolist()
+
     def _tokenize(self, texts: list[str]) -> BatchEncoding:
         # Not verbose: it would warn of texts longer than the model's context, which are cut or split later.
         return self.tokenizer(
@@ -82,26 +116,84 @@ class Encoder:
     def _encoded(self, pieces: Sequence[Piece], text: str, encoding: Any) -> Encoded:
         ids, offsets = _without_added_end(encoding.ids, encoding.offsets)
         starts, ends = _ranges(text, offsets)
-        bounds = _bounds(pieces)
+        responses = _responses(pieces)
+        moved = False
+        if not self._joins:
+            responses, moved = _with_spaces_before(text, responses)
         # A token reaches across if it has characters on both sides. Nothing is before a response that begins the text.
-        crossed = any(((starts < begin) & (begin < ends)).any() for begin, _ in bounds if begin)
-        if self._joins and (crossed or any(_may_differ(text, begin) for begin, _ in bounds)):
-            return self._apart(_cut(text, bounds), cut=crossed)
-        trained = np.zeros(len(ids), dtype=bool)
-        for begin, end in bounds:
-            # A token belongs where it begins. One without text, such as a begin token, is never trained.
-            trained |= (starts >= begin) & (starts < end) & (ends > starts)
-        return Encoded(np.asarray(ids, dtype=np.int32), trained, "across" if crossed else None)
+        crossed = [r.begin for r in responses if r.begin and ((starts < r.begin) & (r.begin < ends)).any()]
+        if self._joins and (crossed or any(_may_differ(text, r.begin) for r in responses)):
+            return self._apart(_cut(text, responses), cut=bool(crossed))
+        mark = "space" if moved else None
+        if crossed:
+            apart = self._continued(text, crossed)
+            mark = "cut apart" if apart else "across"
+            ids, starts, ends = apart or (ids, starts, ends)
+        return _marked(np.asarray(ids, dtype=np.int32), starts, ends, responses, mark)
 
-    def _apart(self, parts: list[tuple[str, bool]], *, cut: bool) -> Encoded:
-        """Tokenize stretches of text one by one, each given with whether it is trained."""
+    def _continued(self, text: str, cuts: Sequence[int]) -> tuple[list[int], np.ndarray, np.ndarray] | None:
+        """Tokenize the text cut at some places, without the space that the tokenizer puts before each part.
+
+        Returns:
+            Token ids and the characters each covers; None if the parts cannot be tokenized so.
+        """
+        edges = [0, *cuts, len(text)]
         ids: list[int] = []
-        trained: list[bool] = []
-        for number, (text, is_trained) in enumerate(parts):
-            begin, found = self._part(text, is_first=number == 0)
-            ids += begin + found
-            trained += [False] * len(begin) + [is_trained] * len(found)
-        return Encoded(np.asarray(ids, dtype=np.int32), np.asarray(trained, dtype=bool), "cut apart" if cut else None)
+        ranges: list[tuple[np.ndarray, np.ndarray]] = []
+        for begin, end in pairwise(edges):
+            # Behind a newline, which no word merges with, a part is tokenized as in the middle of a text.
+            before = "" if begin == 0 else _ANCHOR
+            whole = self._tokenize([before + text[begin:end]])
+            assert whole.encodings is not None  # fast
+            found, offsets = _without_added_end(whole.encodings[0].ids, whole.encodings[0].offsets)
+            starts, ends = _ranges(before + text[begin:end], offsets)
+            first = 0 if begin == 0 else int((ends <= len(before)).sum())  # the newline's, and a begin token
+            if begin and starts[first : first + 1].tolist() != [len(before)]:
+                return None
+            ids += found[first:]
+            ranges.append((starts[first:] + begin - len(before), ends[first:] + begin - len(before)))
+        starts, ends = (np.concatenate(side) for side in zip(*ranges, strict=True))
+        return ids, starts, ends
+
+    def _by_prefixes(self, text: str, pieces: Sequence[Piece]) -> Encoded:
+        """Tokenize without offsets: where a response begins and ends is told by the tokens of the text before it."""
+        responses = _responses(pieces)
+        if self._joins:
+            return self._apart(_cut(text, responses), cut=False)
+        responses, moved = _with_spaces_before(text, responses)
+        added, own = self._part(text, is_first=True)
+        found: list[_Response] = []
+        for response in responses:
+            begin, end = self._prefix(own, text[: response.begin]), self._prefix(own, text[: response.end])
+            if begin is None or end is None:  # a token reaches across: each part by itself
+                return self._apart(_cut(text, responses), cut=True)
+            found.append(response._replace(begin=begin, end=end))
+        ids = np.asarray(added + own, dtype=np.int32)
+        at = np.arange(len(ids)) - len(added)  # (L,), below 0 for what the tokenizer adds
+        return _marked(ids, at, at + 1, found, "space" if moved else None)
+
+    def _prefix(self, ids: list[int], text: str) -> int | None:
+        """Return the number of tokens of a text that the ids begin with, None if they begin otherwise."""
+        found = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        return len(found) if ids[: len(found)] == found else None
+
+    def _apart(self, parts: list[Piece], *, cut: bool) -> Encoded:
+        """Tokenize stretches of text one by one."""
+        ids: list[int] = []
+        counts: list[int] = []
+        for number, part in enumerate(parts):
+            added, found = self._part(part.text, is_first=number == 0)
+            ids += added + found
+            counts += [len(added)] * (number == 0) + [len(found)]
+        ends = np.cumsum(counts)
+        # What the tokenizer adds comes before the first part; the places of tokens stand in for those of characters.
+        at = np.arange(len(ids))
+        found = [
+            _Response(int(end) - count, int(end), part.trained)
+            for part, count, end in zip(parts, counts[1:], ends[1:], strict=True)
+            if part.trained or part.excluded
+        ]
+        return _marked(np.asarray(ids, dtype=np.int32), at, at + 1, found, "cut apart" if cut else None)
 
     def _part(self, text: str, *, is_first: bool) -> tuple[list[int], list[int]]:
         """Return what the tokenizer adds before the text, and the text's own tokens."""
@@ -119,60 +211,45 @@ def joins_cleanly(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.decode(ids) == "abcd"
 
 
-def cut_to_length(encoded: Encoded, max_length: int, *, keep_end_token: bool) -> tuple[Encoded, bool]:
-    """Cut a sequence to ``max_length`` tokens.
-
-    If the cut is inside a response, its last place goes to the response's end token, unless that is not to be kept. If
-    the cut is in the request after a response, nothing of that request is left.
-
-    Returns:
-        The sequence, and whether trained tokens were lost.
-    """
-    if len(encoded.ids) <= max_length:
-        return encoded, False
-    lost = bool(encoded.trained[max_length:].any())
-    ids, trained = encoded.ids[:max_length], encoded.trained[:max_length]
-    if not lost:
-        return Encoded(ids, trained, encoded.crossed), False
-    # Trained on both sides of the cut. Otherwise it falls on the edge of a response, or in a request.
-    inside_response = trained[-1] and encoded.trained[max_length]
-    if inside_response and keep_end_token:
-        if max_length >= 2 and not trained[-2]:  # only the end token of this response would be left
-            return _up_to_last_trained(Encoded(ids[:-1], trained[:-1], encoded.crossed)), True
-        # The end token of this very response: templates may end turns in several ways.
-        ids = np.concatenate([ids[:-1], encoded.ids[[_end_of_stretch(encoded.trained, max_length)]]])
-        return Encoded(ids, trained, encoded.crossed), True
-    # A request whose response is gone would be computed for nothing.
-    return _up_to_last_trained(Encoded(ids, trained, encoded.crossed)), True
-
-
-def _up_to_last_trained(encoded: Encoded) -> Encoded:
-    last = np.flatnonzero(encoded.trained)
-    stop = int(last[-1]) + 1 if len(last) else 0
-    return Encoded(encoded.ids[:stop], encoded.trained[:stop], encoded.crossed)
-
-
-def _end_of_stretch(trained: np.ndarray, inside: int) -> int:
-    """Return the index of the last token of the trained stretch around index ``inside``."""
-    after = np.flatnonzero(~trained[inside:])
-    return inside + int(after[0]) - 1 if len(after) else len(trained) - 1
-
-
-def _bounds(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
-    """Return the character ranges of the trained pieces."""
+def _responses(pieces: Sequence[Piece]) -> list[_Response]:
     found, position = [], 0
     for piece in pieces:
-        if piece.trained and piece.text:
-            found.append((position, position + len(piece.text)))
+        if (piece.trained or piece.excluded) and piece.text:
+            found.append(_Response(position, position + len(piece.text), piece.trained))
         position += len(piece.text)
     return found
 
 
-def _cut(text: str, bounds: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
-    """Cut the text at both ends of every trained piece; return the parts, each with whether it is trained."""
-    edges = sorted({0, len(text), *(edge for bound in bounds for edge in bound)})
-    begins = {begin for begin, _ in bounds}
-    return [(text[a:b], a in begins) for a, b in pairwise(edges)]
+def _with_spaces_before(text: str, responses: Sequence[_Response]) -> tuple[list[_Response], bool]:
+    """Let each response begin with the spaces before it; return them, and whether any was moved."""
+    found: list[_Response] = []
+    for response in responses:
+        least = found[-1].end if found else 0
+        begin = max(least, len(text[: response.begin].rstrip(" ")))
+        found.append(response._replace(begin=begin))
+    return found, any(new.begin < old.begin for new, old in zip(found, responses, strict=True))
+
+
+def _marked(
+    ids: np.ndarray, starts: np.ndarray, ends: np.ndarray, responses: Sequence[_Response], crossed: str | None
+) -> Encoded:
+    """Return the sequence of some ids; a token belongs to the response in which it begins."""
+    trained, excluded = np.zeros(len(ids), dtype=bool), None
+    for begin, end, is_trained in responses:
+        # One without text, such as a begin token, is never trained.
+        inside = (starts >= begin) & (starts < end) & (ends > starts)
+        if is_trained:
+            trained |= inside
+        else:
+            excluded = inside if excluded is None else excluded | inside
+    return Encoded(ids, trained, crossed, excluded)
+
+
+def _cut(text: str, responses: Sequence[_Response]) -> list[Piece]:
+    """Cut the text at both ends of every response."""
+    edges = sorted({0, len(text), *(edge for r in responses for edge in (r.begin, r.end))})
+    kinds = {r.begin: r.trained for r in responses}
+    return [Piece(text[a:b], kinds.get(a, False), excluded=not kinds.get(a, True)) for a, b in pairwise(edges)]
 
 
 def _ranges(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,9 +14,10 @@ from typing import Any, cast
 from ..errors import UserInputError
 from ..recipe.schema import Data
 from .store import TallyRecord
-from .worker import BAD, EMPTY, NO_ROOM, UNFIT, Outcome
+from .worker import BAD, EMPTY, NO_ROOM, ONLY_END, UNFIT, Outcome
 
 PLACES_NAMED = 5  # rows named of each kind
+DROPPED = (EMPTY, UNFIT, NO_ROOM, ONLY_END)  # kinds of readable rows that are left out
 WARN_TRUNCATED = 0.01  # share of rows from which cut responses are worth a line
 FEW_TRAINED = 0.02  # share of trained tokens below which nearly all computing is spent on prompts
 # What is said of rows that may be as intended, by the kind of finding: ``n`` rows, at the places ``p``.
@@ -24,10 +25,12 @@ SUSPICIOUS = {
     "special": "{n} with the spelling of a special token, read as that token: {p}.",
     "replacement": "{n} with U+FFFD, the mark of text that was decoded wrongly: {p}.",
     "cut apart": "in {n} a token would reach from prompt into response; the two are tokenized apart: {p}.",
+    "space": "in {n} the space that ends the prompt is trained as the response's first: {p}.",
     "across": "in {n} a token reaches from prompt into response, and is not trained: {p}.",
     "left out": "{n} of which the chat template leaves something out, so it is not in the context: {p}.",
     "off prompt": "in {n} a response stands behind other text than the prompt of generation: {p}.",
     "unended": "in {n} a response ends with no token that ends generation: {p}.",
+    "prompt cut": "in {n} the prompt is cut at data.max_prompt_length: {p}.",
     "duplicate": "{n} repeated: {p}.",
 }
 
@@ -60,7 +63,9 @@ class Tally:
         tokens, trained_tokens: Tokens in these sequences.
         ended: Sequences whose last response ends with a trained end token.
         truncated_sequences: Sequences that lost trained tokens.
-        turns_left_out: Turns before the first request or after the last response.
+        texts_split: Rows of plain text that were split into chunks.
+        chunks: Sequences that these became.
+        turns_left_out: Turns before the first request or after the last trained response.
         largest_token_id: Largest id in any sequence, -1 without any.
         findings: Rows by kind: ``bad``, ``empty``, ``unfit``, ``no room``, ``truncated``, ``duplicate``, ``special``,
             ``replacement``, ``cut apart``, ``across``, ``left out``, ``off prompt``, ``unended``.
@@ -72,6 +77,8 @@ class Tally:
     trained_tokens: int = 0
     ended: int = 0
     truncated_sequences: int = 0
+    texts_split: int = 0
+    chunks: int = 0
     turns_left_out: int = 0
     largest_token_id: int = -1
     findings: dict[str, Finding] = field(default_factory=dict)
@@ -101,6 +108,8 @@ class Tally:
         if outcome.left_out:
             self.finding("left out").add(_said(outcome.place, outcome.left_out))
         self.truncated_sequences += times * outcome.num_truncated
+        self.texts_split += outcome.num_chunks > 0
+        self.chunks += times * outcome.num_chunks
         self.turns_left_out += outcome.turns_left_out
         self.ended += times * outcome.num_ended
         for sequence in outcome.sequences:
@@ -111,7 +120,7 @@ class Tally:
 
     def num_dropped(self) -> int:
         """Count the readable rows that are left out."""
-        return sum(self.finding(kind).count for kind in (EMPTY, UNFIT, NO_ROOM))
+        return sum(self.finding(kind).count for kind in DROPPED)
 
     def to_dict(self) -> TallyRecord:
         """Return plain values, for JSON."""
@@ -152,7 +161,7 @@ def find_problems(tally: Tally, section: Data, key: str = "data.path") -> list[s
         section: The recipe's data section, with the shares it allows.
         key: The name of the rows' source in messages.
     """
-    checks = (_not_rows, _nothing_to_learn, _left_out, _no_end, _repeated, _cut)
+    checks = (_not_rows, _nothing_to_learn, _only_the_end, _left_out, _no_end, _repeated, _cut)
     # One line for each kind of fault, so that a user can settle all of them before the next try.
     problems = [problem for check in checks if (problem := check(tally, section, key))]
     # All rows may be left out, if data.max_dropped_fraction allows that many.
@@ -168,14 +177,14 @@ def find_warnings(tally: Tally, section: Data, key: str = "data.path") -> list[s
     lines = [f"{key}: {text.format(n=_rows(f.count), p=f)}" for text, f in found if f and f.count]
     dropped = tally.num_dropped()
     if dropped and _share(dropped, tally) <= section.max_dropped_fraction:
-        named = "; ".join(str(tally.finding(kind)) for kind in (EMPTY, UNFIT, NO_ROOM) if tally.finding(kind).count)
+        named = "; ".join(str(tally.finding(kind)) for kind in DROPPED if tally.finding(kind).count)
         lines.append(f"{key}: {_of(dropped, tally)} left out, as data.max_dropped_fraction allows: {named}.")
     if tally.turns_left_out:
         turns = "1 turn" if tally.turns_left_out == 1 else f"{tally.turns_left_out:,} turns"
-        lines.append(f"{key}: {turns} left out (before the first request, or after the last response).")
+        lines.append(f"{key}: {turns} left out (before the first request, or after the last trained response).")
     cut = tally.findings.get("truncated", Finding()).count
     if cut and WARN_TRUNCATED <= _share(cut, tally) <= section.max_truncated_fraction:
-        lines.append(f"data.max_length: {_of(cut, tally)} ({_percent(cut, tally)}) cut inside a response.")
+        lines.append(f"{_limit(section)}: {_of(cut, tally)} ({_percent(cut, tally)}) cut inside a response.")
     if tally.tokens and tally.trained_tokens < FEW_TRAINED * tally.tokens:
         lines.append(f"{key}: {tally.trained_tokens / tally.tokens:.1%} of the tokens are trained; the rest is prompt.")
     return lines
@@ -195,24 +204,36 @@ def _nothing_to_learn(tally: Tally, section: Data, key: str) -> str | None:
     return f"data.max_length: {section.max_length} tokens leave no room for a response in any row of {key}. Raise it."
 
 
-def _left_out(tally: Tally, section: Data, key: str) -> str | None:
-    dropped = tally.num_dropped()
-    if not dropped or _share(dropped, tally) <= section.max_dropped_fraction:
+def _only_the_end(tally: Tally, section: Data, key: str) -> str | None:
+    only_end = tally.finding(ONLY_END)
+    if not only_end.count or _share(tally.num_dropped(), tally) <= section.max_dropped_fraction:
         return None
-    if _nothing_to_learn(tally, section, key):
-        return None  # reported already
+    return (
+        f"{key}: in {_of(only_end.count, tally)} no token of the response is trained but the one that ends it: "
+        f"{only_end}. Let no token hold both the end of the prompt and all of the response: move the space between "
+        "them from the prompt to the response, or set another data.prompt_template; or remove them."
+    )
+
+
+def _left_out(tally: Tally, section: Data, key: str) -> str | None:
     kinds = {
         EMPTY: "empty, without text or response",
         UNFIT: "without a place in the prompt template",
         NO_ROOM: "without a trained token",
     }
+    dropped = sum(tally.finding(kind).count for kind in kinds)
+    if not dropped or _share(tally.num_dropped(), tally) <= section.max_dropped_fraction:
+        return None
+    if _nothing_to_learn(tally, section, key):
+        return None  # reported already
     found = [(tally.finding(kind), said) for kind, said in kinds.items()]
     parts = [f"{_of(finding.count, tally)} {said}: {finding}" for finding, said in found if finding.count]
     # Only what would help with the kinds of rows that were found.
     remedies = ["raise data.max_length"] * bool(tally.finding(NO_ROOM).count)
     remedies += ["choose another data.prompt_template"] * bool(tally.finding(UNFIT).count) + ["remove them"]
     if tally.sequences:
-        remedies.append(f"leave out so many with data.max_dropped_fraction={_rounded_up(_share(dropped, tally))}")
+        allowed = _rounded_up(_share(tally.num_dropped(), tally))
+        remedies.append(f"leave out so many with data.max_dropped_fraction={allowed}")
     remedy = ", or ".join(remedies)
     return (
         f"{key}: {'. '.join(parts)}; more than data.max_dropped_fraction={section.max_dropped_fraction:g} of all. "
@@ -250,11 +271,17 @@ def _cut(tally: Tally, section: Data, key: str) -> str | None:
     if not cut.count or _share(cut.count, tally) <= section.max_truncated_fraction:
         return None
     share = f"{_of(cut.count, tally)} ({_percent(cut.count, tally)})"
+    limit, tokens = _limit(section), section.max_response_length or section.max_length
     return (
-        f"data.max_length: {share} of {key} cut inside a response at {section.max_length} tokens, more than "
-        f"data.max_truncated_fraction={section.max_truncated_fraction:g}: {cut}. Raise data.max_length, or allow it "
+        f"{limit}: {share} of {key} cut inside a response at {tokens} tokens, more than "
+        f"data.max_truncated_fraction={section.max_truncated_fraction:g}: {cut}. Raise {limit}, or allow it "
         f"with data.max_truncated_fraction={_rounded_up(_share(cut.count, tally))}."
     )
+
+
+def _limit(section: Data) -> str:
+    """Return the key that cuts most responses."""
+    return "data.max_response_length" if section.max_response_length else "data.max_length"
 
 
 def _share(count: int, tally: Tally) -> float:

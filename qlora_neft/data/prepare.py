@@ -198,8 +198,10 @@ class _Preparation:
         """Prepare sources from the beginning and keep the result under a key of the cache."""
         with store.new_folder(cache_key) as folder:
             # Held-out rows are a share of the training sources' rows, or all rows of sources of their own.
-            train = Part(SequenceWriter(folder / TRAIN))
-            held_out = Part(SequenceWriter(folder / EVAL)) if self.section.has_eval_rows else None
+            # Weights between 0 and 1 take a column; 0 and 1 are in the labels.
+            weighted = 0 < self.section.prompt_weight < 1
+            train = Part(SequenceWriter(folder / TRAIN, weighted=weighted))
+            held_out = Part(SequenceWriter(folder / EVAL, weighted=weighted)) if self.section.has_eval_rows else None
             found = self._read(sources, train, held_out if self.section.eval_fraction is not None else None)
             found_eval = self._read(eval_sources, held_out) if held_out is not None else []
             for part in (train, held_out):

@@ -13,7 +13,7 @@ from ..recipe.schema import Data
 from ..steps.batch import split_rows
 from .gate import Tally, find_problems, find_warnings
 from .store import SourceFacts, State
-from .worker import EMPTY, NO_ROOM, UNFIT
+from .worker import EMPTY, NO_ROOM, ONLY_END, UNFIT
 
 REPORT_VERSION = 1
 # Keys of the data section that the report repeats under ``settings``.
@@ -61,6 +61,9 @@ class PartReport(TypedDict):
     empty: int
     unfit: int
     without_room: int
+    only_end: int
+    texts_split: int
+    chunks: int
     duplicates: int
     ended: int
     lengths: dict[str, float | int | None]
@@ -163,6 +166,9 @@ def _part(dataset: Dataset, tally: Tally, sha256: str) -> PartReport:
         "empty": tally.finding(EMPTY).count,
         "unfit": tally.finding(UNFIT).count,
         "without_room": tally.finding(NO_ROOM).count,
+        "only_end": tally.finding(ONLY_END).count,
+        "texts_split": tally.texts_split,
+        "chunks": tally.chunks,
         "duplicates": tally.finding("duplicate").count,
         "ended": tally.ended,
         "lengths": percentiles(lengths),

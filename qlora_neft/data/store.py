@@ -22,14 +22,15 @@ import tokenizers
 from datasets import Dataset
 
 from ..files import put_folder, read_json, sha256_of_text
+from ..steps import LOSS_WEIGHTS
 from .encode import Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STATE = "state.json"
-VERSION = 3  # of the preparation; raise it when the same rows would give other sequences
-COLUMNS = ("input_ids", "labels", "source", "row")
+VERSION = 4  # of the preparation; raise it when the same rows would give other sequences
+COLUMNS = ("input_ids", "labels", "source", "row")  # and loss_weights, where a token counts for less than 1
 _SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -38,6 +39,7 @@ _SCHEMA = pa.schema(
         ("row", pa.int64()),  # which of its rows, from 1
     ]
 )
+_WEIGHTED = _SCHEMA.append(pa.field(LOSS_WEIGHTS, pa.list_(pa.float32())))
 
 
 class SourceFacts(TypedDict):
@@ -67,6 +69,8 @@ class TallyRecord(TypedDict):
     trained_tokens: int
     ended: int
     truncated_sequences: int
+    texts_split: int
+    chunks: int
     turns_left_out: int
     largest_token_id: int
     findings: dict[str, FindingRecord]
@@ -97,11 +101,13 @@ class SequenceWriter:
 
     Args:
         path: The file to create.
+        weighted: Whether the sequences have weights.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, weighted: bool = False) -> None:
         self.path, self.count = path, 0
-        self._stream = pa.ipc.new_stream(str(path), _SCHEMA)
+        self._schema = _WEIGHTED if weighted else _SCHEMA
+        self._stream = pa.ipc.new_stream(str(path), self._schema)
 
     def write(self, sequences: Sequence[Encoded], source: int, rows: Sequence[int]) -> None:
         """Append sequences, each with the number of the row it comes from."""
@@ -113,7 +119,9 @@ class SequenceWriter:
             pa.array(np.full(len(sequences), source, dtype=np.int32)),
             pa.array(np.asarray(rows, dtype=np.int64)),
         ]
-        self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        if self._schema is _WEIGHTED:
+            columns.append(_lists([sequence.loss_weights() for sequence in sequences]))
+        self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
         self.count += len(sequences)
 
     def close(self) -> None:
@@ -122,7 +130,7 @@ class SequenceWriter:
 
 
 def read_sequences(path: Path) -> Dataset:
-    """Return the sequences of a file, memory mapped: columns ``input_ids``, ``labels``, ``source``, ``row``."""
+    """Return the sequences of a file, memory mapped, with `COLUMNS`."""
     return Dataset.from_file(str(path))
 
 

@@ -6,7 +6,7 @@ What becomes of a row depends on the row alone, never on the process that handle
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..recipe.schema import Data
-from .encode import Encoded, Encoder, cut_to_length
-from .examples import BadRow, Dialogue, EmptyRow, Example, Message, Piece, Rendered, content_hash
+from .cut import cut_parts, cut_to_length, split_into_chunks
+from .encode import Encoded, Encoder
+from .examples import BadRow, Dialogue, EmptyRow, Example, Piece, Rendered, content_hash
 from .formats import to_example
 from .sources import Row
 from .templates import make_template
+from .turns import last_exchanges, narrowed, split_dialogue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Measure = Callable[[Dialogue], int]
 # Why a row is left out: it is not what its format says; there is nothing in it to learn; its template cannot express
-# it; its responses start beyond max_length.
-BAD, EMPTY, UNFIT, NO_ROOM = "bad", "empty", "unfit", "no room"
+# it; its responses start beyond max_length; no token of them is trained but the one that ends them.
+BAD, EMPTY, UNFIT, NO_ROOM, ONLY_END = "bad", "empty", "unfit", "no room", "only end"
 TOO_DEEP = "is nested too deep"
 
 
@@ -38,11 +39,12 @@ class Outcome:
         number, place: The row's, see `Row`.
         hash: Hash of the row's content, None if it could not be read.
         sequences: Sequences to train on; empty if the row is left out.
-        problem: Why it is left out: `BAD`, `EMPTY`, `UNFIT` or `NO_ROOM`.
+        problem: Why it is left out: `BAD`, `EMPTY`, `UNFIT`, `NO_ROOM` or `ONLY_END`.
         reason: The same in words.
         num_ended: Sequences whose last response ends with a trained end token.
         num_truncated: Sequences that lost trained tokens, including those that lost all of them.
-        turns_left_out: Turns before the first request or after the last response.
+        num_chunks: Sequences that a long text was split into, 0 for any other row.
+        turns_left_out: Turns before the first request or after the last trained response.
         marks: What is suspicious but allowed, see `gate.SUSPICIOUS`.
         left_out: What the template leaves out of it, in words.
     """
@@ -55,6 +57,7 @@ class Outcome:
     reason: str = ""
     num_ended: int = 0
     num_truncated: int = 0
+    num_chunks: int = 0
     turns_left_out: int = 0
     marks: frozenset[str] = field(default_factory=frozenset)
     left_out: str = ""
@@ -87,6 +90,8 @@ class RowWorker:
         self.template = make_template(prompt_template, format, tokenizer)
         self.encoder = Encoder(tokenizer, adds_special_tokens=self.template.adds_special_tokens)
         self.end_id = None if self.template.end is None else tokenizer.convert_tokens_to_ids(self.template.end)
+        self._ends = {tokenizer.eos_token_id, self.end_id}
+        self._prompt_weight = section.prompt_weight
         self._special = _any_of([token for token in tokenizer.all_special_tokens if token])
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome]:
@@ -106,6 +111,10 @@ class RowWorker:
         kind = BAD
         try:
             example, turns_left_out = to_example(row.values, self.format)
+            if isinstance(example, Dialogue):
+                trains_prompts = self._prompt_weight > 0
+                example, untrained = narrowed(example, self.section.train_on, trains_prompts=trains_prompts)
+                turns_left_out += untrained
             # From here on the row is what its format says, and what fails is the template.
             kind = UNFIT
             rendered = self.template.sequences(example)
@@ -129,45 +138,87 @@ class RowWorker:
 
     def _outcome(self, row: Row, read: _Readable, found: list[Encoded]) -> Outcome:
         example, rendered = read.example, read.rendered
-        cut = [cut_to_length(e, self.section.max_length, keep_end_token=self.section.keep_end_token) for e in found]
+        marks = {"special"} if self._special and self._special.search(_text_of(example)) else set()
+        cut = [self._cut(sequence, marks) for sequence in found]
         kept = [(sequence, lost) for sequence, lost in cut if sequence.num_trained()]
-        text = _text_of(example)
-        marks = {"special"} if self._special and self._special.search(text) else set()
-        marks |= {"replacement"} if "\ufffd" in text else set()
+        if kept and all(self._trains_only_the_end(sequence) for sequence, _ in kept):
+            return _left_out(row, ONLY_END, "only the end token of the response would be trained")
+        marks |= {"replacement"} if "\ufffd" in _text_of(example) else set()
         marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed} | rendered.marks
         reason = f"{max(len(e.ids) for e in found)} tokens, none of the response within {self.section.max_length}"
         return Outcome(
             row.number,
             row.place,
             content_hash(example),
-            tuple(self._with_prompt(sequence) for sequence, _ in kept),
+            tuple(self._weighted(sequence) for sequence, _ in kept),
             problem=None if kept else NO_ROOM,
             reason="" if kept else reason,
             # On the sequences before prompts are trained as well.
             num_ended=sum(int(sequence.ids[sequence.trained][-1]) == self.end_id for sequence, _ in kept),
             # A row that lost every trained token is counted once, as left out.
             num_truncated=sum(lost for _, lost in cut) if kept else 0,
+            num_chunks=len(found) if self._is_chunked(found) else 0,
             turns_left_out=read.turns_left_out,
             marks=frozenset(marks),
             left_out=rendered.left_out,
         )
 
+    def _cut(self, sequence: Encoded, marks: set[str]) -> tuple[Encoded, bool]:
+        """Cut a sequence to the lengths of the recipe; return it, and whether trained tokens were lost."""
+        section, lost = self.section, False
+        if section.max_prompt_length or section.max_response_length:
+            sequence, prompt_cut, lost = cut_parts(
+                sequence,
+                section.max_prompt_length,
+                section.max_response_length,
+                keep_end_token=section.keep_end_token,
+            )
+            marks |= {"prompt cut"} if prompt_cut else set()
+        sequence, lost_more = cut_to_length(sequence, section.max_length, keep_end_token=section.keep_end_token)
+        return sequence, lost or lost_more
+
+    def _trains_only_the_end(self, sequence: Encoded) -> bool:
+        ids, trained = sequence.ids[1:], sequence.trained[1:]  # nothing predicts the first token
+        # Nearly every row is settled by its first trained token.
+        return int(ids[trained.argmax()]) in self._ends and {*ids[trained].tolist()} <= self._ends
+
+    def _is_chunked(self, found: Sequence[Encoded]) -> bool:
+        return len(found) > 1 and self.section.split_text and self.format == "text"
+
     def _split(self, example: Example, encoded: list[Encoded]) -> list[Encoded]:
-        # Only what is too long, since each piece is rendered and tokenized again.
-        too_long = any(len(sequence.ids) > self.section.max_length for sequence in encoded)
-        if not (too_long and self.section.split_conversations and isinstance(example, Dialogue)):
+        section, max_length = self.section, self.section.max_length
+        # Only what is too long, since each piece of a conversation is rendered and tokenized again.
+        if not any(len(sequence.ids) > max_length for sequence in encoded):
+            return encoded
+        if section.split_text and self.format == "text":
+            return split_into_chunks(encoded[0], max_length)
+        if not (section.split_conversations and isinstance(example, Dialogue)):
             return encoded
         # Measured by rendering and tokenizing: what a template adds to a piece is not known before.
-        pieces = split_dialogue(example, self.section.max_length, self._length)
+        if section.train_on == "last-response":
+            pieces = [last_exchanges(example, max_length, self._length)]
+        else:
+            pieces = split_dialogue(example, max_length, self._length)
         return self.encoder.encode([text for piece in pieces for text in self.template.sequences(piece).sequences])
 
     def _length(self, dialogue: Dialogue) -> int:
         return max(self.encoder.lengths(self.template.sequences(dialogue).sequences))
 
-    def _with_prompt(self, sequence: Encoded) -> Encoded:
-        if not self.section.prompt_weight:
+    def _weighted(self, sequence: Encoded) -> Encoded:
+        """Let the tokens outside responses count as much as the recipe says, and those of excluded responses nothing.
+
+        Where a prompt holds earlier responses (TRL's ``prompt`` with ``completion``), these are prompt.
+        """
+        weight = self._prompt_weight
+        if not weight:
             return sequence
-        return Encoded(sequence.ids, np.ones_like(sequence.trained), sequence.crossed)
+        trained = np.ones_like(sequence.trained)
+        if sequence.excluded is not None and self.format != "prompt-completion":
+            trained = ~sequence.excluded
+        if weight == 1:
+            return Encoded(sequence.ids, trained, sequence.crossed)
+        weights = np.where(sequence.trained, np.float32(1), np.float32(weight)) * trained
+        return Encoded(sequence.ids, trained, sequence.crossed, weights=weights)
 
 
 def _left_out(row: Row, problem: str, reason: str) -> Outcome:
@@ -191,48 +242,3 @@ def _is_text(pieces: Sequence[Piece]) -> bool:
 
 def _any_of(words: Sequence[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(re.escape(word) for word in words)) if words else None
-
-
-# ---- Splitting conversations ----
-
-
-def split_dialogue(dialogue: Dialogue, max_length: int, measure: Measure) -> list[Dialogue]:
-    """Split a conversation into pieces of whole exchanges, as many in each piece as fit.
-
-    The NEFTune paper splits ShareGPT "closer to a single-turn format" for its 512 tokens (section 4); FastChat's
-    ``split_long_conversation.py`` is the model. Each turn is in exactly one piece, except a system message: it is never
-    trained, and every piece repeats it. An exchange too long by itself becomes its own piece, to be cut and counted
-    later.
-
-    Args:
-        dialogue: The conversation. An exchange begins at the first message after a response that is not itself one.
-        max_length: Maximum number of tokens per piece.
-        measure: Counts the tokens of a dialogue, including template and end tokens.
-    """
-    system, exchanges = _exchanges(dialogue.messages)
-    pieces: list[Dialogue] = []
-    start = 0
-    while start < len(exchanges):
-        stop = start + 1
-        while stop < len(exchanges) and measure(_piece(dialogue, system, exchanges[start : stop + 1])) <= max_length:
-            stop += 1
-        pieces.append(_piece(dialogue, system, exchanges[start:stop]))
-        start = stop
-    return pieces
-
-
-def _exchanges(messages: tuple[Message, ...]) -> tuple[list[Message], list[list[Message]]]:
-    system = [message for message in messages[:1] if message["role"] in ("system", "developer")]
-    exchanges: list[list[Message]] = []
-    previous = None
-    for message in messages[len(system) :]:
-        # A tool's result answers the call before it, so the two stay together.
-        if previous is None or (previous == "assistant" and message["role"] not in ("assistant", "tool")):
-            exchanges.append([])
-        exchanges[-1].append(message)
-        previous = message["role"]
-    return system, exchanges
-
-
-def _piece(dialogue: Dialogue, system: list[Message], exchanges: list[list[Message]]) -> Dialogue:
-    return Dialogue((*system, *(message for exchange in exchanges for message in exchange)), dialogue.tools)

@@ -203,7 +203,8 @@ class Data(Section):
     @property
     def prompt_weight(self) -> float:
         """Weight of a token outside responses in the loss, in [0, 1], however the recipe spells it."""
-        return prompt_loss_weight(self.model_dump())
+        names = ("train_on", "prompt_loss_weight", "train_on_prompt")
+        return prompt_loss_weight({name: getattr(self, name) for name in names})
 
     @property
     def has_eval_rows(self) -> bool:

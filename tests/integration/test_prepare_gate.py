@@ -256,7 +256,7 @@ def test_a_token_across_the_beginning_of_a_response_is_told(tmp_path):
     assert said(rows, tmp_path, tokenizer=tokenizer_of("bpe", None)) == [[], [warning]]
     assert said(rows, tmp_path, tokenizer=TOKENIZER) == [[], []]
     rows = [{"prompt": "x ", "completion": "a"}]
-    warning = "data.path: PATH: in 1 row a token reaches from prompt into response, and is not trained: line 1."
+    warning = "data.path: PATH: in 1 row the space that ends the prompt is trained as the response's first: line 1."
     assert said(rows, tmp_path, tokenizer=tokenizer_of("sentencepiece", None)) == [[], [warning]]
 
 
@@ -273,7 +273,7 @@ def test_turns_that_are_left_out_are_counted(tmp_path):
     rows = [{"conversations": [{"from": who, "value": f"{n} {text}"} for who, text in turns]} for n in range(3)]
     assert said(rows, tmp_path, max_length=300) == [
         [],
-        ["data.path: PATH: 6 turns left out (before the first request, or after the last response)."],
+        ["data.path: PATH: 6 turns left out (before the first request, or after the last trained response)."],
     ]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from data_cases import tokenizer_of
 from tiny import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from qlora_neft.data.encode import Encoded, Encoder, cut_to_length, joins_cleanly
+from qlora_neft.data.cut import cut_to_length
+from qlora_neft.data.encode import Encoded, Encoder, joins_cleanly
 from qlora_neft.data.examples import BadRow, Dialogue, EmptyRow, Instruction, Passage, Piece, content_hash
 from qlora_neft.data.formats import check_columns, detect_format, to_example
 from qlora_neft.data.templates import (
@@ -21,7 +23,7 @@ from qlora_neft.data.templates import (
     make_template,
     resolve_template,
 )
-from qlora_neft.data.worker import split_dialogue
+from qlora_neft.data.turns import split_dialogue
 from qlora_neft.errors import UserInputError
 from qlora_neft.recipe.data import ALPACA_TEMPLATES
 
@@ -405,12 +407,45 @@ def test_sentencepiece_text_is_tokenized_whole_as_the_papers_code_does():
     assert tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained].tolist()) == ["b", "</s>"]
 
 
-def test_where_cutting_would_change_the_text_the_token_across_is_not_trained():
+def test_sentencepiece_text_is_cut_without_a_space_between_its_parts():
     tokenizer = sentencepiece_like()
     encoded = encode(tokenizer, ("a:", False), ("=b</s>", True))
-    assert tokenizer.convert_ids_to_tokens(encoded.ids.tolist()) == ["▁a", ":=", "b", "</s>"]
-    assert encoded.trained.tolist() == [False, False, True, True]
-    assert encoded.crossed == "across"
+    assert tokenizer.convert_ids_to_tokens(encoded.ids.tolist()) == ["▁a", ":", "=", "b", "</s>"]
+    assert encoded.trained.tolist() == [False, False, True, True, True]
+    assert encoded.crossed == "cut apart"
+
+
+# Prompt and response, the response's tokens, and whether a space that ends the prompt became the response's.
+SPACED = [
+    ("a: ", "b", ["▁b"], True),  # one letter, and the token that holds it begins in the prompt
+    ("a:", " b", ["▁b"], False),
+    ("a:  ", "b", ["▁", "▁b"], True),
+    ("a: ", "é", ["▁", "<0xC3>", "<0xA9>"], True),  # spelled in bytes, behind a token that is the space alone
+    ("a:", "b", ["b"], False),
+    ("a", "b", ["b"], False),
+    ("  ", "b", ["▁", "▁", "▁b"], True),
+]
+
+
+@pytest.mark.parametrize(("prompt", "response", "trained", "moved"), SPACED)
+@pytest.mark.parametrize("is_slow", [False, True], ids=["offsets", "no offsets"])
+def test_a_space_that_ends_the_prompt_is_trained_and_not_part_of_generations_prompt(
+    prompt, response, trained, moved, is_slow
+):
+    tokenizer = tokenizer_of("sentencepiece", None)
+    encoder = Encoder(without_offsets(tokenizer) if is_slow else tokenizer, adds_special_tokens=True)
+    [encoded] = encoder.encode([[Piece(prompt, False), Piece(f"{response}</s>", True)]])
+    assert tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained].tolist()) == [*trained, "</s>"]
+    assert encoded.crossed == ("space" if moved else None)
+    if prompt.strip():  # what generation is given is what stands before the response in training
+        assert encoder.prompt_ids([Piece(prompt, False)]) == encoded.ids[~encoded.trained].tolist()
+
+
+def test_an_earlier_response_keeps_its_spaces_when_the_next_takes_those_before_it():
+    tokenizer = tokenizer_of("sentencepiece", None)
+    pieces = [Piece("a: ", False), Piece("b ", True), Piece(" ", False), Piece("b</s>", True)]
+    [encoded] = Encoder(tokenizer, adds_special_tokens=False).encode([pieces])
+    assert tokenizer.decode(encoded.ids[~encoded.trained]) == " a:"
 
 
 def test_every_response_of_a_conversation_is_trained_with_its_end():
@@ -422,17 +457,23 @@ def test_every_response_of_a_conversation_is_trained_with_its_end():
 
 def test_a_tokenizer_without_offsets_tokenizes_piece_by_piece():
     fast = with_special_tokens("<s> $A </s>")
+    slow = without_offsets(fast)
+    pieces = (("ab", False), ("cd</s>", True))
+    assert encode(slow, *pieces).ids.tolist() == encode(fast, *pieces).ids.tolist()
+    assert encode(slow, *pieces).trained.tolist() == encode(fast, *pieces).trained.tolist()
+
+
+def without_offsets(fast):
+    """A tokenizer as the slow ones of transformers are."""
 
     class Slow:
-        is_fast, eos_token, eos_token_id = False, "</s>", 258
+        is_fast, eos_token, eos_token_id = False, fast.eos_token, fast.eos_token_id
         decode = staticmethod(fast.decode)
 
         def __call__(self, text, add_special_tokens=True, **_):
             return {"input_ids": fast(text, add_special_tokens=add_special_tokens)["input_ids"]}
 
-    pieces = (("ab", False), ("cd</s>", True))
-    assert encode(Slow(), *pieces).ids.tolist() == encode(fast, *pieces).ids.tolist()
-    assert encode(Slow(), *pieces).trained.tolist() == encode(fast, *pieces).trained.tolist()
+    return Slow()
 
 
 # ---- Cutting and splitting ----
