@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserInputError, first_line
+from ..errors import UserInputError
 from ..files import read_record
+from ..hub_client import download_errors, ready, why
 from ..paths import kind_of, resolve_bundled
 from ..recipe import Recipe, recipe_of_record
 from ..recipe.schema import Quantization
@@ -196,15 +197,15 @@ def _what_is_missing(path: Path) -> str:
 def _downloaded(source: str, revision: str | None) -> Path:
     """Fetch a Hub repository's files, except those no adapter needs."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     # A name without an owner is a mistyped folder more often than one of the Hub's few models without.
     if kind_of(source) != "hub" or "/" not in source:
         raise UserInputError(f"{source}: no such folder. Give the --output-dir of a run, or a Hub id (owner/name).")
+    ready()
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED))
-    except (OSError, HFValidationError) as error:  # every error of the Hub's client and of the network below it
+    except download_errors() as error:
         raise UserInputError(
             f"{source}: no such folder, and the Hub gives no such model. Give the --output-dir of a run, or a Hub id "
-            f"that you can reach. ({first_line(error)})"
+            f"that you can reach. ({why(error)})"
         ) from error

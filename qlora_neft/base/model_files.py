@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserInputError, first_line
 from ..files import is_inside, read_json
+from ..hub_client import download_errors, ready, why
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LENGTH = 8  # bytes at the start of a file that give the length of its header, little-endian
@@ -122,6 +123,7 @@ def file_on_hub(source: str, revision: str | None) -> Callable[[str], Path | Non
     from huggingface_hub.errors import EntryNotFoundError
 
     def find(name: str) -> Path | None:
+        ready()
         try:
             return Path(hf_hub_download(source, name, revision=revision))
         except EntryNotFoundError as error:  # not in the repository; offline, not in the cache
@@ -130,8 +132,8 @@ def file_on_hub(source: str, revision: str | None) -> Callable[[str], Path | Non
             raise UserInputError(
                 f"{source}: the Hub has no {name} that could be fetched. ({first_line(error)})"
             ) from error
-        except OSError as error:
-            raise UserInputError(f"{source}: {name} cannot be fetched from the Hub. ({first_line(error)})") from error
+        except download_errors() as error:
+            raise UserInputError(f"{source}: {name} cannot be fetched from the Hub. ({why(error)})") from error
 
     return find
 

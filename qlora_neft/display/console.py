@@ -20,6 +20,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from ..hub_client import bound_waits
 from ..noise.neftune import expected_norm
 from ..paths import kind_of
 from .tables import Table
@@ -52,6 +53,7 @@ def quiet_libraries() -> Generator[None, None, None]:
     """Inside the block, hide progress bars and deprecation notes of libraries; their warnings stay."""
     verbosity = datasets_logging.get_verbosity(), transformers_logging.get_verbosity()
     bars = datasets.utils.is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    bound_waits()  # of downloads that libraries make
     datasets_logging.set_verbosity(logging.CRITICAL)  # it logs an error, then raises it: once is enough
     transformers_logging.set_verbosity_error()
     datasets.disable_progress_bars()

@@ -28,6 +28,7 @@ class Fault:
         message: In X-Error-Message and the JSON body.
         code: X-Error-Code.
         html: A page for a body, as gateways send.
+        content: JSON in place of what was asked for, with the status and no error.
         headers: Sent as well.
         stall: Seconds until anything happens.
     """
@@ -41,14 +42,17 @@ class Fault:
     message: str = "a fault asked for by the test"
     code: str | None = None
     html: bool = False
+    content: Any = None
     headers: dict[str, str] = field(default_factory=dict)
     stall: float = 0
 
     @property
     def answer(self) -> Answer:
         """What the client gets."""
-        from .wire import Answer, Refused
+        from .wire import Answer, Refused, as_json
 
+        if self.content is not None or 300 <= self.status < 400:
+            return as_json(self.content or {}, self.status, **self.headers)
         if self.html:
             return Answer(self.status, HTML % self.status, {"Content-Type": "text/html", **self.headers})
         return Refused(self.status, self.message, self.code, self.headers).answer

@@ -16,7 +16,7 @@ PACKAGE = Path(qlora_neft.__file__).parent
 # Lowest first, one line a layer. A name is a package with all its modules, or a module at the top level.
 LAYERS = (
     {"errors", "imports"},
-    {"files", "paths", "steps"},
+    {"files", "hub_client", "paths", "steps"},
     {"noise", "recipe"},
     {"base", "data", "display", "run_folder"},
     {"adapter", "fit", "fused"},

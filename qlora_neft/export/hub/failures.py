@@ -7,20 +7,22 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
-from ...errors import RunFailed, UserInputError
+from ...errors import RunFailed, UserInputError, first_line
+from ...hub_client import PASSING, is_redirected_in_a_circle, seconds_asked_for
 
 # HTTPError is httpx's, or httpx2's with huggingface_hub 2: every error of the connection, and every bad status.
 # The client wraps some in RuntimeError, raises ValueError for an answer it cannot read, OSError from its Xet part.
 CLIENT_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
-# The statuses that huggingface_hub itself tries again, in those calls where it does.
-PASSING = (408, 429, 500, 502, 503, 504)
+# How a store of files refuses a signed address whose time is over: S3 and Azure with 403, Google with 400.
+EXPIRED = (400, 401, 403)
 NO_ROOM = re.compile(r"storage|quota|limit reached|too many files", re.IGNORECASE)
 
 T = TypeVar("T")
@@ -76,6 +78,30 @@ class Patience:
     clock: Callable[[], float] = time.monotonic
 
 
+class BadAnswer(OSError):
+    """The Hub answered with success and with content that its client cannot use, such as ``{}``."""
+
+
+class NotYet(OSError):
+    """A failure that one more attempt may mend, and no more than one: the cause says which.
+
+    A repository is not found right after it was made, until all servers know of it; a signed address has expired.
+    """
+
+
+@contextmanager
+def reading_answers() -> Generator[None, None, None]:
+    """Turn what the client raises about an answer of another shape into an error of the connection.
+
+    Raises:
+        BadAnswer: In place of KeyError and the like.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadAnswer(f"{type(error).__name__}: {first_line(error)}") from error
+
+
 def keep_trying(action: Callable[[], T], patience: Patience, place: Place, say: Callable[[str], None]) -> T:
     """Do something with the Hub that may safely be done twice.
 
@@ -89,14 +115,17 @@ def keep_trying(action: Callable[[], T], patience: Patience, place: Place, say: 
         UserInputError: If the user has to change something.
         RunFailed: If the failures did not pass.
     """
-    started, wait = patience.clock(), patience.first_wait
+    started, wait, forgiven = patience.clock(), patience.first_wait, False
     for attempt in range(1, patience.attempts + 1):
         try:
             return action()
         except (UserInputError, RunFailed):  # ours, and some of them are ValueErrors
             raise
         except CLIENT_ERRORS as caught:
-            error = _root_of(caught)
+            error = root_of(caught)
+            if isinstance(error, NotYet) and forgiven and error.__cause__ is not None:
+                error = error.__cause__
+            forgiven = forgiven or isinstance(error, NotYet)
             if not _is_passing(error):
                 raise _explained(error, place) from error
             # The server's own wish is taken as it is: coming back earlier only prolongs a limit.
@@ -127,7 +156,7 @@ def token_source(given: str | None) -> str:
 # ---- Failures that pass ----
 
 
-def _root_of(error: BaseException) -> BaseException:
+def root_of(error: BaseException) -> BaseException:
     """Return the error below the client's own wrapping."""
     # The client wraps errors of its upload threads in RuntimeError; the cause decides whether trying again helps.
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, CLIENT_ERRORS):
@@ -137,26 +166,25 @@ def _root_of(error: BaseException) -> BaseException:
 
 def _is_passing(error: BaseException) -> bool:
     """Return whether the same request may succeed later: no connection, a busy or broken server, a gateway's page."""
-    if isinstance(error, OfflineModeIsEnabled | HFValidationError):
+    if isinstance(error, OfflineModeIsEnabled | HFValidationError) or is_redirected_in_a_circle(error):
         return False
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING
     if isinstance(error, PermissionError | FileNotFoundError):  # of the folder, or what Xet raises for a bad token
         return False
-    return isinstance(error, HTTPError | OSError | json.JSONDecodeError)
+    return isinstance(error, HTTPError | OSError | json.JSONDecodeError) or _is_malformed(error)
+
+
+def _is_malformed(error: BaseException) -> bool:
+    # The client's own check of what the store of large files answers.
+    return isinstance(error, BadAnswer) or (isinstance(error, ValueError) and str(error).startswith("Malformed "))
 
 
 def _seconds_asked_for(error: BaseException) -> float | None:
     """Return how long the server asks to wait, None if it does not say."""
     if not isinstance(error, HfHubHTTPError):
         return None
-    headers: Mapping[str, str] = error.response.headers
-    if (after := headers.get("Retry-After", "").strip()).isdigit():
-        return float(after)
-    # r: requests left, t: seconds until there are more (https://huggingface.co/docs/hub/rate-limits).
-    limit = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("RateLimit", ""))
-    # A second more, for clocks that differ and numbers that were rounded.
-    return float(limit[1]) + 1 if limit else None
+    return seconds_asked_for(error.response.headers)
 
 
 def _gave_up(error: BaseException, place: Place, attempts: int, seconds: float) -> RunFailed:
@@ -176,6 +204,10 @@ def _what_happened(error: BaseException, place: Place) -> str:
         return f"{place.endpoint} answers {'429, too many requests' if status == 429 else status}"
     if isinstance(error, json.JSONDecodeError):
         return f"{place.endpoint} answers with a page in place of data, as a proxy or gateway does"
+    if _is_malformed(error):
+        return place.text(f"{place.endpoint} answers with something else than was asked for ({error})")
+    if isinstance(error, NotYet):
+        return place.text(str(error))
     return place.text(f"no connection to {place.endpoint} ({_typed_line(error)})")
 
 
@@ -196,6 +228,11 @@ def _meaning(error: BaseException, place: Place) -> tuple[type[UserInputError | 
         return _meaning_of_status(error.response.status_code, _said(error), place)
     if isinstance(error, PermissionError):
         return UserInputError, _bad_token(place)
+    if is_redirected_in_a_circle(error):
+        return (
+            RunFailed,
+            f"{place.endpoint} redirects in a circle, so nothing was pushed. Check HF_ENDPOINT and the proxy.",
+        )
     # The client raises a plain ValueError for this one.
     if "Invalid metadata in README.md" in str(error):
         return UserInputError, f"the Hub rejects the model card, nothing was pushed: {_card_problems(error)}."

@@ -20,10 +20,22 @@ from huggingface_hub.hf_api import RepoFile
 
 from ...adapter.folder import CONFIG, RECIPE, WEIGHTS
 from ...errors import RunFailed, UserInputError
+from ...hub_client import bound_waits, check_token
 from ...run_folder.checkpoints import files_in
 from ...run_folder.tokenizer_files import FILES as TOKENIZER_FILES
 from ..inputs import CURVES, refuse_links
-from .failures import Patience, Place, keep_trying, token_source
+from .failures import (
+    CLIENT_ERRORS,
+    EXPIRED,
+    BadAnswer,
+    NotYet,
+    Patience,
+    Place,
+    keep_trying,
+    reading_answers,
+    root_of,
+    token_source,
+)
 from .public import SUMMARY
 
 # Files of an earlier push that are removed if this folder lacks them: beside a newer adapter they would be wrong.
@@ -94,7 +106,8 @@ def push_folder(
 
         def attempt() -> Pushed:
             limit_waiting()
-            return push.attempt()
+            with branch.one_more_try():
+                return push.attempt()
 
         return keep_trying(attempt, patience, branch.place, say)
 
@@ -119,9 +132,11 @@ def check_push(
 
     def ask() -> None:
         limit_waiting()
-        branch.head()
-        # The first request of an upload is refused without the right to write. It uploads nothing of a small text.
-        branch.api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"\n")], revision=revision)
+        with branch.one_more_try():
+            branch.head()
+            # The first request of an upload is refused without the right to write. It uploads nothing of a small text.
+            with reading_answers():
+                branch.api.preupload_lfs_files(repo_id, [CommitOperationAdd("README.md", b"\n")], revision=revision)
 
     with _patient_client(patience) as limit_waiting:
         keep_trying(ask, patience, branch.place, say)
@@ -138,6 +153,7 @@ def _place_of(repo_id: str, token: str | None, resume_command: str) -> Place:
     used = token or get_token()
     if not used:
         raise UserInputError(f"{repo_id}: there is no token for the Hub. {LOG_IN} Then:\n  {resume_command}")
+    check_token(used, f"{repo_id}: {token_source(token)}")
     return Place(repo_id, HfApi().endpoint, used, token_source(token), resume_command)
 
 
@@ -152,11 +168,13 @@ def _patient_client(patience: Patience) -> Generator[Callable[[], None], None, N
 
     def limit_waiting() -> None:
         get_session().timeout = patience.answer
+        bound_waits(patience.longest_wait)  # a longer wait is for `keep_trying`, which says that it waits
 
     try:
         yield limit_waiting
     finally:
         get_session().timeout = before
+        bound_waits()
 
 
 class _Push:
@@ -242,7 +260,27 @@ class _Branch:
         self.repo_id = place.repo_id
         # The token is passed on, not looked up again, so that messages name the one that was used.
         self.api = HfApi(token=place.token, library_name="qlora_neft")
-        self._is_known = False
+        self._is_known = self._is_new = False
+
+    @contextmanager
+    def one_more_try(self) -> Generator[None, None, None]:
+        """Mark what one more attempt may mend inside the block.
+
+        Raises:
+            NotYet: In place of 404 about what was made here, and of a refusal by the store of files.
+        """
+        try:
+            yield
+        except CLIENT_ERRORS as caught:
+            error = root_of(caught)
+            if not isinstance(error, HfHubHTTPError):
+                raise
+            status, url = error.response.status_code, str(error.response.url)
+            if status == 404 and self._is_new:
+                raise NotYet(f"{self.repo_id} was made just now and is not found yet") from error
+            if status in EXPIRED and not url.startswith(self.place.endpoint):
+                raise NotYet(f"the address for an upload was refused ({status}), as one that has expired") from error
+            raise
 
     @property
     def url(self) -> str:
@@ -255,8 +293,10 @@ class _Branch:
             commit, is_private = self._ask()
         except RevisionNotFoundError:  # the repository exists, the branch does not
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+            self._is_new = True
         except RepositoryNotFoundError:
-            self._create()
+            if not self._is_new:
+                self._create()
         else:
             self._tell_if_otherwise(is_private)
             return commit
@@ -270,26 +310,32 @@ class _Branch:
     def files_at(self, commit: str) -> dict[str, RepoFile]:
         """Return every file at a commit, by its path."""
         # At a commit, not a branch: what is compared cannot change meanwhile.
-        entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
-        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        with reading_answers():
+            entries = self.api.list_repo_tree(self.repo_id, recursive=True, revision=commit)
+            return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def commit(self, changes: list[Change], title: str, *, parent: str) -> str:
         """Commit changes on top of a parent, which must be the newest commit; return the new one."""
-        made = self.api.create_commit(
-            self.repo_id, changes, commit_message=title, revision=self.revision, parent_commit=parent
-        )
-        return made.oid
+        with reading_answers():
+            made = self.api.create_commit(
+                self.repo_id, changes, commit_message=title, revision=self.revision, parent_commit=parent
+            )
+            return made.oid
 
     def _ask(self) -> tuple[str, bool]:
         """Ask for the newest commit, and whether the repository is private."""
-        info = self.api.repo_info(self.repo_id, revision=self.revision)
-        assert info.sha is not None, "the Hub names the commit of the revision it was asked for"
+        with reading_answers():
+            info = self.api.repo_info(self.repo_id, revision=self.revision)
+        if not info.sha:
+            raise BadAnswer("no commit is named")
         return info.sha, bool(info.private)
 
     def _create(self) -> None:
         self._is_known = True
         try:
-            self.api.create_repo(self.repo_id, private=self.private)
+            with reading_answers():
+                self.api.create_repo(self.repo_id, private=self.private)
+            self._is_new = True
         except HfHubHTTPError as error:
             # 409: an earlier attempt created it, or just now someone else did.
             if error.response.status_code != 409 or not self.api.repo_exists(self.repo_id):

@@ -19,7 +19,8 @@ from ...base.checkpoint import Checkpoint, skeleton
 from ...base.config import check_base_config
 from ...base.nf4 import from_nf4, nf4_config, to_nf4
 from ...base.quantizer import in_nf4
-from ...errors import UserInputError, first_line
+from ...errors import UserInputError
+from ...hub_client import download_errors, ready, why
 from ...recipe.schema import Quantization
 from ..inputs import OF_MODEL, refuse_links, refuse_links_of_adapter
 
@@ -192,7 +193,8 @@ def _base_folder(folder: AdapterFolder) -> Path:
     path = Path(folder.base).expanduser()
     if path.is_dir():
         return path
+    ready()
     try:
         return Path(snapshot_download(folder.base, revision=folder.base_revision, allow_patterns=BASE_FILES))
-    except OSError as error:  # every error of the Hub's client and of the network below it
-        raise UserInputError(f"{folder.base}: the base's weights cannot be fetched. ({first_line(error)})") from error
+    except download_errors() as error:
+        raise UserInputError(f"{folder.base}: the base's weights cannot be fetched. ({why(error)})") from error
