@@ -37,8 +37,6 @@ PASSING = {
     "landed, dropped": {"drop": True, "lands": "now"},
     "lands later, 504": {"status": 504, "lands": "late"},
 }
-# Without one that passes: after a 404 about a large file, one more attempt finds it in its place.
-REFUSED = [(name, status) for name in REQUESTS for status in REFUSALS if (name, status) != ("verify", 404)]
 # What one more attempt mends, but a second one does not: a server that has not heard of the new repository yet, the
 # address of an upload whose time is over.
 ONCE = {
@@ -50,6 +48,8 @@ ONCE = {
 # Success, and content that no client can use.
 ODD = {"nothing": {}, "a list": [], "a text": "ok", "null in it": {"sha": None, "commitOid": None, "commitUrl": None}}
 REFUSALS = dict.fromkeys((401, 402, 403, 404, 409, 413), UserInputError) | {400: RunFailed, 412: RunFailed}
+# Without one that passes: after a 404 about a large file, one more attempt finds it in its place.
+REFUSED = [(name, status) for name in REQUESTS for status in REFUSALS if (name, status) != ("verify", 404)]
 
 
 class Clock:
