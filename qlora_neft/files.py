@@ -7,9 +7,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ import yaml
 from safetensors import SafetensorError
 
 from .errors import RunFailed, UserInputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # What file systems say that have no fsync; every other error is a real one.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -52,6 +59,8 @@ def whole_file(path: Path, *, synced: bool = False, keep_draft: bool = False) ->
         if synced:
             sync(draft)
         draft.replace(path)
+        if synced:
+            sync(path.parent)  # fsync of a file says nothing of its name
     # BaseException, since Ctrl-C must not leave a draft either.
     except BaseException:
         if not keep_draft:
@@ -64,7 +73,8 @@ def whole_file(path: Path, *, synced: bool = False, keep_draft: bool = False) ->
 def whole_folder(path: Path, *, synced: bool = False) -> Generator[Path, None, None]:
     """Yield a new hidden folder beside ``path`` to write into, and rename it to ``path`` at the end of the block.
 
-    Whatever has the name is replaced. If an exception leaves the block, the new folder is removed.
+    Whatever has the name is replaced. If an exception leaves the block, the new folder is removed. What killed
+    processes left beside ``path`` is swept first.
 
     Args:
         path: A name in an existing folder.
@@ -73,15 +83,14 @@ def whole_folder(path: Path, *, synced: bool = False) -> Generator[Path, None, N
     Raises:
         OSError: If it cannot be made, brought to the disk or renamed.
     """
+    sweep_beside(path)
     # A new name each time: a folder that a killed process left would still hold its files.
     draft = hidden_name(path, "partial")
-    draft.mkdir()
     try:
-        yield draft
+        with new_held(draft):
+            yield draft
         if synced:
-            # Folders as well: fsync of a file says nothing of its name, which is in the folder.
-            for entry in (*draft.rglob("*"), draft):
-                sync(entry)
+            sync_all(draft)
         put_folder(draft, path, synced=synced)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -116,6 +125,42 @@ def put_folder(draft: Path, path: Path, *, synced: bool = False) -> None:
         sync(path.parent)
     if old:
         remove(old)
+
+
+@contextmanager
+def whole_files(folder: Path) -> Generator[Path, None, None]:
+    """Yield a hidden folder inside ``folder``; at the end of the block its files are synced and moved out of it.
+
+    Each file is replaced whole or not at all, and all of them are on the disk before the first gets its name. What else
+    ``folder`` holds stays as it is. If an exception leaves the block, nothing has changed.
+
+    Args:
+        folder: An existing folder.
+
+    Raises:
+        OSError: If they cannot be written, brought to the disk or renamed.
+    """
+    final = folder / "files"  # a name for the draft alone
+    sweep_beside(final)
+    draft = hidden_name(final, "partial")
+    try:
+        with new_held(draft):
+            yield draft
+            sync_all(draft)
+            for path in sorted(path for path in draft.rglob("*") if path.is_file()):
+                target = folder / path.relative_to(draft)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(target)
+            sync(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sync_all(folder: Path) -> None:
+    """Wait until all of a folder is on the disk."""
+    # Folders as well: fsync of a file says nothing of its name, which is in the folder.
+    for entry in (*folder.rglob("*"), folder):
+        sync(entry)
 
 
 def hidden_name(path: Path, why: str) -> Path:
@@ -168,32 +213,114 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file of UTF-8 whole or not at all.
+def write_text(path: Path, text: str, *, synced: bool = False) -> None:
+    """Write a file of UTF-8 whole or not at all; ``synced`` as in `whole_file`.
 
     Raises:
         OSError: If it cannot be written; then nothing is left of it.
     """
-    with whole_file(path) as draft:
+    with whole_file(path, synced=synced) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def write_json(
-    path: Path, content: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, sort_keys: bool = False
+    path: Path,
+    content: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    *,
+    sort_keys: bool = False,
+    synced: bool = False,
 ) -> None:
-    """Write a JSON file whole or not at all.
+    """Write a JSON file whole or not at all; ``synced`` as in `whole_file`.
 
     Raises:
         OSError: If it cannot be written.
         ValueError: If a number is NaN or infinite; `finite` replaces those.
     """
     # Python would write NaN and Infinity as bare words, which other JSON parsers refuse.
-    write_text(path, json.dumps(content, indent=2, allow_nan=False, sort_keys=sort_keys) + "\n")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False, sort_keys=sort_keys) + "\n", synced=synced)
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """Replace numbers that JSON cannot express (NaN, infinity) with None."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+# ---- What killed processes left ----
+#
+# A process holds a lock on the folder it is filling, which ends with it however it ends: a hidden folder that nobody
+# holds has no owner any more.
+
+LEFT_FOR_DEAD = 24 * 60 * 60  # seconds, on file systems without locks
+_MOMENT = 60  # seconds that a folder moved aside may wait for the one that takes its place
+_NOT_HELD_YET = ".new"
+
+
+@contextmanager
+def new_held(folder: Path) -> Generator[None, None, None]:
+    """Make a folder and hold it for the length of a block, so that `sweep` leaves it alone; it may be renamed."""
+    # Under another name until it is held: a sweep in between would take it for a dead one.
+    made = folder.with_name(folder.name + _NOT_HELD_YET)
+    made.mkdir()
+    descriptor = _open_to_lock(made)
+    try:
+        try:
+            os.rename(made, folder)
+        except OSError:
+            made.rmdir()
+            raise
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)  # and with it the lock, unless a forked child still has it
+
+
+def sweep(folders: Iterable[Path]) -> None:
+    """Remove folders that no process holds; those that cannot be looked at stay."""
+    for folder in folders:
+        with suppress(OSError):
+            if not folder.is_dir() or folder.is_symlink():
+                continue
+            age = time.time() - folder.stat().st_mtime
+            descriptor = _open_to_lock(folder)
+            try:
+                # None: held, or a file system without locks, where only the age tells.
+                needed = LEFT_FOR_DEAD if descriptor is None else _MOMENT if folder.suffix == _NOT_HELD_YET else 0
+                if age >= needed:
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                if descriptor is not None:
+                    os.close(descriptor)
+
+
+def sweep_beside(path: Path) -> None:
+    """Remove the hidden folders that killed processes left of ``path``; put back what was moved aside for it."""
+    hidden = re.compile(rf"\.{re.escape(path.name)}\.(partial|replaced)-[0-9]+-[0-9a-f]{{8}}(\{_NOT_HELD_YET})?")
+    with suppress(OSError):  # a folder that is missing or closed to us holds nothing to sweep
+        for entry in list(path.parent.iterdir()):
+            found = hidden.fullmatch(entry.name)
+            if not found:
+                continue
+            # Moved aside for a new one that never came. A process that is just doing so gets its moment.
+            if found[1] == "replaced" and time.time() - entry.stat().st_ctime > _MOMENT:
+                if os.path.lexists(path):
+                    remove(entry)
+                else:
+                    entry.rename(path)
+            elif found[1] == "partial":
+                sweep([entry])
+
+
+def _open_to_lock(folder: Path) -> int | None:
+    """Return a descriptor that holds a folder's lock; None if another process has it, or there are no locks."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 # ---- Reading ----
@@ -244,6 +371,26 @@ def read_record(path: Path, remedy: str = "") -> dict[str, Any]:
 def read_record_if_there(path: Path, remedy: str = "") -> dict[str, Any] | None:
     """Return a record's content as `read_record` does, None for a missing file."""
     return read_record(path, remedy) if path.exists() else None
+
+
+# ---- Records that know whether they are whole ----
+
+SEAL = "record_sha256"
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with the SHA-256 of its content, by which a flipped bit in it is found."""
+    return {**content, SEAL: _seal(content)}
+
+
+def is_whole(content: Mapping[str, Any]) -> bool:
+    """Tell whether a record is as `sealed` gave it; one without a seal, of an earlier version, passes."""
+    return SEAL not in content or content[SEAL] == _seal(content)
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    # As JSON gives it back: tuples are lists there.
+    return sha256_of_text(json.dumps({k: v for k, v in content.items() if k != SEAL}, sort_keys=True))
 
 
 # ---- Hashes ----

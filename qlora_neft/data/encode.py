@@ -10,6 +10,7 @@ response's: `Encoder.prompt_ids` leaves them out as well.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -57,6 +58,13 @@ class Encoded:
     def loss_weights(self) -> np.ndarray:
         """Return how much each token counts in the loss, float32 (L,)."""
         return self.trained.astype(np.float32) if self.weights is None else self.weights
+
+    def digest(self) -> bytes:
+        """Return 16 bytes of BLAKE2 over all that is learned from: the ids, and how much each counts in the loss."""
+        found = hashlib.blake2b(digest_size=16)
+        for array in (self.ids, self.trained, self.loss_weights()):
+            found.update(f"{len(array)} ".encode() + array.tobytes())
+        return found.digest()
 
     def at(self, kept: slice | np.ndarray) -> Encoded:
         """Return the tokens at some places alone."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 Message = Mapping[str, Any]
@@ -97,18 +98,52 @@ class Passage:
 Example = Instruction | Dialogue | Passage
 
 
+# What templates write of a message. Ids, timestamps and notes beside them make no other row.
+SAID_KEYS = ("role", "content", "name", "reasoning_content", "reasoning", "thinking")
+
+
 def content_hash(example: Example) -> bytes:
-    """Return 16 bytes of SHA-256 over an example's content, which no template changes."""
+    """Return 16 bytes of SHA-256 over what an example says, which no template changes."""
     if isinstance(example, Dialogue):
-        said: Any = [[dict(message) for message in example.messages], list(example.tools or ())]
+        said: Any = [[_said(message) for message in example.messages], list(example.tools or ())]
     elif isinstance(example, Instruction):
         said = [example.instruction, example.input, example.output]
     else:
         said = [example.prompt, example.completion]
     # default: values that JSON has no form for, such as the dates in a Parquet file.
-    text = json.dumps(said, sort_keys=True, ensure_ascii=True, default=str)
+    return _sha256(json.dumps(said, sort_keys=True, ensure_ascii=True, default=str))
+
+
+def prompt_hash(example: Example) -> bytes | None:
+    """Return 16 bytes over the request that an example begins with, None if it has none.
+
+    Requests that differ in case or white space alone are one.
+    """
+    if isinstance(example, Dialogue):
+        opening = takewhile(lambda message: message["role"] != "assistant", example.messages)
+        # A system message alone asks nothing.
+        asked = [str(message.get("content")) for message in opening if message["role"] == "user"]
+    elif isinstance(example, Instruction):
+        asked = [example.instruction, example.input]
+    else:
+        asked = [example.prompt]
+    said = " ".join(" ".join(asked).casefold().split())
+    return _sha256(said) if said else None
+
+
+def _said(message: Message) -> dict[str, Any]:
+    said = {key: message[key] for key in SAID_KEYS if key in message}
+    if message.get("tool_calls"):
+        # Without their ids, which are new in every recording.
+        said["tool_calls"] = [
+            call.get("function", call) if isinstance(call, Mapping) else call for call in message["tool_calls"]
+        ]
+    return said
+
+
+def _sha256(text: str) -> bytes:
     # 128 bits tell any number of rows apart, and one hash is held in memory for every row.
-    return hashlib.sha256(text.encode()).digest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16]
 
 
 def as_dialogue(example: Example) -> Dialogue:

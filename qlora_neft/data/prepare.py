@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,11 +20,13 @@ from ..recipe.schema import Data
 from . import store
 from .formats import check_columns, detect_format
 from .gate import DataRefused, Tally
+from .identity import fingerprint, special_tokens, templates, tokenizer_parts
 from .parallel import map_rows
 from .reading import read_rows, source_fingerprint
 from .report import DataReport, data_report
 from .sources import Row, Source, held_out_sources, training_sources
 from .store import SequenceWriter, SourceFacts, State, read_sequences
+from .template_date import reads_date, written
 from .templates import read_jinja, resolve_template
 from .worker import Outcome, RowWorker
 
@@ -65,6 +67,8 @@ class PreparedData:
         stop_token_ids: Tokens that end a response.
         chat_template: Text of the user's Jinja template, None without one.
         from_cache: Whether the sequences had been prepared before.
+        templates: SHA-256 of the chat templates they were rendered by, see `identity.templates`.
+        now: The moment whose date the templates wrote, ISO 8601; None if none of them reads it.
     """
 
     train: Dataset
@@ -74,6 +78,8 @@ class PreparedData:
     stop_token_ids: tuple[int, ...]
     chat_template: str | None
     from_cache: bool
+    templates: dict[str, str] = field(default_factory=dict)
+    now: str | None = None
 
 
 def prepare_data(
@@ -85,6 +91,7 @@ def prepare_data(
     num_proc: NumProc = "auto",
     streaming: bool = False,
     progress: Progress | None = None,
+    now: datetime | None = None,
 ) -> PreparedData:
     """Read, format, render, tokenize, cut and check rows, or find them prepared in the cache.
 
@@ -98,6 +105,7 @@ def prepare_data(
         num_proc: Number of processes; the result is the same with any number.
         streaming: Whether to read Hub data without downloading it first.
         progress: Called with the number of rows finished since its last call.
+        now: The moment that chat templates reading today's date are to write; None for that of the call.
 
     Returns:
         Sequences and report. The report holds ``rows``, ``tokens``, ``trained_tokens`` and ``truncated`` of the
@@ -108,14 +116,21 @@ def prepare_data(
         UserInputError: If the data cannot be read at all.
     """
     sources, eval_sources = training_sources(section, key), held_out_sources(section, key)
+    # Of one moment: a preparation that runs past midnight writes one date. Whole seconds, which are what is recorded.
+    now = (now or datetime.now()).replace(microsecond=0)
     # From the cache, or prepared now.
-    cache_key = _cache_key(tokenizer, section, sources, eval_sources)
+    cache_key = _cache_key(tokenizer, section, sources, eval_sources, now)
     ready = _load(cache_key)
     from_cache = ready is not None
     if ready is None:
-        preparation = _Preparation(tokenizer, section, num_proc, streaming, progress)
+        preparation = _Preparation(tokenizer, section, num_proc, streaming, progress, now)
         ready = preparation.run(cache_key, sources, eval_sources)
     state, train, held_out = ready
+    # Found by their content: the same files may have lain elsewhere when they were prepared.
+    for facts, source in zip(state["sources"] + state["eval_sources"], [*sources, *eval_sources], strict=True):
+        facts["path"] = shown_path(source.path)
+        if _is_file(facts["prompt_template"]):
+            facts["prompt_template"] = source.prompt_template
     # Made anew each time: the gate's limits are not part of the cache key.
     report = data_report(state, train, held_out, section)
     if refuse and report["problems"]:
@@ -129,18 +144,38 @@ def prepare_data(
         stop_token_ids=tuple(state["stop_token_ids"]),
         chat_template=next((read_jinja(s.prompt_template) for s in sources if _is_file(s.prompt_template)), None),
         from_cache=from_cache,
+        templates=templates(tokenizer, _used(state)),
+        now=now.isoformat() if any(reads_date(_text(name, tokenizer)) for name in _used(state)) else None,
     )
+
+
+def _used(state: State) -> list[str]:
+    return [facts["prompt_template"] for facts in state["sources"] + state["eval_sources"]]
+
+
+def _text(name: str, tokenizer: PreTrainedTokenizerBase) -> str | dict[str, str] | None:
+    """Return the text of a chat template, by name; None for a template of this package."""
+    if name in ("chat", "auto"):
+        return tokenizer.chat_template
+    return read_jinja(name) if _is_file(name) else None
 
 
 # ---- What was prepared before ----
 
 
 def _cache_key(
-    tokenizer: PreTrainedTokenizerBase, section: Data, sources: Sequence[Source], eval_sources: Sequence[Source]
+    tokenizer: PreTrainedTokenizerBase,
+    section: Data,
+    sources: Sequence[Source],
+    eval_sources: Sequence[Source],
+    now: datetime,
 ) -> str:
-    return store.fingerprint(
+    named = dict.fromkeys(source.prompt_template for source in (*sources, *eval_sources))
+    return fingerprint(
         {
-            "tokenizer": store.tokenizer_fingerprint(tokenizer),
+            "tokenizer": [tokenizer_parts(tokenizer), special_tokens(tokenizer), tokenizer.chat_template],
+            # A day's rows are found again on that day, and by a resume, which renders with the date of its beginning.
+            "date": [written(_text(name, tokenizer), now) for name in named],
             "sources": [_source_key(source) for source in sources],
             "eval_sources": [_source_key(source) for source in eval_sources],
             # Changes no sequence, but which part a row goes to.
@@ -152,8 +187,10 @@ def _cache_key(
 
 def _source_key(source: Source) -> list[Any]:
     template = read_jinja(source.prompt_template) if _is_file(source.prompt_template) else source.prompt_template
-    # The paths decide no sequence; they are here because the report, which is stored with the sequences, names them.
-    return [source.path, source_fingerprint(source), source.format, source.prompt_template, template, source.weight]
+    # A file's name decides no sequence; it is here because the places of rows, which are stored with them, have it. The
+    # folder it lies in is not: moved, it is the same data.
+    named = "file" if _is_file(source.prompt_template) else source.prompt_template
+    return [Path(source.path).name, source_fingerprint(source), source.format, named, template, source.weight]
 
 
 def _is_file(template: str) -> bool:
@@ -193,6 +230,7 @@ class _Preparation:
     num_proc: NumProc
     streaming: bool
     progress: Progress | None
+    now: datetime
 
     def run(self, cache_key: str, sources: Sequence[Source], eval_sources: Sequence[Source]) -> Ready:
         """Prepare sources from the beginning and keep the result under a key of the cache."""
@@ -200,8 +238,9 @@ class _Preparation:
             # Held-out rows are a share of the training sources' rows, or all rows of sources of their own.
             # Weights between 0 and 1 take a column; 0 and 1 are in the labels.
             weighted = 0 < self.section.prompt_weight < 1
-            train = Part(SequenceWriter(folder / TRAIN, weighted=weighted))
-            held_out = Part(SequenceWriter(folder / EVAL, weighted=weighted)) if self.section.has_eval_rows else None
+            compares = self.section.has_eval_rows
+            train = Part(SequenceWriter(folder / TRAIN, weighted=weighted), compares)
+            held_out = Part(SequenceWriter(folder / EVAL, weighted=weighted), compares) if compares else None
             found = self._read(sources, train, held_out if self.section.eval_fraction is not None else None)
             found_eval = self._read(eval_sources, held_out) if held_out is not None else []
             for part in (train, held_out):
@@ -210,14 +249,18 @@ class _Preparation:
             eos = self.tokenizer.eos_token
             # The tokenizer's own end token ends a response too, whatever the templates write.
             ends = {facts["end"] for facts in found + found_eval if facts["end"] is not None} | {eos}
+            overlap, near = held_out.rows_in(train) if held_out else (0, 0)
             state: State = {
                 "train": train.tally.to_dict(),
                 "train_sha256": train.digest.hexdigest(),
+                "train_tokens_sha256": train.tokens.hexdigest(),
                 "eval": held_out.tally.to_dict() if held_out else None,
                 "eval_sha256": held_out.digest.hexdigest() if held_out else None,
+                "eval_tokens_sha256": held_out.tokens.hexdigest() if held_out else None,
                 "sources": found,
                 "eval_sources": found_eval,
-                "overlap": held_out.num_rows_in(train) if held_out else 0,
+                "overlap": overlap,
+                "near": near,
                 "stop_token_ids": sorted(map(self._id_of, ends)),
                 "eos_token": eos,
             }
@@ -239,7 +282,7 @@ class _Preparation:
         for index, source in enumerate(sources):
             format, rows = _with_format(source, streaming=self.streaming)
             # A worker for each source, since the format and the template may differ.
-            worker = RowWorker(self.tokenizer, format, source.prompt_template, self.section)
+            worker = RowWorker(self.tokenizer, format, source.prompt_template, self.section, self.now)
             prefix = f"{Path(source.path).name}, " if len(sources) > 1 else ""
             count = 0
             for outcomes in map_rows(worker, rows, self.num_proc):
@@ -317,17 +360,21 @@ class Part:
 
     Attributes:
         writer: Writes the sequences.
+        compares: Whether to keep what `rows_in` compares.
         tally: Counts the rows.
-        first_rows: Hash of a row's content, to the (source, number) of the first row with that content.
-        used: Content hashes of the rows that are used at all.
-        digest: SHA-256 over all content hashes, in order.
+        first_rows: What a row became, to the (source, number) of the first row that became the same.
+        used: Of every row that is used at all: the digests of its sequences, and the hash of its request.
+        digest: SHA-256 over what the rows say, in order.
+        tokens: SHA-256 over the tokens of the sequences, and which of them are trained, in order.
     """
 
     writer: SequenceWriter
+    compares: bool = False
     tally: Tally = field(default_factory=Tally)
     first_rows: dict[bytes, tuple[int, int]] = field(default_factory=dict)
-    used: Counter[bytes] = field(default_factory=Counter)
+    used: list[tuple[tuple[bytes, ...], bytes | None]] = field(default_factory=list)
     digest: Any = field(default_factory=hashlib.sha256)
+    tokens: Any = field(default_factory=hashlib.sha256)
 
     def add(self, outcomes: Sequence[tuple[Outcome, int]], source: int, prefix: str) -> None:
         """Add rows of one source, each with its uses per epoch; ``prefix`` goes before their places in messages."""
@@ -335,22 +382,31 @@ class Part:
         for outcome, times in outcomes:
             self.tally.add(outcome.placed(prefix), self._earlier(outcome, source), times)
             # With a weight below 1 a row may not be used at all, and then it is none that a held-out row repeats.
-            if outcome.hash is not None and times:
-                self.used[outcome.hash] += 1
+            if self.compares and outcome.sums and times:
+                self.used.append((outcome.sums, outcome.prompt))
+            for found in outcome.sums * times:
+                self.tokens.update(found)
             sequences += list(outcome.sequences) * times
             rows += [outcome.number] * (len(outcome.sequences) * times)
         self.writer.write(sequences, source, rows)
 
-    def num_rows_in(self, other: Part) -> int:
-        """Count the rows whose content another part has as well."""
-        return sum(count for said, count in self.used.items() if said in other.used)
+    def rows_in(self, other: Part) -> tuple[int, int]:
+        """Count the rows of which another part has a sequence, and the others that begin with a request of its rows."""
+        sequences = {found for sums, _ in other.used for found in sums}
+        requests = {prompt for _, prompt in other.used if prompt is not None}
+        same = [any(found in sequences for found in sums) for sums, _ in self.used]
+        near = [prompt in requests for _, prompt in self.used]
+        return sum(same), sum(is_near and not is_same for is_near, is_same in zip(near, same, strict=True))
 
     def _earlier(self, outcome: Outcome, source: int) -> str | None:
-        """Return the earlier row with the same content, in words; None for the first of its content."""
+        """Return the earlier row that became the same, in words; None for the first of its kind."""
         if outcome.hash is None:
             return None
         self.digest.update(outcome.hash)
-        first = self.first_rows.setdefault(outcome.hash, (source, outcome.number))
+        # By what is trained: an id or a date that no template writes makes no other row. One that is left out became
+        # nothing, and is known by what it says.
+        became = b"".join(outcome.sums) or outcome.hash
+        first = self.first_rows.setdefault(became, (source, outcome.number))
         if first == (source, outcome.number):
             return None
         return f"row {first[1]}" + (f" of source {first[0] + 1}" if first[0] != source else "")

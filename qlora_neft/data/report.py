@@ -46,7 +46,8 @@ class Histogram(TypedDict):
 class PartReport(TypedDict):
     """One part of the data, training or held out, in numbers.
 
-    ``rows`` are sequences and ``source_rows`` the rows they were made from; ``sha256`` is that of the rows' contents.
+    ``rows`` are sequences and ``source_rows`` the rows they were made from; ``sha256`` is that of the rows' contents,
+    ``tokens_sha256`` that of their tokens and which of them are trained.
     ``padding_waste`` comes with the plan of a run, see `padding_waste`.
     """
 
@@ -69,6 +70,7 @@ class PartReport(TypedDict):
     lengths: dict[str, float | int | None]
     histogram: Histogram
     sha256: str
+    tokens_sha256: str
     padding_waste: NotRequired[dict[str, float]]
 
 
@@ -97,15 +99,17 @@ def data_report(state: State, train: Dataset, held_out: Dataset | None, section:
         section: The recipe's data section, with the shares of rows it allows to be cut, left out or repeated.
     """
     tally = Tally.from_dict(state["train"])
-    described = _part(train, tally, state["train_sha256"])
+    described = _part(train, tally, state["train_sha256"], state["train_tokens_sha256"])
     key = _named("data.path", state["sources"])
     problems = find_problems(tally, section, key)
     warnings = find_warnings(tally, section, key) + _warnings_on_ends(state)
     eval_described = None
     if held_out is not None:
-        assert state["eval"] is not None and state["eval_sha256"] is not None  # stored with the held-out sequences
+        # Stored with the held-out sequences.
+        assert state["eval"] is not None and state["eval_sha256"] is not None
+        assert state["eval_tokens_sha256"] is not None
         eval_tally = Tally.from_dict(state["eval"])
-        eval_described = _part(held_out, eval_tally, state["eval_sha256"])
+        eval_described = _part(held_out, eval_tally, state["eval_sha256"], state["eval_tokens_sha256"])
         # Held out as a share, the rows are of the training rows' source, whose problems are stated already.
         if section.eval_fraction is None:
             eval_key = _named("data.eval_path", state["eval_sources"])
@@ -117,11 +121,7 @@ def data_report(state: State, train: Dataset, held_out: Dataset | None, section:
                 f"data.eval_fraction: {section.eval_fraction:g} of {tally.rows + eval_tally.rows} rows leaves no "
                 "rows on one side. Give more rows or another fraction."
             )
-        if state["overlap"]:
-            warnings.append(
-                f"data.eval_path: {state['overlap']:,} held-out rows are training rows as well; the held-out loss is "
-                "too good by them."
-            )
+        warnings += _warnings_on_overlap(state, section)
     return {
         "report_version": REPORT_VERSION,
         "rows": described["rows"],
@@ -146,12 +146,25 @@ def _warnings_on_ends(state: State) -> list[str]:
     ]
 
 
+def _warnings_on_overlap(state: State, section: Data) -> list[str]:
+    """Return what makes the held-out loss look better than it is."""
+    key = "data.eval_path" if section.eval_path else "data.eval_split" if section.eval_split else "data.eval_fraction"
+    found = []
+    if same := state["overlap"]:
+        rows = "1 held-out row is a training row" if same == 1 else f"{same:,} held-out rows are training rows"
+        found.append(f"{key}: {rows} as well; the held-out loss is too good by {'it' if same == 1 else 'them'}.")
+    if near := state["near"]:
+        rows, go = ("1 held-out row begins", "goes") if near == 1 else (f"{near:,} held-out rows begin", "go")
+        found.append(f"{key}: {rows} with the request of a training row and {go} on otherwise.")
+    return found
+
+
 def _named(key: str, sources: Sequence[SourceFacts]) -> str:
     return f"{key}: {sources[0]['path']!r}" if len(sources) == 1 else key
 
 
-def _part(dataset: Dataset, tally: Tally, sha256: str) -> PartReport:
-    """Return the numbers of one part of the data; ``sha256`` is that of its rows' contents."""
+def _part(dataset: Dataset, tally: Tally, sha256: str, tokens_sha256: str) -> PartReport:
+    """Return the numbers of one part of the data; the hashes are those of its rows' contents and of their tokens."""
     lengths = sequence_lengths(dataset)
     truncated = tally.finding("truncated").count
     return {
@@ -174,6 +187,7 @@ def _part(dataset: Dataset, tally: Tally, sha256: str) -> PartReport:
         "lengths": percentiles(lengths),
         "histogram": histogram(lengths),
         "sha256": sha256,
+        "tokens_sha256": tokens_sha256,
     }
 
 

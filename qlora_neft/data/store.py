@@ -7,29 +7,26 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TypedDict
 
 import datasets.config
 import numpy as np
 import pyarrow as pa
-import tokenizers
 from datasets import Dataset
 
-from ..files import put_folder, read_json, sha256_of_text
+from ..files import SEAL, is_whole, new_held, put_folder, read_json, sealed, sha256_of_file, sweep, write_json
 from ..steps import LOSS_WEIGHTS
 from .encode import Encoded
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 STATE = "state.json"
-VERSION = 4  # of the preparation; raise it when the same rows would give other sequences
+PREFIX = "qlora_neft-"  # of folders outside the cache
 COLUMNS = ("input_ids", "labels", "source", "row")  # and loss_weights, where a token counts for less than 1
 _SCHEMA = pa.schema(
     [
@@ -79,16 +76,20 @@ class TallyRecord(TypedDict):
 class State(TypedDict):
     """Everything known of prepared data but its sequences: the content of ``state.json``.
 
-    ``overlap`` counts the held-out rows that are training rows as well.
+    The hashes are of what the rows say, and of the tokens they became. ``overlap`` counts the held-out rows that are
+    training rows as well, ``near`` those that begin with a training row's request and go on otherwise.
     """
 
     train: TallyRecord
     train_sha256: str
+    train_tokens_sha256: str
     eval: TallyRecord | None
     eval_sha256: str | None
+    eval_tokens_sha256: str | None
     sources: list[SourceFacts]
     eval_sources: list[SourceFacts]
     overlap: int
+    near: int
     stop_token_ids: list[int]
     eos_token: str
 
@@ -142,57 +143,64 @@ def _lists(arrays: Sequence[np.ndarray]) -> pa.Array:
 
 # ---- The cache ----
 
+_held_to_the_end = contextlib.ExitStack()
+
 
 def cache_root() -> Path:
     """Return the folder of prepared data, inside the cache of `datasets` (``HF_DATASETS_CACHE``). Safe to delete."""
     return Path(datasets.config.HF_DATASETS_CACHE) / "qlora_neft"
 
 
-def fingerprint(parts: dict[str, Any]) -> str:
-    """Return the SHA-256 of plain values and of the versions of what prepares them, as hex."""
-    # Another version of tokenizers may cut the same text into other tokens.
-    text = json.dumps({"version": VERSION, "tokenizers": tokenizers.__version__, **parts}, sort_keys=True, default=str)
-    return sha256_of_text(text)
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the SHA-256 of all that decides a tokenizer's output, as hex."""
-    if tokenizer.is_fast:
-        model = json.loads(tokenizer.backend_tokenizer.to_str())
-        # State, not settings: what the tokenizer was last asked to pad or cut.
-        model.pop("padding", None)
-        model.pop("truncation", None)
-    else:
-        model = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return fingerprint({"model": model, "special": special, "chat_template": tokenizer.chat_template})
-
-
 def load_state(key: str) -> tuple[Path, State] | None:
-    """Return the folder and the state of prepared data, None if there is none or it cannot be read."""
+    """Return the folder and the state of prepared data, None if there is none or it is damaged.
+
+    Every file is hashed, about half a second for a gigabyte: a page that a power cut left as zeros reads as tokens like
+    any other.
+    """
     folder = cache_root() / key
     try:
-        return folder, read_json(folder / STATE)
-    except (OSError, ValueError):
+        content = read_json(folder / STATE)
+        if not isinstance(content, dict) or SEAL not in content or not is_whole(content):
+            return None
+        if any(sha256_of_file(folder / name) != sha256 for name, sha256 in content["files"].items()):
+            return None
+        return folder, content["state"]
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
         return None
 
 
 @contextlib.contextmanager
 def new_folder(key: str) -> Generator[Path, None, None]:
-    """Yield a folder to prepare data in, for `keep`; remove it after an exception."""
+    """Yield a folder to prepare data in, for `keep`; remove it after an exception, and what killed ones left."""
     root = cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)
+        sweep(_unfinished(root))
         # Inside the cache, so that `keep` can rename it: a rename is atomic within one file system.
-        folder = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=root))
+        folder = root / f".{key[:16]}-{secrets.token_hex(8)}"
+        holding = contextlib.ExitStack()
+        holding.enter_context(new_held(folder))
     except OSError:  # the cache is not writable: prepare for this run alone
-        folder = Path(tempfile.mkdtemp(prefix="qlora_neft-"))
+        sweep(_unfinished(Path(tempfile.gettempdir())))
+        folder = Path(tempfile.gettempdir(), f"{PREFIX}{secrets.token_hex(8)}")
+        holding = _held_to_the_end  # this run reads it as long as it lives
+        holding.enter_context(new_held(folder))
+        folder.chmod(0o700)  # others may look into the temporary folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        if holding is not _held_to_the_end:
+            holding.close()
+
+
+def _unfinished(root: Path) -> list[Path]:
+    """Return the folders in which data is, or was, being prepared."""
+    pattern = re.compile(rf"(\.[0-9a-f]{{16}}-|\.[0-9a-f]{{64}}\.replaced-|{PREFIX}).+")
+    return [path for path in root.iterdir() if pattern.fullmatch(path.name)]
 
 
 def keep(folder: Path, key: str, state: State) -> Path:
@@ -201,7 +209,8 @@ def keep(folder: Path, key: str, state: State) -> Path:
     Returns:
         Where the data is: in the cache, or still in ``folder`` if the cache is not writable.
     """
-    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+    files = {path.name: sha256_of_file(path) for path in sorted(folder.iterdir())}
+    write_json(folder / STATE, sealed({"files": files, "state": state}))
     target = cache_root() / key
     if folder.parent != target.parent:
         return folder

@@ -7,6 +7,7 @@ byte as in the code the template comes from.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +15,7 @@ from ..errors import UserInputError
 from ..paths import JINJA_SUFFIXES
 from .chat_template import ChatTemplate
 from .examples import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, Rendered, as_dialogue
+from .template_date import dated, with_date
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -180,22 +182,24 @@ class JinjaTemplate(_OneSequence):
         return self.chat.prompt(messages)
 
 
-def make_template(name: str, format: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+def make_template(name: str, format: str, tokenizer: PreTrainedTokenizerBase, now: datetime | None = None) -> Template:
     """Make the template that a recipe names.
 
     Args:
         name: ``auto``, one of `ALPACA_ENDINGS`, ``vicuna``, ``chat``, or the path of a Jinja file.
         format: The format of the rows, which decides what ``auto`` is.
         tokenizer: A tokenizer with an end token; for ``chat``, with a chat template.
+        now: The moment that a template reading today's date is to write; None for that of each rendering.
 
     Raises:
         UserInputError: If the file does not exist, or the template cannot be used.
     """
     name = resolve_template(name, format)
     if name == "chat":
-        return JinjaTemplate(ChatTemplate(tokenizer))
+        return JinjaTemplate(ChatTemplate(tokenizer if now is None else with_date(tokenizer, now)))
     if name.endswith(JINJA_SUFFIXES):
-        return JinjaTemplate(ChatTemplate(tokenizer, read_jinja(name), name))
+        text = read_jinja(name)
+        return JinjaTemplate(ChatTemplate(tokenizer, text if now is None else dated(text, now), name))
     # These end a response with the tokenizer's own end token, as the code they are from does.
     if name in ALPACA_ENDINGS:
         return AlpacaTemplate(tokenizer.eos_token, name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 from ..recipe.schema import Data
 from .cut import cut_parts, cut_to_length, split_into_chunks
 from .encode import Encoded, Encoder
-from .examples import BadRow, Dialogue, EmptyRow, Example, Piece, Rendered, content_hash
+from .examples import BadRow, Dialogue, EmptyRow, Example, Piece, Rendered, content_hash, prompt_hash
 from .formats import to_example
 from .sources import Row
 from .templates import make_template
@@ -39,6 +40,8 @@ class Outcome:
         number, place: The row's, see `Row`.
         hash: Hash of the row's content, None if it could not be read.
         sequences: Sequences to train on; empty if the row is left out.
+        sums: The digest of each sequence.
+        prompt: Hash of the request it begins with, None without one.
         problem: Why it is left out: `BAD`, `EMPTY`, `UNFIT`, `NO_ROOM` or `ONLY_END`.
         reason: The same in words.
         num_ended: Sequences whose last response ends with a trained end token.
@@ -53,6 +56,8 @@ class Outcome:
     place: str
     hash: bytes | None = None
     sequences: tuple[Encoded, ...] = ()
+    sums: tuple[bytes, ...] = ()
+    prompt: bytes | None = None
     problem: str | None = None
     reason: str = ""
     num_ended: int = 0
@@ -83,11 +88,19 @@ class RowWorker:
         format: One of `formats.REQUIRED_COLUMNS`.
         prompt_template: See `make_template`.
         section: The recipe's data section: how long sequences are, what is trained, what is cut or split.
+        now: The moment that a template reading today's date writes; None for that of each rendering.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, format: str, prompt_template: str, section: Data) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        format: str,
+        prompt_template: str,
+        section: Data,
+        now: datetime | None = None,
+    ) -> None:
         self.format, self.section = format, section
-        self.template = make_template(prompt_template, format, tokenizer)
+        self.template = make_template(prompt_template, format, tokenizer, now)
         self.encoder = Encoder(tokenizer, adds_special_tokens=self.template.adds_special_tokens)
         self.end_id = None if self.template.end is None else tokenizer.convert_tokens_to_ids(self.template.end)
         self._ends = {tokenizer.eos_token_id, self.end_id}
@@ -144,13 +157,16 @@ class RowWorker:
         if kept and all(self._trains_only_the_end(sequence) for sequence, _ in kept):
             return _left_out(row, ONLY_END, "only the end token of the response would be trained")
         marks |= {"replacement"} if "\ufffd" in _text_of(example) else set()
+        sequences = tuple(self._weighted(sequence) for sequence, _ in kept)
         marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed} | rendered.marks
         reason = f"{max(len(e.ids) for e in found)} tokens, none of the response within {self.section.max_length}"
         return Outcome(
             row.number,
             row.place,
             content_hash(example),
-            tuple(self._weighted(sequence) for sequence, _ in kept),
+            sequences,
+            tuple(sequence.digest() for sequence in sequences),
+            prompt_hash(example),
             problem=None if kept else NO_ROOM,
             reason="" if kept else reason,
             # On the sequences before prompts are trained as well.

@@ -142,6 +142,7 @@ class Rows(Record):
     rows: int
     tokens: int
     sha256: str
+    tokens_sha256: str | None = None
     source_rows: int | None = None
     trained_tokens: int | None = None
     share_trained: float | None = None

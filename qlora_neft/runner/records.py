@@ -16,7 +16,7 @@ from ..base.lora import count_parameters, count_trainable
 from ..data.prepare import PreparedData
 from ..display.console import title
 from ..display.plots import plot_lengths, plot_losses
-from ..files import finite, sha256_of_text, write_json, write_text
+from ..files import finite, sealed, sha256_of_text, write_json, write_text
 from ..generation.answers import Answer
 from ..run_folder.metrics import MetricsFile, hardware, peak_memory, versions
 from ..run_folder.mirror import Mirror
@@ -114,7 +114,7 @@ def open_records(run: Run, beginning: Beginning, about: dict[str, Any], before: 
     metrics.keep_up_to(step)  # what an interrupted run logged beyond its checkpoint will be logged again
     # First: a folder with run.json is a run that can be continued, one with recipe.yaml alone is refused.
     write_run_file(output_dir, about)
-    write_text(output_dir / RECIPE_FILE, recipe.to_yaml())
+    write_text(output_dir / RECIPE_FILE, recipe.to_yaml(), synced=True)
     report = report_of(recipe, run.data, run.plan)
     write_json(output_dir / DATA_REPORT_FILE, report)
     plot_lengths(report, output_dir / "lengths.png", title(recipe))
@@ -185,7 +185,7 @@ def summary_of(
     peak = peak_memory(trainer.args.device)  # so late that the last measurement is in it
     num_trained = count_trainable(trainer.model)
     in_full = run.recipe.trains_all
-    return {
+    summary = {
         **facts_of_run(run),
         "status": "done",
         "steps": trainer.state.global_step,
@@ -209,6 +209,7 @@ def summary_of(
         "peak_memory": peak,
         "memory": _memory(run.plan, peak),
     }
+    return sealed(summary)
 
 
 def _base_parameters(trainer: QLoRANeftTrainer) -> int:
@@ -231,5 +232,7 @@ def _memory(plan: RunPlan, peak: dict[str, int]) -> dict[str, Any]:
 def write_result(run: Run, after: Measurement, summary: dict[str, Any]) -> None:
     """Write answers and summary; a folder with a summary is a finished run."""
     if is_main_process():
-        write_json(run.output_dir / ANSWERS_FILE, {"answers": [dataclasses.asdict(answer) for answer in after.answers]})
-        write_json(run.output_dir / SUMMARY_FILE, summary)  # last: its presence says that all the others are there
+        answers = {"answers": [dataclasses.asdict(answer) for answer in after.answers]}
+        write_json(run.output_dir / ANSWERS_FILE, answers, synced=True)
+        # Last: its presence says that all the others are there.
+        write_json(run.output_dir / SUMMARY_FILE, summary, synced=True)

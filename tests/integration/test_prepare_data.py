@@ -191,10 +191,30 @@ def replaced(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
+def overwritten(name, place, content):
+    """Writes over a share of the way into a file, which keeps its size."""
+
+    def damage(folder):
+        path = folder / name
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.seek(int(size * place))
+            file.write(content[: size - file.tell()])
+
+    return damage
+
+
 DAMAGES = {
     **{f"train {share}": cut_file("train.arrow", share) for share in (0.0, 0.02, 0.3, 0.7, 0.99)},
     **{f"state {text!r}": replaced("state.json", text) for text in ("", "{", "[]", "null", "{}", '{"train": 1}')},
     "train shorter": without_its_last_batch,
+    # Arrow reads these without an error.
+    "a token of train": overwritten("train.arrow", 0.5, b"\x01"),
+    "a page of train": overwritten("train.arrow", 0.4, bytes(4096)),
+    "half of eval": overwritten("eval.arrow", 0.5, bytes(10**6)),
+    "a number of state": lambda folder: (folder / "state.json").write_text(
+        (folder / "state.json").read_text().replace('"ended": ', '"ended": 1')
+    ),
     "train gone": lambda folder: (folder / "train.arrow").unlink(),
     "eval gone": lambda folder: (folder / "eval.arrow").unlink(),
     "state gone": lambda folder: (folder / "state.json").unlink(),

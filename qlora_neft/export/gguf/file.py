@@ -107,7 +107,7 @@ def _new_file(path: Path) -> Generator[Path, None, None]:
         raise UserInputError(f"OUT: there is no folder {str(path.parent)!r}. Make it first.")
     try:
         # Only here an OSError is the disk's; the checks above speak of the path.
-        with whole_file(path) as draft:
+        with whole_file(path, synced=True) as draft:
             yield draft
     except PermissionError as error:
         raise UserInputError(f"OUT: {str(path)!r} cannot be written ({error.strerror}).") from error

@@ -91,7 +91,7 @@ def build_folder(folder: AdapterFolder, output: Path, export: Export) -> str:
     check_names(folder)  # nobody could use an adapter that is not whole
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with whole_folder(output) as draft:
+        with whole_folder(output, synced=True) as draft:
             return _fill(draft, folder, export)
     except OSError as error:
         raise UserInputError(

@@ -14,7 +14,7 @@ from ...base.checkpoint import ShardWriter
 from ...base.nf4 import nf4_config
 from ...base.precision import resolve_precision
 from ...errors import RunFailed, UserInputError
-from ...files import failing_with_the_disk, put_folder, read_json, write_json
+from ...files import failing_with_the_disk, put_folder, read_json, sync, sync_all, write_json
 from ...paths import kind_of
 from ...recipe.schema import Quantization
 from ...run_folder.lock import LOCK
@@ -230,9 +230,11 @@ def _put(draft: Path, place: Path) -> None:
         RunFailed: If something has taken that name meanwhile.
     """
     try:
+        sync_all(draft)  # on the disk before it has its name
         if (place / REPORT).is_file():  # an earlier merge that failed
-            put_folder(draft, place)
+            put_folder(draft, place, synced=True)
         else:
             draft.rename(place)  # fails on a folder that holds something
+            sync(place.parent)
     except OSError as error:
         raise RunFailed(f"{str(place)!r} cannot be put there ({error}). The merged model is in {draft}.") from error
