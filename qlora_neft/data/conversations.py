@@ -1,53 +1,94 @@
-"""Read conversations: OpenAI's messages, and ShareGPT's turns in their usual spellings."""
+"""Read conversations: OpenAI's messages, ShareGPT's turns in their usual spellings, and TRL's prompt and completion."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from .examples import BadRow, Dialogue, EmptyRow, Example, Message
-from .values import shown, text_of
+from .examples import BadRow, Dialogue, EmptyRow
+from .messages import MARKED_OTHERS, THOUGHT, Read, is_message, joined, read_message, with_thought
+from .tool_calls import read_tools
+from .values import from_json, is_blank, shown, text_of
 
-# Names of speakers in shared conversations, as published data sets spell them.
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-}
-MESSAGE_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Turns in which one object holds a request and its response, by the names of the two.
+PAIRS = (("input", "output"), ("user", "assistant"), ("human", "assistant"), ("human", "gpt"), ("question", "answer"))
 
 
-def read_messages(row: Mapping[str, Any]) -> tuple[Example, int]:
-    column = "messages" if row.get("messages") is not None or "conversations" not in row else "conversations"
-    turns = _turns(row.get(column), column)
-    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
-    kept = _up_to_the_last_response(messages)
-    return Dialogue(tuple(kept), _tools(row.get("tools"))), len(messages) - len(kept)
+class Conversation(NamedTuple):
+    """A row's conversation.
+
+    Attributes:
+        dialogue: What is trained.
+        left_out: Number of turns left out before the first request (of a shared conversation) or after the last
+            response.
+        extra: Keys of its messages that are none of OpenAI's.
+        marks: What is suspicious about it, see `gate.SUSPICIOUS`.
+    """
+
+    dialogue: Dialogue
+    left_out: int = 0
+    extra: frozenset[str] = frozenset()
+    marks: frozenset[str] = frozenset()
 
 
-def read_shared(row: Mapping[str, Any]) -> tuple[Example, int]:
-    turns = _turns(row.get("conversations"), "conversations")
-    messages: list[Message] = [_shared_turn(turn, number) for number, turn in enumerate(turns, start=1)]
-    if row.get("system"):
-        messages.insert(0, {"role": "system", "content": text_of(row["system"], "system")})
-    # A conversation may begin with a greeting of the model's, which answers no request.
-    head = [m for m in messages[:1] if m["role"] == "system"]
-    body = messages[len(head) :]
-    first = next((i for i, message in enumerate(body) if message["role"] == "user"), len(body))
-    kept = _up_to_the_last_response([*head, *body[first:]])
-    return Dialogue(tuple(kept), _tools(row.get("tools"))), len(messages) - len(kept)
+def read_conversation(
+    row: Mapping[str, Any], column: str, roles: Mapping[str, str], *, shared: bool = False
+) -> Conversation:
+    """Read the conversation in one column of a row, with the row's ``system`` and ``tools``.
+
+    Args:
+        row: Values by name of column.
+        column: Where the turns are: a list, or JSON text of one.
+        roles: The user's names of speakers.
+        shared: Whether the turns are shared from a chat page: what stands before the first request, such as a greeting,
+            is left out, as in FastChat's training code.
+
+    Raises:
+        BadRow: If it is not a conversation.
+        EmptyRow: If there is no response in it to learn from.
+    """
+    tools = read_tools(row.get("tools"))
+    reads = _reads(turns_of(row.get(column), column), roles, tools or (), shared=shared)
+    reads = _with_system(reads, row.get("system"), column)
+    return _conversation(reads, tools, shared=shared)
 
 
-def _turns(value: Any, column: str) -> list[Mapping[str, Any]]:
+def read_prompted(row: Mapping[str, Any], roles: Mapping[str, str]) -> Conversation:
+    """Read TRL's conversational prompt and completion: the prompt's responses are not trained.
+
+    Raises:
+        BadRow, EmptyRow: As `read_conversation`.
+    """
+    tools = read_tools(row.get("tools"))
+    prompt, completion = _listed(row.get("prompt"), "user"), _listed(row.get("completion"), "assistant")
+    asked = _reads(turns_of(prompt, "prompt"), roles, tools or ())
+    answered = _reads(turns_of(completion, "completion"), roles, tools or (), after=len(asked))
+    asked = [replace(read, trained=False) if read.message["role"] == "assistant" else read for read in asked]
+    reads = [*asked, *answered]
+    return _conversation(_with_system(reads, row.get("system"), "prompt"), tools)
+
+
+def speaks_openai(rows: Iterable[Mapping[str, Any]], column: str) -> bool:
+    """Tell whether the first conversation of some rows has ``role`` for who speaks, not ShareGPT's ``from``."""
+    value = next((row[column] for row in rows if not is_blank(row.get(column))), None)
+    try:
+        turns = turns_of(value, column)
+    except BadRow:
+        return False
+    return any("role" in turn and turn.get("from") is None for turn in turns)
+
+
+def turns_of(value: Any, column: str) -> list[Mapping[str, Any]]:
+    """Return the turns in a column: a list of objects, or JSON text of one.
+
+    Raises:
+        BadRow: If it holds anything else.
+        EmptyRow: If there are none.
+    """
+    # A cell of a CSV file is text.
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = from_json(value, column)
     if not isinstance(value, list | tuple):
         raise BadRow(f"{column} is {shown(value)}, not a list of turns")
     for number, turn in enumerate(value, start=1):
@@ -55,68 +96,101 @@ def _turns(value: Any, column: str) -> list[Mapping[str, Any]]:
             raise BadRow(f"{column}, turn {number}, is {shown(turn)}, not an object with named fields")
     if not value:
         raise EmptyRow(f"{column} has no turns")
-    return list(value)
+    return [turn for value in value for turn in _unpaired(value)]
 
 
-def _message(turn: Mapping[str, Any], number: int) -> Message:
-    """Read one message as OpenAI spells it, without the absent fields that tables store as null."""
-    role = turn.get("role")
-    if role not in MESSAGE_ROLES:
-        raise BadRow(f"turn {number}: role is {shown(role)}, not one of {', '.join(MESSAGE_ROLES)}")
-    message = {name: value for name, value in turn.items() if value is not None}
-    calls = role == "assistant" and message.get("tool_calls")
-    content = message.get("content")
-    # A call comes without words (null), and many templates cannot join null to text.
-    if calls and not content:
-        return {**message, "content": ""}
-    if isinstance(content, list):  # parts
-        message["content"] = _joined_parts(content, number)
-    else:
-        text_of(content, f"turn {number}: content")
-    return _checked(message, number)
+def are_turns(value: Any) -> bool:
+    """Tell whether a value is a list of messages, or JSON text of one."""
+    if isinstance(value, str) and value.lstrip().startswith("[") and value.rstrip().endswith("]"):
+        try:
+            value = from_json(value, "")
+        except BadRow:
+            return False
+    return isinstance(value, list | tuple) and bool(value) and all(map(is_message, value))
 
 
-def _shared_turn(turn: Mapping[str, Any], number: int) -> Message:
-    speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if not isinstance(speaker, str) or speaker not in ROLES:
-        raise BadRow(f"turn {number}: from is {shown(speaker)}, not one of {', '.join(ROLES)}")
-    return _checked({"role": ROLES[speaker], "content": text_of(text, f"turn {number}: value")}, number)
+def _unpaired(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if is_message(turn):
+        return [turn]
+    for asked, answered in PAIRS:
+        if isinstance(turn.get(asked), str) and isinstance(turn.get(answered), str):
+            rest = {key: value for key, value in turn.items() if key not in (asked, answered)}
+            return [{"role": "user", "content": turn[asked]}, {**rest, "role": "assistant", "content": turn[answered]}]
+    return [turn]
 
 
-def _checked(message: Message, number: int) -> Message:
-    if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
-        raise EmptyRow(f"turn {number}: the response is blank")
-    return message
+def _listed(value: Any, role: str) -> Any:
+    """Return turns as they are, and a text as one turn."""
+    return [{"role": role, "content": value}] if isinstance(value, str) and not are_turns(value) else value
 
 
-def _joined_parts(parts: list[Any], number: int) -> str:
-    if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
-        raise BadRow(f"turn {number}: content has parts that are not text")
-    return "".join(text_of(part.get("text"), f"turn {number}: content") for part in parts)
+def _reads(
+    turns: Sequence[Mapping[str, Any]],
+    roles: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]],
+    *,
+    shared: bool = False,
+    after: int = 0,
+) -> list[Read]:
+    """Read turns to messages: a call of its own joins the message before it, a thought the one after it."""
+    reads: list[Read] = []
+    thought: str | None = None
+    for number, turn in enumerate(turns, start=after + 1):
+        read, where = read_message(turn, number, roles, tools, shared=shared), f"turn {number}"
+        if read.message["role"] == THOUGHT:
+            if thought is not None:
+                raise BadRow(f"{where}: a second thought before the assistant's turn")
+            thought = read.message["content"]
+            continue
+        if thought is not None:
+            read, thought = with_thought(read, thought, where), None
+        before = reads[-1] if reads else None
+        if read.is_part and before is not None and before.message["role"] == "assistant":
+            reads[-1] = joined(before, read, where)
+        else:
+            reads.append(read)
+    if thought is not None:
+        raise BadRow("its last turn is a thought, with no response after it")
+    return reads
 
 
-def _up_to_the_last_response(messages: list[Message]) -> list[Message]:
-    """Drop the messages after the last response, which would train nothing."""
-    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+def _with_system(reads: list[Read], system: Any, column: str) -> list[Read]:
+    """Put the column ``system`` before a conversation."""
+    if is_blank(system):
+        return reads
+    said = text_of(system, "system")
+    if not reads[:1] or reads[0].message["role"] not in ("system", "developer"):
+        return [Read({"role": "system", "content": said}), *reads]
+    if reads[0].message["content"].strip() != said.strip():
+        raise BadRow(
+            f"has a system message in {column} and another one in the column system; data.columns={{system: null}} "
+            "leaves the column out"
+        )
+    return reads
+
+
+def _conversation(
+    reads: Sequence[Read], tools: tuple[Mapping[str, Any], ...] | None, *, shared: bool = False
+) -> Conversation:
+    count = len(reads)
+    if shared:
+        head = [read for read in reads[:1] if read.message["role"] in ("system", "developer")]
+        body = reads[len(head) :]
+        first = next((i for i, read in enumerate(body) if read.message["role"] == "user"), len(body))
+        reads = [*head, *body[first:]]
+    last = max((i for i, read in enumerate(reads) if read.message["role"] == "assistant"), default=None)
     if last is None:
         raise EmptyRow("has no response")
-    return messages[: last + 1]
-
-
-def _tools(value: Any) -> tuple[Mapping[str, Any], ...] | None:
-    # A column of a table has one type, so data sets store tools of different shapes as JSON text.
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:  # too many digits in a number give a ValueError
-            raise BadRow("tools is text that is not JSON") from error
-    if not value:
-        return None
-    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
-        raise BadRow(f"tools is {shown(value)}, not a list of function descriptions")
-    return tuple(value)
-
-
-def speaks_openai(rows: Iterable[Mapping[str, Any]]) -> bool:
-    turns = next((row["conversations"] for row in rows if isinstance(row.get("conversations"), list)), [])
-    return any(isinstance(turn, Mapping) and "role" in turn and "from" not in turn for turn in turns)
+    kept = reads[: last + 1]  # what comes after the last response would train nothing
+    trained = None
+    if any(read.trained is not None for read in kept):
+        trained = tuple(read.trained is not False for read in kept)
+        if not any(flag for flag, read in zip(trained, kept, strict=True) if read.message["role"] == "assistant"):
+            raise EmptyRow("has no response that is trained, by its own marks")
+    marked = any(read.trained for read in kept if read.message["role"] != "assistant")
+    return Conversation(
+        Dialogue(tuple(read.message for read in kept), tools, trained),
+        count - len(kept),
+        frozenset().union(*(read.extra for read in reads)),
+        frozenset({MARKED_OTHERS}) if marked else frozenset(),
+    )

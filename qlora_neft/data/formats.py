@@ -1,84 +1,152 @@
-"""The formats that rows come in, recognized by their columns, and the example that a row of each states."""
+"""The formats that rows come in, and the example that a row of each states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UserInputError
-from .conversations import read_messages, read_shared, speaks_openai
-from .examples import BadRow, EmptyRow, Example, Instruction, Passage
-from .values import text_of
+from .columns import Columns, find_columns, plain_columns
+from .conversations import Conversation, are_turns, read_conversation, read_prompted, speaks_openai
+from .examples import BadRow, Dialogue, EmptyRow, Example, Instruction, Passage, as_dialogue
+from .messages import REASONING
+from .values import from_json, is_blank, shown, text_of
 
-# Columns of each format. A source has the first format whose columns are all there.
-REQUIRED_COLUMNS = {
-    "alpaca": ("instruction", "output"),
-    "prompt-completion": ("prompt", "completion"),
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "text": ("text",),
-}
-COLUMNS_NAMED, LONGEST_NAME = 20, 40  # in messages
+# What makes a row of Alpaca's form a conversation, which Alpaca's own prompt has no place for.
+CONVERSATIONAL = ("system", "history", "reasoning")
 
 
-def detect_format(rows: Sequence[Mapping[str, Any]], key: str = "data.path", path: str | None = None) -> str:
-    """Return the format that fits the columns of some rows.
+@dataclass(frozen=True)
+class RowRead:
+    """A row read.
+
+    Attributes:
+        example: What it states.
+        turns_left_out: Those before the first request of a shared conversation (as in FastChat's training code), and
+            those after the last response.
+        marks: What is suspicious about it, see `gate.SUSPICIOUS`.
+        columns_not_read: Its columns that nothing is read from, except empty ones.
+        extra_keys: Keys of its messages that are none of OpenAI's; a template may read them.
+    """
+
+    example: Example
+    turns_left_out: int = 0
+    marks: frozenset[str] = frozenset()
+    columns_not_read: frozenset[str] = frozenset()
+    extra_keys: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads the rows of one source.
+
+    Attributes:
+        columns: Which of its columns is what.
+        roles: The user's names of speakers, to ours: ``data.roles``.
+        system_prompt: System message of the rows that have none: ``data.system_prompt``.
+        conversation: The template of conversations, if rows of a format whose own template has no place for them are
+            conversations: ``vicuna``, or ``chat`` for messages; None if they are not.
+    """
+
+    columns: Columns
+    roles: Mapping[str, str] = field(default_factory=dict)
+    system_prompt: str | None = None
+    conversation: str | None = None
+
+    @property
+    def format(self) -> str:
+        """One of `columns.REQUIRED_COLUMNS`."""
+        return self.columns.format
+
+    def template(self, stated: str) -> str:
+        """Return the prompt template for the rows: the stated one, unless that is ``auto`` and they are conversations
+        in the columns of single exchanges."""
+        return self.conversation or stated if stated == "auto" else stated
+
+    def read(self, row: Mapping[str, Any]) -> RowRead:
+        """Read one row.
+
+        Raises:
+            BadRow: If the row does not fit the format.
+            EmptyRow: If there is nothing to learn in it.
+        """
+        found = _READERS[self.format](self.columns.of(row), self.roles)
+        read = found if isinstance(found, Conversation) else Conversation(Dialogue(()))
+        example = read.dialogue if isinstance(found, Conversation) else found
+        if self.system_prompt is not None:
+            example = _with_system(example, self.system_prompt)
+        unread = self.columns.not_read(row)
+        return RowRead(
+            example,
+            read.left_out,
+            read.marks,
+            frozenset(name for name in unread if not is_blank(row[name])) if unread else frozenset(),
+            read.extra,
+        )
+
+
+def row_reader(
+    rows: Sequence[Mapping[str, Any]],
+    format: str = "auto",
+    columns: Mapping[str, str | None] | None = None,
+    roles: Mapping[str, str] | None = None,
+    system_prompt: str | None = None,
+    key: str = "data.path",
+    path: str | None = None,
+) -> RowReader:
+    """Find out how the rows of a source are to be read.
 
     Args:
-        rows: Rows of one source.
+        rows: Its first rows.
+        format: The format the recipe states, or ``auto``.
+        columns, roles, system_prompt: What the recipe says of the rows, see `recipe.data`.
         key: The name the caller wrote for the source, for messages.
         path: Where the rows are from, for messages.
 
     Raises:
-        UserInputError: If none fits.
+        UserInputError: If no format fits them, or the stated one does not.
     """
-    # Of all the rows looked at: in JSON, a row may omit what another one has.
-    columns = {str(name) for row in rows for name in row}
-    for name, required in REQUIRED_COLUMNS.items():
-        if columns >= set(required):
-            # Some data sets have OpenAI's messages in ShareGPT's column.
-            return "messages" if name == "sharegpt" and speaks_openai(rows) else name
-    forms = "; ".join(f"{name} needs {' and '.join(required)}" for name, required in REQUIRED_COLUMNS.items())
-    where = "" if path is None else f" in {path!r}"
-    raise UserInputError(f"{key}: the columns {_listed(columns)} fit no format: {forms}. Rename them{where}.")
+    found = find_columns(rows, format, columns, key, path)
+    # Some data sets have OpenAI's messages in ShareGPT's column.
+    if format == "auto" and found.format == "sharegpt":
+        [column] = [found.paths["conversations"]]
+        if speaks_openai([{"conversations": found.of(row).get("conversations")} for row in rows], "conversations"):
+            found = replace(found, format="messages", paths={**found.paths, "conversations": column})
+    if system_prompt is not None and found.format == "text":
+        raise UserInputError("data.system_prompt: plain text has no place for a system message. Remove it.")
+    values = [found.of(row) for row in rows]
+    return RowReader(found, dict(roles or {}), system_prompt, _conversation(found.format, values, system_prompt))
 
 
-def check_columns(rows: Sequence[Mapping[str, Any]], format: str, key: str = "data.path") -> None:
-    """Check that the columns of a stated format are there.
-
-    Raises:
-        UserInputError: If one is missing from all rows.
-    """
-    columns = {str(name) for row in rows for name in row}
-    required = REQUIRED_COLUMNS[format]
-    if format == "messages" and "conversations" in columns:  # as `detect_format` allows
-        return
-    if not columns >= set(required):
-        raise UserInputError(
-            f"data.format: {format} needs the columns {' and '.join(required)}, {key} has "
-            f"{_listed(columns)}. Rename them, or set data.format to what they are."
-        )
+def _conversation(format: str, rows: Sequence[Mapping[str, Any]], system_prompt: str | None) -> str | None:
+    if format not in ("alpaca", "prompt-completion"):  # whose templates have room
+        return None
+    if any(are_turns(row.get(name)) for row in rows for name in ("prompt", "completion")):
+        return "chat"
+    converse = system_prompt is not None or any(not is_blank(row.get(name)) for row in rows for name in CONVERSATIONAL)
+    return "vicuna" if converse else None
 
 
 def to_example(row: Mapping[str, Any], format: str) -> tuple[Example, int]:
-    """Read one row.
+    """Read one row whose columns have the format's own names.
 
     Args:
         row: Values by column name.
-        format: One of `REQUIRED_COLUMNS`.
+        format: One of `columns.REQUIRED_COLUMNS`.
 
     Returns:
-        The example, and how many turns were left out: those before the first request of a shared conversation (as
-        in FastChat's training code), and those after the last response.
+        The example, and how many turns were left out, see `RowRead`.
 
     Raises:
         BadRow: If the row does not fit the format.
         EmptyRow: If there is nothing to learn in it.
     """
-    return _READERS[format](row)
+    read = RowReader(plain_columns(format)).read(row)
+    return read.example, read.turns_left_out
 
 
-def _instruction(row: Mapping[str, Any]) -> tuple[Example, int]:
+def _instruction(row: Mapping[str, Any], roles: Mapping[str, str]) -> Example:
     # Missing or null means no input, as an empty text does.
     given = "" if row.get("input") is None else row["input"]
     example = Instruction(
@@ -88,44 +156,70 @@ def _instruction(row: Mapping[str, Any]) -> tuple[Example, int]:
         raise EmptyRow("instruction and input are blank")
     if not example.output.strip():
         raise EmptyRow("output is blank")
-    return example, 0
+    if all(is_blank(row.get(name)) for name in CONVERSATIONAL):
+        return example
+    # LLaMA-Factory's form: the exchanges before this one, whose responses it trains too.
+    request, response = as_dialogue(example).messages
+    if not is_blank(row.get("reasoning")):
+        response = {**response, REASONING: text_of(row["reasoning"], "reasoning")}
+    dialogue = Dialogue((*_history(row.get("history")), request, response))
+    return dialogue if is_blank(row.get("system")) else _with_system(dialogue, text_of(row["system"], "system"))
 
 
-def _prompt_completion(row: Mapping[str, Any]) -> tuple[Example, int]:
+def _history(value: Any) -> list[dict[str, str]]:
+    if is_blank(value):
+        return []
+    pairs = from_json(value, "history") if isinstance(value, str) else value
+    if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+        raise BadRow(f"history is {shown(value)}, not a list of pairs of request and response")
+    messages = []
+    for asked, answered in pairs:
+        messages.append({"role": "user", "content": text_of(asked, "history")})
+        messages.append({"role": "assistant", "content": text_of(answered, "history")})
+        if not answered.strip():
+            raise EmptyRow("a response of its history is blank")
+    return messages
+
+
+def _prompt_completion(row: Mapping[str, Any], roles: Mapping[str, str]) -> Example | Conversation:
     prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
-        # TRL does not train a prompt's responses, and a `Dialogue` trains them all: refuse rather than guess.
-        if any(isinstance(m, Mapping) and m.get("role") == "assistant" for m in prompt):
-            raise BadRow("prompt holds an assistant's message; put the whole conversation into one column, messages")
-        return read_messages({**row, "messages": [*prompt, *completion]})
+    if are_turns(prompt) or are_turns(completion):
+        return read_prompted(row, roles)
     example = Passage(text_of(prompt, "prompt"), text_of(completion, "completion"))
     if not example.completion.strip():
         raise EmptyRow("completion is blank")
-    return example, 0
+    return example if is_blank(row.get("system")) else _with_system(example, text_of(row["system"], "system"))
 
 
-def _plain_text(row: Mapping[str, Any]) -> tuple[Example, int]:
+def _plain_text(row: Mapping[str, Any], roles: Mapping[str, str]) -> Example:
     text = text_of(row.get("text"), "text")
     if not text.strip():
         raise EmptyRow("text is blank")
-    return Passage("", text), 0
+    return Passage("", text)
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any]], tuple[Example, int]]] = {
+def _messages(row: Mapping[str, Any], roles: Mapping[str, str]) -> Conversation:
+    column = "messages" if row.get("messages") is not None or "conversations" not in row else "conversations"
+    return read_conversation(row, column, roles)
+
+
+def _shared(row: Mapping[str, Any], roles: Mapping[str, str]) -> Conversation:
+    return read_conversation(row, "conversations", roles, shared=True)
+
+
+_READERS = {
     "alpaca": _instruction,
     "prompt-completion": _prompt_completion,
-    "messages": read_messages,
-    "sharegpt": read_shared,
+    "messages": _messages,
+    "sharegpt": _shared,
     "text": _plain_text,
 }
 
 
-def _listed(columns: Iterable[str]) -> str:
-    """List column names on one line, each cut short: in a table without a header they are a row of data."""
-    names = [name if name.isprintable() and len(name) <= LONGEST_NAME else _cut(name) for name in sorted(columns)]
-    more = len(names) - COLUMNS_NAMED
-    return ", ".join(names[:COLUMNS_NAMED] + [f"and {more} more"] * (more > 0)) or "(none)"
-
-
-def _cut(name: str) -> str:
-    return repr(name[:LONGEST_NAME] + "..." * (len(name) > LONGEST_NAME))
+def _with_system(example: Example, system: str) -> Example:
+    """Put a system message before an example, unless it has its own."""
+    dialogue = as_dialogue(example)
+    if dialogue.messages[0]["role"] in ("system", "developer"):
+        return example
+    trained = None if dialogue.trained is None else (False, *dialogue.trained)
+    return Dialogue(({"role": "system", "content": system}, *dialogue.messages), dialogue.tools, trained)

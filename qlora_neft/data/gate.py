@@ -31,6 +31,7 @@ SUSPICIOUS = {
     "off prompt": "in {n} a response stands behind other text than the prompt of generation: {p}.",
     "unended": "in {n} a response ends with no token that ends generation: {p}.",
     "prompt cut": "in {n} the prompt is cut at data.max_prompt_length: {p}.",
+    "marked others": "in {n} a message that is not the assistant's is marked as trained, and is not: {p}.",
     "duplicate": "{n} repeated: {p}.",
 }
 

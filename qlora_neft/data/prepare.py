@@ -18,7 +18,8 @@ from ..errors import RunFailed
 from ..paths import JINJA_SUFFIXES, shown_path
 from ..recipe.schema import Data
 from . import store
-from .formats import check_columns, detect_format
+from .columns import plain_columns
+from .formats import RowReader, row_reader
 from .gate import DataRefused, Tally
 from .identity import fingerprint, special_tokens, templates, tokenizer_parts
 from .parallel import map_rows
@@ -190,7 +191,8 @@ def _source_key(source: Source) -> list[Any]:
     # A file's name decides no sequence; it is here because the places of rows, which are stored with them, have it. The
     # folder it lies in is not: moved, it is the same data.
     named = "file" if _is_file(source.prompt_template) else source.prompt_template
-    return [Path(source.path).name, source_fingerprint(source), source.format, named, template, source.weight]
+    read = [source.format, dict(source.columns), dict(source.roles), source.system_prompt]
+    return [Path(source.path).name, source_fingerprint(source), read, named, template, source.weight]
 
 
 def _is_file(template: str) -> bool:
@@ -280,11 +282,12 @@ class _Preparation:
         """
         found: list[SourceFacts] = []
         for index, source in enumerate(sources):
-            format, rows = _with_format(source, streaming=self.streaming)
+            reader, rows = _with_reader(source, streaming=self.streaming)
             # A worker for each source, since the format and the template may differ.
-            worker = RowWorker(self.tokenizer, format, source.prompt_template, self.section, self.now)
+            template = reader.template(source.prompt_template)
+            worker = RowWorker(self.tokenizer, reader.format, template, self.section, self.now, reader)
             prefix = f"{Path(source.path).name}, " if len(sources) > 1 else ""
-            count = 0
+            count, unused = 0, _NotUsed()
             for outcomes in map_rows(worker, rows, self.num_proc):
                 # ``held_out`` is given only if it gets a share of these rows; otherwise none of them is held out.
                 share = self.section.eval_fraction if held_out is not None else None
@@ -293,24 +296,37 @@ class _Preparation:
                 if held_out is not None:
                     _write(held_out, out, index, prefix)
                 count += len(outcomes)
+                unused.add(outcomes)
                 if self.progress:
                     self.progress(len(outcomes))
-            found.append(_facts(source, format, count, worker.template.end))
+            found.append(_facts(source, reader, count, worker.template.end, unused))
         return found
 
 
-def _with_format(source: Source, *, streaming: bool) -> tuple[str, Iterator[Row]]:
-    """Return the format of a source's rows, stated or recognized by the first of them, and all rows."""
+def _with_reader(source: Source, *, streaming: bool) -> tuple[RowReader, Iterator[Row]]:
+    """Return how a source's rows are read, as the recipe says or as the first of them show, and all rows."""
     rows = read_rows(source, streaming=streaming)
     head = list(islice(rows, HEAD))
     readable = [row.values for row in head if row.values is not None]
-    format = source.format
-    if readable and format == "auto":
-        format = detect_format(readable, source.key, source.path)
-    elif readable:
-        check_columns(readable, format, f"{source.key}: {source.path!r}")
+    if readable:
+        said = (source.format, source.columns, source.roles, source.system_prompt)
+        return row_reader(readable, *said, source.key, source.path), chain(head, rows)
     # If no row can be read, any format will do: each row reports what is wrong with it.
-    return ("text" if format == "auto" else format), chain(head, rows)
+    return RowReader(plain_columns("text" if source.format == "auto" else source.format)), chain(head, rows)
+
+
+@dataclass
+class _NotUsed:
+    """Columns of a source, and keys of its messages, that nothing is read from."""
+
+    columns: set[str] = field(default_factory=set)
+    keys: set[str] = field(default_factory=set)
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Add those of some rows."""
+        for outcome in outcomes:
+            self.columns |= outcome.columns_not_used
+            self.keys |= outcome.keys_not_used
 
 
 def _divided(
@@ -343,14 +359,17 @@ def unit_interval(digest: bytes) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _facts(source: Source, format: str, rows: int, end: str | None) -> SourceFacts:
+def _facts(source: Source, reader: RowReader, rows: int, end: str | None, unused: _NotUsed) -> SourceFacts:
     return {
         "path": shown_path(source.path),
         "rows": rows,
-        "format": format,
-        "prompt_template": resolve_template(source.prompt_template, format),
+        "format": reader.format,
+        "prompt_template": resolve_template(reader.template(source.prompt_template), reader.format),
         "weight": source.weight,
         "end": end,
+        "shape": reader.columns.shape,
+        "columns_not_used": sorted(unused.columns),
+        "keys_not_used": sorted(unused.keys),
     }
 
 

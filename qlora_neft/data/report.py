@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from ..recipe.schema import Data
 from ..steps.batch import split_rows
+from .columns import listed
 from .gate import Tally, find_problems, find_warnings
 from .store import SourceFacts, State
 from .worker import EMPTY, NO_ROOM, ONLY_END, UNFIT
@@ -103,6 +104,7 @@ def data_report(state: State, train: Dataset, held_out: Dataset | None, section:
     key = _named("data.path", state["sources"])
     problems = find_problems(tally, section, key)
     warnings = find_warnings(tally, section, key) + _warnings_on_ends(state)
+    warnings += _not_used(state["sources"], "data.path")
     eval_described = None
     if held_out is not None:
         # Stored with the held-out sequences.
@@ -115,6 +117,8 @@ def data_report(state: State, train: Dataset, held_out: Dataset | None, section:
             eval_key = _named("data.eval_path", state["eval_sources"])
             problems += find_problems(eval_tally, section, eval_key)
             warnings += find_warnings(eval_tally, section, eval_key)
+            # Once: the two files are mostly of one kind.
+            warnings += [line for line in _not_used(state["eval_sources"], "data.eval_path") if line not in warnings]
         # Rows go to a side by their hash, so a few rows may all go to one.
         elif not problems and not (tally.sequences and eval_tally.sequences):
             problems.append(
@@ -157,6 +161,17 @@ def _warnings_on_overlap(state: State, section: Data) -> list[str]:
         rows, go = ("1 held-out row begins", "goes") if near == 1 else (f"{near:,} held-out rows begin", "go")
         found.append(f"{key}: {rows} with the request of a training row and {go} on otherwise.")
     return found
+
+
+def _not_used(sources: Sequence[SourceFacts], key: str) -> list[str]:
+    """Return a line for each source with columns, or keys of messages, that nothing is read from."""
+    lines = []
+    for source in sources:
+        said = {"columns": source["columns_not_used"], "keys of messages": source["keys_not_used"]}
+        found = [f"{what} not used: {listed(names)}" for what, names in said.items() if names]
+        if found:
+            lines.append(f"{key}: {source['path']!r}: {'; '.join(found)}. data.columns says what a column is.")
+    return lines
 
 
 def _named(key: str, sources: Sequence[SourceFacts]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,8 @@ class Source:
         name: Which configuration of a Hub dataset; None for its default.
         weight: How often each row is used in one epoch.
         format: How rows are read; ``auto`` goes by their columns.
+        columns, roles: What the user's columns and speakers are, see `recipe.data`.
+        system_prompt: System message of the rows that have none.
         prompt_template: The text around a row; ``auto`` goes by the format.
         key: The name the caller wrote for ``path``, for messages.
     """
@@ -38,6 +41,9 @@ class Source:
     weight: float
     format: str
     prompt_template: str
+    columns: Mapping[str, str | None]
+    roles: Mapping[str, str]
+    system_prompt: str | None
     key: str
 
 
@@ -80,6 +86,9 @@ def _source(stated: Data | MixedSource, key: str) -> Source:
         weight=stated.weight,
         format=stated.format,
         prompt_template=stated.prompt_template,
+        columns=stated.columns,
+        roles=stated.roles,
+        system_prompt=stated.system_prompt,
         key=key,
     )
 

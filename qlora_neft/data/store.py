@@ -40,7 +40,12 @@ _WEIGHTED = _SCHEMA.append(pa.field(LOSS_WEIGHTS, pa.list_(pa.float32())))
 
 
 class SourceFacts(TypedDict):
-    """Facts about one source; ``end`` is the text of the token that ends a response in its template."""
+    """Facts about one source.
+
+    ``end`` is the text of the token that ends a response in its template; ``columns_not_used`` and ``keys_not_used``
+    are columns, and keys of messages, that no row is read from. ``shape`` is a data set whose columns these are, None
+    if they have the format's own names.
+    """
 
     path: str
     rows: int
@@ -48,6 +53,9 @@ class SourceFacts(TypedDict):
     prompt_template: str
     weight: float
     end: str | None
+    shape: str | None
+    columns_not_used: list[str]
+    keys_not_used: list[str]
 
 
 class FindingRecord(TypedDict):

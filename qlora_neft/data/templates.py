@@ -65,6 +65,10 @@ class Template(Protocol):
     def render(self, example: Example) -> list[Piece]:
         """Return the example's text; raises `BadRow` if the template cannot express it."""
 
+    @property
+    def source(self) -> str:
+        """The text of the template's Jinja, empty for the others."""
+
     def sequences(self, example: Example) -> Rendered:
         """Return what is trained of the example; raises `BadRow` if the template cannot express it."""
 
@@ -74,6 +78,8 @@ class Template(Protocol):
 
 class _OneSequence:
     """A template that makes one sequence of an example."""
+
+    source = ""
 
     def render(self, example: Example) -> list[Piece]:
         """Return the example's text."""
@@ -171,6 +177,8 @@ class JinjaTemplate(_OneSequence):
 
     def __init__(self, chat: ChatTemplate) -> None:
         self.chat, self.end = chat, chat.end_of_turn
+        chosen = chat.tokenizer.get_chat_template(chat.chat_template, [{}])
+        self.source = f"{chat.tokenizer.get_chat_template(chat.chat_template)}{chosen}"  # they differ with tools
 
     def render(self, example: Example) -> list[Piece]:
         """Return the conversation as the template writes it."""

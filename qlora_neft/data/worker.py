@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ..recipe.schema import Data
+from .columns import plain_columns
 from .cut import cut_parts, cut_to_length, split_into_chunks
 from .encode import Encoded, Encoder
 from .examples import BadRow, Dialogue, EmptyRow, Example, Piece, Rendered, content_hash, prompt_hash
-from .formats import to_example
+from .formats import RowRead, RowReader
 from .sources import Row
 from .templates import make_template
 from .turns import last_exchanges, narrowed, split_dialogue
@@ -50,6 +51,7 @@ class Outcome:
         turns_left_out: Turns before the first request or after the last trained response.
         marks: What is suspicious but allowed, see `gate.SUSPICIOUS`.
         left_out: What the template leaves out of it, in words.
+        columns_not_used, keys_not_used: Its columns, and keys of its messages, that nothing is read from.
     """
 
     number: int
@@ -66,6 +68,8 @@ class Outcome:
     turns_left_out: int = 0
     marks: frozenset[str] = field(default_factory=frozenset)
     left_out: str = ""
+    columns_not_used: frozenset[str] = frozenset()
+    keys_not_used: frozenset[str] = frozenset()
 
     def placed(self, prefix: str) -> Outcome:
         """Return the outcome with a prefix on its place."""
@@ -73,11 +77,15 @@ class Outcome:
 
 
 class _Readable(NamedTuple):
-    """A row that was read: what it says, how many turns were left out of it, and its texts."""
+    """A row that was read, and its texts."""
 
-    example: Example
-    turns_left_out: int
+    read: RowRead
     rendered: Rendered
+
+    @property
+    def example(self) -> Example:
+        """What the row says."""
+        return self.read.example
 
 
 class RowWorker:
@@ -85,10 +93,11 @@ class RowWorker:
 
     Args:
         tokenizer: The model's tokenizer, with an end token.
-        format: One of `formats.REQUIRED_COLUMNS`.
+        format: One of `columns.REQUIRED_COLUMNS`.
         prompt_template: See `make_template`.
         section: The recipe's data section: how long sequences are, what is trained, what is cut or split.
         now: The moment that a template reading today's date writes; None for that of each rendering.
+        reader: How rows are read; by default, by the format's own names of columns.
     """
 
     def __init__(
@@ -98,13 +107,17 @@ class RowWorker:
         prompt_template: str,
         section: Data,
         now: datetime | None = None,
+        reader: RowReader | None = None,
     ) -> None:
-        self.format, self.section = format, section
+        self.section, self.format = section, format
+        self.reader = reader or RowReader(plain_columns(format))
         self.template = make_template(prompt_template, format, tokenizer, now)
         self.encoder = Encoder(tokenizer, adds_special_tokens=self.template.adds_special_tokens)
         self.end_id = None if self.template.end is None else tokenizer.convert_tokens_to_ids(self.template.end)
         self._ends = {tokenizer.eos_token_id, self.end_id}
         self._prompt_weight = section.prompt_weight
+        # A template may read any key of a message: one that its text does not name is not used.
+        self._template_words = set(re.findall(r"\w+", self.template.source))
         self._special = _any_of([token for token in tokenizer.all_special_tokens if token])
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome]:
@@ -123,14 +136,14 @@ class RowWorker:
             return _left_out(row, BAD, row.problem or "")
         kind = BAD
         try:
-            example, turns_left_out = to_example(row.values, self.format)
-            if isinstance(example, Dialogue):
+            read = self.reader.read(row.values)
+            if isinstance(read.example, Dialogue):
                 trains_prompts = self._prompt_weight > 0
-                example, untrained = narrowed(example, self.section.train_on, trains_prompts=trains_prompts)
-                turns_left_out += untrained
+                example, untrained = narrowed(read.example, self.section.train_on, trains_prompts=trains_prompts)
+                read = replace(read, example=example, turns_left_out=read.turns_left_out + untrained)
             # From here on the row is what its format says, and what fails is the template.
             kind = UNFIT
-            rendered = self.template.sequences(example)
+            rendered = self.template.sequences(read.example)
         except EmptyRow as error:
             return _left_out(row, EMPTY, str(error))
         except BadRow as error:
@@ -139,7 +152,7 @@ class RowWorker:
             return _left_out(row, BAD, TOO_DEEP)
         if not all(map(_is_text, rendered.sequences)):
             return _left_out(row, BAD, "has half of a surrogate pair in a field that the template writes")
-        return _Readable(example, turns_left_out, rendered)
+        return _Readable(read, rendered)
 
     def _finished(self, row: Row, read: _Readable, encoded: list[Encoded]) -> Outcome:
         try:
@@ -158,7 +171,7 @@ class RowWorker:
             return _left_out(row, ONLY_END, "only the end token of the response would be trained")
         marks |= {"replacement"} if "\ufffd" in _text_of(example) else set()
         sequences = tuple(self._weighted(sequence) for sequence, _ in kept)
-        marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed} | rendered.marks
+        marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed} | rendered.marks | read.read.marks
         reason = f"{max(len(e.ids) for e in found)} tokens, none of the response within {self.section.max_length}"
         return Outcome(
             row.number,
@@ -174,9 +187,11 @@ class RowWorker:
             # A row that lost every trained token is counted once, as left out.
             num_truncated=sum(lost for _, lost in cut) if kept else 0,
             num_chunks=len(found) if self._is_chunked(found) else 0,
-            turns_left_out=read.turns_left_out,
+            turns_left_out=read.read.turns_left_out,
             marks=frozenset(marks),
             left_out=rendered.left_out,
+            columns_not_used=read.read.columns_not_read,
+            keys_not_used=read.read.extra_keys - self._template_words,
         )
 
     def _cut(self, sequence: Encoded, marks: set[str]) -> tuple[Encoded, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
@@ -45,6 +46,43 @@ def is_data_on_the_hub(path: str) -> bool:
     return kind_of(path, suffixes=DATA_SUFFIXES) == "hub"
 
 
+# What a column can be, and who can speak: the names that data.columns and data.roles map the user's to.
+COLUMNS = (
+    *("instruction", "input", "output", "system", "history", "reasoning"),
+    *("prompt", "completion", "messages", "conversations", "tools", "text"),
+)
+ROLES = ("system", "developer", "user", "assistant", "tool", "function_call")
+
+
+def known_columns(value: dict[str, str | None]) -> dict[str, str | None]:
+    """Accept names of the user's columns, each with what it is; null for a column that is not to be read."""
+    _known(value, COLUMNS, "a column is")
+    stated = [ours for ours in value.values() if ours is not None]
+    twice = next((ours for ours in stated if stated.count(ours) > 1), None)
+    if twice is not None:
+        raise broken_rule(f"two columns are {twice}. Name one.")
+    return value
+
+
+def known_roles(value: dict[str, str]) -> dict[str, str]:
+    """Accept names of the user's speakers, each with who it is."""
+    _known(value, ROLES, "a speaker is")
+    return value
+
+
+def _known(value: Mapping[str, str | None], names: tuple[str, ...], what: str) -> None:
+    for theirs, ours in value.items():
+        if ours is None or ours in names:
+            continue
+        # Written the other way round: ours first, as other trainers have it.
+        meant = f" Did you mean {ours}: {theirs}?" if theirs in names else ""
+        close = difflib.get_close_matches(ours, names, n=1)
+        meant = meant or (f" Did you mean {close[0]}?" if close else "")
+        raise broken_rule(f"{what} one of {', '.join(names)}, got {theirs}: {ours}.{meant}")
+
+
+Columns = Annotated[dict[Text, Text | None], AfterValidator(known_columns)]
+Roles = Annotated[dict[Text, Text], AfterValidator(known_roles)]
 Format = Literal["auto", "alpaca", "prompt-completion", "messages", "sharegpt", "text"]
 Template = Annotated[str, AfterValidator(template_name)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -59,6 +97,9 @@ class MixedSource(Section):
     data_files: Text | None = None
     name: Text | None = None
     format: Format = "auto"
+    columns: Columns = Field({})
+    roles: Roles = Field({})
+    system_prompt: Text | None = None
     prompt_template: Template = "auto"
     weight: Positive = 1.0
 
@@ -91,6 +132,11 @@ class Data(Section):
     )
     # How a row becomes a sequence.
     format: Format = Field("auto", description="how columns are read; auto: by their names")
+    columns: Columns = Field(
+        {}, description="what your columns are, such as {question: instruction, reply.text: output}; null: not read"
+    )
+    roles: Roles = Field({}, description="who your speakers are, such as {customer: user, bot: assistant}")
+    system_prompt: Text | None = Field(None, description="system message of the rows that have none of their own")
     prompt_template: Template = Field(
         "auto",
         description="alpaca (also -newline and -space), vicuna, chat (the tokenizer's own), or a .jinja file; "

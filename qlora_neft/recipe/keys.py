@@ -35,6 +35,11 @@ _SYNONYMS = {
     "lr_scheduler": "train.lr_scheduler_type",
     "scheduler": "train.lr_scheduler_type",
     "warmup_ratio": "train.warmup_steps",
+    "column_mapping": "data.columns",
+    "field_messages": "data.columns",
+    "system": "data.system_prompt",
+    "default_system": "data.system_prompt",
+    "default_system_message": "data.system_prompt",
     "cutoff_len": "data.max_length",
     "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length",
@@ -157,6 +162,8 @@ def _words(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
         words = [_words(kind) for kind in arguments]
         numbers = [word for word in words if word.startswith("number")]
         return " or ".join(word for word in words if not (numbers and word.startswith("whole")))
+    if origin is dict:
+        return f"mapping of text to {_words(arguments[1])}"
     if origin is list:
         return f"list of {_words(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):

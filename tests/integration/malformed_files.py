@@ -305,7 +305,6 @@ def huge_numbers(draw: random.Random) -> Files:
 
 def no_rows(draw: random.Random) -> Files:
     """Objects over several lines."""
-    yield Malformed(".json", json.dumps({"data": good()}, indent=1).encode())
     yield Malformed(".json", json.dumps({"train": good(), "test": good()}, indent=1).encode(), "line 1")
     yield Malformed(".json", json.dumps(alpaca(1), indent=1).encode(), "line 1")
     yield Malformed(".jsonl", json.dumps(alpaca(1), indent=1).encode(), "line 1")
@@ -407,7 +406,7 @@ def conversations(draw: random.Random) -> Files:
 
 def chats(draw: random.Random) -> Files:
     ask, answer = messages(99)["messages"]
-    turns = [[{**ask, "role": role}, answer] for role in ["human", "", "User", None, 7, [], ["user"], {"a": 1}]]
+    turns = [[{**ask, "role": role}, answer] for role in ["alien", "", None, 7, [], ["user"], {"a": 1}]]
     turns += [[{**ask, "content": value}, answer] for value in [*NOT_TEXT[:4], *NOT_TEXT[6:], ["a"], [[]], None]]
     turns += [[{**ask, "content": [{"type": kind, "text": value}]}, answer] for kind, value in PARTS]
     turns += [[{"role": "user"}, answer], [ask, {"role": "assistant"}], [{"content": "a"}, answer], [ask, "a"], [7]]
@@ -453,7 +452,7 @@ def too_long(draw: random.Random) -> Files:
 
 def no_format(draw: random.Random) -> Files:
     for suffix, written in WRITTEN.items():
-        for names in (("question", "answer"), ("instruction", "response"), ("prompt", "output")):
+        for names in (("verse", "rhyme"), ("instruction", "rhyme"), ("prompt", "output")):
             yield Malformed(suffix, written([dict.fromkeys(names, str(n)) for n in range(3)]))
         yield Malformed(suffix, written([{"a": "b"}]), None, ("data.format=messages",))
         yield Malformed(suffix, written(good()), None, ("data.format=prompt-completion",))

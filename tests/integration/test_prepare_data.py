@@ -102,6 +102,9 @@ def other_tokenizer():
 OTHER = {
     "template": lambda source: ([replace(source, prompt_template="vicuna")], {}),
     "format": lambda source: ([replace(source, format="prompt-completion")], {}),
+    "columns": lambda source: ([replace(source, columns={"prompt": "instruction", "completion": "output"})], {}),
+    "roles": lambda source: ([replace(source, roles={"bot": "assistant"})], {}),
+    "system_prompt": lambda source: ([replace(source, system_prompt="Be brief.")], {}),
     "weight": lambda source: ([replace(source, weight=2.0)], {}),
     "split": lambda source: ([replace(source, split="train[:10]")], {}),
     "twice": lambda source: ([source, source], {}),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_neft.data.cut import cut_to_length
 from qlora_neft.data.encode import Encoded, Encoder, joins_cleanly
 from qlora_neft.data.examples import BadRow, Dialogue, EmptyRow, Instruction, Passage, Piece, content_hash
-from qlora_neft.data.formats import check_columns, detect_format, to_example
+from qlora_neft.data.formats import row_reader, to_example
 from qlora_neft.data.templates import (
     ALPACA_ENDINGS,
     AlpacaTemplate,
@@ -69,18 +69,20 @@ def trained_text(pieces):
     ],
 )
 def test_format_is_found_by_the_columns(row, format):
-    assert detect_format([row]) == format
+    assert row_reader([row]).format == format
 
 
 def test_columns_that_fit_no_format_are_named_with_what_would_fit():
-    message = refusal(UserInputError, detect_format, [{"question": "a", "answer": "b"}])
-    assert message.startswith("data.path: the columns answer, question fit no format")
+    message = refusal(UserInputError, row_reader, [{"verse": "a", "rhyme": "b"}])
+    assert message.startswith("data.path: the columns rhyme, verse fit no format")
     assert "alpaca needs instruction and output; prompt-completion needs prompt and completion" in message
-    assert "(none)" in refusal(UserInputError, detect_format, [{}])
+    # Good advice whatever the source is: columns of a dataset on the Hub cannot be renamed.
+    assert message.endswith("Say what they are with data.columns={YOUR_COLUMN: instruction, YOUR_COLUMN: output}.")
+    assert "(none)" in refusal(UserInputError, row_reader, [{}])
 
 
 def test_a_format_that_the_columns_do_not_have_is_refused():
-    message = refusal(UserInputError, check_columns, [ALPACA], "prompt-completion")
+    message = refusal(UserInputError, row_reader, [ALPACA], "prompt-completion")
     assert message.startswith("data.format: prompt-completion needs the columns prompt and completion")
 
 
@@ -171,8 +173,11 @@ def test_messages_keep_tools_calls_and_text_parts_and_lose_nulls():
 def test_prompts_and_completions_may_be_messages():
     row = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
     assert to_example(row, "prompt-completion")[0] == dialogue("a", "b")
-    history = {**row, "prompt": [*row["prompt"], {"role": "assistant", "content": "c"}]}
-    assert "put the whole conversation into one column" in refusal(BadRow, to_example, history, "prompt-completion")
+    # TRL trains none of a prompt's responses.
+    row = {**row, "prompt": [*row["prompt"], {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"}]}
+    example, _ = to_example(row, "prompt-completion")
+    assert example.messages == dialogue("a", "c", "d", "b").messages
+    assert example.trained_turns == (False, False, False, True)
 
 
 def test_the_hash_is_of_what_a_row_says():
