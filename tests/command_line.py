@@ -137,7 +137,7 @@ def refused(*arguments: str) -> str:
 def process(*arguments: str, launcher: tuple[str, ...] = ()) -> Iterator[subprocess.Popen]:
     """``python -m qlora_neft`` in the current directory; it is killed at the end of the block."""
     python = quick_python()
-    command = [python, *launcher, "-m", "qlora_neft", *arguments]
+    command = [python, "-P", *launcher, "-m", "qlora_neft", *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     variables = environment(PYTHON_EXEC=python)  # what torchrun starts its processes with
     with subprocess.Popen(command, env=variables, **pipes) as started:

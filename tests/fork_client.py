@@ -3,8 +3,8 @@
 python -IS fork_client.py EXECUTABLE FOLDER PYTHON ARGUMENTS...
 
 The client hands over its standard streams, passes signals on, and ends as the child ends. It imports next to nothing,
-for it has to start in no time. Where it cannot serve it becomes a real Python: for options other than ``-c``, ``-m``
-and ``-u``, and where no server has the environment's values of what libraries read when they are imported.
+for it has to start in no time. Where it cannot serve it becomes a real Python: for options other than ``-c``, ``-m``,
+``-u`` and ``-P``, and where no server has the environment's values of what libraries read when they are imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import zlib
 from contextlib import suppress
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 READ_ON_IMPORT = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "OMP_")
 NO_MATTER = {"HF_DATASETS_CACHE"}  # the server sets it
 
@@ -58,7 +58,9 @@ def address_for(environment: dict[str, str], folder: str) -> str:
 
 
 def main(executable: str, folder: str, python: str, *arguments: str) -> None:
-    words = arguments[1:] if arguments[:1] == ("-u",) else arguments
+    words = arguments
+    while words[:1] and words[0] in ("-u", "-P"):
+        words = words[1:]
     known = words[:1] and (words[0] in ("-c", "-m") or not words[0].startswith("-"))
     address = address_for(dict(os.environ), folder)
     if not known or not os.path.exists(address):

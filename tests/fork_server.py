@@ -18,6 +18,7 @@ import ctypes
 import gc
 import importlib
 import io
+import itertools
 import json
 import os
 import pkgutil
@@ -134,9 +135,10 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     atexit._clear()  # of the server
     code = 1
     try:
-        unbuffered = request["arguments"][0] == "-u"
-        _set_streams(unbuffered or bool(os.environ.get("PYTHONUNBUFFERED")))
-        _execute(request["arguments"][unbuffered:])
+        words = request["arguments"]
+        options = set(itertools.takewhile({"-u", "-P"}.__contains__, words))
+        _set_streams("-u" in options or bool(os.environ.get("PYTHONUNBUFFERED")))
+        _execute(words[len(options) :], safe_path="-P" in options)
         code = 0
     except SystemExit as end:
         code = _code_of(end)
@@ -170,11 +172,11 @@ def _set_streams(unbuffered: bool) -> None:
     sys.stderr = sys.__stderr__ = io.TextIOWrapper(raw[2], encoding, "backslashreplace", line_buffering=True, **options)
 
 
-def _execute(arguments: list[str]) -> None:
+def _execute(arguments: list[str], *, safe_path: bool) -> None:
     kind, rest = arguments[0], arguments[1:]
     own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     first = {"-m": os.getcwd(), "-c": ""}.get(kind, str(Path(kind).absolute().parent))
-    sys.path[:] = [first, *own, *SEARCHED]
+    sys.path[:] = [*([] if safe_path else [first]), *own, *SEARCHED]
     if kind == "-m":
         sys.argv = ["-m", *rest[1:]]
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

@@ -50,7 +50,7 @@ class Forked:
 
     def __init__(self, *arguments: str, **variables: str) -> None:
         self.stderr = Path(f"stderr{variables.get('RANK', '')}.txt").absolute()
-        content = fork_client.request(["-m", "qlora_neft", *arguments], sys.executable, environment(**variables))
+        content = fork_client.request(["-P", "-m", "qlora_neft", *arguments], sys.executable, environment(**variables))
         with Path(os.devnull).open("r+b") as nothing, self.stderr.open("wb") as stderr:
             streams = (nothing.fileno(), nothing.fileno(), stderr.fileno())
             self._connection, self.pid = fork_client.connect(str(_server(environment(**variables))), content, streams)

@@ -1,4 +1,7 @@
-"""When to stop and when to save: SIGINT and SIGTERM as requests that training answers between steps, and a clock."""
+"""Signals as requests to stop, answered where nothing is lost: between steps and batches, or at once before the first.
+
+No torch here: the command line answers signals while torch is still being imported.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,50 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+# Ctrl-C; kill, a scheduler, a spot machine; a closed terminal; what batch systems send before their limits. Not all
+# of them exist on every system.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+# A second one of these stops at once. The others may well be followed: SIGXCPU is sent every second, and a batch
+# system's SIGUSR1 by its SIGTERM.
+IMPATIENT = (signal.SIGINT, signal.SIGTERM)
+# A launcher passes on the Ctrl-C that its children got as well, and a hand trembles: within this time signals are one.
+TOGETHER_SECONDS = 2.0
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+class StopNow(KeyboardInterrupt):
+    """A signal ended what had nothing to save. A `KeyboardInterrupt`, since libraries let that pass.
+
+    Attributes:
+        signal: The signal's number.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.signal = int(number)
+        super().__init__(signal.Signals(number).name)
 
 
 class StopRequest:
-    """A request to stop training, and when it was made. The first signal asks; a second one stops at once.
+    """A request to stop, and when it was made. The first signal asks; a second one, later, stops at once.
 
     Args:
         grace_seconds: Time to finish the step and write a checkpoint. A step that takes more than half of it is
             abandoned; the checkpoint is then that of the step before.
         on_request: Called once, with the signal's name.
+        interrupts: Whether there is nothing to save yet, so that a signal raises `StopNow` where it arrives.
 
     Attributes:
         signal: The signal that asked, None as long as none did.
     """
 
-    def __init__(self, grace_seconds: float, on_request: Callable[[str], None] | None = None) -> None:
-        self.grace_seconds, self.on_request = grace_seconds, on_request
+    def __init__(
+        self, grace_seconds: float, on_request: Callable[[str], None] | None = None, *, interrupts: bool = False
+    ) -> None:
+        self.grace_seconds, self.on_request, self.interrupts = grace_seconds, on_request, interrupts
         self.signal: signal.Signals | None = None
-        self._is_heard = False  # by this process; `signal` may come from another rank
+        self._heard: float | None = None  # when this process heard an impatient one; `signal` may be another rank's
         self._since = 0.0  # of the monotonic clock, which nobody sets
+        self._is_told = False
 
     @property
     def requested(self) -> bool:
@@ -44,17 +68,36 @@ class StopRequest:
         # The other half of the time is for the checkpoint.
         return self.requested and time.monotonic() - self._since > self.grace_seconds / 2
 
+    def hold(self) -> None:
+        """From now on there is something to save: signals are requests.
+
+        Raises:
+            StopNow: If one came before, and a library swallowed the exception.
+        """
+        self.interrupts = False
+        if self.signal is not None:
+            raise StopNow(self.signal)
+
     def request(self, number: int) -> None:
         """Handle a signal.
 
         Raises:
+            StopNow: If there is nothing to save.
             KeyboardInterrupt: If it is the second one.
         """
-        if self._is_heard:
-            raise KeyboardInterrupt
-        self._is_heard = True
+        now, is_first = time.monotonic(), not self.requested
         self.agree(number)
-        if self.on_request:
+        heard = self._heard
+        if number in IMPATIENT and heard is None:
+            self._heard = now
+        # While what `StopNow` ended is cleaned up, the same request must not end the cleaning.
+        is_again = number in IMPATIENT and heard is not None and now - heard > TOGETHER_SECONDS
+        if self.interrupts and (is_first or is_again):
+            raise StopNow(number)
+        if is_again:
+            raise KeyboardInterrupt
+        if self.on_request and not self._is_told and not self.interrupts:
+            self._is_told = True
             self.on_request(signal.Signals(number).name)
 
     def agree(self, number: int) -> None:
@@ -76,7 +119,7 @@ def answered(stop: StopRequest) -> Generator[StopRequest, None, None]:
     def handle(number: int, frame: FrameType | None) -> None:
         stop.request(number)
 
-    previous: dict[int, Any] = {number: signal.signal(number, handle) for number in SIGNALS}
+    previous: dict[int, Any] = {number: signal.signal(number, handle) for number in SIGNALS if not _is_ignored(number)}
     try:
         yield stop
     finally:
@@ -84,51 +127,6 @@ def answered(stop: StopRequest) -> Generator[StopRequest, None, None]:
             signal.signal(number, handler)
 
 
-class WhenToSave(TrainerCallback):
-    """Asks the trainer for checkpoints, on all ranks at the same step.
-
-    Args:
-        save_every_minutes: Longest time between two checkpoints; None for no checkpoints by the clock.
-        stop: The request that a checkpoint and the end of training answer.
-    """
-
-    def __init__(self, save_every_minutes: float | None = None, stop: StopRequest | None = None) -> None:
-        self.save_every_minutes, self.stop = save_every_minutes, stop
-        self._saved = time.monotonic()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock."""
-        self._saved = time.monotonic()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a checkpoint if one is due."""
-        number, due = self._agreed(args, self._stop_signal(), self._is_due())
-        if number:
-            # Without an evaluation, which may outlast the grace period.
-            control.should_training_stop, control.should_evaluate = True, False
-            if self.stop is not None:
-                self.stop.agree(number)  # otherwise a rank without a signal would take the run for finished
-        # What the trainer's own schedule asked for stays.
-        control.should_save = bool(control.should_save or number or due)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Restart the clock."""
-        self._saved = time.monotonic()
-
-    def _stop_signal(self) -> int:
-        return 0 if self.stop is None or self.stop.signal is None else int(self.stop.signal)
-
-    def _is_due(self) -> bool:
-        minutes = self.save_every_minutes
-        return minutes is not None and time.monotonic() - self._saved >= 60 * minutes
-
-    def _agreed(self, args: TrainingArguments, *wishes: int) -> list[int]:
-        """Return the maximum of each wish over all ranks: signals and clocks reach ranks at different steps."""
-        if args.world_size == 1:
-            return list(wishes)
-        # One reduction for all wishes, (wishes,): it is waited for in every step.
-        asked = torch.tensor(wishes, dtype=torch.int32, device=args.device)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return asked.tolist()
+def _is_ignored(number: int) -> bool:
+    # As `nohup` leaves it: its program is to outlive the terminal.
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN

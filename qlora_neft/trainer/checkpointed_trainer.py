@@ -8,6 +8,7 @@ them: noise, dropout and the order of rows are keyed by seed and step.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import SCALER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
@@ -33,6 +35,7 @@ from ..run_folder.checkpoints import find_checkpoints, new_checkpoint, prune, re
 from ..run_folder.stop import StopRequest
 from .config import QLoRANeftConfig
 from .memory import Split
+from .when_to_save import is_asked_to_stop
 
 PROGRESS = "progress.json"
 TRAINABLE = "trainable.safetensors"  # of prompt and prefix tuning, beside the file that PEFT reads
@@ -41,6 +44,10 @@ KEEP = 2  # checkpoints, unless save_total_limit says otherwise
 
 class StepGivenUp(Exception):
     """The step under way was abandoned together with its gradients; every step before it stands."""
+
+
+class EvaluationGivenUp(Exception):
+    """An evaluation under way was abandoned because the run was asked to stop; it changed nothing."""
 
 
 class Progress(TypedDict):
@@ -68,7 +75,9 @@ class CheckpointedTrainer(SFTTrainer):
     Attributes:
         checkpoint_about: What a checkpoint's manifest says of its run; plain values.
         on_checkpoint: Called with the folder of each finished checkpoint.
-        stop: Checked between micro-batches; an overdue request gives the step up.
+        stop: Checked between micro-batches, where an overdue request gives the step up, and between the batches of an
+            evaluation, which any request ends.
+        say: Called with every decision taken during training, one line each.
         split: Largest micro-batches found to fit so far.
         tokens_seen: Real tokens trained on by this rank.
         trained_tokens_seen: Those of them that have a label.
@@ -78,6 +87,7 @@ class CheckpointedTrainer(SFTTrainer):
 
     args: QLoRANeftConfig
     model: PreTrainedModel | PeftModel
+    say: Callable[[str], None] = staticmethod(logging.getLogger(__name__).warning)
 
     def __init__(self, *, split: Split, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -118,7 +128,7 @@ class CheckpointedTrainer(SFTTrainer):
                     if checkpoint.step >= self._last_step():
                         return self._take_over(checkpoint.path)
                 return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
-            except StepGivenUp:
+            except (StepGivenUp, EvaluationGivenUp):
                 # The weights are those of the last whole step, and so is the checkpoint; the half gradient is dropped.
                 self.model.zero_grad(set_to_none=True)
                 self._save_checkpoint(self.model, None)
@@ -157,7 +167,24 @@ class CheckpointedTrainer(SFTTrainer):
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self._restore_progress(checkpoint)
 
+    def check_stop(self) -> None:
+        """End an evaluation if this run was asked to stop; called between batches, by all ranks alike.
+
+        Raises:
+            EvaluationGivenUp: If it was.
+        """
+        if is_asked_to_stop(self.stop, self.args):
+            raise EvaluationGivenUp
+
     # ---- Writing ----
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Save before the evaluation of the last step, which may be cut off; upstream saves after it."""
+        is_last = self.state.global_step >= self.state.max_steps
+        if is_last and self.control.should_save and not self.args.load_best_model_at_end:  # which waits for the loss
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return super()._evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Replaces upstream's, which writes into the final folder, so that a crash leaves half a checkpoint."""
@@ -224,6 +251,18 @@ class CheckpointedTrainer(SFTTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._restore_progress(Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Load the gradient scaler if both sessions have one: the number format may change between them."""
+        if checkpoint is None:
+            return
+        is_saved, scaler = (Path(checkpoint) / SCALER_NAME).is_file(), self.accelerator.scaler
+        if is_saved and scaler is None:
+            self.say("the checkpoint was written in fp16; its gradient scaler is of no use here and is skipped")
+        elif is_saved:
+            super()._load_scaler(checkpoint)
+        elif scaler is not None:
+            self.say("the checkpoint was not written in fp16; a new gradient scaler finds its scale in a few steps")
 
     def _restore_progress(self, checkpoint: Path) -> None:
         """Go on counting; a split found by running out of memory is kept unless this run's is smaller still."""

@@ -10,7 +10,6 @@ for is given up. One whose loss or gradient is not finite is skipped.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -49,13 +48,11 @@ class StepTrainer(LossTrainer):
         kwargs: As in `LossTrainer`.
 
     Attributes:
-        say: Called with every decision taken during training, one line each.
         under_way: The micro-batch of the pass under way.
         attention: How the model attends over flattened batches.
         router_loss: The load-balancing loss of a mixture of experts; None without one.
     """
 
-    say: Callable[[str], None] = staticmethod(logging.getLogger(__name__).warning)
     # Upstream's unions of datasets and collators have no operation in common.
     train_dataset: Any
     eval_dataset: Any

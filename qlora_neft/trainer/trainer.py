@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Sized
+from collections.abc import Generator, Iterable, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +40,7 @@ from ..run_folder.checkpoints import save_adapter
 from ..steps import IGNORE_INDEX
 from ..steps.losses import TokenMean, mean_token_loss
 from .callbacks import CheckpointSomeBlocks, CleanLossDue, SaidOnce
+from .checkpointed_trainer import EvaluationGivenUp
 from .config import QLoRANeftConfig
 from .loss_head import PLAIN, LossCheck, settle_loss_head
 from .memory import Split
@@ -235,6 +237,7 @@ class QLoRANeftTrainer(StepTrainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Evaluate one batch as upstream does, and count its loss by its trained tokens."""
+        self.check_stop()
         labels = inputs.get("labels")  # (B, T)
         with self.attention.over(inputs) as moved:
             found = super().prediction_step(model, moved, *args, **kwargs)
@@ -264,7 +267,14 @@ class QLoRANeftTrainer(StepTrainer):
         size, device = self.args.per_device_eval_batch_size, self.args.device
         # Autocast as in training, so that the two losses differ by noise and dropout, not by number format.
         with preserved_rng(), self.accelerator.autocast():
-            return mean_token_loss(self.model, features, self.data_collator, size, device, self.attention.over)
+            return mean_token_loss(self.model, features, self.data_collator, size, device, self._over_unless_stopped)
+
+    @contextmanager
+    def _over_unless_stopped(self, inputs: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+        """Wrap one pass of a measurement as `attention.over` does, unless the run was asked to stop."""
+        self.check_stop()
+        with self.attention.over(inputs) as moved:
+            yield moved
 
     # ---- Logging and saving ----
 
@@ -275,9 +285,20 @@ class QLoRANeftTrainer(StepTrainer):
             logs.update(self._noise_log())
             if self.router_loss is not None and self.router_loss.value is not None:
                 logs["router_loss"] = self.router_loss.value.item()
-            if self._clean_loss_due(self.state.global_step) and (loss := self.clean_train_loss()) is not None:
-                logs["clean_loss"] = loss
+            if self._clean_loss_due(self.state.global_step):
+                self._log_clean_loss(logs)
         super().log(logs, start_time)
+
+    def _log_clean_loss(self, logs: dict[str, float]) -> None:
+        try:
+            loss = self.clean_train_loss()
+        except EvaluationGivenUp:
+            # What else is logged of the step stands, and the step is saved.
+            self.control.should_training_stop = self.control.should_save = True
+            self.control.should_evaluate = False
+        else:
+            if loss is not None:
+                logs["clean_loss"] = loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write what was trained and the tokenizer, and no ``training_args.bin``: its pickle holds the Hub token."""

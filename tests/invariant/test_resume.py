@@ -11,8 +11,9 @@ from tiny import adapter_weights, losses, mixed_rows, tiny_trainer
 
 from qlora_neft.errors import UserInputError
 from qlora_neft.run_folder.checkpoints import find_checkpoints
-from qlora_neft.run_folder.stop import StopRequest, WhenToSave
+from qlora_neft.run_folder.stop import StopRequest
 from qlora_neft.steps.batch import StepBatch
+from qlora_neft.trainer.when_to_save import WhenToSave
 
 ROWS, HELD_OUT = mixed_rows(22, seed=5), mixed_rows(6, seed=6)  # steps of 8: the third of an epoch is incomplete
 STEPS = 8  # two epochs and two thirds
