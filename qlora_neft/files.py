@@ -30,6 +30,8 @@ except ImportError:  # Windows
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 # Errors of a disk, as opposed to those of a path that the user can correct.
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOTCONN}
+# Those of a path, whatever it was for.
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR}
 # Words of the RuntimeErrors by which torch.save reports a failed write. None of them names the cause.
 _TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
@@ -421,6 +423,20 @@ def disk_problem(error: BaseException) -> str | None:
         return text.removeprefix("Error while serializing: ").removeprefix("I/O error: ")
     if isinstance(error, RuntimeError) and any(word in text for word in _TORCH_SAVE):
         return "No space left on device, or it cannot be written to"  # torch.save does not say which
+    return None
+
+
+def told_of_disk(error: BaseException) -> UserInputError | RunFailed | None:
+    """Return an error that the user can read in place of one of a file system; None for any other, a bug of ours."""
+    cause = disk_problem(error)
+    where = getattr(error, "filename", None)
+    place = "a file" if where is None else f"{str(where)!r}"
+    if cause is not None:
+        return RunFailed(
+            f"{place} cannot be written to ({cause}). Free space or fix the folder, and run the same command again."
+        )
+    if isinstance(error, OSError) and where is not None and error.errno in _FORBIDDEN:
+        return UserInputError(f"{place}: {error.strerror}. Give another place, or change its rights.")
     return None
 
 

@@ -30,6 +30,7 @@ from typing import Any, TextIO
 from .display.plots import plot_losses
 from .errors import RunFailed, UserInputError
 from .files import read_json
+from .processes import ENDS_WITH_STDIN, python_command
 
 SECONDS_BETWEEN_PICTURES = 2.0
 WIDTH = "120"  # columns of the tables in a cell's output
@@ -170,10 +171,10 @@ def _follow(words: list[str], after_each_line: Callable[[], None]) -> int:
     # the signal on; two would mean "stop at once".
     with subprocess.Popen(
         _argv(words),
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # held open for as long as the kernel lives: training ends, saved, if it is killed
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=_environment(),
+        env={**_environment(), ENDS_WITH_STDIN: "1"},
         start_new_session=True,
     ) as process:
         assert process.stdout is not None  # it is a pipe
@@ -193,7 +194,7 @@ def _follow(words: list[str], after_each_line: Callable[[], None]) -> int:
 
 def _argv(words: list[str]) -> list[str]:
     # Not the script `qlora-neft`: on PATH may be that of another environment, or none.
-    return [sys.executable, "-m", "qlora_neft", *words]
+    return python_command("qlora_neft", *words)
 
 
 def _environment() -> dict[str, str]:

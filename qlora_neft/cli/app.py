@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 the run failed, 2 the user's input is wrong, 128 + signal 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import RunFailed, RunInterrupted, UserInputError, as_record
+from ..output import ending_with_its_reader
+from ..processes import end_with_starter
+from ..run_folder.stop import StopNow, StopRequest, answered
 from . import compare, evaluate, generate, look, publish, recipes
 from .options import JSON_IS_DUE, JsonOption, OverridesArgument, RecipeArgument, json_only, print_json
 
@@ -38,8 +42,17 @@ class _Verbs(TyperGroup):
         except RunInterrupted as error:
             raise _ended(ctx, error, "interrupted", 128 + error.signal) from error
         except KeyboardInterrupt as error:
-            # 128 + SIGINT, as a shell counts.
-            raise _exit("interrupted", 130) from error
+            # 128 + the signal's number, as a shell counts.
+            number = error.signal if isinstance(error, StopNow) else signal.SIGINT
+            raise _exit("interrupted", 128 + number) from error
+        except Exception as error:
+            from ..files import told_of_disk
+
+            failure = told_of_disk(error)
+            if failure is None:
+                raise
+            is_users = isinstance(failure, UserInputError)
+            raise _ended(ctx, failure, "error" if is_users else "failed", 2 if is_users else 1) from error
 
 
 def _ended(ctx: Any, error: Exception, how: str, code: int) -> typer.Exit:
@@ -83,9 +96,14 @@ def train(
     pushing = {"machine.push_to": push_to, "machine.push_every": push_every}
     pushed = [f"{key}={value}" for key, value in pushing.items() if value is not None]
     recipe = load_recipe(name, [*(overrides or ()), *pushed])  # before the slow imports: a typo is reported at once
-    # Everything torch needs lives as long as this process: the garbage collector is spared from walking it.
-    with imports_that_stay():
-        from ..runner.run import run
+    try:
+        # Everything torch needs lives as long as this process: the garbage collector is spared from walking it.
+        with imports_that_stay():
+            from ..runner.run import run
+    except StopNow as error:
+        from ..run_folder.resume import stopped_early
+
+        raise RunInterrupted(error.signal, stopped_early(output_dir)) from error
 
     # With --json, stdout holds the summary alone.
     with json_only(as_json):
@@ -145,5 +163,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # Not app(...), which would also replace the interpreter's excepthook, of a notebook's kernel too.
     run = typer.main.get_command(app)
-    run(arguments) if arguments is None else run(list(arguments), prog_name="python -m qlora_neft")
+    end_with_starter()
+    try:
+        # Every signal that would end the process without a word; a verb that has something to save holds them.
+        with ending_with_its_reader(), answered(StopRequest(grace_seconds=0, interrupts=True)):
+            run(arguments) if arguments is None else run(list(arguments), prog_name="python -m qlora_neft")
+    except RunFailed as error:  # standard output, as it was emptied at the end
+        sys.exit(f"failed: {error}")
     sys.exit()

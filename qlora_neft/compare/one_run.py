@@ -13,7 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RunFailed, RunInterrupted, UserInputError
+from ..files import told_of_disk
 from ..imports import imports_that_stay
+from ..output import outliving_its_reader
+from ..processes import end_with_starter
+from ..run_folder.stop import StopNow, StopRequest, answered
 from .folder import is_trained
 
 
@@ -58,16 +62,29 @@ def main(arguments: Sequence[str]) -> int:
     # bitsandbytes says, as it is imported on some CPUs, that an optional kernel package is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     folder, recipe, *names = arguments
+    end_with_starter()
+    with outliving_its_reader(lambda note: None), answered(StopRequest(grace_seconds=0, interrupts=True)):
+        return _run(Path(folder), Path(recipe), names)
+
+
+def _run(folder: Path, recipe: Path, names: Sequence[str]) -> int:
     try:
-        train_and_measure(Path(folder), Path(recipe), names)
+        train_and_measure(folder, recipe, names)
     except UserInputError as error:
         line, code = f"error: {error}", 2
     except RunFailed as error:
         line, code = f"failed: {error}", 1
     except RunInterrupted as error:
         line, code = f"interrupted: {error}", 128 + error.signal
+    except StopNow as error:
+        line, code = "interrupted", 128 + error.signal
     except KeyboardInterrupt:
         line, code = "interrupted", 130
+    except Exception as error:
+        failure = told_of_disk(error)
+        if failure is None:
+            raise
+        line, code = f"failed: {failure}", 1
     else:
         return 0
     print(line, file=sys.stderr)

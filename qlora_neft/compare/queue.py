@@ -8,16 +8,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ..processes import ENDS_WITH_STDIN, python_command
 from ..run_folder.stop import StopRequest, answered
 from .folder import is_done, log_of, recipe_of
 
@@ -183,15 +184,18 @@ class Processes:
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as file:
-            child = self._start([sys.executable, "-m", module, *arguments])
-            assert child.stdout is not None  # it is a pipe
+            child = self._start(python_command(module, *arguments))
+            assert child.stdout is not None and child.stdin is not None  # they are pipes
             try:
                 for line in child.stdout:
-                    file.write(line)
-                    file.flush()  # so that `tail -f` follows
+                    # A full disk ends the run, which says so, not the reading, which would block it.
+                    with suppress(OSError):
+                        file.write(line)
+                        file.flush()  # so that `tail -f` follows
                     tell(line.rstrip())
                 return child.wait()
             finally:
+                child.stdin.close()
                 with self._lock:
                     self._children.discard(child)
 
@@ -219,13 +223,13 @@ class Processes:
         with self._lock:  # otherwise a signal could arrive after the child starts and before it is noted
             child = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,  # a question would wait for ever
+                stdin=subprocess.PIPE,  # held open for as long as this process lives: the child ends with it
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
                 errors="replace",  # a byte that is no UTF-8 must not end the reading, which would block the child
                 # The user's own OMP_NUM_THREADS wins. Unbuffered: in a pipe lines would come in blocks of 8 KiB.
-                env={**threads, **os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**threads, **os.environ, "PYTHONUNBUFFERED": "1", ENDS_WITH_STDIN: "1"},
                 start_new_session=True,
             )
             self._children.add(child)

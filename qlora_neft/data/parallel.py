@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -12,6 +13,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from ..errors import RunFailed
+from ..processes import SIGNALS, end_with_parent
 
 CHUNK = 500  # rows passed to a process at once
 MIN_ROWS_PER_PROCESS = 4 * CHUNK  # fewer take less time than starting a process
@@ -42,7 +44,7 @@ def map_rows(work: Work, rows: Iterable[Any], num_proc: int | Literal["auto"] = 
     if num_proc == 1:
         yield from map(work, chunks)
         return
-    with ProcessPoolExecutor(num_proc, _context(), initializer=_begin, initargs=(work,)) as pool:
+    with ProcessPoolExecutor(num_proc, _context(), initializer=_begin, initargs=(work, os.getpid())) as pool:
         try:
             yield from _in_order(pool, chunks, CHUNKS_AHEAD * num_proc)
         except BrokenProcessPool as error:
@@ -65,7 +67,12 @@ def _in_order(pool: ProcessPoolExecutor, chunks: Iterator[list[Any]], ahead: int
         yield waiting.popleft().result()
 
 
-def _begin(work: Work) -> None:
+def _begin(work: Work, parent: int) -> None:
+    end_with_parent(parent)
+    # A terminal's Ctrl-C and a batch system's signals reach this process too; its parent answers them, and ends the
+    # pool, by SIGTERM if need be. A forked process has the handlers of its parent, which would take them for a request.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     # Given once to each process, not with each chunk: it holds the tokenizer.
     global _work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,7 @@ def greedy_answers(
     max_new_tokens: int,
     batch_size: int,
     stop_token_ids: Sequence[int] = (),
+    between_batches: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """Answer prompts greedily. A prompt that fills the model's context gets an empty answer.
 
@@ -89,13 +90,17 @@ def greedy_answers(
         max_new_tokens: Maximum number of tokens per answer.
         batch_size: Prompts per forward pass.
         stop_token_ids: Tokens that end an answer; by default the tokenizer's end token.
+        between_batches: Called before each batch; it may raise, to give the rest up.
     """
+    between_batches()
     decoding, prompts = Decoding(max_new_tokens), [question.prompt_ids for question in asked]
     # Answers come in the order of batches, and prompts that fill the context have none.
     texts = [""] * len(prompts)
     found = generate_ids(model, tokenizer, prompts, decoding, batch_size=batch_size, stop_token_ids=stop_token_ids)
-    for i, ids in found:
+    for number, (i, ids) in enumerate(found, 1):
         texts[i] = text_of(tokenizer, ids)
+        if number % batch_size == 0:
+            between_batches()
     return [Answer(q.prompt, q.reference, text) for q, text in zip(asked, texts, strict=True)]
 
 

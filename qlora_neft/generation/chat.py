@@ -13,7 +13,7 @@ from ..data.examples import Message
 from ..display.preview_text import plural
 from ..errors import RunFailed, RunInterrupted, UserInputError
 from ..noise.streams import stream_key
-from ..run_folder.stop import StopRequest, answered
+from ..run_folder.stop import StopNow, StopRequest, answered
 from .decode import Continuation, Decoding, context_of
 from .generate import TextStream, answer_ids, text_stream
 from .output import ChatRow, SavedChat
@@ -150,7 +150,9 @@ class Chat:
                 # The input may end after a backslash.
                 line = line[:-1] + "\n" + (self.screen.read() or "")
             return line
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            if isinstance(error, StopNow) and error.signal != signal.SIGINT:
+                raise
             # At the keyboard Ctrl-C drops the line; in a pipe there is none to drop, so it ends the program.
             if not self.screen.is_typed_to:
                 raise

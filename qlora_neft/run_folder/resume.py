@@ -254,6 +254,13 @@ def disk_message(output_dir: Path) -> Callable[[str], str]:
     return message
 
 
+def stopped_early(output_dir: Path) -> str:
+    """Return the message for a run that a signal ended before it had anything to save."""
+    newest = find_checkpoints(output_dir).newest
+    state = f"the checkpoint of step {newest.step} is sound" if newest else "nothing was trained yet, so none is lost"
+    return f"stopped before a step was taken; {state}. To go on, run the same command again."
+
+
 def restore_from_mirror(mirror_dir: str | None, output_dir: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
     """Bring back what a mirror holds if the run's own folder is gone, as after a session whose disk vanished.
 

@@ -13,10 +13,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Ctrl-C; kill, a scheduler, a spot machine; a closed terminal; what batch systems send before their limits. Not all
-# of them exist on every system.
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
-SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+from ..processes import SIGNALS
+
 # A second one of these stops at once. The others may well be followed: SIGXCPU is sent every second, and a batch
 # system's SIGUSR1 by its SIGTERM.
 IMPATIENT = (signal.SIGINT, signal.SIGTERM)
@@ -54,9 +52,11 @@ class StopRequest:
     ) -> None:
         self.grace_seconds, self.on_request, self.interrupts = grace_seconds, on_request, interrupts
         self.signal: signal.Signals | None = None
-        self._heard: float | None = None  # when this process heard an impatient one; `signal` may be another rank's
-        self._since = 0.0  # of the monotonic clock, which nobody sets
-        self._is_told = False
+        # Of this process; `signal` may be another rank's. Times are of the monotonic clock, which nobody sets.
+        self._seen: set[int] = set()
+        self._answered: float | None = None
+        self._is_asked = self._is_told = False
+        self._since = 0.0
 
     @property
     def requested(self) -> bool:
@@ -83,22 +83,26 @@ class StopRequest:
 
         Raises:
             StopNow: If there is nothing to save.
-            KeyboardInterrupt: If it is the second one.
+            KeyboardInterrupt: If it is the second one that demands it.
         """
-        now, is_first = time.monotonic(), not self.requested
+        now = time.monotonic()
         self.agree(number)
-        heard = self._heard
-        if number in IMPATIENT and heard is None:
-            self._heard = now
-        # While what `StopNow` ended is cleaned up, the same request must not end the cleaning.
-        is_again = number in IMPATIENT and heard is not None and now - heard > TOGETHER_SECONDS
-        if self.interrupts and (is_first or is_again):
+        is_echo = self._answered is not None and now - self._answered <= TOGETHER_SECONDS
+        is_repeated = number in self._seen and number not in IMPATIENT
+        self._seen.add(number)
+        if is_echo or is_repeated:
+            return
+        self._answered = now
+        if self.interrupts:
             raise StopNow(number)
-        if is_again:
-            raise KeyboardInterrupt
-        if self.on_request and not self._is_told and not self.interrupts:
+        if number in IMPATIENT:
+            if self._is_asked:
+                raise KeyboardInterrupt
+            self._is_asked = True
+        if not self._is_told:
             self._is_told = True
-            self.on_request(signal.Signals(number).name)
+            if self.on_request:
+                self.on_request(signal.Signals(number).name)
 
     def agree(self, number: int) -> None:
         """Stop because another process of this run was asked to. A first signal in this process is still a request."""

@@ -46,7 +46,11 @@ class Measurement:
 
 
 def measure(run: Run, trainer: QLoRANeftTrainer) -> Measurement:
-    """Measure a trainer's model as it is now, without moving any random stream."""
+    """Measure a trainer's model as it is now, without moving any random stream.
+
+    Raises:
+        EvaluationGivenUp: If the run was asked to stop meanwhile.
+    """
     held_out, asked_for = run.data.eval, run.recipe.machine.eval_answers
     loss = trainer.clean_train_loss()
     assert loss is not None  # None is for rows that are not tokenized yet
@@ -69,4 +73,5 @@ def _answers(run: Run, trainer: QLoRANeftTrainer, asked: Sequence[Question]) -> 
         max_new_tokens=min(longest + SPARE_TOKENS, MAX_ANSWER_TOKENS),
         batch_size=trainer.args.per_device_eval_batch_size,
         stop_token_ids=run.data.stop_token_ids,
+        between_batches=trainer.check_stop,
     )

@@ -6,7 +6,8 @@ Every part it calls takes its own section of the recipe, and serves from a noteb
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ from ..display.progress import ProgressLines, SpeedLine
 from ..errors import RunFailed, RunInterrupted
 from ..export.abilities import facts_of as facts_of_adapter
 from ..files import failing_with_the_disk
+from ..output import outliving_its_reader
 from ..recipe import Recipe
 from ..run_folder.checkpoints import remove_leftovers, save_adapter
 from ..run_folder.metrics import MetricsFile
+from ..run_folder.notes import RunNotes
 from ..run_folder.resume import (
     Beginning,
     check_identity,
@@ -43,11 +46,14 @@ from ..run_folder.resume import (
     find_beginning,
     read_summary,
     restore_from_mirror,
+    stopped_early,
 )
-from ..run_folder.stop import StopRequest, WhenToSave, answered
+from ..run_folder.stop import StopNow, StopRequest, answered
 from ..trainer import QLoRANeftTrainer
+from ..trainer.checkpointed_trainer import EvaluationGivenUp
 from ..trainer.memory import cuda_probe
 from ..trainer.router_loss import check_router_loss
+from ..trainer.when_to_save import WhenToSave
 from .build import Run, command_to_continue, data_of, model_path, policy_of
 from .build_trainer import trainer_of
 from .measure import ANSWERS_SHOWN, Measurement, measure
@@ -103,7 +109,8 @@ def run(
     """
     started, output_dir, main = time.monotonic(), Path(output_dir), is_main_process()
     console = make_console(quiet=quiet, silent=not main)
-    with quiet_libraries():
+    stop, notes = StopRequest(recipe.machine.grace_seconds, interrupts=True), RunNotes(output_dir, is_kept=main)
+    with quiet_libraries(), outliving_its_reader(notes), answered(stop), _interrupted_early(stop, output_dir):
         recipe = resolved(recipe)  # base and LoRA settings of the adapter it goes on from
         # ---- Is there anything to do? ----
         if main and not dry_run:
@@ -139,10 +146,12 @@ def run(
                 return _finished(output_dir, console)
             trainer = trainer_of(decided, trainer_class)
             with pushing(pusher, trainer):
-                return _train_and_measure(decided, trainer, beginning)
+                return _train_and_measure(decided, trainer, beginning, stop, notes)
 
 
-def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning) -> dict[str, Any]:
+def _train_and_measure(
+    run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, stop: StopRequest, notes: RunNotes
+) -> dict[str, Any]:
     """Carry a run to its end, or to the checkpoint at which it is asked to stop, and return its summary."""
     model = trainer.model
     in_full = run.recipe.trains_all
@@ -161,6 +170,7 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
     before = measured_before(run, beginning) or measure(run, trainer)
     about = about_run(run, base_sha256, before)
     metrics = open_records(run, beginning, about, before)
+    notes.open()  # only now, since a folder that holds anything before run.json is no run's
     decisions: list[str] = []
 
     def decided(line: str) -> None:
@@ -168,8 +178,8 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
         say(run.console, [line])
 
     trainer.say, trainer.checkpoint_about = decided, about
-    with mirroring(run, trainer) as mirror:
-        _train(run, trainer, beginning, metrics)
+    with mirroring(run, trainer) as mirror, _interrupted(run, trainer, stop):
+        _train(run, trainer, beginning, metrics, stop)
         if frozen_fingerprints(model) != frozen:
             raise RunFailed("the frozen base changed during training; nothing was saved. Please report this.")
         # The model leaves with the template it was trained in; the base's own would format prompts differently.
@@ -177,7 +187,7 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
         if in_full:  # the trainer switches the cache off, which would be saved
             model.config.use_cache = getattr(run.config.get_text_config(), "use_cache", True)
         if is_main_process():
-            # First: what comes after may fail.
+            # First: what comes after may fail, or be cut off. The checkpoint of the last step is there as well.
             save_adapter(model, run.tokenizer, run.output_dir, revision=run.recipe.model.revision, say=decided)
         after = measure(run, trainer)
         drawn = log_result(run, metrics, trainer.state.global_step, after)
@@ -195,14 +205,13 @@ def _train_and_measure(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning
     return summary
 
 
-def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: MetricsFile) -> None:
+def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: MetricsFile, stop: StopRequest) -> None:
     """Train to the last step.
 
     Raises:
-        RunInterrupted: If a signal asked to stop earlier; the checkpoint is written.
+        EvaluationGivenUp: If a signal asked to stop; the checkpoint is written.
     """
     machine, console, checkpoint = run.recipe.machine, run.console, beginning.checkpoint
-    stop = StopRequest(machine.grace_seconds, lambda name: say(console, [_stopping(name)]))
     progress = ProgressLines(console)
     estimate = run.plan.memory_estimate
     callbacks = [
@@ -219,14 +228,38 @@ def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: M
     if checkpoint:
         say(console, [f"going on from step {checkpoint.step}: {checkpoint.path}"])
     say(console, beginning.notes)
+    stop.on_request = lambda name: say(console, [f"{name}: {_stopping(trainer)}"])
+    stop.hold()
     try:
-        with answered(stop):
-            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
     finally:
         progress.close()
-    # A signal during the last step changes nothing: the run is finished.
-    if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise RunInterrupted(stop.signal, _how_to_go_on(run, trainer))
+    trainer.check_stop()
+
+
+# ---- Signals ----
+
+
+@contextmanager
+def _interrupted_early(stop: StopRequest, output_dir: Path) -> Generator[None, None, None]:
+    """Say how to go on if a signal ends what had nothing to save."""
+    try:
+        yield
+    # Exception: some libraries turn what interrupts them into an error of their own.
+    except (StopNow, Exception) as error:
+        if stop.signal is None or not (stop.interrupts or isinstance(error, StopNow)):
+            raise
+        raise RunInterrupted(stop.signal, stopped_early(output_dir)) from error
+
+
+@contextmanager
+def _interrupted(run: Run, trainer: QLoRANeftTrainer, stop: StopRequest) -> Generator[None, None, None]:
+    """Say how to go on if a request ends training, or a measurement after it."""
+    try:
+        yield
+    except EvaluationGivenUp:
+        assert stop.signal is not None  # only a request gives it up
+        raise RunInterrupted(stop.signal, _how_to_go_on(run, trainer)) from None
 
 
 # ---- Lines for the user ----
@@ -276,13 +309,15 @@ def _show(run: Run, before: Measurement, after: Measurement) -> None:
     show_answers(run.console, [(old.prompt, old.text, new.text, new.reference) for old, new in pairs])
 
 
-def _stopping(name: str) -> str:
-    return f"{name}: finishing this step and writing a checkpoint; once more stops at once"
+def _stopping(trainer: QLoRANeftTrainer) -> str:
+    is_over = 0 < trainer.state.max_steps <= trainer.state.global_step
+    what = "giving the measurement up" if is_over else "finishing this step and writing a checkpoint"
+    return f"{what}; once more stops at once"
 
 
 def _how_to_go_on(run: Run, trainer: QLoRANeftTrainer) -> str:
-    state = trainer.state
-    return (
-        f"stopped after step {state.global_step} of {state.max_steps}; the checkpoint is written. To go on:\n"
-        f"  {command_to_continue(run.output_dir)}"
-    )
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    done = f"stopped after step {step} of {steps}; the checkpoint is written"
+    if step >= steps:
+        done = f"stopped after the last of {steps} steps; the checkpoint is written, and only the measurement is left"
+    return f"{done}. To go on:\n  {command_to_continue(run.output_dir)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Generator, Iterable, Sized
+from collections.abc import Generator, Iterable, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -270,7 +270,7 @@ class QLoRANeftTrainer(StepTrainer):
             return mean_token_loss(self.model, features, self.data_collator, size, device, self._over_unless_stopped)
 
     @contextmanager
-    def _over_unless_stopped(self, inputs: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+    def _over_unless_stopped(self, inputs: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
         """Wrap one pass of a measurement as `attention.over` does, unless the run was asked to stop."""
         self.check_stop()
         with self.attention.over(inputs) as moved:

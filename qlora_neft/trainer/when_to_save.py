@@ -1,4 +1,4 @@
-"""When a trainer saves and stops: asked by a signal, by the clock, or by its last step; on all ranks at the same step."""
+"""When a trainer saves and stops: after a signal, by the clock, at its last step; on all ranks at the same step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where faults are tried: runs of the demo in folders of their own, as real processes, and what they are compared with."""
+"""Where faults are tried: runs of the demo as real processes, and what they are compared with."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-
 from pathlib import Path
 
 from .bench import SAVE_STEPS, STEPS, Bench, last_step

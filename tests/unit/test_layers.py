@@ -15,8 +15,8 @@ PACKAGE = Path(qlora_neft.__file__).parent
 
 # Lowest first, one line a layer. A name is a package with all its modules, or a module at the top level.
 LAYERS = (
-    {"errors", "imports"},
-    {"files", "hub_client", "paths", "steps"},
+    {"errors", "imports", "processes"},
+    {"files", "hub_client", "output", "paths", "steps"},
     {"noise", "recipe"},
     {"base", "data", "display", "run_folder"},
     {"adapter", "fit", "fused"},
