@@ -35,6 +35,11 @@ class LastingStream:
         self._stream, self._name, self._on_failure = stream, name, on_failure
         self._leads_nowhere = False
 
+    @property
+    def within(self) -> TextIO:
+        """The stream itself."""
+        return self._stream
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -117,9 +122,9 @@ def _streams(on_failure: OnFailure, on_failure_of_stderr: OnFailure) -> Generato
     earlier = sys.stdout, sys.stderr
     # None: a process may be started without them.
     if earlier[0] is not None:
-        sys.stdout = cast("TextIO", LastingStream(earlier[0], "standard output", on_failure))
+        sys.stdout = _lasting(earlier[0], "standard output", on_failure)
     if earlier[1] is not None:
-        sys.stderr = cast("TextIO", LastingStream(earlier[1], "standard error", on_failure_of_stderr))
+        sys.stderr = _lasting(earlier[1], "standard error", on_failure_of_stderr)
     try:
         yield
     finally:
@@ -130,3 +135,10 @@ def _streams(on_failure: OnFailure, on_failure_of_stderr: OnFailure) -> Generato
                     stream.flush()
         finally:
             sys.stdout, sys.stderr = earlier
+
+
+def _lasting(stream: TextIO, name: str, on_failure: OnFailure) -> TextIO:
+    # Not around the stream of a block further out: that would hear of the failure first, and may end the process.
+    if isinstance(stream, LastingStream):
+        stream = stream.within
+    return cast("TextIO", LastingStream(stream, name, on_failure))

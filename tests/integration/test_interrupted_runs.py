@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import random
 import re
 import shlex
@@ -39,8 +40,11 @@ from safetensors.torch import load_file
 from tiny import max_difference
 
 from qlora_neft import load_recipe
+from qlora_neft.errors import RunInterrupted
 from qlora_neft.run_folder.checkpoints import read_checkpoint
 from qlora_neft.run_folder.mirror_mark import Mark
+from qlora_neft.runner.run import run
+from qlora_neft.trainer import QLoRANeftTrainer
 
 OUT = Path("out")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -70,14 +74,14 @@ def table(stdout: str) -> list[str]:
 # ---- Signals ----
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_stops_with_a_checkpoint_and_the_printed_command_goes_on(workplace, whole, name, code):
+def test_ctrl_c_stops_with_a_checkpoint_and_the_printed_command_goes_on(workplace, whole):
     out = Path("a folder")  # its name has to be quoted in the command
     with process("train", "mine.yaml", "--output-dir", str(out)) as started:
         until(lambda: len(logged(out)) >= 9, started)
-        started.send_signal(getattr(signal, name))
+        for _ in range(2):  # as from a launcher that passes on what its child got as well
+            started.send_signal(signal.SIGINT)
         stdout, stderr = started.communicate(timeout=60)
-    assert (started.returncode, f"{name}: finishing this step" in stdout) == (code, True)
+    assert (started.returncode, stdout.count("SIGINT: finishing this step")) == (130, 1)
     said = re.fullmatch(
         rf"interrupted: stopped after step (\d+) of {STEPS}; the checkpoint is written. To go on:\n  (.+)\n", stderr
     )
@@ -86,7 +90,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_printed_command_goes_on(workpl
     assert sound_steps(out)[-1] == step == max(logged(out))
     assert not (out / "summary.json").exists() and not (out / "adapter_model.safetensors").exists()
 
-    stdout = run_in_a_shell(command) if name == "SIGINT" else invoke(*shlex.split(command)[1:])[1]
+    stdout = run_in_a_shell(command)
     assert f"going on from step {step}: {out / f'checkpoint-{step}'}" in stdout
     assert adapter(out) == adapter(whole)
     assert list(logged(out)) == list(range(1, STEPS + 1))
@@ -101,6 +105,81 @@ def test_a_signal_stops_with_a_checkpoint_and_the_printed_command_goes_on(workpl
     assert table(stdout) == table((whole.parent / "stdout.txt").read_text()) != []
 
 
+def test_a_run_whose_reader_is_gone_goes_on_and_saves_on_a_signal(workplace, whole):
+    with process(*TRAIN) as started:
+        assert started.stdout.readline()
+        started.stdout.close()
+        started.stderr.close()
+        until(lambda: len(logged(OUT)) >= 9, started)
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 143
+    assert len(sound_steps(OUT)) == 2 and sound_steps(OUT)[-1] == max(logged(OUT))
+    [note] = (OUT / "notes.log").read_text().splitlines()
+    assert "standard output cannot be written to any more (Broken pipe); what is printed from here on" in note
+    assert invoke(*TRAIN)[0] == 0
+    assert adapter(OUT) == adapter(whole)
+
+
+STAGES = (  # where a signal comes, and the step of the checkpoint that is there then
+    ("load_tokenizer", "SIGTERM", None),
+    ("data_of", "SIGHUP", None),
+    ("clean_train_loss", "SIGUSR1", None),
+    ("evaluate", "SIGXCPU", SAVE_STEPS),
+    ("clean loss in a log", "SIGTERM", 2 * EVAL_STEPS),
+    ("the last evaluate", "SIGTERM", STEPS),
+    ("held_out_loss", "SIGTERM", STEPS),
+    ("greedy_answers", "SIGINT", STEPS),
+)
+
+
+def test_a_signal_at_any_stage_loses_nothing(workplace, whole, monkeypatch):
+    recipe = load_recipe("mine.yaml", [f"machine.eval_steps={SAVE_STEPS}"])
+    for stage, name, step in STAGES:
+        with monkeypatch.context() as patches, pytest.raises(RunInterrupted) as stopped:
+            run(recipe, OUT, quiet=True, trainer_class=signalled(patches, stage, getattr(signal, name)))
+        assert stopped.value.signal == getattr(signal, name)
+        said = "before a step was taken; nothing was trained yet" if step is None else "the checkpoint is written"
+        assert said in str(stopped.value) and ("only the measurement is left" in str(stopped.value)) == (step == STEPS)
+        assert (sound_steps(OUT)[-1:] or [None]) == [step], stage
+    assert invoke(*TRAIN)[0] == 0
+    assert summary(OUT)["resumed_from_step"] == STEPS
+    assert adapter(OUT) == adapter(whole) and logged(OUT) == logged(whole)
+    assert summary(OUT)["after"] == summary(whole)["after"]
+
+
+def signalled(patches: pytest.MonkeyPatch, stage: str, number: int) -> type[QLoRANeftTrainer]:
+    """Arrange that a signal comes in a stage of a run: in a function of the runner, or of the trainer returned."""
+
+    def with_signal(function):
+        def called(*args, **kwargs):
+            signal.raise_signal(number)
+            return function(*args, **kwargs)
+
+        return called
+
+    class Signalled(QLoRANeftTrainer):
+        def evaluate(self, *args, **kwargs):
+            if stage == ("the last evaluate" if self.state.global_step == STEPS else "evaluate"):
+                signal.raise_signal(number)
+            return super().evaluate(*args, **kwargs)
+
+        def clean_train_loss(self):
+            if stage == ("clean loss in a log" if self.state.global_step == 2 * EVAL_STEPS else "clean_train_loss"):
+                signal.raise_signal(number)
+            return super().clean_train_loss()
+
+        def held_out_loss(self):
+            if stage == "held_out_loss" and self.state.global_step:
+                signal.raise_signal(number)
+            return super().held_out_loss()
+
+    for module, name in (("run", "load_tokenizer"), ("run", "data_of"), ("measure", "greedy_answers")):
+        if name == stage:
+            target = f"qlora_neft.runner.{module}.{name}"
+            patches.setattr(target, with_signal(pkgutil.resolve_name(f"qlora_neft.runner.{module}:{name}")))
+    return Signalled
+
+
 def run_in_a_shell(command: str) -> str:
     """Run exactly what a user would paste, with ``qlora-neft`` on the path."""
     Path("bin").mkdir()
@@ -112,13 +191,19 @@ def run_in_a_shell(command: str) -> str:
     return done.stdout
 
 
-def test_a_second_signal_ends_the_process_at_once(workplace, whole):
-    with Forked(*TRAIN) as started:
-        until(lambda: len(logged(OUT)) >= 11, started)
-        started.send_signals(signal.SIGINT, signal.SIGTERM)
-        assert started.ended() == (130, "interrupted\n")
-    left = sound_steps(OUT)
-    assert left and all(step % SAVE_STEPS == 0 for step in left)  # no checkpoint was made for the signal
+def test_a_second_signal_ends_the_process_at_once(workplace, whole, monkeypatch):
+    monkeypatch.setattr("qlora_neft.run_folder.stop.TOGETHER_SECONDS", -1)  # as if time passed between the two
+
+    class SignalledTwice(QLoRANeftTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == CUT_AT:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGTERM)
+            return super().training_step(*args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(load_recipe("mine.yaml"), OUT, quiet=True, trainer_class=SignalledTwice)
+    assert sound_steps(OUT)[-1] == 2 * SAVE_STEPS  # no checkpoint was made for the signal
     assert invoke(*TRAIN)[0] == 0
     assert adapter(OUT) == adapter(whole)
 

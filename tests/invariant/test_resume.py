@@ -147,7 +147,8 @@ def test_a_step_that_takes_too_long_is_given_up_and_taken_again(llama, tmp_path,
     assert same_bits(adapter_weights(resumed), adapter_weights(whole))
 
 
-def test_a_second_signal_stops_at_once_and_the_last_checkpoint_is_sound(llama, tmp_path):
+def test_a_second_signal_stops_at_once_and_the_last_checkpoint_is_sound(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_neft.run_folder.stop.TOGETHER_SECONDS", -1)  # as if time passed between the two
     stop = StopRequest(grace_seconds=600)
     trainer = trainer_for(llama, tmp_path)
     trainer.add_callback(WhenToSave(stop=stop))
@@ -210,3 +211,28 @@ def test_a_step_can_be_split_again_without_moving_a_sequence(llama, tmp_path):
         }
 
     assert ordinals(again) == ordinals(step)
+
+
+def test_the_number_format_may_change_between_sessions(llama, tmp_path, never_stopped):
+    """fp16 keeps a gradient scaler in its checkpoint, which no other format has."""
+
+    def in_fp16(trainer):
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)  # a power of two scales exactly
+        return trainer
+
+    def resumed(trainer):
+        said = []
+        trainer.say = said.append
+        trainer.train(resume_from_checkpoint=True)
+        return [line for line in said if "scaler" in line]
+
+    in_fp16(trainer_for(llama, tmp_path, max_steps=3)).train()
+    assert (tmp_path / "checkpoint-3" / "scaler.pt").exists()
+    [line] = resumed(trainer_for(llama, tmp_path, max_steps=6))
+    assert line == "the checkpoint was written in fp16; its gradient scaler is of no use here and is skipped"
+    assert not (tmp_path / "checkpoint-6" / "scaler.pt").exists()
+    last = in_fp16(trainer_for(llama, tmp_path, max_steps=7))
+    [line] = resumed(last)
+    assert line.startswith("the checkpoint was not written in fp16; a new gradient scaler")
+    again = in_fp16(trainer_for(llama, tmp_path))
+    assert resumed(again) == [] and again.state.global_step == STEPS
