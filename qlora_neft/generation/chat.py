@@ -127,11 +127,11 @@ class Chat:
         return [prefix + note] if note else []
 
     def _continued(self, name: str, ids: list[int], stream: TextStream) -> Continuation:
-        """Answer one prompt. The first Ctrl-C ends the answer, a second one, later, the program."""
+        """Answer one prompt. The first Ctrl-C ends the answer, a second one the program."""
         # Keyed by the request's number alone: both sides of a comparison draw the same numbers.
         decoding = replace(self.decoding, seed=stream_key("chat", self.decoding.seed, self._num_asked))
         # No grace: an answer can end after any token, unlike an optimizer step.
-        with answered(StopRequest(grace_seconds=0)) as stop, self._voice(name):
+        with answered(StopRequest(grace_seconds=0, has_echoes=False)) as stop, self._voice(name):
             [answer] = answer_ids(self.trained, [ids], decoding, streamer=stream, should_stop=lambda: stop.requested)
         if stop.signal not in (None, signal.SIGINT):
             raise RunInterrupted(stop.signal, f"the chat ended on {stop.signal.name}")

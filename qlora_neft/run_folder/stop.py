@@ -42,15 +42,22 @@ class StopRequest:
             abandoned; the checkpoint is then that of the step before.
         on_request: Called once, with the signal's name.
         interrupts: Whether there is nothing to save yet, so that a signal raises `StopNow` where it arrives.
+        has_echoes: Whether signals within two seconds are one; False where none can cost anything.
 
     Attributes:
         signal: The signal that asked, None as long as none did.
     """
 
     def __init__(
-        self, grace_seconds: float, on_request: Callable[[str], None] | None = None, *, interrupts: bool = False
+        self,
+        grace_seconds: float,
+        on_request: Callable[[str], None] | None = None,
+        *,
+        interrupts: bool = False,
+        has_echoes: bool = True,
     ) -> None:
         self.grace_seconds, self.on_request, self.interrupts = grace_seconds, on_request, interrupts
+        self._has_echoes = has_echoes
         self.signal: signal.Signals | None = None
         # Of this process; `signal` may be another rank's. Times are of the monotonic clock, which nobody sets.
         self._seen: set[int] = set()
@@ -87,7 +94,7 @@ class StopRequest:
         """
         now = time.monotonic()
         self.agree(number)
-        is_echo = self._answered is not None and now - self._answered <= TOGETHER_SECONDS
+        is_echo = self._has_echoes and self._answered is not None and now - self._answered <= TOGETHER_SECONDS
         is_repeated = number in self._seen and number not in IMPATIENT
         self._seen.add(number)
         if is_echo or is_repeated:
