@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserInputError
-from . import IGNORE_INDEX
+from . import IGNORE_INDEX, LOSS_WEIGHTS
 from .sequences import SequenceSpan, UnknownSequenceBoundaries, count_tokens, find_sequences
+from .weights import TOKENS, per_sequence, total_weight
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +33,12 @@ class MicroBatch:
         inputs: What the collator made of the rows, on the CPU.
         spans: Its sequences, ordinals counted through this rank's part of the step; None if the batch does not say
             where they are (harmless unless there is noise to scale).
+        num_means: Sequences that train anything, where a step's loss is the mean over them; None for one over tokens.
     """
 
     inputs: dict[str, Any]
     spans: list[SequenceSpan] | None
+    num_means: int | None = None
 
     def pin_memory(self) -> MicroBatch:
         """Return it in page-locked memory, from which it moves to a GPU while the host goes on."""
@@ -47,6 +50,10 @@ class MicroBatch:
     def num_trained_tokens(self) -> int:
         """Count positions with a label, as a causal LM does: the first of a row has nothing to predict it."""
         return int(self.inputs["labels"][..., 1:].ne(IGNORE_INDEX).sum())
+
+    def total_weight(self) -> float:
+        """Return what its loss is divided by, if it is a step of its own: trained tokens, each with its weight."""
+        return total_weight(self.inputs) if self.num_means is None else self.num_means
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,9 @@ class StepBatch:
     collator: StepCollator | None = None
 
     @classmethod
-    def of(cls, inputs: dict[str, Any]) -> StepBatch:
+    def of(cls, inputs: dict[str, Any], loss_mean: str = TOKENS) -> StepBatch:
         """Make a step of one ready-made batch, for callers that bring their own."""
-        return cls((_micro_batch(inputs, _spans_or_none(inputs)),))
+        return cls((_micro_batch(inputs, _spans_or_none(inputs), loss_mean),))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         return iter(self.micro_batches)
@@ -101,6 +108,10 @@ class StepBatch:
         """Count the tokens with a label of the step on this rank."""
         return sum(micro.num_trained_tokens() for micro in self.micro_batches)
 
+    def total_weight(self) -> float:
+        """Return what the loss of this rank's part of the step is divided by."""
+        return sum(micro.total_weight() for micro in self.micro_batches)
+
 
 @dataclass(frozen=True)
 class StepCollator:
@@ -111,12 +122,14 @@ class StepCollator:
         max_rows: Maximum rows per micro-batch.
         max_tokens: Maximum tokens per micro-batch, padding counted; None for no limit. A single row may exceed it.
         padding_free: Whether ``collator`` flattens, so that padding costs nothing.
+        loss_mean: What the step's loss is the mean of: ``"tokens"``, or ``"sequences"`` of the means over each.
     """
 
     collator: Collator
     max_rows: int
     max_tokens: int | None = None
     padding_free: bool = False
+    loss_mean: str = TOKENS
 
     def __call__(self, rows: list[Row]) -> StepBatch:
         """Split the rows, collate each part, and number the sequences by the place of their row in the step."""
@@ -135,7 +148,7 @@ class StepCollator:
             inputs = self.collator(rows)
             # The forward and backward pass still run, so that this rank joins the others' exchange of gradients.
             inputs["labels"].fill_(IGNORE_INDEX)
-            return MicroBatch(inputs, [])
+            return MicroBatch(inputs, [], None if self.loss_mean == TOKENS else 0)
         num_tokens = sum(_row_length(row) for row in rows)  # read before a collator may pop keys
         counts = [_num_documents(row) for row in rows]
         inputs = self.collator(rows)
@@ -145,7 +158,7 @@ class StepCollator:
             spans = [span.shifted(ordinal - span.ordinal) for span, ordinal in zip(spans, ordinals, strict=True)]
         elif spans is not None:  # a collator that merges rows: ordinals that no row of another micro-batch has
             spans = [span.shifted((first_ordinals[0] + 1) << 16) for span in spans]
-        return _micro_batch(inputs, spans)
+        return _micro_batch(inputs, spans, self.loss_mean)
 
 
 def split_rows(
@@ -207,18 +220,28 @@ def check_labels(step: StepBatch, tokenizer: PreTrainedTokenizerBase | Any) -> N
 # ---- Rows and batches ----
 
 
-def _micro_batch(inputs: dict[str, Any], spans: list[SequenceSpan] | None) -> MicroBatch:
-    """Return a micro-batch in which no sequence's first token has a label: padding on the left cannot predict it."""
+def _micro_batch(inputs: dict[str, Any], spans: list[SequenceSpan] | None, loss_mean: str) -> MicroBatch:
+    """Return a micro-batch, weighted by what a step's loss is the mean of."""
+    inputs = _without_first_labels(inputs, spans)
+    if loss_mean == TOKENS or "labels" not in inputs:
+        return MicroBatch(inputs, spans)
+    # Unknown boundaries raise here: without them there is no mean over sequences.
+    weights, count = per_sequence(inputs, find_sequences(inputs) if spans is None else spans)
+    return MicroBatch({**inputs, LOSS_WEIGHTS: weights}, spans, count)
+
+
+def _without_first_labels(inputs: dict[str, Any], spans: list[SequenceSpan] | None) -> dict[str, Any]:
+    """Return a batch in which no sequence's first token has a label: padding on the left cannot predict it."""
     labels = inputs.get("labels")
     firsts = [(span.row, _first(span)) for span in spans or () if span.length]
     # In the first column a label is not trained anyway, and most batches have no other.
     wrong = [] if labels is None else [at for at in firsts if at[1] > 0 and labels[at] != IGNORE_INDEX]
     if labels is None or not wrong:
-        return MicroBatch(inputs, spans)
+        return inputs
     labels = labels.clone()  # a collator may give out one tensor as labels and as ids
     for at in wrong:
         labels[at] = IGNORE_INDEX
-    return MicroBatch({**inputs, "labels": labels}, spans)
+    return {**inputs, "labels": labels}
 
 
 def _first(span: SequenceSpan) -> int:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import IGNORE_INDEX
+from . import IGNORE_INDEX, LOSS_WEIGHTS
+from .weights import of_predictions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,7 +32,7 @@ class RowLosses:
 
     Attributes:
         sums: Negative log-likelihood of each row's trained tokens, (N,), nats, float64 on the CPU.
-        counts: Trained tokens of each row, (N,), int64 on the CPU.
+        counts: Trained tokens of each row, (N,), int64 on the CPU; float64 if tokens have weights, which these add up.
     """
 
     sums: Tensor
@@ -47,13 +48,14 @@ def row_losses(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.d
 
     Args:
         model: With TRL's fused head. Left in the mode it was in.
-        rows: ``input_ids`` and ``labels``.
+        rows: ``input_ids`` and ``labels``, and ``loss_weights`` if all have them.
         batch_size: Rows per forward pass; rows of similar length share one.
         device: Device of the model.
     """
     # float64: float32 would lose digits over long rows, and sums are compared between runs.
     sums = torch.zeros(len(rows), dtype=torch.float64)
-    counts = torch.zeros(len(rows), dtype=torch.int64)
+    weighted = any(LOSS_WEIGHTS in row for row in rows)
+    counts = torch.zeros(len(rows), dtype=torch.float64 if weighted else torch.int64)
     # Like lengths together waste the least padding; results go back to the rows' own places.
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     with evaluating(model):
@@ -61,7 +63,7 @@ def row_losses(model: nn.Module, rows: Rows, *, batch_size: int, device: torch.d
             batch = order[start : start + batch_size]
             losses, trained = _token_losses(model, pad_right([rows[i] for i in batch]), device)
             sums[batch] = losses.double().sum(dim=1).cpu()
-            counts[batch] = trained.sum(dim=1).cpu()
+            counts[batch] = trained.sum(dim=1).cpu().to(counts.dtype)
     return RowLosses(sums, counts)
 
 
@@ -90,8 +92,9 @@ def mean_token_loss(
         for start in range(0, len(rows), batch_size):
             with over(collator(list(rows[start : start + batch_size]))) as inputs:
                 losses, trained = _token_losses(model, inputs, device)
-            # clamp: a batch without a trained token counts as 0, not as NaN, and has no weight.
-            mean.add(losses.sum() / trained.sum().clamp(min=1), trained.sum())
+            total = trained.sum()
+            # A batch without a trained token counts as 0, not as NaN, and has no weight.
+            mean.add(losses.sum() / total.masked_fill(total == 0, 1), total)
     return mean.value()
 
 
@@ -123,11 +126,14 @@ def pad_right(rows: Rows, pad_token_id: int = 0) -> dict[str, Tensor]:
     """
     width = max(len(row["input_ids"]) for row in rows)
 
-    def padded(values: Sequence[int], fill: int) -> list[int]:
+    def padded(values: Sequence[Any], fill: int) -> list[Any]:
         # On the right: it moves no position, and under a causal mask no real token sees it.
         return [*values, *[fill] * (width - len(values))]
 
+    weighted = LOSS_WEIGHTS in rows[0]
+    weights = {LOSS_WEIGHTS: torch.tensor([padded(row[LOSS_WEIGHTS], 0) for row in rows])} if weighted else {}
     return {
+        **weights,
         "input_ids": torch.tensor([padded(row["input_ids"], pad_token_id) for row in rows]),
         "labels": torch.tensor([padded(row["labels"], IGNORE_INDEX) for row in rows]),
         "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
@@ -135,11 +141,15 @@ def pad_right(rows: Rows, pad_token_id: int = 0) -> dict[str, Tensor]:
 
 
 def _token_losses(model: nn.Module, inputs: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return each predicted token's loss, zero where it is not trained, and whether it is; (B, T - 1) each."""
+    """Return each predicted token's loss times its weight, and the weight, (B, T - 1) each; 1 or 0 without weights."""
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    weights = moved.pop(LOSS_WEIGHTS, None)
     # log_probs and label_mask, (B, T - 1): shifted by one, since the token before it predicts each label.
     outputs = model(**moved, use_cache=False, fused_lm_head=True)
-    return -outputs.log_probs, outputs.label_mask
+    if weights is None:
+        return -outputs.log_probs, outputs.label_mask
+    weights = of_predictions(weights, outputs.label_mask)
+    return -outputs.log_probs * weights, weights
 
 
 @contextmanager

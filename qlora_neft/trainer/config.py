@@ -12,6 +12,7 @@ from trl import SFTConfig
 from ..base.precision import resolve_precision
 from ..fit.choose import CPU_TOKENS
 from ..noise.neftune import DISTRIBUTIONS, SCHEDULES
+from ..steps.weights import SEQUENCES, TOKENS
 
 # Renamed by transformers between 5.15 and 5.23, which warns about the old name. Can go when 5.15 need not be supported.
 CHECKPOINTING = next(
@@ -52,6 +53,8 @@ class QLoRANeftConfig(SFTConfig):
         gradient_checkpointing: None decides by device: on with CUDA, off on a CPU, where memory is plentiful.
         effective_batch_size: Sequences per optimizer step of all ranks together, for a step that ranks do not divide
             evenly; None for ``per_device_train_batch_size`` times ``gradient_accumulation_steps`` times ranks.
+        loss_mean: What a step's loss is the mean of: ``"tokens"``, its trained tokens, or ``"sequences"``, the means
+            over the trained tokens of each. Evaluation is over tokens in either.
         router_aux_loss_coef: Weight of the load-balancing loss of experts; None and 0 are no such loss, where TRL takes
             the model's own weight for None. It is computed over the whole step, see `.router_loss`.
         min_nf4_share: Least share of the block weights in NF4 for a base that is loaded in 4 bits; fewer are refused.
@@ -88,6 +91,7 @@ class QLoRANeftConfig(SFTConfig):
     max_tokens_per_micro_batch: int | None = field(default=None, metadata={"help": "tokens, padding counted"})
     checkpointed_blocks: int | None = field(default=None, metadata={"help": "decoder blocks; None = all"})
     effective_batch_size: int | None = field(default=None, metadata={"help": "sequences per step, of all ranks"})
+    loss_mean: str = field(default="tokens", metadata={"help": "tokens or sequences"})
     min_nf4_share: float = field(default=0.9, metadata={"help": "least share of the block weights in NF4"})
     max_bad_steps: int = field(default=10, metadata={"help": "steps in a row that are not finite"})
     attn_implementation: str = field(default="auto", metadata={"help": "attention; auto decides"})
@@ -142,7 +146,12 @@ class QLoRANeftConfig(SFTConfig):
             # NaN fails every comparison, so the rule is stated as what must hold.
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: must be a finite number >= 0, got {value}. Use None or 0 for no noise.")
-        for name, allowed in (("neftune_distribution", DISTRIBUTIONS), ("neftune_schedule", SCHEDULES)):
+        choices = {
+            "neftune_distribution": DISTRIBUTIONS,
+            "neftune_schedule": SCHEDULES,
+            "loss_mean": (TOKENS, SEQUENCES),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
         if self.neftune_schedule == "constant" and self.neftune_final_alpha is not None:

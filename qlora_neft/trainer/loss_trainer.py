@@ -9,7 +9,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..steps import LOSS_WEIGHTS
 from ..steps.batch import MicroBatch
+from ..steps.weights import TOKENS
 from .checkpointed_trainer import CheckpointedTrainer
 from .step_metrics import StepMetrics
 from .step_metrics import token_loss as loss_of
@@ -33,16 +35,42 @@ class LossTrainer(CheckpointedTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool, num_items_in_batch: Tensor | int | None
     ) -> Any:
         """Compute the loss of tokens as TRL does; the metrics are this rank's own, and stay on the device."""
+        weights = inputs.get(LOSS_WEIGHTS)
+        if weights is not None:
+            inputs = {key: value for key, value in inputs.items() if key != LOSS_WEIGHTS}
         if not model.training or return_outputs or self._loss_is_custom():
             with _ungathered(self.accelerator) if model.training and self.args.world_size > 1 else nullcontext():
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                if weights is None:
+                    return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+                with _outputs(model) as fused:
+                    found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = loss_of(fused[0], num_items_in_batch, self.args.loss_type, weights)
+            return (loss, found[1]) if return_outputs else loss
         outputs = model(**{**inputs, "use_cache": False, "fused_lm_head": True})
         self.step_metrics.add(outputs)
-        loss = loss_of(outputs, num_items_in_batch, self.args.loss_type)
+        loss = loss_of(outputs, num_items_in_batch, self.args.loss_type, weights)
         # The tokens are those of all ranks, and the ranks' gradients are averaged.
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return loss
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._signature_columns and LOSS_WEIGHTS not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, LOSS_WEIGHTS]
+
+    def check_weights(self, *, weighted: bool) -> None:
+        """Refuse weights, or a mean over sequences, beside a loss that knows nothing of them.
+
+        Raises:
+            ValueError: If the loss is the caller's own, or smooths labels.
+        """
+        if (weighted or self.args.loss_mean != TOKENS) and self._loss_is_custom():
+            what = LOSS_WEIGHTS if weighted else f"loss_mean={self.args.loss_mean!r}"
+            raise ValueError(
+                f"{what}: cannot be combined with compute_loss_func, label_smoothing_factor or sequence parallelism, "
+                "which compute the loss without it. Leave one of them out."
+            )
 
     def _loss_is_custom(self) -> bool:
         """Whether the loss needs the logits, or upstream's sequence parallelism."""
@@ -71,6 +99,17 @@ class LossTrainer(CheckpointedTrainer):
         if isinstance(data, Tensor) and data.device.type == "cpu" and not self.is_deepspeed_enabled:
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
+
+
+@contextmanager
+def _outputs(model: nn.Module) -> Generator[list[Any], None, None]:
+    """Collect what a model returns inside the block: the fused head's outputs first, then those with logits."""
+    found: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -8,20 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..steps.weights import of_predictions
 
-def token_loss(outputs: Any, num_items: Tensor | int | None, loss_type: str) -> Tensor:
+
+def token_loss(outputs: Any, num_items: Tensor | int | None, loss_type: str, weights: Tensor | None = None) -> Tensor:
     """Return the loss of a micro-batch, divided by the trained tokens of its whole step.
 
-    The same as in `trl.SFTTrainer.compute_loss`.
+    The same as in `trl.SFTTrainer.compute_loss`, but for weights.
 
     Args:
         outputs: Of TRL's fused head: ``log_probs`` (B, T - 1), 0 where nothing is trained, and ``label_mask``.
-        num_items: Trained tokens of the whole step; None for those of the micro-batch.
+        num_items: Trained tokens of the whole step, or their total weight; None for those of the micro-batch.
         loss_type: ``"nll"``, or ``"dft"`` (arXiv:2508.05629): each token's loss times its probability.
+        weights: How much each token of the batch counts, (B, T); None for 1.
     """
     losses = -outputs.log_probs
     if loss_type == "dft":
         losses = losses * outputs.log_probs.exp().detach()
+    if weights is not None:
+        counted = of_predictions(weights, outputs.label_mask)
+        total = counted.sum() if num_items is None else torch.as_tensor(num_items, device=losses.device)
+        return (losses * counted).sum() / total.masked_fill(total == 0, 1)  # a total may well be below 1
     count = outputs.label_mask.sum() if num_items is None else torch.as_tensor(num_items)
     return losses.sum() / count.clamp(min=1)  # a micro-batch without a label is 0, not NaN
 

@@ -30,6 +30,7 @@ from ..fused.under_way import UnderWay
 from ..noise.freelb import Perturbation
 from ..noise.neftune import NEFTuneNoise, NoiseStatistics, alpha_at, expected_norm, lookup_scale, noisy_embeddings
 from ..noise.streams import keyed_rng, stream_key
+from ..steps import LOSS_WEIGHTS
 from ..steps.batch import MicroBatch, StepBatch, StepCollator, check_labels
 from ..steps.rows import StepLoader, StepRows, StepSampler, step_loader, step_order
 from ..steps.sequences import find_sequences
@@ -79,7 +80,7 @@ class StepTrainer(LossTrainer):
         self, model: nn.Module, inputs: StepBatch | dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Run forward and backward through the micro-batches of one optimizer step; return the step's loss."""
-        step = inputs if isinstance(inputs, StepBatch) else StepBatch.of(inputs)
+        step = inputs if isinstance(inputs, StepBatch) else StepBatch.of(inputs, self.args.loss_mean)
         self.under_way.passes += 1
         # Once a run: a resumed one passed it in its first session.
         if self.tokens_seen == 0:
@@ -139,7 +140,8 @@ class StepTrainer(LossTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         base = unwrapped.get_base_model() if isinstance(unwrapped, PeftModel) else unwrapped
         for index, micro in enumerate(step):
-            inputs = {key: value for key, value in self._prepare_inputs(dict(micro.inputs)).items() if key != "labels"}
+            rest = ("labels", LOSS_WEIGHTS)
+            inputs = {key: value for key, value in self._prepare_inputs(dict(micro.inputs)).items() if key not in rest}
             try:
                 with (
                     torch.no_grad(),
@@ -210,10 +212,10 @@ class StepTrainer(LossTrainer):
         return int(self.accelerator.gather(count)[: self.args.process_index].sum())
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        """Count the trained tokens of the whole step, of all micro-batches and ranks: every loss is divided by them."""
+        """Add up the trained tokens of the whole step by their weights: every micro-batch's loss is divided by that."""
         if not all(isinstance(batch, StepBatch) for batch in batch_samples):
             return super()._get_num_items_in_batch(batch_samples, device)
-        count = torch.tensor(sum(step.num_trained_tokens() for step in batch_samples), device=device)
+        count = torch.tensor(sum(step.total_weight() for step in batch_samples), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
@@ -357,7 +359,9 @@ class StepTrainer(LossTrainer):
         """Return a dataloader whose batches are whole optimizer steps, as `StepBatch`."""
         # Upstream builds its dataloader from the attribute; evaluation must find the plain collator there again.
         plain = self.data_collator
-        self.data_collator = StepCollator(plain, self.split.rows, self.split.tokens, self.padding_free)
+        self.data_collator = StepCollator(
+            plain, self.split.rows, self.split.tokens, self.padding_free, self.args.loss_mean
+        )
         try:
             return self._step_loader() or super().get_train_dataloader()
         finally:

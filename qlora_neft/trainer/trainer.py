@@ -37,8 +37,9 @@ from ..fused.install import FastPath
 from ..fused.pieces import Pieces, Switches
 from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import save_adapter
-from ..steps import IGNORE_INDEX
+from ..steps import IGNORE_INDEX, LOSS_WEIGHTS
 from ..steps.losses import TokenMean, mean_token_loss
+from ..steps.weights import WeightedCollator, weighs_rows
 from .callbacks import CheckpointSomeBlocks, CleanLossDue, SaidOnce
 from .checkpointed_trainer import EvaluationGivenUp
 from .config import QLoRANeftConfig
@@ -50,7 +51,7 @@ from .step_trainer import StepTrainer
 
 logger = logging.getLogger(__name__)
 
-COLLATED = ("input_ids", "labels", "seq_lengths")  # columns that TRL's collator reads
+COLLATED = ("input_ids", "labels", "seq_lengths", LOSS_WEIGHTS)  # columns that collators read
 
 
 class QLoRANeftTrainer(StepTrainer):
@@ -127,6 +128,7 @@ class QLoRANeftTrainer(StepTrainer):
         )
         self._restore_trainable(initial)
         self._use_attention(attention)
+        self._use_weights(train_dataset, eval_dataset)
         if args.router_aux_loss_coef:
             self.router_loss = RouterLoss(_base_of(self.model), args.router_aux_loss_coef)
         self.loss_check = self._settle_loss_head()
@@ -155,6 +157,17 @@ class QLoRANeftTrainer(StepTrainer):
             self.padding_free = True
             padded = self.data_collator
             self.data_collator = FlatteningCollator(padded.pad_token_id, pad_to_multiple_of=padded.pad_to_multiple_of)
+
+    def _use_weights(self, *given: Any) -> None:
+        """Lay the weights of the rows, if they have any, beside the labels of every batch."""
+        weighted = any(map(weighs_rows, given))
+        self.check_weights(weighted=weighted)
+        if not weighted:
+            return
+        kept = (self.train_dataset, self.eval_dataset)
+        if any(weighs_rows(rows) and not weighs_rows(own) for rows, own in zip(given, kept, strict=True)):
+            raise ValueError(f"packing: upstream's drops the column {LOSS_WEIGHTS}. Set packing=False.")
+        self.data_collator = WeightedCollator(self.data_collator)
 
     @property
     def attention_implementation(self) -> str:
@@ -243,8 +256,9 @@ class QLoRANeftTrainer(StepTrainer):
             found = super().prediction_step(model, moved, *args, **kwargs)
         loss = found[0]
         if self._eval_loss is not None and labels is not None and loss is not None:
-            # The first label of a row is never predicted, so it counts for nothing.
-            self._eval_loss.add(loss, labels[..., 1:].ne(IGNORE_INDEX).sum().to(loss.device))
+            total = labels[..., 1:].ne(IGNORE_INDEX)  # the first label of a row is never predicted
+            total = total if LOSS_WEIGHTS not in inputs else inputs[LOSS_WEIGHTS][..., 1:] * total
+            self._eval_loss.add(loss, total.sum().to(loss.device))
         return found
 
     def held_out_loss(self) -> float | None:

@@ -13,25 +13,33 @@ import torch
 from noise_probe import NoiseProbe
 from tiny import adapter_weights, mixed_rows, tiny_trainer
 
+from qlora_neft.steps import LOSS_WEIGHTS
+
 
 def main(model: Path, output: Path, per_rank: int) -> None:
     rows = mixed_rows(16, seed=3)
+    # Every third token counts a quarter, and every sequence as much as any other.
+    weights = [[0.25 if place % 3 == 0 else 1.0 for place in range(len(ids))] for ids in rows["input_ids"]]
     # One of two ranks flattens and the other pads: what a rank's machine decides must not matter either.
     flattens = int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ["RANK"] == "0"
-    trainer = tiny_trainer(
-        model,
-        output,
-        rows,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=per_rank // 2,
-        max_steps=2,
-        padding_free=flattens,
-        lora_dropout=0.3,  # its masks belong to the sequence as well
-    )
+    options = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": per_rank // 2,
+        "max_steps": 2,
+        "padding_free": flattens,
+        "lora_dropout": 0.3,  # its masks belong to the sequence as well
+    }
+    trainer = tiny_trainer(model, output, rows, **options)
     probe = NoiseProbe(trainer)
     trainer.train()
-    rank = os.environ.get("RANK", "0")
-    torch.save({"noise": probe.by_sequence(rows), "adapter": adapter_weights(trainer)}, output / f"rank{rank}.pt")
+    weighted = tiny_trainer(model, output, rows.add_column(LOSS_WEIGHTS, weights), loss_mean="sequences", **options)
+    weighted.train()
+    found = {
+        "noise": probe.by_sequence(rows),
+        "adapter": adapter_weights(trainer),
+        "weighted": adapter_weights(weighted),
+    }
+    torch.save(found, output / f"rank{os.environ.get('RANK', '0')}.pt")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ def test_two_ranks_draw_the_noise_of_one_process_and_learn_the_same(llama, tmp_p
     for ids, visits in one["noise"].items():
         for a, b in zip(visits, together[ids], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    for name, weight in one["adapter"].items():
-        assert torch.equal(two[0]["adapter"][name], two[1]["adapter"][name])
-        torch.testing.assert_close(weight, two[0]["adapter"][name], rtol=0, atol=1e-5)
+    for run in ("adapter", "weighted"):
+        for name, weight in one[run].items():
+            assert torch.equal(two[0][run][name], two[1][run][name])
+            torch.testing.assert_close(weight, two[0][run][name], rtol=0, atol=1e-5)
+    assert not all(torch.equal(weight, one["weighted"][name]) for name, weight in one["adapter"].items())
