@@ -139,7 +139,7 @@ def find_adapter(source: str | Path, *, revision: str | None = None, base: str |
         raise UserInputError(f"{source}: must be a LoRA adapter, its peft_type is {config.get('peft_type')!r}.")
     summaries = [path / name for name in SUMMARIES if (path / name).is_file()]
     summary = read_record(summaries[0]) if summaries else None
-    return AdapterFolder(source, path, config, _recorded_recipe(path), summary, base)
+    return AdapterFolder(source, path, config, recorded_recipe(path), summary, base)
 
 
 def beyond_plain(config: Mapping[str, Any]) -> list[str]:
@@ -164,7 +164,7 @@ def stack_owners(config: Mapping[str, Any]) -> set[str]:
     return {name.rpartition(".")[0] for name in parameters if not name.endswith(".weight")}
 
 
-def _recorded_recipe(path: Path) -> Recipe | None:
+def recorded_recipe(path: Path) -> Recipe | None:
     """Read the recipe beside an adapter; a checkpoint's is in the folder of its run."""
     files = [path / RECIPE, *([path.parent / RECIPE] if path.name.startswith(CHECKPOINT) else [])]
     file = next((file for file in files if file.is_file()), None)
@@ -175,7 +175,7 @@ def _what_is_missing(path: Path) -> str:
     # A pickle may run code when it is read.
     if (path / CONFIG).is_file() and (path / "adapter_model.bin").is_file():
         return "holds a pickled adapter (adapter_model.bin), which is not loaded. Save it as safetensors with PEFT."
-    recipe = _recorded_recipe(path)
+    recipe = recorded_recipe(path)
     if recipe is not None and recipe.trains_all and (path / "config.json").is_file():
         return (
             "holds a full model, trained without an adapter (lora: null), which needs no base: there is nothing to "

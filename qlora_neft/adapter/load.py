@@ -22,21 +22,19 @@ from .prompts import Prompts, recorded_template, template_of
 from .spelling import key_mapping
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A trained model.
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that answers.
 
     Attributes:
-        folder: Where its adapter is.
-        model: NF4 base and adapter, in eval mode.
+        model: The model, in eval mode.
         tokenizer: The model's own, with a pad token.
-        prompts: Requests as it was trained with.
+        prompts: Requests in its prompt template.
         policy: How this machine computes.
         template_is_guessed: Whether neither a record nor the caller says which prompt template it was trained with.
     """
 
-    folder: AdapterFolder
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: Prompts
     policy: PrecisionPolicy
@@ -50,12 +48,26 @@ class Trained:
         some of these files name an ordinary word.
         """
         tokenizer = self.tokenizer
-        named = getattr(self.model.get_base_model().generation_config, "eos_token_id", None)
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        named = getattr(model.generation_config, "eos_token_id", None)
         named = [named] if isinstance(named, int) else named or []
         added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
         # Begin and unknown token are special as well, but end nothing.
         special = {*tokenizer.all_special_ids, *added} - {tokenizer.bos_token_id, tokenizer.unk_token_id}
         return sorted({*self.prompts.stop_token_ids, *(special & set(named))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained(Loaded):
+    """A trained model: NF4 base and adapter, with requests as it was trained with.
+
+    Attributes:
+        folder: Where its adapter is.
+        model: Base and adapter.
+    """
+
+    folder: AdapterFolder
+    model: PeftModel
 
     @contextmanager
     def base_alone(self) -> Generator[None, None, None]:
@@ -98,7 +110,9 @@ def load_trained(
         raise UserInputError(f"--prompt-template: {error}") from error
     is_guessed = prompt_template is None and recorded_template(folder) is None
     model = with_adapter(base_of_adapter(folder, policy), folder)
-    return Trained(folder, model, tokenizer, prompts, policy, is_guessed)
+    return Trained(
+        folder=folder, model=model, tokenizer=tokenizer, prompts=prompts, policy=policy, template_is_guessed=is_guessed
+    )
 
 
 def tokenizer_of_adapter(folder: AdapterFolder) -> PreTrainedTokenizerBase:

@@ -10,10 +10,11 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import UserInputError
+from ..evaluation.alpaca.judges import ANNOTATOR
+from ..evaluation.defaults import ANSWER_TOKENS, HELD_OUT, REPETITION_PENALTY
 from ..imports import imports_that_stay
 from .options import (
-    REPETITION_PENALTY,
-    AdapterArgument,
+    AnsweringArgument,
     BaseOption,
     BatchOption,
     DeviceOption,
@@ -36,23 +37,40 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..evaluation.alpaca.answer import Answered
     from ..evaluation.alpaca.score import Score
     from ..generation.decode import Decoding
 
-ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 OLD_FORM = "old-form"
 
-AnswersOption = Annotated[Path | None, typer.Option(help="File for the answers; default: alpaca_outputs.json in DIR.")]
+AnswersOption = Annotated[
+    Path | None,
+    typer.Option(help="File for the answers; default: alpaca_outputs.json in DIR, or MODEL.alpaca_outputs.json here."),
+]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="alpaca|vicuna|chat|none|FILE",
+        help="How MODEL is asked; default: its chat template, or else alpaca. An adapter has that of its training.",
+    ),
+]
 MetaPromptOption = Annotated[
     str, typer.Option(metavar="TEXT", help="Text appended to every instruction, such as: Generate a long response")
 ]
 JUDGES = "alpaca_eval|DIR|ID"
 ReferenceOption = Annotated[
     Path | None,
-    typer.Option(help="Answers of the model to compare with; default: text_davinci_003's, from AlpacaEval."),
+    typer.Option(
+        help="Answers of the model to compare with; default: those the judge's tables are against, from AlpacaEval."
+    ),
 ]
 AnnotatorOption = Annotated[
-    str, typer.Option(help="Annotator of the alpaca_eval package; the paper used alpaca_eval_gpt4.")
+    str,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="Annotator of the alpaca_eval package: alpaca_eval_gpt4 (AlpacaEval 1), chatgpt_fn (NEFTune's Table 3), "
+        "weighted_alpaca_eval_gpt4_turbo (AlpacaEval 2), any other, or a configuration of your own.",
+    ),
 ]
 
 
@@ -78,12 +96,12 @@ app = typer.Typer(
 
 @app.command()
 def answer(
-    source: AdapterArgument,
+    source: AnsweringArgument,
     output: AnswersOption = None,
     instructions: InstructionsOption = None,
     rows: RowsOption = 0,
     meta_prompt: MetaPromptOption = "",
-    max_new_tokens: TokensOption = 1024,
+    max_new_tokens: TokensOption = ANSWER_TOKENS,
     min_new_tokens: LeastTokensOption = 0,
     repetition_penalty: PenaltyOption = REPETITION_PENALTY,
     sample: SampleOption = False,
@@ -95,9 +113,10 @@ def answer(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     base: BaseOption = None,
+    prompt_template: TemplateOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer AlpacaEval's instructions with an adapter.
+    """Answer AlpacaEval's instructions with an adapter, or with an untuned model.
 
     Repeat the command to continue where it was interrupted.
     """
@@ -108,8 +127,8 @@ def answer(
     options = {"output": output, "instructions": instructions, "rows": rows, "meta_prompt": meta_prompt}
     with quiet():
         decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
-        outputs = answers_of(source, decoding, machine=machine, **options)
-    _print_outputs(outputs, as_json)
+        found = answers_of(source, decoding, machine=machine, prompt_template=prompt_template, **options)
+    _print_outputs(found.path, as_json)
 
 
 @app.command()
@@ -131,18 +150,21 @@ def judge(
     """
     # A score is kept with a run, so a folder is looked into; a file of answers belongs to nobody.
     outputs, is_run = Path(source).expanduser(), Path(source).expanduser().is_dir()
+    is_held_out = is_run and str(instructions) == HELD_OUT
     if is_run:
-        outputs /= "alpaca_outputs.json"
+        outputs /= "held_out_outputs.json" if is_held_out else "alpaca_outputs.json"
         if not outputs.is_file():
             raise UserInputError(f"{source}: has no {outputs.name}. Write it first: qlora-neft eval alpaca answer DIR.")
     with quiet():
         with imports_that_stay():
+            from ..evaluation.alpaca.answer import held_out_references
             from ..evaluation.alpaca.judge import check_judging
         from ..evaluation.runs import Machine
 
+        against = held_out_references(source) if is_held_out and reference is None else reference
         # A judge that is missing, or cannot work, is reported before a model is loaded for it.
-        check_judging(judge, reference, instructions)
-        options = {"reference": reference, "annotator": annotator, "instructions": instructions}
+        check_judging(judge, against, instructions, annotator)
+        options = {"reference": against, "annotator": annotator, "instructions": instructions}
         found = judged(judge, outputs, source if is_run else None, machine=Machine(device, precision), **options)
     _print_score(found, as_json)
 
@@ -174,7 +196,7 @@ def answer_judge_or_score(
     instructions: InstructionsOption = None,
     rows: RowsOption = 0,
     meta_prompt: MetaPromptOption = "",
-    max_new_tokens: TokensOption = 1024,
+    max_new_tokens: TokensOption = ANSWER_TOKENS,
     min_new_tokens: LeastTokensOption = 0,
     repetition_penalty: PenaltyOption = REPETITION_PENALTY,
     sample: SampleOption = False,
@@ -222,18 +244,18 @@ def answer_judge_or_score(
             with imports_that_stay():
                 from ..evaluation.alpaca.judge import check_judging
 
-            check_judging(by, reference, instructions)  # before hours of answering
+            check_judging(by, reference, instructions, annotator)  # before hours of answering
         answers = answers_of(source, decoding, machine=machine, **asked)
         if by is not None:
-            found = judged(by, answers, source, machine=machine, **comparing)
+            found = judged(by, answers.path, source, machine=machine, **comparing)
     if found is not None:
         _print_score(found, as_json)
     else:
-        _print_outputs(answers, as_json)
+        _print_outputs(answers.path, as_json)
 
 
-def answers_of(source: str, decoding: Decoding, **options: Any) -> Path:
-    """Return the file of a model's answers to AlpacaEval's instructions, after answering what is missing."""
+def answers_of(source: str, decoding: Decoding, **options: Any) -> Answered:
+    """Return a model's answers to AlpacaEval's instructions, after answering what is missing."""
     with imports_that_stay():
         from ..evaluation.alpaca.answer import answer_instructions
 
@@ -248,7 +270,7 @@ def judged(judge: str, outputs: Path, source: str | None, **options: Any) -> Sco
 
     found = judge_outputs(judge, outputs, say=say, **options)
     if source is not None:
-        keep_measures(source, "alpaca", found.measures())
+        keep_measures(source, "alpaca", found.measures(), found.made)
     return found
 
 

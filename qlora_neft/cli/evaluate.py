@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserInputError
+from ..evaluation.defaults import ANSWER_TOKENS, RECITED_ROWS, RECITED_TOKENS, REPETITION_PENALTY
 from ..imports import imports_that_stay
 from ..paths import kind_of
 from . import alpaca
-from .alpaca import answers_of
+from .alpaca import TemplateOption, answers_of
 from .options import (
-    REPETITION_PENALTY,
     AdapterArgument,
     BaseOption,
     BatchOption,
@@ -57,7 +57,10 @@ app = typer.Typer(
 def text(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[DIR|FILE]...", help="Runs, which answer AlpacaEval first, or files of outputs."),
+        typer.Argument(
+            metavar="[DIR|MODEL|FILE]...",
+            help="Runs or untuned models, which answer AlpacaEval first; files of outputs.",
+        ),
     ] = None,
     outputs: Annotated[
         list[Path] | None, typer.Option(help="File of outputs: AlpacaEval JSON, JSON lines, or one output per line.")
@@ -66,21 +69,23 @@ def text(
     cutoff: Annotated[
         str | None,
         typer.Option(
-            metavar="alpaca|evol|sharegpt|platypus", help="The chunk the paper used for it: 50, 100, 150, 150."
+            metavar="alpaca|evol|sharegpt|platypus",
+            help="The chunk the paper used for it: 50, 100, 150, 150; default: that of a run's data, or alpaca.",
         ),
     ] = None,
     instructions: InstructionsOption = None,
     rows: RowsOption = 0,
-    max_new_tokens: TokensOption = 1024,
+    max_new_tokens: TokensOption = ANSWER_TOKENS,
     repetition_penalty: PenaltyOption = REPETITION_PENALTY,
     batch_size: BatchOption = 8,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     base: BaseOption = None,
+    prompt_template: TemplateOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure outputs: length, repetition, log-diversity."""
-    from ..evaluation.texts import chunk_length, measure_texts, read_texts, text_table
+    from ..evaluation.texts import DEFAULT_CHUNK, chunk_length, chunk_of_run, measure_texts, read_texts, text_table
     from ..run_folder.record import keep_measures
 
     # Options first; files and models after them.
@@ -91,16 +96,24 @@ def text(
     from ..evaluation.runs import Machine
 
     options = {"instructions": instructions, "rows": rows, "machine": Machine(device, precision, base, batch_size)}
+    options["prompt_template"] = prompt_template
     found = {}
     for name in named:
-        file = Path(name)
-        if _is_model(name):
-            with quiet():
-                decoding = decoding_of(max_new_tokens, 0, repetition_penalty, sample=False)
-                file = answers_of(name, decoding, **options)
-        # Files that a run has answered are read back, so runs and foreign files are measured by the same code.
-        found[name] = measure_texts(read_texts(file, "--outputs"), length)
-        keep_measures(name, "text", found[name].main())
+        if not _is_model(name):
+            found[name] = measure_texts(read_texts(Path(name), "--outputs"), length or DEFAULT_CHUNK)
+            continue
+        with quiet():
+            decoding = decoding_of(max_new_tokens, 0, repetition_penalty, sample=False)
+            answered = answers_of(name, decoding, **options)
+            one = length or chunk_of_run(name)
+        found[name] = measure_texts([row["output"] for row in answered.rows], one)
+        keep_measures(name, "text", found[name].main(), {**answered.made, "chunk": one})
+    chunks = sorted({measures.chunk for measures in found.values()})
+    if len(chunks) > 1:
+        say(
+            f"chunks differ ({', '.join(map(str, chunks))}), each the paper's for its data: repetition and diversity "
+            "do not compare. For one chunk give --chunk N."
+        )
     if as_json:
         results = {name: measures.to_dict() for name, measures in found.items()}
         # One source gives its measures alone; several are keyed by name.
@@ -123,10 +136,9 @@ app.add_typer(alpaca.app)
 @app.command()
 def overfit(
     sources: RunsArgument,
-    rows: Annotated[int, typer.Option(min=1, help="Answer the first N training rows of each run.")] = 128,
-    max_new_tokens: TokensOption = 256,
-    # Not the authors' 1.2: a penalty keeps the model from repeating the very text it may know by heart.
-    repetition_penalty: PenaltyOption = 1.0,
+    rows: Annotated[int, typer.Option(min=1, help="Answer the first N training rows of each run.")] = RECITED_ROWS,
+    max_new_tokens: TokensOption = RECITED_TOKENS,
+    repetition_penalty: PenaltyOption = REPETITION_PENALTY,
     batch_size: BatchOption = 8,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -330,7 +342,11 @@ def harness(
         )
     if limit is None:  # scores on some of the questions do not belong into a report
         scores = {f"{entry['task']}_{entry['metric']}": entry["adapter"]["value"] for entry in report["results"]}
-        keep_measures(adapter, "harness", scores)
+        made = {
+            f"{entry['task']}_{entry['metric']}": {"shots": entry["num_fewshot"], "lm_eval": report["lm_eval"]}
+            for entry in report["results"]
+        }
+        keep_measures(adapter, "harness", scores, made)
     if output is not None:
         try:
             write_json(output, report)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserInputError
+from ..evaluation.defaults import REPETITION_PENALTY
 from ..imports import imports_that_stay
 from .options import (
-    REPETITION_PENALTY,
     AdapterArgument,
     BaseOption,
     DeviceOption,

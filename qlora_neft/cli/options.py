@@ -63,6 +63,10 @@ AdapterArgument = Annotated[
         metavar="DIR", help="An adapter: the --output-dir of a run, a checkpoint, any LoRA folder, or a Hub id."
     ),
 ]
+AnsweringArgument = Annotated[
+    str,
+    typer.Argument(metavar="DIR|MODEL", help="An adapter, as elsewhere; or an untuned model, a folder or a Hub id."),
+]
 RunsArgument = Annotated[
     list[str], typer.Argument(metavar="DIR...", help="Adapters: folders of finished runs, or Hub ids.")
 ]
@@ -95,14 +99,13 @@ SetOption = Annotated[
 ]
 InstructionsOption = Annotated[
     Path | None,
-    typer.Option(help="JSON list of objects with an instruction; default: the 805 of AlpacaEval, from the Hub."),
+    typer.Option(
+        metavar="FILE|held-out",
+        help="JSON list of objects with an instruction, or a run's held-out prompts; default: AlpacaEval's 805.",
+    ),
 ]
 
 # ---- Options of decoding ----
-
-# NEFTune's authors: greedy, with a repetition penalty of 1.2 in all experiments, also where they sampled
-# (arXiv:2310.05914, section 5.2, footnote, and appendix, "Additional Ablation Studies").
-REPETITION_PENALTY = 1.2
 
 TokensOption = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
 LeastTokensOption = Annotated[int, typer.Option(min=0, help="Minimum number of new tokens.")]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .alike import Kind
 from .records import RunRecord, read_row_losses
 from .results_file import Shared
 from .statistics import CONFIDENCE, Difference, Interval, difference, ratio_bootstrap_interval
@@ -35,8 +36,10 @@ class Arm:
             told = {key: value for key, value in told.items() if key == ALPHA or not key.startswith(NOISE)}
         return ", ".join(f"{key.split('.')[-1]} {show(value)}" for key, value in told.items()) or "all runs"
 
-    def values(self, measure: str) -> dict[int, float]:
-        """Return a measure by seed, for the runs that have it."""
+    def values(self, measure: str | Kind) -> dict[int, float]:
+        """Return a measure by seed, for the runs that have it; of a `Kind`, for those that made it so."""
+        if isinstance(measure, Kind):
+            return {run.seed: run.values[measure.key] for run in self.runs if _has(run, measure)}
         return {run.seed: run.values[measure] for run in self.runs if measure in run.values}
 
 
@@ -58,6 +61,10 @@ def differing(runs: Sequence[RunRecord]) -> list[str]:
     # A run without noise has no distribution; against one with noise it would differ in a key that says nothing.
     noisy = [found for found in settings if "neftune.distribution" in found]
     return [key for key in keys if _differs(key, noisy if key.startswith(NOISE) and key != ALPHA else settings)]
+
+
+def _has(run: RunRecord, kind: Kind) -> bool:
+    return kind.key in run.values and kind.is_of(run)
 
 
 def _differs(key: str, settings: Sequence[dict[str, Any]]) -> bool:
@@ -112,7 +119,7 @@ def is_without_noise(arm: Arm) -> bool:
     return not settings[ALPHA] and not settings.get("neftune.final_alpha")
 
 
-def compare(arm: Arm, other: Arm, measure: str, confidence: float = CONFIDENCE) -> Difference | None:
+def compare(arm: Arm, other: Arm, measure: str | Kind, confidence: float = CONFIDENCE) -> Difference | None:
     """Return ``arm`` minus ``other`` over the seeds that both have; None if they share none."""
     mine, its = arm.values(measure), other.values(measure)
     # One seed draws data order, dropout and initial weights of both runs: pairing takes that variance out.

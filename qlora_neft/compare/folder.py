@@ -19,6 +19,7 @@ from ..errors import UserInputError
 from ..files import visible, write_json, write_text
 from ..recipe.settings import flat
 from ..run_folder.record import RUN_FILE, SUMMARY_FILE
+from .asking import Asking
 from .plan import SweepPlan
 from .records import SWEEP_FILE, read_run, read_sweep
 
@@ -75,15 +76,24 @@ def is_trained(folder: Path) -> bool:
     return (folder / SUMMARY_FILE).exists()
 
 
-def is_done(folder: Path, measures: Sequence[str] = ()) -> bool:
+def is_done(folder: Path, measures: Sequence[str] = (), asking: Asking | None = None) -> bool:
     """Whether a run is trained and has all the measures asked for."""
-    return is_trained(folder) and not missing(folder, measures)
+    return is_trained(folder) and not missing(folder, measures, asking)
 
 
-def missing(folder: Path, measures: Sequence[str]) -> list[str]:
-    """Return the measures that a run does not have yet."""
+def missing(folder: Path, measures: Sequence[str], asking: Asking | None = None) -> list[str]:
+    """Return the measures that a run does not have yet, or has made in another way than ``asking`` makes them."""
     found = read_run(folder).measures if measures else {}
-    return [name for name in measures if name not in found]
+    asking = asking or Asking()
+    return [name for name in measures if name not in found or asking.differs(name, folder, found[name])]
+
+
+def began_without_held_out(output_dir: Path) -> bool:
+    """Whether a folder holds a sweep none of whose runs has held-out rows, of an earlier version: it stays so."""
+    earlier = read_sweep(output_dir) if output_dir.is_dir() else None
+    keys = ("eval_path", "eval_split", "eval_fraction")
+    data = [run.recipe.get("data", {}) for run in earlier.runs] if earlier else []
+    return bool(data) and not any(section.get(key) is not None for section in data for key in keys)
 
 
 def _check_empty(output_dir: Path) -> None:

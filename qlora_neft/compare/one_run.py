@@ -1,7 +1,7 @@
 """One run of a sweep, from its recipe to its measures, in a process of its own.
 
-``python -m qlora_neft.compare.one_run FOLDER RECIPE [MEASURE...]`` trains the run unless it is trained, then takes the
-measures that it lacks. One process does both: starting one costs more than a small run, most of it imports.
+``python -m qlora_neft.compare.one_run FOLDER RECIPE [ASKING] [MEASURE...]`` trains the run unless it is trained, then
+takes the measures that it lacks. One process does both: starting one costs more than a small run, most of it imports.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from ..imports import imports_that_stay
 from ..output import outliving_its_reader
 from ..processes import end_with_starter
 from ..run_folder.stop import StopNow, StopRequest, answered
+from .asking import Asking
 from .folder import is_trained
 
 
-def train_and_measure(folder: Path, recipe: Path, names: Sequence[str]) -> None:
+def train_and_measure(folder: Path, recipe: Path, names: Sequence[str], asking: Asking | None = None) -> None:
     """Train a run if it is not trained, and take the measures that it lacks.
 
     Args:
         folder: The run's.
         recipe: The file it is trained from.
         names: Measures, from `plan.MEASURES`.
+        asking: What they need to know.
 
     Raises:
         UserInputError: If the recipe cannot be carried out, a name is unknown, or the run cannot be measured.
@@ -45,7 +47,7 @@ def train_and_measure(folder: Path, recipe: Path, names: Sequence[str]) -> None:
     if names:
         from .measures import measure_run  # evaluation and generation, which a run without measures does not need
 
-        measure_run(folder, names)
+        measure_run(folder, names, asking)
 
 
 def _release_memory() -> None:
@@ -62,14 +64,15 @@ def main(arguments: Sequence[str]) -> int:
     # bitsandbytes says, as it is imported on some CPUs, that an optional kernel package is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     folder, recipe, *names = arguments
+    asking = Asking.of(names.pop(0)) if names and names[0].startswith("{") else Asking()  # as `Asking.to_text` gives it
     end_with_starter()
     with outliving_its_reader(lambda note: None), answered(StopRequest(grace_seconds=0, interrupts=True)):
-        return _run(Path(folder), Path(recipe), names)
+        return _run(Path(folder), Path(recipe), names, asking)
 
 
-def _run(folder: Path, recipe: Path, names: Sequence[str]) -> int:
+def _run(folder: Path, recipe: Path, names: Sequence[str], asking: Asking) -> int:
     try:
-        train_and_measure(folder, recipe, names)
+        train_and_measure(folder, recipe, names, asking)
     except UserInputError as error:
         line, code = f"error: {error}", 2
     except RunFailed as error:

@@ -14,10 +14,12 @@ from ..display.tables import Table
 from ..errors import UserInputError
 from ..files import write_text
 from ..run_folder.record import RunData, RunSummary, SampleAnswer
+from .alike import kinds_of
 from .arms import Arm, arms_by, arms_of, differing, show
+from .decide import Decision
 from .records import RunRecord, SweepRecord, find_runs, read_sweep
 from .results import results_of
-from .tables import differences_table, in_order, measures_table, name_of, pairing_line, verdict_lines
+from .tables import differences_table, in_order, made_table, measures_table, name_of, pairing_line, verdict_lines
 
 MAX_PROMPTS = 5  # whose answers are shown
 WIDTH, HEIGHT = 420, 270  # of a chart, in SVG units
@@ -63,9 +65,10 @@ def page_content(folders: Sequence[Path]) -> dict[str, Any]:
     sweep = read_sweep(folders[0]) if len(folders) == 1 else None
     arms = arms_by(runs, list(sweep.swept)) if sweep else arms_of(runs)
     # In a sweep the first setting serves as baseline if none is without noise; among any runs none is singled out.
-    results = results_of(arms, first=sweep is not None)
+    results = results_of(arms, first=sweep is not None, decision=Decision.of(sweep.decides if sweep else None))
     has_several = len(arms) > 1
     shown = [measures_table(results), differences_table(results)] if has_several else []
+    made = made_table(results)
     return {
         "title": _title(runs, sweep),
         "runs": runs,
@@ -74,7 +77,7 @@ def page_content(folders: Sequence[Path]) -> dict[str, Any]:
         "picture": PICTURE,
         "settings": settings_table(runs),
         "runs_table": runs_table(runs),
-        "tables": [table for table in shown if table is not None and len(table.columns) > 2],
+        "tables": [table for table in shown if table is not None and len(table.columns) > 2] + [made] * bool(made),
         "verdicts": [*verdict_lines(results), pairing_line(results)] if has_several else [],
         "method": results["method"] if shown and shown[1] else "",
         "samples": samples(arms),
@@ -113,12 +116,13 @@ def settings_table(runs: Sequence[RunRecord]) -> Table | None:
 
 def runs_table(runs: Sequence[RunRecord]) -> Table:
     """Return every measure of every run, its time and its memory."""
-    keys = in_order({key for run in runs for key in run.values})
-    columns = ("run", "seed", "steps", *(name_of(key).title for key in keys), "training (s)", "peak memory (GiB)")
+    kinds = [kind for key in in_order({key for run in runs for key in run.values}) for kind in kinds_of(key, runs)]
+    titles = (name_of(kind.name).title for kind in kinds)
+    columns = ("run", "seed", "steps", *titles, "training (s)", "peak memory (GiB)")
     rows = []
     for run in runs:
         summary = run.summary or RunSummary()
-        values = (name_of(key).show(run.values.get(key)) for key in keys)
+        values = (name_of(kind.key).show(run.values.get(kind.key) if kind.is_of(run) else None) for kind in kinds)
         steps = "not finished" if summary.steps is None else str(summary.steps)
         rows.append((run.name, str(run.seed), steps, *values, _seconds(summary), _memory(summary)))
     return Table(columns, rows, "Runs")

@@ -12,13 +12,16 @@ from typing import Any, Literal
 from ..errors import RecipeError, UserInputError
 from ..evaluation.overlap import check_installed
 from ..recipe import Recipe, load_recipe
+from .decide import BY_HELD_OUT_LOSS, Decision
 
 SEED = "train.seed"
 MAX_SEED = 2**32 - 1  # NumPy's limit
 MAX_NAME = 60  # characters that the settings take in a run's name
 
-MEASURES = ("rows", "answers", "loss", "overfit", "text")  # taken by the functions of `measures.MEASURES`
-ON_HELD_OUT_ROWS = ("rows", "answers", "text")
+MEASURES = ("rows", "answers", "loss", "overfit", "text", "alpaca")  # taken by the functions of `measures.MEASURES`
+ON_HELD_OUT_ROWS = ("rows", "answers")
+HELD_OUT_SHARE = 0.05  # of the rows, where the recipe holds out none and they are needed
+EVAL_KEYS = ("data.eval_path", "data.eval_split", "data.eval_fraction")
 
 _OPENING, _CLOSING, _QUOTES = "[{(", "]})", "\"'"
 
@@ -56,11 +59,18 @@ class SweepPlan:
         recipe: Name or path of the recipe, as given.
         swept: Swept keys.
         runs: One run for each setting and seed; all settings of one seed come before the next seed.
+        decision: What decides which arm is best.
     """
 
     recipe: str
     swept: tuple[SweptKey, ...]
     runs: tuple[PlannedRun, ...]
+    decision: Decision = BY_HELD_OUT_LOSS
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether every run has held-out rows."""
+        return all(run.recipe.data.has_eval_rows for run in self.runs)
 
     @property
     def keys(self) -> list[str]:
@@ -79,11 +89,24 @@ class SweepPlan:
             for run in self.runs
         ]
         swept = {key.key: list(key.values) for key in self.swept}
-        return {"version": 1, "recipe": self.recipe, "swept": swept, "seeds": self.seeds, "runs": runs}
+        decides = self.decision.to_dict()
+        return {
+            "version": 1,
+            "recipe": self.recipe,
+            "swept": swept,
+            "seeds": self.seeds,
+            "decides": decides,
+            "runs": runs,
+        }
 
 
 def plan_sweep(
-    name: str, words: Sequence[str], *, seeds: int = 1, combine: Literal["grid", "list"] = "grid"
+    name: str,
+    words: Sequence[str],
+    *,
+    seeds: int = 1,
+    combine: Literal["grid", "list"] = "grid",
+    decision: Decision = BY_HELD_OUT_LOSS,
 ) -> SweepPlan:
     """Plan a sweep and check the recipe of every run.
 
@@ -93,6 +116,7 @@ def plan_sweep(
         seeds: Runs of each setting, their seeds counted up from the recipe's.
         combine: ``grid`` for every combination of the swept keys' values, ``list`` for the first values of all keys,
             then the second, and so on.
+        decision: What decides which arm is best.
 
     Raises:
         UserInputError: If the words do not make a sweep.
@@ -120,7 +144,7 @@ def plan_sweep(
             runs.append(_planned(setting, seed, recipe, swept))
     if problems:
         raise RecipeError(problems, f"sweep of {name}")
-    return SweepPlan(name, tuple(swept), tuple(_with_own_names(_without_repeats(runs))))
+    return SweepPlan(name, tuple(swept), tuple(_with_own_names(_without_repeats(runs))), decision)
 
 
 def check_measures(names: Sequence[str]) -> None:
@@ -138,14 +162,31 @@ def check_measures(names: Sequence[str]) -> None:
         check_installed()
 
 
-def check_held_out(measures: Sequence[str], plan: SweepPlan) -> None:
+def needs_held_out(measures: Sequence[str], decision: Decision, *, asks_them: bool = False) -> list[str]:
+    """Return what of a sweep needs held-out rows: measures, and what decides.
+
+    Args:
+        measures: Names of the measures.
+        decision: What decides which arm is best.
+        asks_them: Whether the prompts of held-out rows are asked.
+    """
+    found = [name for name in measures if name in ON_HELD_OUT_ROWS or (asks_them and name in ("text", "alpaca"))]
+    return found + ([decision.by] if decision.is_on_held_out_rows else [])
+
+
+def names_held_out(words: Sequence[str]) -> bool:
+    """Whether a user's own words say which rows are held out, or that none are."""
+    return any(word.partition("=")[0] in EVAL_KEYS for word in words)
+
+
+def check_held_out(measures: Sequence[str], plan: SweepPlan, *, asks_them: bool = False) -> None:
     """Refuse measures on held-out rows if a run's recipe has none.
 
     Raises:
         UserInputError: If there is such a run.
     """
-    wanting = [name for name in measures if name in ON_HELD_OUT_ROWS]
-    if wanting and not all(run.recipe.data.has_eval_rows for run in plan.runs):
+    wanting = [name for name in needs_held_out(measures, plan.decision, asks_them=asks_them) if name in measures]
+    if wanting and not plan.holds_out:
         raise UserInputError(
             f"--measure: {', '.join(wanting)} needs held-out rows. Give data.eval_path, data.eval_split or "
             f"data.eval_fraction, or omit {', '.join(wanting)}."

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from ..processes import ENDS_WITH_STDIN, python_command
 from ..run_folder.stop import StopRequest, answered
+from .asking import Asking
 from .folder import is_done, log_of, recipe_of
 
 POLL_SECONDS = 0.2  # how soon a signal is noticed
@@ -122,15 +123,23 @@ class ProcessRunner:
         output_dir: The sweep's folder.
         measures: Names from `plan.MEASURES`.
         threads: As in `Processes`.
+        asking: What the measures need to know.
     """
 
-    def __init__(self, output_dir: Path, measures: Sequence[str] = (), threads: int | None = None) -> None:
-        self.output_dir, self.measures, self._processes = output_dir, tuple(measures), Processes(threads)
+    def __init__(
+        self,
+        output_dir: Path,
+        measures: Sequence[str] = (),
+        threads: int | None = None,
+        asking: Asking = Asking(),  # noqa: B008  frozen
+    ) -> None:
+        self.output_dir, self.measures, self.asking = output_dir, tuple(measures), asking
+        self._processes = Processes(threads)
 
     def train(self, name: str, tell: Callable[[str], None], /) -> Outcome:
         """Train a run if it is not trained, and take the measures it lacks."""
         started, folder = time.monotonic(), self.output_dir / name
-        if is_done(folder, self.measures):
+        if is_done(folder, self.measures, self.asking):
             return Outcome(name, 0)
         log = log_of(self.output_dir, name)
         # The end only: the log has everything.
@@ -140,7 +149,7 @@ class ProcessRunner:
             lines.append(line)
             tell(line)
 
-        arguments = [str(folder), str(recipe_of(self.output_dir, name)), *self.measures]
+        arguments = [str(folder), str(recipe_of(self.output_dir, name)), self.asking.to_text(), *self.measures]
         code = self._processes(f"{__package__}.one_run", arguments, log, hear)
         reason = "" if code == 0 else f"{_reason(lines)} (exit code {code}; all its output: {log})"
         return Outcome(name, code, reason, time.monotonic() - started)

@@ -17,6 +17,7 @@ from ..files import read_record_if_there
 from ..recipe.settings import flat, without_silent_noise
 from ..run_folder.record import (
     ANSWERS_FILE,
+    MADE,
     MEASURES_FILE,
     RECIPE_FILE,
     RUN_FILE,
@@ -30,6 +31,7 @@ from ..run_folder.record import (
 )
 
 SWEEP_FILE, ROW_LOSSES_FILE = "sweep.json", "row_losses.json"
+ON_HELD_OUT_ROWS = ("held_out_loss", "lowest_held_out_loss", "exact_match")  # a summary's measures of them
 LEAVE_OUT, MEASURE_AGAIN = "Leave this folder out.", "Remove it to measure again."
 
 
@@ -64,11 +66,12 @@ class PlannedRunRecord(Record):
 
 
 class SweepRecord(Record):
-    """``sweep.json``."""
+    """``sweep.json``; ``decides`` is a `decide.Decision`, None in a sweep of an earlier version."""
 
     recipe: str
     swept: dict[str, Any]
     runs: list[PlannedRunRecord]
+    decides: dict[str, Any] | None = None
 
 
 class RowLosses(Record):
@@ -106,7 +109,7 @@ class RunRecord:
     about: RunFile = field(default_factory=RunFile)
     summary: RunSummary | None = None
     metrics: list[dict[str, float]] = field(default_factory=list)
-    measures: dict[str, dict[str, float]] = field(default_factory=dict)
+    measures: dict[str, dict[str, Any]] = field(default_factory=dict)
     answers: list[SampleAnswer] = field(default_factory=list)
 
     @property
@@ -133,6 +136,20 @@ class RunRecord:
         # Texts and nulls go: a measure is a number.
         numbers = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+    def made(self, key: str) -> dict[str, Any] | None:
+        """Return how one of `values` was made, None if that was not recorded."""
+        if key in ON_HELD_OUT_ROWS:
+            rows = self.summary.data.eval if self.summary and self.summary.data else None
+            return None if rows is None else {"rows_sha256": rows.sha256[:16]}
+        if "." not in key:  # of the run's own training rows
+            return {}
+        measure, _, name = key.partition(".")
+        made = self.measures.get(measure, {}).get(MADE)
+        if not isinstance(made, dict):
+            return None
+        # Some measures make each of their numbers in its own way.
+        return made.get(name) if all(isinstance(value, dict) for value in made.values()) else made
 
 
 def read_run(folder: Path, name: str | None = None) -> RunRecord:

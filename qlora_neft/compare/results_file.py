@@ -35,11 +35,16 @@ class ArmMeasure(TypedDict):
 
 
 class MeasureResults(TypedDict):
-    """A measure of all arms, and a sentence on its differences, empty if there are none."""
+    """A measure of all arms, and a sentence on its differences, empty if there are none.
+
+    ``made`` says how it was made, null if that was not recorded: `RunRecord.made`. A measure that was made in several
+    ways is there once for each, and only its own runs are in it.
+    """
 
     label: str
     unit: str
     better: Literal["lower", "higher"] | None
+    made: dict[str, Any] | None
     arms: list[ArmMeasure]
     verdict: str
 
@@ -68,10 +73,11 @@ class Pairing(Shared):
 
 
 class Best(TypedDict):
-    """The arm with the lowest held-out loss: ``arm`` if its lead is measurable, ``lowest`` in any case."""
+    """The arm that leads by the measure ``by``: ``arm`` if it is the best by the rule, ``leading`` in any case."""
 
+    by: str
     arm: str | None
-    lowest: str | None
+    leading: str | None
     sentence: str
 
 
@@ -109,7 +115,8 @@ class DryRunEntry(TypedDict):
 
 
 class DryRun(TypedDict):
-    """The JSON of a sweep's dry run; ``tokens`` are those of the runs not finished."""
+    """The JSON of a sweep's dry run; ``tokens`` are those of the runs not finished, ``decides`` says what decides."""
 
+    decides: list[str]
     runs: list[DryRunEntry]
     tokens: int

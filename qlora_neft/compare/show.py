@@ -30,7 +30,7 @@ from .plan import SweepPlan
 from .records import read_run
 from .results import results_of
 from .results_file import DryRun, MeasureResults, Results, SweepResults
-from .tables import differences_table, measures_table, name_of, pairing_line, short_table, verdict_lines
+from .tables import differences_table, made_table, measures_table, name_of, pairing_line, short_table, verdict_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def write_results(plan: SweepPlan, output_dir: Path) -> SweepResults:
         "seeds": plan.seeds,
         "runs": len(plan.runs),
         "finished": sum(len(arm.runs) for arm in arms),
-        **results_of(arms, first=True),
+        **results_of(arms, first=True, decision=plan.decision),
     }
     write_json(output_dir / RESULTS_FILE, results)
     # After results.json, which does not depend on whether matplotlib is installed.
@@ -92,7 +92,11 @@ def _title(plan: SweepPlan) -> str:
 
 
 def _tables(results: Results) -> list[Table]:
-    found = [measures_table(results), differences_table(results)]  # without a baseline there are no differences
+    found = [
+        measures_table(results),
+        differences_table(results),
+        made_table(results),
+    ]  # without a baseline there are no differences
     return [table for table in found if table is not None and table.rows]
 
 
@@ -152,6 +156,8 @@ def show_plan(report: DryRun, *, as_json: bool) -> None:
         return
     rows = [(run["name"], str(run["steps"]), f"{run['tokens']:,}", run["state"]) for run in report["runs"]]
     console = Console(highlight=False)
+    for line in report["decides"]:
+        console.print(line, markup=False, soft_wrap=True)
     console.print(Table(("", "steps", "tokens", ""), rows, "Runs, in order").rich(framed=False))
     console.print(f"{len(rows)} runs, {report['tokens']:,} tokens still to train; nothing was written", markup=False)
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from ..errors import RunFailed, RunInterrupted
 from ..run_folder.lock import run_lock
 from ..runner.run import run
+from .asking import Asking
 from .folder import is_begun, is_done, is_trained, open_sweep
 from .plan import PlannedRun, SweepPlan
 from .queue import Outcome, Runner, run_queue
@@ -37,8 +38,10 @@ def sweep(
     display: Display,
     *,
     measures: Sequence[str] = (),
+    asking: Asking | None = None,
     parallel: int = 1,
     command: str = "the same command",
+    notes: Sequence[str] = (),
 ) -> SweepResults:
     """Train every run of a plan that is not finished, and write down the results of all of them.
 
@@ -51,8 +54,10 @@ def sweep(
         runner: Trains a run and measures it.
         display: Shows how it goes.
         measures: Names of what ``runner`` measures after training.
+        asking: What the measures need to know.
         parallel: Runs at a time.
         command: The command with which to continue.
+        notes: Lines to show before the first run begins: what will decide, and on which rows.
 
     Returns:
         The content of ``results.json``.
@@ -65,13 +70,15 @@ def sweep(
     with _held(output_dir):
         new = open_sweep(plan, output_dir)
         names = [run.name for run in plan.runs]
-        todo = [name for name in names if not is_done(output_dir / name, measures)]
+        todo = [name for name in names if not is_done(output_dir / name, measures, asking)]
+        for line in notes:
+            display.say(line)
         if len(new) < len(names):
             grown = f", {len(new)} of them new" if new else ""
             display.say(f"going on: {len(names) - len(todo)} of {len(names)} runs are finished{grown}")
         outcomes, signal = _train(todo, names, output_dir, runner, display, parallel)
         results = write_results(plan, output_dir)  # also after a failure or a signal: what is finished is shown
-    finished = sum(is_done(output_dir / name, measures) for name in names)
+    finished = sum(is_done(output_dir / name, measures, asking) for name in names)
     state = f"{finished} of {len(names)} runs are finished; results so far: {output_dir / MARKDOWN_FILE}"
     # A signal that came when all was done changes nothing.
     if signal is not None and finished < len(names):
@@ -139,11 +146,12 @@ def _result(output_dir: Path, outcome: Outcome) -> str:
 # ---- Dry run ----
 
 
-def check_runs(plan: SweepPlan, output_dir: Path) -> DryRun:
+def check_runs(plan: SweepPlan, output_dir: Path, notes: Sequence[str] = ()) -> DryRun:
     """Check the runs and count their tokens; nothing is written. Runs that differ in noise or seed are checked once.
 
     Returns:
-        ``runs`` (``name``, ``steps``, ``tokens``, ``state``) and ``tokens``, the sum over the runs not finished.
+        ``decides``, which is ``notes``; ``runs`` (``name``, ``steps``, ``tokens``, ``state``); and
+        ``tokens``, the sum over the runs not finished.
 
     Raises:
         UserInputError: If one of them would be refused.
@@ -159,7 +167,8 @@ def check_runs(plan: SweepPlan, output_dir: Path) -> DryRun:
         steps, tokens = _size(planned, checked[key])
         state = _state(output_dir / planned.name)
         rows.append({"name": planned.name, "state": state, "steps": steps, "tokens": tokens})
-    return {"runs": rows, "tokens": sum(row["tokens"] for row in rows if row["state"] != "finished")}
+    tokens = sum(row["tokens"] for row in rows if row["state"] != "finished")
+    return {"decides": list(notes), "runs": rows, "tokens": tokens}
 
 
 def _key(planned: PlannedRun) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..display.tables import Table
+from .alike import made_text
 from .results_file import ArmMeasure, PairedDifference, Results
 
 _LOSS = "nats per token"
@@ -49,20 +50,32 @@ _KNOWN = (
     MeasureName("held_out_loss", "held-out loss", _LOSS, "lower", ".3f"),
     MeasureName("lowest_held_out_loss", "lowest held-out loss", _LOSS, "lower", ".3f"),
     MeasureName("exact_match", "exact answers, held out", "", "higher", ".1%"),
+    MeasureName("alpaca.alpaca_win_rate", "win rate", "%", "higher", ".2f"),
+    MeasureName("alpaca.alpaca_length_controlled_win_rate", "length-controlled win rate", "%", "higher", ".2f"),
 )
 KNOWN = {name.key: name for name in _KNOWN}
 
 
 def name_of(key: str) -> MeasureName:
-    """Return how a measure is shown; one that is not known gets a label from its key."""
+    """Return how a measure is shown; one that is not known gets a label from its key.
+
+    Args:
+        key: As in ``results.json``: of a measure made in several ways, with the difference in parentheses.
+    """
+    plain, _, difference = key.partition(" (")
+    if difference:
+        name = name_of(plain)
+        return replace(name, key=key, label=f"{name.label} ({difference}")
     if key in KNOWN:
         return KNOWN[key]
     measure, _, name = key.rpartition(".")
     # "loss.whole_train_loss" goes by its name alone, which says "loss" already.
     label = f"{measure}: {name}" if measure and measure != name.split("_")[-1] else name
     if "loss" in (measure, name.split("_")[-1]):
-        return MeasureName(key, label.replace("_", " "), _LOSS, None, ".3f")
-    return MeasureName(key, label.replace("_", " "))
+        # Of other data less is better; of the training rows it may mean that they were learned by heart.
+        better = None if name == "whole_train_loss" else "lower"
+        return MeasureName(key, label.replace("_", " "), _LOSS, better, ".3f")
+    return MeasureName(key, label.replace("_", " "), better="higher" if measure == "harness" else None)
 
 
 def in_order(keys: set[str]) -> list[str]:
@@ -125,7 +138,30 @@ def short_table(results: Results) -> Table:
 def verdict_lines(results: Results) -> list[str]:
     """Return one sentence on each measure, and one on the best arm."""
     said = [f"{name_of(key).label}: {m['verdict']}" for key, m in results["measures"].items() if m["verdict"]]
-    return [*said, results["best"]["sentence"]]
+    return [*said, *apart_lines(results), results["best"]["sentence"]]
+
+
+def made_table(results: Results) -> Table | None:
+    """Return how the measures of finished runs were made, those made alike in one row; None if there are none."""
+    rows: dict[str, list[str]] = {}
+    for key, measure in results["measures"].items():
+        if "." in key:  # a run's own summary is made in one way
+            rows.setdefault(made_text(measure["made"]), []).append(name_of(key).label)
+    found = [("; ".join(labels), made) for made, labels in rows.items()]
+    return Table(("measures", "made with"), found, "How the measures were made") if found else None
+
+
+def apart_lines(results: Results) -> list[str]:
+    """Say of each measure that was made in several ways that it is, and that they are not compared."""
+    ways: dict[str, list[str]] = {}
+    for key in results["measures"]:
+        plain, _, difference = key.partition(" (")
+        ways.setdefault(plain, []).extend([difference.removesuffix(")")] if difference else [])
+    return [
+        f"{name_of(key).label}: made in {len(found)} ways, which are not compared: {'; '.join(found)}"
+        for key, found in ways.items()
+        if found
+    ]
 
 
 def pairing_line(results: Results) -> str:

@@ -97,7 +97,7 @@ def losses_of_runs(
     for folder in folders_of(sources, machine):
         trained = load_trained(folder, device=machine.device, precision=machine.precision)
         prepare_for_losses(trained)
-        numbers = {}
+        numbers, made = {}, {}
         for one in list(_sets(trained, data, overrides, say)):  # all data is read before anything is measured
             part = one.rows.select(range(min(rows, len(one.rows)))) if rows else one.rows
             key = (one.name, one.sha256, folder.base, folder.base_revision)
@@ -116,8 +116,9 @@ def losses_of_runs(
             loss = set_loss(trained, part, batch_size=machine.batch_size, progress=progress).loss
             found[key]["adapters"][folder.source] = loss
             numbers[_measure_name(one.name)] = loss
+            made[_measure_name(one.name)] = {"rows": len(part), "rows_sha256": one.sha256[:16]}
         if not rows:  # a loss on some of the rows is not the run's and does not belong into its records
-            keep_measures(folder.source, "loss", numbers)
+            keep_measures(folder.source, "loss", numbers, made)
     return list(found.values())
 
 

@@ -14,6 +14,7 @@ from ..generation.decode import Decoding
 from ..generation.generate import answer_texts
 from ..run_folder.record import keep_measures
 from ..runner.run_data import recipe_data
+from .defaults import made_by, prompts_made
 from .overlap import bleu, rouge_l
 from .runs import Machine, Progress, Say, folders_of, no_progress, progress_of
 
@@ -72,7 +73,7 @@ def overfit_of_runs(
     Args:
         sources: Folders of runs.
         rows: Training rows of each.
-        decoding: How tokens are chosen; the paper's are greedy.
+        decoding: How tokens are chosen; the paper's are greedy, with a penalty, see `defaults`.
         machine: Where to compute.
         overrides: Changes to the recipes, for data that has moved.
         say: Called with progress messages.
@@ -91,7 +92,8 @@ def overfit_of_runs(
         result = measure_overfit(trained, asked, decoding, batch_size=machine.batch_size, progress=progress)
         # Kept as soon as it is known: a later run may fail to load.
         scores = {"train_prompts_rouge_l": result.rouge_l, "train_prompts_bleu": result.bleu}
-        keep_measures(folder.source, "overfit", scores)
+        made = prompts_made([question.prompt for question in asked], "training prompts") | made_by(asdict(decoding))
+        keep_measures(folder.source, "overfit", scores, made)
         found[folder.source] = result
     return found
 

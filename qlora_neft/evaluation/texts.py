@@ -11,9 +11,11 @@ from typing import Any
 
 from ..display.tables import Table, short_names
 from ..errors import UserInputError
+from ..files import read_record_if_there
+from ..run_folder.record import RECIPE_FILE
+from .defaults import CUTOFFS, cutoff_of
 
 SIZES = (2, 3, 4)  # n-grams
-CUTOFFS = {"alpaca": 50, "evol": 100, "sharegpt": 150, "platypus": 150}  # whitespace tokens, section 5.2
 MAX_LOG_DIVERSITY = 20.0  # for a text that repeats nothing: its logarithm is infinite
 TABLE_4 = ("characters", "whitespace_tokens", "repetition_2", "log_diversity")  # the columns of the paper's table
 LABELS = (
@@ -134,10 +136,14 @@ def log_diversity(repetitions: Mapping[int, float], *, scale: float = 100.0) -> 
     return -math.log(max(1 - diversity, math.exp(-MAX_LOG_DIVERSITY)))
 
 
-def chunk_length(chunk: int | None, cutoff: str | None) -> int:
+DEFAULT_CHUNK = CUTOFFS["alpaca"]
+
+
+def chunk_length(chunk: int | None, cutoff: str | None) -> int | None:
     """Return the length of the chunk that a user asked for, as a number or by a data set of the paper.
 
-    The default is Alpaca's.
+    Returns:
+        None if neither is given: the chunk of each run's own data, see `chunk_of_run`.
 
     Raises:
         UserInputError: If both are given, or neither can be used.
@@ -146,10 +152,20 @@ def chunk_length(chunk: int | None, cutoff: str | None) -> int:
         raise UserInputError(f"--chunk, --cutoff: give only one of them, got {chunk} and {cutoff!r}.")
     if cutoff is not None and cutoff not in CUTOFFS:
         raise UserInputError(f"--cutoff: must be one of {', '.join(CUTOFFS)}, got {cutoff!r}. Or give --chunk N.")
-    length = CUTOFFS[cutoff or "alpaca"] if chunk is None else chunk
-    if length < max(SIZES):
+    length = chunk if cutoff is None else CUTOFFS[cutoff]
+    if length is not None and length < max(SIZES):
         raise UserInputError(f"--chunk: must be at least {max(SIZES)}, the longest n-gram, got {length}.")
     return length
+
+
+def chunk_of_run(folder: str | Path) -> int:
+    """Return the paper's chunk for the data that a run was trained on; for other data, and for no run, Alpaca's."""
+    # A checkpoint's recipe lies one level up, in the run's folder.
+    files = [Path(folder).expanduser() / RECIPE_FILE, Path(folder).expanduser().parent / RECIPE_FILE]
+    recipe = next((read_record_if_there(file) for file in files if file.is_file()), None) or {}
+    data = recipe.get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    return CUTOFFS[cutoff_of(str(path)) or "alpaca"]
 
 
 def text_table(measures: Mapping[str, TextMeasures]) -> Table:

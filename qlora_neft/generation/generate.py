@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from ..adapter.load import Trained
+from ..adapter.load import Loaded, Trained
 from ..base.config import check_vocabulary
 from ..data.examples import Passage
 from ..errors import RunFailed, UserInputError
@@ -128,7 +128,7 @@ def answer_ids(
 
 
 def answer_texts(
-    trained: Trained, prompts: Sequence[Sequence[int]], decoding: Decoding, *, batch_size: int
+    trained: Loaded, prompts: Sequence[Sequence[int]], decoding: Decoding, *, batch_size: int
 ) -> Iterator[tuple[int, str]]:
     """Yield the index of each prompt and its answer, batch by batch; a prompt that fills the context gets none.
 

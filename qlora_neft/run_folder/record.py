@@ -26,6 +26,7 @@ RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 ANSWERS_FILE = "answers.json"
 MEASURES_FILE = "measures.json"
+MADE = "made"  # in a measure: how its numbers were made; measures of earlier versions lack it
 RECIPE_FILE = "recipe.yaml"
 
 
@@ -333,13 +334,17 @@ class Measures(Record):
 # ---- Writing ----
 
 
-def keep_measures(folder: str | Path, name: str, numbers: Mapping[str, Any]) -> None:
+def keep_measures(
+    folder: str | Path, name: str, numbers: Mapping[str, Any], made: Mapping[str, Any] | None = None
+) -> None:
     """Store numbers under a measure's name in a run's folder, in place of earlier ones.
 
     Args:
         folder: What the user named. Nothing is stored for a Hub id or another program's adapter.
         name: The measure's name.
         numbers: Numbers by name; those that are not finite are dropped.
+        made: How they were made, stored beside them: numbers made in two ways are never compared. For a measure whose
+            numbers were made each in its own way, a mapping by number.
 
     Raises:
         UserInputError: If the existing file is damaged.
@@ -350,7 +355,7 @@ def keep_measures(folder: str | Path, name: str, numbers: Mapping[str, Any]) -> 
     # JSON has no NaN: a number that could not be measured is absent.
     found = {key: value for key, value in numbers.items() if _is_number(value)}
     stored = read_record_if_there(folder / MEASURES_FILE, "Remove it to measure again.") or {}
-    write_json(folder / MEASURES_FILE, {**stored, name: found})
+    write_json(folder / MEASURES_FILE, {**stored, name: found | ({MADE: dict(made)} if made is not None else {})})
 
 
 def _is_number(value: object) -> bool:

@@ -39,6 +39,10 @@ def test_losses_are_those_that_training_reported(place):
         assert sets_[name]["adapters"]["out"] == pytest.approx(reported["after"][key], abs=1e-6)
         assert sets_[name]["base"] == pytest.approx(reported["before"][key], abs=1e-6)  # LoRA begins at the base
     kept = json.loads(Path("out/measures.json").read_text())["loss"]
+    assert {name: entry["rows"] for name, entry in kept.pop("made").items()} == {
+        "whole_train_loss": len(ROWS),
+        "held_out_loss": len(HELD_OUT),
+    }
     assert kept == {
         "whole_train_loss": sets["train"]["adapters"]["out"],
         "held_out_loss": sets["held out"]["adapters"]["out"],

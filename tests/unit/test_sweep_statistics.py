@@ -115,7 +115,7 @@ def test_the_best_is_named_only_against_every_other_arm():
     assert best(arms_from(clear))["arm"] == "noise_alpha 15"
     close = {**clear, 5: [3.41, 3.40, 3.42]}
     found = best(arms_from(close))
-    assert found["arm"] is None and found["lowest"] == "noise_alpha 15"
+    assert found["arm"] is None and found["leading"] == "noise_alpha 15"
     assert found["sentence"].endswith("not measurably below noise_alpha 5")
 
 

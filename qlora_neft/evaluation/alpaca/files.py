@@ -25,6 +25,7 @@ class Instruction(Row):
     """An instruction to answer; with ``output``, the reference model's answer to it."""
 
     output: NotRequired[str]
+    generator: NotRequired[str | None]
     dataset: NotRequired[str]
     datasplit: NotRequired[str]
 
@@ -61,17 +62,18 @@ class Annotation(Row):
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
-def read_instructions(path: str | Path | None) -> list[Instruction]:
+def read_instructions(path: str | Path | None, hub_file: str = HUB_FILE) -> list[Instruction]:
     """Read rows with an ``instruction`` each; an ``input`` is appended to it after an empty line.
 
     Args:
         path: JSON list or JSON lines; None for AlpacaEval's 805, from the Hub.
+        hub_file: Their file there, which says whose answers come with them.
 
     Raises:
         UserInputError: If there are none, or two are the same.
     """
     # Downloaded once, to the Hub's cache.
-    file = _from_hub() if path is None else Path(path)
+    file = _from_hub(hub_file) if path is None else Path(path)
     rows = _with_texts(read_rows(file, "--instructions"), ("instruction",), file, "--instructions")
     rows = [_joined(row) for row in rows]
     _by_instruction(rows, file, "--instructions")  # after joining: Alpaca repeats instructions with other inputs
@@ -202,14 +204,14 @@ def _by_instruction(rows: Sequence[dict[str, Any]], path: Path, key: str) -> dic
     return found
 
 
-def _from_hub() -> Path:
+def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
     try:
-        return Path(hf_hub_download(HUB_DATASET, HUB_FILE, repo_type="dataset"))
+        return Path(hf_hub_download(HUB_DATASET, name, repo_type="dataset"))
     except (OSError, HTTPError) as error:
         raise UserInputError(
-            f"--instructions: AlpacaEval's instructions cannot be downloaded from the Hub ({HUB_DATASET}, {HUB_FILE}). "
+            f"--instructions: AlpacaEval's instructions cannot be downloaded from the Hub ({HUB_DATASET}, {name}). "
             f"Give a local JSON file of objects with an instruction. ({first_line(error)})"
         ) from error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,16 @@ class Score:
         avg_length: Mean characters of the outputs, cut to a whole number.
         not_annotated: Outputs that no annotation is about.
         annotations: File of the annotations; None if the user named it.
+        made: Who judged against whom, and how the answers were made; empty if only a file of annotations is known.
+        length_controlled: The package's length-controlled win rate in percent, None where it gave none.
     """
 
     rate: WinRate
     avg_length: int
     not_annotated: int
     annotations: Path | None = None
+    made: Mapping[str, Any] = field(default_factory=dict)
+    length_controlled: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, under the names of AlpacaEval's leaderboards."""
@@ -65,8 +69,9 @@ class Score:
             **asdict(self.rate),
             "avg_length": self.avg_length,
             "not_annotated": self.not_annotated,
-            "length_controlled": LENGTH_CONTROLLED_NOTE,
+            "length_controlled": LENGTH_CONTROLLED_NOTE if self.length_controlled is None else self.length_controlled,
         }
+        found |= {"made": dict(self.made)} if self.made else {}
         return found if self.annotations is None else {**found, "annotations": str(self.annotations)}
 
     def measures(self) -> dict[str, float | None]:
@@ -75,6 +80,7 @@ class Score:
             "alpaca_win_rate": self.rate.win_rate,
             "alpaca_standard_error": self.rate.standard_error,
             "alpaca_avg_length": self.avg_length,
+            "alpaca_length_controlled_win_rate": self.length_controlled,
         }
 
     def lines(self) -> list[str]:
@@ -82,12 +88,19 @@ class Score:
         rate = self.rate
         spread = "" if rate.standard_error is None else f" ± {rate.standard_error:.2f} (standard error)"
         without = "-" if rate.wins_without_draws is None else f"{rate.wins_without_draws:.2f}%"
+        controlled = (
+            LENGTH_CONTROLLED_NOTE
+            if self.length_controlled is None
+            else f"length-controlled        {self.length_controlled:.2f}%"
+        )
+        by = [f"judge, reference         {self.made['judge']}, {self.made['reference']}"] if self.made else []
         return [
+            *by,
             f"win rate                 {rate.win_rate:.2f}%{spread}",
             f"wins, losses, ties       {rate.wins}, {rate.losses}, {rate.ties} of {rate.n}",
             f"wins without draws       {without}",
             f"average length           {self.avg_length} characters",
-            LENGTH_CONTROLLED_NOTE,
+            controlled,
         ]
 
     def notes(self) -> list[str]:
