@@ -173,15 +173,50 @@ def judge(
 def score(
     annotations: Annotated[Path, typer.Argument(metavar="FILE", help="Annotations of a judge.")],
     outputs: Annotated[Path | None, typer.Option(help="The answers that were judged, for their lengths.")] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="The key of a study that `pairs` wrote: FILE is the study, filled in.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score a judge's annotations: win rate, standard error, length.
+    """Score a judge's annotations, or people's: win rate, standard error, length.
 
     Needs no model and loads no torch.
     """
+    if key is not None:
+        from ..evaluation.alpaca.study import score_study
+
+        if outputs is not None:
+            raise UserInputError("--outputs: has no effect on a study, which holds its answers. Omit it.")
+        _print_score(score_study(annotations, key), as_json)
+        return
     from ..evaluation.alpaca.score import score_files
 
     _print_score(score_files(annotations, outputs, "FILE"), as_json)
+
+
+@app.command()
+def pairs(
+    model: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="The run, or answers, whose wins are counted.")],
+    other: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="The run, or answers, it is compared with.")],
+    output: Annotated[
+        Path, typer.Option(help="File to write for the people who judge; each fills in the verdicts.")
+    ] = Path("study.json"),
+    key: Annotated[Path, typer.Option(help="File to write that says which answer is whose; keep it apart.")] = Path(
+        "study.key.json"
+    ),
+    rows: Annotated[int, typer.Option(min=0, help="Number of pairs (0: all); the paper had 140.")] = 140,
+    seed: Annotated[int, typer.Option(help="Of the draw of instructions and of the order of answers.")] = 0,
+) -> None:
+    """Write blind pairs of two models' answers for a human study, in random order.
+
+    Score what people filled in with: eval alpaca score STUDY --key KEY.
+    """
+    from ..evaluation.alpaca.study import write_study
+
+    files = [path / "alpaca_outputs.json" if path.is_dir() else path for path in (model, other)]
+    count = write_study(*files, output, key, rows=rows, seed=seed)
+    typer.echo(f"written: {output}, {count} pairs; each verdict is to be 1 or 2 for the better answer, or 0 for a draw")
+    typer.echo(f"written: {key}, which answer is whose")
 
 
 @app.command(OLD_FORM, hidden=True)

@@ -190,6 +190,10 @@ def loss(
     precision: PrecisionOption = "auto",
     base: BaseOption = None,
     changes: SetOption = None,
+    samples: Annotated[bool, typer.Option("--samples", help="With --json: include the loss of every row.")] = False,
+    picture: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw histograms of the rows' losses to this PNG file.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure losses without noise: training rows, held-out rows, other data.
@@ -202,12 +206,15 @@ def loss(
     sets = named_sets(data or [])
     with quiet():
         with imports_that_stay():
-            from ..evaluation.losses import loss_table, losses_of_runs
+            from ..evaluation.losses import draw_samples, loss_table, losses_of_runs
 
-        machine = Machine(device, precision, base, batch_size)
-        found = losses_of_runs(sources, sets, rows=rows, machine=machine, overrides=changes or (), say=say)
+        options = {"rows": rows, "machine": Machine(device, precision, base, batch_size), "overrides": changes or ()}
+        found = losses_of_runs(sources, sets, samples=samples or picture is not None, say=say, **options)
+        if picture is not None:
+            draw_or_refuse(lambda: draw_samples(found, picture, "losses without noise"), picture)
     if as_json:
-        print_json({"sets": found})
+        kept = [{key: value for key, value in entry.items() if samples or key != "samples"} for entry in found]
+        print_json({"sets": kept})
     else:
         typer.echo(loss_table(found, sources).plain())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 import torch
 from datasets import Dataset
@@ -15,6 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 from ..adapter.folder import RECIPE
 from ..adapter.load import Trained, load_trained
 from ..base.precision import PrecisionPolicy
+from ..display.plots import BLUE, GREEN, LIGHT_GREY, ORANGE, PURPLE, VERMILION, new_picture, save_picture
 from ..display.tables import Table, short_names
 from ..errors import UserInputError
 from ..run_folder.record import keep_measures
@@ -26,8 +28,11 @@ from .runs import HELD_OUT, TRAIN, Machine, Progress, Say, folders_of, no_progre
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, LIGHT_GREY)
+BINS = 40
 SLICE = 1024  # sequences held in memory at a time; those of similar length share a batch
 
+BASE = "base"  # in ``samples``
 _MEASURE_NAMES = {TRAIN: "whole_train_loss", HELD_OUT: "held_out_loss"}
 
 
@@ -39,15 +44,21 @@ class SetLoss:
         loss: Nats per trained token.
         tokens: Trained tokens.
         rows: Sequences.
+        samples: Mean of each sequence, None for one without a trained token.
     """
 
     loss: float
     tokens: int
     rows: int
+    samples: list[float | None]
 
 
 class LossesOfSet(TypedDict):
-    """Losses on one set of rows, in nats per trained token: of a base alone, and of adapters on it by their source."""
+    """Losses on one set of rows, in nats per trained token: of a base alone, and of adapters on it by their source.
+
+    ``samples`` has the mean of every row by model, in the order of the rows, null for a row without a trained token:
+    ``base``, and each adapter by its source. It is there if it was asked for.
+    """
 
     set: str
     rows: int
@@ -55,6 +66,7 @@ class LossesOfSet(TypedDict):
     base_model: str
     base: float
     adapters: dict[str, float]
+    samples: NotRequired[dict[str, list[float | None]]]
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ def losses_of_runs(
     rows: int = 0,
     machine: Machine | None = None,
     overrides: Sequence[str] = (),
+    samples: bool = False,
     say: Say = lambda line: None,
 ) -> list[LossesOfSet]:
     """Measure several runs and their bases, on their own training and held-out rows and on other data.
@@ -83,6 +96,7 @@ def losses_of_runs(
         rows: Use only the first N sequences of each set; 0 for all.
         machine: Where to compute.
         overrides: Changes to the recipes, for data that has moved.
+        samples: Also return the loss of every row (NEFTune's Figure 4 shows their histograms).
         say: Called with progress messages, and with what is wrong with further data.
 
     Returns:
@@ -113,8 +127,12 @@ def losses_of_runs(
                     "base": alone.loss,
                     "adapters": {},
                 }
-            loss = set_loss(trained, part, batch_size=machine.batch_size, progress=progress).loss
-            found[key]["adapters"][folder.source] = loss
+                if samples:
+                    found[key]["samples"] = {BASE: alone.samples}
+            measured = set_loss(trained, part, batch_size=machine.batch_size, progress=progress)
+            loss = found[key]["adapters"][folder.source] = measured.loss
+            if samples:
+                found[key]["samples"][folder.source] = measured.samples
             numbers[_measure_name(one.name)] = loss
             made[_measure_name(one.name)] = {"rows": len(part), "rows_sha256": one.sha256[:16]}
         if not rows:  # a loss on some of the rows is not the run's and does not belong into its records
@@ -170,9 +188,12 @@ def set_loss(trained: Trained, rows: Dataset, *, batch_size: int, progress: Prog
         progress: Called with how many sequences are done, and of how many.
     """
     total, tokens = 0.0, 0  # sums, not means of batches: batches differ in their trained tokens
+    samples: list[float | None] = []
     for losses in losses_by_row(trained, rows, batch_size=batch_size, progress=progress):
         total, tokens = total + losses.sums.sum().item(), tokens + int(losses.counts.sum())
-    return SetLoss(total / tokens if tokens else float("nan"), tokens, len(rows))
+        means = zip(losses.sums.tolist(), losses.counts.tolist(), strict=True)
+        samples += [value / count if count else None for value, count in means]
+    return SetLoss(total / tokens if tokens else float("nan"), tokens, len(rows), samples)
 
 
 def losses_by_row(
@@ -209,3 +230,38 @@ def loss_table(found: Sequence[LossesOfSet], sources: Sequence[str]) -> Table:
         counts = [f"{entry['rows']:,}", f"{entry['tokens']:,}"]
         rows.append([entry["set"], *counts, *("-" if loss is None else f"{loss:.4f}" for loss in losses)])
     return Table(["nats per trained token", "rows", "tokens", "base", *short_names(sources)], rows)
+
+
+def draw_samples(found: Sequence[LossesOfSet], path: Path, title: str, *, with_base: bool = False) -> bool:
+    """Draw histograms of the rows' losses, a panel per set, as NEFTune's Figure 4 has them.
+
+    Args:
+        found: From `losses_of_runs` with ``samples``.
+        path: The PNG file.
+        title: Heading.
+        with_base: Draw the base alone too, whose losses may lie far from the adapters'.
+
+    Returns:
+        False if matplotlib is not installed (extra ``plots``).
+    """
+    picture = new_picture("", (max(5 * len(found), 6), 4))
+    if picture is None:
+        return False
+    figure, axes = picture
+    axes.remove()
+    figure.suptitle(title, parse_math=False)
+    for panel, entry in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        models = {name: values for name, values in entry["samples"].items() if with_base or name != BASE}
+        losses = {name: [value for value in values if value is not None] for name, values in models.items()}
+        # One set of bins, so that the heights of two models compare.
+        ends = [value for values in losses.values() for value in values]
+        span = (min(ends), max(ends)) if ends else (0.0, 1.0)
+        for (name, values), color in zip(losses.items(), cycle(COLORS), strict=False):
+            panel.hist(
+                values, BINS, range=span, histtype="step", linewidth=1.6, color=color, label=short_names([name])[0]
+            )
+        panel.set(xlabel="loss of a row, nats per trained token", ylabel="rows")
+        panel.set_title(entry["set"], fontsize=10, parse_math=False)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=8)
+    return save_picture(figure, path)

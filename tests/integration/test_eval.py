@@ -10,10 +10,13 @@ from command_line import HELD_OUT, ROWS, contents, invoke, never_stopped, refuse
 from eval_place import ASKED, FAST, OTHER, found, make_place
 
 from qlora_neft.adapter.folder import find_adapter
-from qlora_neft.adapter.load import load_trained
+from qlora_neft.adapter.load import load_trained, tokenizer_of_adapter
 from qlora_neft.evaluation.alpaca.answer import answer, answers_file
 from qlora_neft.evaluation.overlap import rouge_l
+from qlora_neft.generation.answers import questions
 from qlora_neft.generation.decode import Decoding
+from qlora_neft.generation.generate import answer_texts
+from qlora_neft.runner.run_data import recipe_data
 
 
 @pytest.fixture
@@ -223,3 +226,62 @@ def test_what_is_no_run_is_refused_before_anything_is_loaded(place):
     assert "holds no recipe.yaml" in refused("eval", "overfit", "out")
     Path("kept.yaml").rename("out/recipe.yaml")
     assert contents(".") == before
+
+
+# ---- Untuned models ----
+
+
+def test_an_untuned_model_is_answered_with_and_measured(place, llama):
+    asked = ("--instructions", "asked.json", *FAST)
+    code, stdout, stderr = invoke("eval", "alpaca", "answer", str(llama), *asked)
+    file = Path(f"{llama.name}.alpaca_outputs.json")  # here, not in the model's folder
+    assert code == 0 and str(file) in stdout and "asked in the prompt template alpaca" in stderr
+    rows = json.loads(file.read_text())
+    made_by = json.loads(rows[0]["metadata"])
+    assert (made_by["weights"], made_by["prompt_template"], rows[0]["generator"]) == ("nf4", "alpaca", llama.name)
+    result = found("text", str(llama), "--chunk", "4", *asked)  # answered already
+    assert result["characters"] == pytest.approx(sum(len(row["output"]) for row in rows) / 7)
+    assert not (llama / "measures.json").exists()
+    assert "prompt_template was 'alpaca', is now 'vicuna'" in refused(
+        "eval", "alpaca", "answer", str(llama), *asked, "--prompt-template", "vicuna"
+    )
+    assert "an adapter has its own" in refused("eval", "alpaca", "answer", "out", *asked, "--prompt-template", "vicuna")
+
+
+def test_an_untuned_model_is_the_adapters_base(place, trained, llama):
+    asked = ("--instructions", "asked.json", *FAST, "--repetition-penalty", "1")
+    found("alpaca", "answer", str(llama), *asked)
+    row = json.loads(Path(f"{llama.name}.alpaca_outputs.json").read_text())[2]
+    prompt = trained.prompts.ids([{"role": "user", "content": row["instruction"]}])
+    with trained.base_alone():
+        [(_, text)] = answer_texts(trained, [prompt], Decoding(max_new_tokens=12), batch_size=1)
+    assert row["output"] == text
+
+
+def test_a_runs_own_held_out_prompts_may_be_asked(place):
+    result = found("text", "out", "--instructions", "held-out", "--chunk", "4", *FAST)
+    rows = json.loads(Path("out/held_out_outputs.json").read_text())
+    assert [row["instruction"] for row in rows] == [q.prompt for q in held_out_questions("out")]
+    assert result["outputs"] == len(HELD_OUT) == len(rows)
+    made = json.loads(Path("out/measures.json").read_text())["text"]["made"]
+    assert (made["prompts"], made["chunk"], made["repetition_penalty"]) == ("2 held-out prompts", 4, 1.2)
+    few = found("text", "out", "--instructions", "held-out", "--rows", "1", "--chunk", "4", *FAST)
+    assert few["outputs"] == 1  # of the two in the file, the one that was asked
+
+
+def held_out_questions(source):
+    folder = find_adapter(source)
+    tokenizer = tokenizer_of_adapter(folder)
+    data = recipe_data(folder, tokenizer)
+    return questions(data.eval, tokenizer, 99, data.stop_token_ids)
+
+
+def test_losses_of_single_rows_and_their_histogram(place):
+    [train, held_out] = found("loss", "out", "--samples", "--picture", "samples.png")["sets"]
+    for entry, count in ((train, len(ROWS)), (held_out, len(HELD_OUT))):
+        assert [len(entry["samples"][name]) for name in ("base", "out")] == [count, count]
+    pairs = zip(held_out["samples"]["out"], (len(str(row["output"])) + 1 for row in HELD_OUT), strict=True)
+    total = sum(loss * tokens for loss, tokens in pairs)
+    assert total / held_out["tokens"] == pytest.approx(held_out["adapters"]["out"], abs=1e-6)
+    assert Path("samples.png").read_bytes().startswith(b"\x89PNG")
+    assert "samples" not in found("loss", "out", "--rows", "1")["sets"][0]

@@ -13,6 +13,7 @@ from sweep_runs import WORDS, Watched, swept_in
 from qlora_neft import load_recipe
 from qlora_neft.compare import one_run
 from qlora_neft.compare.arms import arms_by
+from qlora_neft.compare.asking import Asking
 from qlora_neft.compare.measures import MEASURES, measure_run
 from qlora_neft.compare.plan import MEASURES as CHECKED
 from qlora_neft.compare.records import read_row_losses, read_run
@@ -228,8 +229,11 @@ def test_measures_of_the_evaluation(swept, workplace, monkeypatch):
     pytest.importorskip("rouge_score")
     pytest.importorskip("sacrebleu")
     folder = swept[0] / NAMES[1]
-    measure_run(folder, ["loss", "overfit", "text"])
+    measure_run(folder, ["loss", "overfit", "text"], Asking("held-out"))
     values = read_run(folder).values
+    made = read_run(folder).made("overfit.train_prompts_rouge_l")
+    assert (made["decoding"], made["repetition_penalty"]) == ("greedy", 1.2)  # NEFTune's, "across all experiments"
+    assert read_run(folder).made("text.characters")["prompts"] == "2 held-out prompts"
     assert 0 <= values["overfit.train_prompts_rouge_l"] <= 100 and values["text.characters"] >= 0
     assert values["loss.whole_train_loss"] > 0 and "loss.held_out_loss" not in values
 
