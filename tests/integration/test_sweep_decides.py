@@ -83,9 +83,8 @@ def test_a_recipe_without_held_out_rows_is_decided_by_a_share_it_holds_out(sweep
 def test_the_papers_protocol_is_decided_by_a_local_judge(sweep):
     command = sweep("--protocol", "paper", "--judge", "judge", "--instructions", "asked.json", "--output-dir", "paper")
     code, stdout, stderr = invoke(*command)
-    assert (
-        code == 0 and "decides: win rate, higher is better: the best number of one run each, as in the paper" in stdout
-    )
+    assert code == 0, stderr
+    assert "decides: win rate, higher is better: the best number of one run each, as in the paper" in stdout
     assert "judge judge, a local model, against somebody: compares with no published table" in stdout
     assert "held out:" not in stdout  # all rows are trained on, as the paper did
     results = json.loads(Path("paper/results.json").read_text())
