@@ -162,7 +162,7 @@ def cases(draw, asked, answered, ways=WAYS, max_exchanges=4):
 
 def section(max_length, **stated):
     """A data section of any length, also of fewer tokens than a recipe may state; hashable, for `worker_of`."""
-    return Data.model_construct(path="rows.jsonl", max_length=max_length, mixture=(), **stated)
+    return Data.model_construct(path="rows.jsonl", max_length=max_length, mixture=(), chat_template_kwargs=(), **stated)
 
 
 def outcome_of(case, kind, chosen=None):

@@ -18,7 +18,7 @@ from ..base.precision import PrecisionPolicy, resolve_precision
 from ..errors import UserInputError, first_line
 from .folder import MEND, WEIGHTS, AdapterFolder, find_adapter
 from .names import check_names
-from .prompts import Prompts, recorded_template, template_of
+from .prompts import Prompts, prompts_of, recorded_template
 from .spelling import key_mapping
 
 
@@ -105,7 +105,7 @@ def load_trained(
     # Tokenizer and template come before gigabytes of weights, so that a mistake in them shows at once.
     tokenizer = tokenizer_of_adapter(folder)
     try:
-        prompts = Prompts(tokenizer, prompt_template or template_of(folder, tokenizer))
+        prompts = prompts_of(folder, tokenizer, prompt_template)
     except UserInputError as error:
         raise UserInputError(f"--prompt-template: {error}") from error
     is_guessed = prompt_template is None and recorded_template(folder) is None

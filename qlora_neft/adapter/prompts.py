@@ -25,9 +25,11 @@ class Prompts:
     Args:
         tokenizer: The adapter's own tokenizer.
         name: Prompt template: ``alpaca`` (``-newline``, ``-space``), ``vicuna``, ``chat``, ``none``, or a Jinja file.
+        kwargs: ``data.chat_template_kwargs`` of the training; chat templates alone are given them.
 
     Attributes:
         name: Name of the template.
+        kwargs: What a chat template is given.
         template: The template.
         stop_token_ids: Tokens that end a response, sorted.
 
@@ -35,16 +37,17 @@ class Prompts:
         UserInputError: If there is no such template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, kwargs: Mapping[str, Any] | None = None) -> None:
         if name not in TEMPLATES and not name.endswith(JINJA_SUFFIXES):
             raise UserInputError(f"must be {', '.join(TEMPLATES)} or a .jinja file, got {name!r}.")
-        self.name = name
+        self.name, self.kwargs = name, dict(kwargs or {})
         format = "text" if self.name == "none" else "messages"
-        self.template = make_template(self.name, format, tokenizer)
+        self.template = make_template(self.name, format, tokenizer, kwargs=self.kwargs)
         self._encoder = Encoder(tokenizer, adds_special_tokens=self.template.adds_special_tokens)
         # A template may end a response otherwise than the tokenizer ends a text.
-        ends = [end for end in {self.template.end, tokenizer.eos_token} if end is not None]
-        self.stop_token_ids = tuple(sorted(cast("list[int]", tokenizer.convert_tokens_to_ids(ends))))
+        found = (self.template.end, self.template.end_of_call, tokenizer.eos_token)
+        ends = {end for end in found if end is not None}
+        self.stop_token_ids = tuple(sorted(cast("list[int]", tokenizer.convert_tokens_to_ids(list(ends)))))
 
     @property
     def takes_conversations(self) -> bool:
@@ -112,6 +115,14 @@ class Prompts:
         known = "".join(piece.text for piece in before)
         rest = [Piece(text.removeprefix(known), False)]
         return [*before, *rest] if text.startswith(known) else [Piece(text, False)]
+
+
+def prompts_of(
+    folder: AdapterFolder, tokenizer: PreTrainedTokenizerBase, prompt_template: str | None = None
+) -> Prompts:
+    """Return the prompts an adapter was trained with, by its records, or those of another template."""
+    stated = folder.recipe.data.chat_template_kwargs if folder.recipe else None
+    return Prompts(tokenizer, prompt_template or template_of(folder, tokenizer), stated)
 
 
 def template_of(folder: AdapterFolder, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,35 +1,34 @@
 """Render conversations by a chat template, the tokenizer's own or the user's, and find the text that is trained.
 
-Every assistant turn is trained, from the end of the generation prompt through the token that ends the turn: what the
-model will have to write. Stock templates do not mark that text, so it is searched for (see `chat_markers`); a template
+An assistant's turn is trained from the end of the generation prompt through the token that ends the turn: what the
+model will have to write. Stock templates do not mark that text, so it is searched for (see `chat_turns`); a template
 with ``{% generation %}`` marks says itself what is trained.
+
+Many templates drop the thoughts of earlier turns, as generation does. A turn whose thought the conversation as a whole
+does not show becomes a sequence of its own: the conversation up to it, in which it alone is trained.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import pairwise
-from os.path import commonprefix
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
-from transformers.utils.chat_template_utils import render_jinja_template
+from jinja2.exceptions import TemplateSyntaxError
 
 from ..errors import UserInputError
-from .chat_markers import AMBIGUOUS, Span, TurnFinder, Wording, mark, read_marks
-from .examples import BadRow, Message, Piece
+from .chat_markers import AMBIGUOUS, CONTENT, Span, marked, read_marks, thought_and_answer, ways_to_mark
+from .chat_messages import plain_messages, taken
+from .chat_renderer import ChatRenderer, Messages
+from .chat_sequence import NO_CALL, Shown, in_pieces
+from .chat_turns import Rendering, Turn, TurnFinder, by_message, rendering_of, without_markers
+from .chat_wording import OPENED_THOUGHT, learn_calls, learn_wording
+from .examples import BadRow, Dialogue, EmptyRow, Message, Piece, Rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Raised by templates about conversations they were not written for; ValueError by transformers itself.
-REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
-GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-Messages = list[dict[str, Any]]
-# Two exchanges, since many templates write the last response in another way than earlier ones.
-PROBE: Messages = [{"role": role, "content": text} for text in ("one", "two") for role in ("user", "assistant")]
 
 
 class ChatTemplate:
@@ -39,25 +38,39 @@ class ChatTemplate:
         tokenizer: A Hugging Face tokenizer.
         chat_template: The user's Jinja text; None for the tokenizer's own template.
         name: ``chat`` or a path, as the recipe says; for messages.
+        kwargs: ``data.chat_template_kwargs``, for the template's eyes.
 
     Raises:
-        UserInputError: If there is no template, it does not compile, or it cannot write a plain exchange.
+        UserInputError: If there is no template, it does not compile, it cannot write a plain exchange, or it never
+            reads one of ``kwargs``.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, name: str = "chat"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        name: str = "chat",
+        kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.tokenizer, self.chat_template, self.name = tokenizer, chat_template, name
+        self.chat_template, self.name = chat_template, name
         if chat_template is None and not tokenizer.chat_template:
             raise UserInputError(
                 f"data.prompt_template: {name} is the tokenizer's own chat template, and the tokenizer of "
                 f"{tokenizer.name_or_path!r} has none. Set it to alpaca, vicuna or a Jinja file, or set "
                 "model.name_or_path to an instruction-tuned model."
             )
+        self.renderer = ChatRenderer(tokenizer, chat_template, kwargs)
         try:
-            self._wording = self._learn()
+            self.renderer.check_kwargs()
+            self.wording = learn_wording(self.renderer)
         except BadRow as error:
             raise UserInputError(self._unusable(error)) from error
+        self.calls = learn_calls(self.renderer, self.wording.special)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer whose tokens the template writes."""
+        return self.renderer.tokenizer
 
     @property
     def end_of_turn(self) -> str | None:
@@ -66,11 +79,19 @@ class ChatTemplate:
         If turns end differently, the last turn's, where the model stops; of several tokens, the last. Earlier turns
         that end without a special token are trained to the end of their contents.
         """
-        ends = self._wording.ends
-        return self._wording.special.findall(ends[0])[-1] if ends else None
+        ends = self.wording.ends
+        return self.wording.special.findall(ends[0])[-1] if ends else None
+
+    @property
+    def end_of_call(self) -> str | None:
+        """The special token that ends a turn of calls, where the model stops for their results; None if there is none.
+
+        Mostly it is `end_of_turn`; GPT-OSS has ``<|call|>``.
+        """
+        return self.calls.end if self.calls else None
 
     def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[Piece]:
-        """Return the conversation's text in pieces, trained and untrained ones alternating.
+        """Return the whole conversation's text in pieces, the assistant's turns and the rest alternating.
 
         Joined, the pieces are byte for byte the text of ``apply_chat_template``. Contents that are lists of text parts
         are joined first.
@@ -78,13 +99,40 @@ class ChatTemplate:
         Raises:
             BadRow: If there is no assistant turn, or the template refuses the conversation or hides a response.
         """
-        plain, described = plain_messages(messages), _listed(tools)
-        if not any(message.get("role") == "assistant" for message in plain):
-            raise BadRow("has no assistant turn")
-        text = self._apply(plain, described)
-        template = self.tokenizer.get_chat_template(self.chat_template, described)
-        find = self._spans_marked if GENERATION_MARK.search(template) else self._spans_found
-        return _pieces(text, find(text, plain, described))
+        taken, described = self._taken(messages), _listed(tools)
+        numbers = _responses(taken)
+        rendering, turns = self._found(taken, described, numbers)
+        return in_pieces(rendering.text, turns)
+
+    def sequences(self, dialogue: Dialogue) -> Rendered:
+        """Return what is trained of a conversation: one text, or several where one cannot show every thought.
+
+        Raises:
+            BadRow: If the template refuses the conversation, or leaves out something that is trained, or that a trained
+                turn answers.
+            EmptyRow: If no turn is trained.
+        """
+        messages, tools = self._taken(dialogue.messages), _listed(dialogue.tools)
+        responses = _responses(messages)
+        numbers = [number for number, is_trained in enumerate(dialogue.trained_turns) if is_trained]
+        if not numbers:
+            raise EmptyRow("has no response that is trained")
+        whole = self._whole(messages, tools, numbers, [number for number in responses if number not in numbers])
+        hidden = whole.hidden()
+        found = [self._alone(messages, tools, number, responses) for number in hidden]
+        shown = [turn for turn in whole.turns if turn.number not in hidden]
+        if shown:
+            others = [*whole.others, *(turn for turn in whole.turns if turn.number in hidden)]
+            found.insert(0, Shown(whole.rendering, shown, others))
+        left_out: dict[str, None] = {}  # in order, each once
+        for sequence in found:
+            lacks = sequence.left_out(len(tools or ()))
+            left_out |= {said: None for number, said in lacks if number not in numbers}  # else it is trained elsewhere
+        turns = [(sequence.rendering, turn) for sequence in found for turn in sequence.turns]
+        marks = {"off prompt"} if any(not t.is_prompted for s in found if s.given is None for t in s.turns) else set()
+        marks |= {"unended"} if any(self._never_ends(*turn) for turn in turns) else set()
+        said = f"{', '.join(left_out)} not in the text" if left_out else ""
+        return Rendered(tuple(sequence.pieces() for sequence in found), said, frozenset(marks))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """Return the text of a conversation up to where the next assistant turn begins.
@@ -92,98 +140,124 @@ class ChatTemplate:
         Raises:
             BadRow: If the template refuses the conversation.
         """
-        return self._apply(plain_messages(messages), _listed(tools), prompt=True)
+        return self._text(self._taken(messages), _listed(tools), prompt=True)
 
-    def _apply(self, messages: Messages, tools: list[Any] | None = None, *, prompt: bool = False) -> str:
-        with _refusals():
-            text = self.tokenizer.apply_chat_template(
-                messages, tools, chat_template=self.chat_template, tokenize=False, add_generation_prompt=prompt
-            )
-        assert isinstance(text, str)  # since it is not tokenized
-        return text
+    def _taken(self, messages: Sequence[Message]) -> Messages:
+        return taken(plain_messages(messages), self.calls, takes_thoughts=self.wording.takes_thoughts)
 
-    def _spans_found(self, text: str, messages: Messages, tools: list[Any] | None) -> list[Span]:
-        def first_messages(count: int, *, prompt: bool) -> str | None:
-            with suppress(BadRow):  # a template may refuse half a conversation
-                return self._apply(messages[:count], tools, prompt=prompt)
-            return None
+    def _text(self, messages: Messages, tools: list[Any] | None = None, *, prompt: bool = False) -> str:
+        return self.renderer.text(messages, tools, prompt=prompt, nulls=self._nulls(messages))
 
-        for options in _ways_to_mark(messages):
+    def _nulls(self, messages: Messages) -> bool:
+        """Whether the template must see a content that is None, which `taken` gave some call without words."""
+        return bool(self.calls and self.calls.nulls) and any(m.get("content", "") is None for m in messages)
+
+    def _found(self, messages: Messages, tools: list[Any] | None, numbers: list[int]) -> tuple[Rendering, list[Turn]]:
+        """Return a conversation's rendering, and the turns of some of its messages."""
+        text = self._text(messages, tools)
+        if self.renderer.has_marks(tools):
+            return self._found_marked(text, messages, tools, numbers)
+        for options in ways_to_mark(messages):
             with suppress(BadRow):  # it may accept the messages and refuse them marked
                 # Markers may send a template down another branch. Only if the text is otherwise the same do they tell
                 # places in it.
-                marked, markers = read_marks(self._apply(mark(messages, **options), tools))
-                if marked == text:
+                plain, markers = read_marks(self._text(*marked(messages, tools, options)))
+                if plain == text:
                     break
         else:
             raise BadRow(AMBIGUOUS)
-        return TurnFinder(text, messages, markers, self._wording, first_messages).spans()
+        rendering = rendering_of(text, messages, markers, tools, options)
 
-    def _spans_marked(self, text: str, messages: Messages, tools: list[Any] | None) -> list[Span]:
-        """Return the stretches the template marks, each extended by its end token if the marks leave it out."""
-        # Newer versions of transformers drop keys without a value before rendering; older ones do not.
-        dense = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        for conversation in (dense, messages):
+        def first_messages(count: int, *, prompt: bool) -> str | None:
+            with suppress(BadRow):  # a template may refuse half a conversation
+                return self._text(messages[:count], tools, prompt=prompt)
+            return None
+
+        turns = TurnFinder(rendering, self.wording, self.calls, first_messages).turns(numbers)
+        # Turns that overlap: a piece of one was taken for the other.
+        if any(a.end > b.begin for a, b in pairwise(turns)):
+            raise BadRow(AMBIGUOUS)
+        return rendering, turns
+
+    def _found_marked(
+        self, text: str, messages: Messages, tools: list[Any] | None, numbers: list[int]
+    ) -> tuple[Rendering, list[Turn]]:
+        """Find turns by the template's own marks, each extended by its end token if the marks leave it out."""
+        nulls = self._nulls(messages)
+        rendering, covered = Rendering(text, messages, ()), None
+        for options in ways_to_mark(messages):
             with suppress(BadRow):
-                rendered, found = self._render_marked(conversation, tools)
-                if rendered == text:
+                with_marks, spans = self.renderer.marked(*marked(messages, tools, options), nulls=nulls)
+                plain, markers = read_marks(with_marks)
+                if plain == text:
+                    rendering = rendering_of(text, messages, markers, tools, options)
+                    covered = [without_markers(with_marks, span) for span in spans]
                     break
-        else:
+        if covered is None:  # no string can be marked: the template's marks have to do
+            with suppress(BadRow):
+                rendered, spans = self.renderer.marked(messages, tools, nulls=nulls)
+                covered = spans if rendered == text else None
+        if covered is None:
             raise BadRow(AMBIGUOUS)
-        ends = self._wording.ends
-        behind = {end: [len(token) for token in ends if text.startswith(token, end)] for _, end in found}
-        spans = sorted((begin, end + max(behind[end], default=0)) for begin, end in found)
-        if not any(begin < end for begin, end in spans):
+        covered = [self._with_end(text, span) for span in sorted(covered)]
+        if not any(begin < end for begin, end in covered):
             raise BadRow("the chat template's {% generation %} marks cover nothing of it")
-        return spans
+        spans_of = by_message(rendering, [span for span in covered if span[0] < span[1]])
+        if any(number not in spans_of for number in numbers):
+            number = next(number for number in numbers if number not in spans_of)
+            raise BadRow(f"message {number + 1} is not within the chat template's {{% generation %}} marks")
+        finder = TurnFinder(rendering, self.wording, self.calls, lambda count, *, prompt: None)
+        turns = []
+        for number in numbers:
+            spans = spans_of[number]
+            whole_from = finder.whole_from(number, (spans[0][0], spans[-1][1]))
+            turns.append(Turn(number, tuple(spans), whole_from))
+        return rendering, turns
 
-    def _render_marked(self, conversation: Messages, tools: list[Any] | None) -> tuple[str, list[Span]]:
-        # apply_chat_template makes a mask over tokens of the marks; the characters they cover come from its renderer
-        # alone.
-        tokens: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
-        with _refusals():
-            # Both are lists with an entry per conversation; upstream annotates the second as text.
-            rendered, spans = cast(
-                "tuple[list[str], list[list[Span]]]",
-                render_jinja_template(
-                    conversations=[conversation],
-                    tools=tools,
-                    chat_template=self.tokenizer.get_chat_template(self.chat_template, tools),
-                    return_assistant_tokens_mask=True,
-                    **tokens,
-                ),
-            )
-        return rendered[0], spans[0]
+    def _with_end(self, text: str, span: Span) -> Span:
+        """Return a marked stretch through its end token, and not further: nothing is generated behind it."""
+        begin, end = span
+        said = text[begin:end].rstrip()
+        if any(said.endswith(token) for token in self.wording.ends):
+            return begin, begin + len(said)
+        behind = [len(token) for token in self.wording.ends if text.startswith(token, end)]
+        return begin, end + max(behind, default=0)
 
-    def _learn(self) -> Wording:
-        """Learn what the template writes around turns, from an exchange or two.
+    def _whole(self, messages: Messages, tools: list[Any] | None, numbers: list[int], others: list[int]) -> Shown:
+        """Return the whole conversation with its trained turns, and the others as far as they can be told apart."""
+        try:
+            rendering, turns = self._found(messages, tools, sorted(numbers + others))
+        except BadRow as error:
+            # A template that takes no calls leaves a turn that says nothing.
+            called = next((number for number in numbers if messages[number].get("tool_calls")), None)
+            if str(error) == AMBIGUOUS and self.calls is None and called is not None:
+                raise BadRow(NO_CALL.format(called + 1)) from error
+            if not others:
+                raise
+            rendering, turns = self._found(messages, tools, numbers)
+        apart = {number: [turn for turn in turns if (turn.number in numbers) == number] for number in (True, False)}
+        return Shown(rendering, apart[True], apart[False])
 
-        Raises:
-            BadRow: If it cannot write one, or leaves out what was said.
-        """
-        around, before = self._probe(PROBE[:2]), PROBE[:1]
-        with suppress(BadRow):  # a template for a single exchange
-            around, before = self._probe(PROBE), PROBE[:-1]
-        # The same place twice: between a request and a response to be generated, and, in ``around``, a recorded one.
-        after_request = self._probe(before, prompt=True)[-1]
-        prompt, without = self._apply(before, prompt=True), self._apply(before)
-        header = prompt.removeprefix(without) if prompt.startswith(without) else ""
-        special = special_tokens(self.tokenizer)
-        # RUF071: characters are meant, not parts of paths.
-        common = commonprefix([after_request, around[1]]).removeprefix(after_request.removesuffix(header))  # noqa: RUF071
-        # Up to a token or a line's end: "<think>" and "<tool_call>" share a bracket, which means nothing.
-        whole = re.match(rf"(?s:.*)(?:{special.pattern}|\n)", common)
-        start = common if common == header else whole.group() if whole else ""
-        return Wording(after_request, header, start, _end_texts(around, header, special), special)
+    def _alone(self, messages: Messages, tools: list[Any] | None, number: int, responses: list[int]) -> Shown:
+        """Return a sequence in which one turn is the last, so that the template shows all of it."""
+        others = [other for other in responses if other < number]
+        whole = self._whole(messages[: number + 1], tools, [number], others)
+        rendering, [turn] = whole.rendering, whole.turns
+        thought, answer = thought_and_answer(messages[number])
+        prompt = self._text(messages[:number], tools, prompt=True) if thought else ""
+        # The template drops every thought and opens one in its prompt (DeepSeek R1): what the model wrote is known.
+        if not (OPENED_THOUGHT.search(prompt) and rendering.missing_from(turn) == "its thought"):
+            return whole
+        contents = [m.position for m in rendering.markers if m.owner == number and m.kind == CONTENT]
+        begin = contents[0] if answer and contents else turn.begin
+        return replace(whole, given=(prompt, f"{thought}\n</think>\n\n"), answer=(begin, turn.end))
 
-    def _probe(self, messages: Messages, *, prompt: bool = False) -> list[str]:
-        """Return what the template writes before, between and after the contents of messages."""
-        text, markers = read_marks(self._apply(mark(messages), prompt=prompt))
-        if [marker.owner for marker in markers] != [number for number in range(len(messages)) for _ in range(2)]:
-            raise BadRow("it does not write each message's content once, in order")
-        edges = [0, *(marker.position for marker in markers), len(text)]
-        # Every second stretch is a content; those around them are the template's.
-        return [text[begin:end] for begin, end in pairwise(edges)][::2]
+    def _never_ends(self, rendering: Rendering, turn: Turn) -> bool:
+        """Whether nothing tells generation to stop behind a turn of calls."""
+        ends = [*self.wording.ends, self.end_of_call, self.tokenizer.eos_token]
+        text = rendering.text[turn.begin : turn.end].rstrip()
+        calls = bool(rendering.messages[turn.number].get("tool_calls"))
+        return calls and not any(end and text.endswith(end) for end in ends)
 
     def _unusable(self, error: BadRow) -> str:
         syntax = error.__cause__ if isinstance(error.__cause__, TemplateSyntaxError) else None
@@ -196,85 +270,13 @@ class ChatTemplate:
         return f"data.prompt_template: {what} {rule} ({reason}). {remedy}"
 
 
-def plain_messages(messages: Sequence[Message]) -> Messages:
-    """Return messages as dictionaries whose contents are strings, None or missing, text parts joined.
-
-    Raises:
-        BadRow: If a content is anything else.
-    """
-    plain = [dict(message) for message in messages]
-    for number, message in enumerate(plain):
-        content = message.get("content")
-        if content is not None and not isinstance(content, str):
-            message["content"] = _joined(content, number)
-    return plain
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Return a pattern that matches any special token of a tokenizer, the longest first."""
-    # `all_special_tokens` has the named ones alone: 2 of Llama 3.1's 256.
-    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-    # The longest first, because the first alternative of a pattern that fits wins.
-    tokens = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")  # (?!) matches nothing
-
-
-@contextmanager
-def _refusals() -> Generator[None, None, None]:
-    try:
-        yield
-    except REFUSALS as error:
-        raise BadRow(f"the chat template refuses it: {error}") from error
-
-
-def _end_texts(probe: list[str], header: str, special: re.Pattern[str]) -> tuple[str, ...]:
-    """Return the special tokens after the last response of a probe, and those after others if they differ."""
-    first = special.search(probe[-1])
-    if first is None:
-        return ()
-    # Often several in a row: the end of the turn, then that of the text.
-    run = re.match(f"(?:{special.pattern})+", probe[-1][first.start() :])
-    assert run is not None  # at least ``first``
-    several = run.group()
-    between = probe[2] if len(probe) > 3 else several
-    if several in between:  # every turn ends as the last one does
-        return (several,)
-    found = special.findall(between)
-    # Another token after the turn before the last counts, unless it is the one that opens the next turn.
-    other = len(found) > 1 and first.group() not in found and found[0] not in header
-    return (first.group(), found[0]) if other else (first.group(),)
-
-
-def _ways_to_mark(messages: Sequence[Message]) -> list[dict[str, bool]]:
-    """Return options of `mark`, the most informative first; few rows need more than the first."""
-    has_blank = any(not message["content"].strip() for message in messages if message.get("content") is not None)
-    # Without a blank content the first two would mark the same.
-    return [{}] * has_blank + [{"blanks": False}, {"blanks": False, "requests": False}]
+def _responses(messages: Messages) -> list[int]:
+    numbers = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not numbers:
+        raise BadRow("has no assistant turn")
+    return numbers
 
 
 def _listed(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
     """Return the tools as upstream takes them: a list, None for none."""
     return list(tools) if tools else None
-
-
-def _joined(content: Any, number: int) -> str:
-    parts = content if isinstance(content, (list, tuple)) else [content]
-    for part in parts:
-        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise BadRow(f"message {number + 1} has content that is not text")
-    return "".join(part["text"] for part in parts)
-
-
-def _pieces(text: str, spans: Sequence[Span]) -> list[Piece]:
-    """Cut the text at the ends of trained stretches, which are in order; stretches that touch become one."""
-    pieces: list[Piece] = []
-    position = 0
-    for begin, end in [*spans, (len(text), len(text))]:
-        begin = max(begin, position)  # the end token that extended one stretch may begin the next
-        for stretch, trained in ((text[position:begin], False), (text[begin:end], True)):
-            if stretch and pieces and pieces[-1].trained == trained:
-                pieces[-1] = Piece(pieces[-1].text + stretch, trained)
-            elif stretch:
-                pieces.append(Piece(stretch, trained))
-        position = max(position, end)
-    return pieces

@@ -28,7 +28,7 @@ from .report import DataReport, data_report
 from .sources import Row, Source, held_out_sources, training_sources
 from .store import SequenceWriter, SourceFacts, State, read_sequences
 from .template_date import reads_date, written
-from .templates import read_jinja, resolve_template
+from .templates import Template, read_jinja, resolve_template
 from .worker import Outcome, RowWorker
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ HEAD = 1000  # rows by which a format is recognized
 # The keys that decide how a row becomes sequences. With the sources they make the cache key: the other keys of the
 # section only say what the gate lets through, and changing them prepares nothing again.
 SEQUENCE_KEYS = (
+    "chat_template_kwargs",
     "max_length",
     "max_prompt_length",
     "max_response_length",
@@ -250,7 +251,8 @@ class _Preparation:
                     part.writer.close()
             eos = self.tokenizer.eos_token
             # The tokenizer's own end token ends a response too, whatever the templates write.
-            ends = {facts["end"] for facts in found + found_eval if facts["end"] is not None} | {eos}
+            stated = [end for facts in found + found_eval for end in (facts["end"], facts["end_of_call"])]
+            ends = {end for end in stated if end is not None} | {eos}
             overlap, near = held_out.rows_in(train) if held_out else (0, 0)
             state: State = {
                 "train": train.tally.to_dict(),
@@ -299,7 +301,7 @@ class _Preparation:
                 unused.add(outcomes)
                 if self.progress:
                     self.progress(len(outcomes))
-            found.append(_facts(source, reader, count, worker.template.end, unused))
+            found.append(_facts(source, reader, count, worker.template, unused))
         return found
 
 
@@ -359,14 +361,15 @@ def unit_interval(digest: bytes) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _facts(source: Source, reader: RowReader, rows: int, end: str | None, unused: _NotUsed) -> SourceFacts:
+def _facts(source: Source, reader: RowReader, rows: int, template: Template, unused: _NotUsed) -> SourceFacts:
     return {
         "path": shown_path(source.path),
         "rows": rows,
         "format": reader.format,
         "prompt_template": resolve_template(reader.template(source.prompt_template), reader.format),
         "weight": source.weight,
-        "end": end,
+        "end": template.end,
+        "end_of_call": template.end_of_call,
         "shape": reader.columns.shape,
         "columns_not_used": sorted(unused.columns),
         "keys_not_used": sorted(unused.keys),

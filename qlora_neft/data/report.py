@@ -19,6 +19,7 @@ from .worker import EMPTY, NO_ROOM, ONLY_END, UNFIT
 REPORT_VERSION = 1
 # Keys of the data section that the report repeats under ``settings``.
 SETTINGS = (
+    "chat_template_kwargs",
     "max_length",
     "max_prompt_length",
     "max_response_length",

@@ -6,10 +6,10 @@ byte as in the code the template comes from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UserInputError
 from ..paths import JINJA_SUFFIXES
@@ -59,6 +59,10 @@ class Template(Protocol):
         """Text of the token that ends a response, None if the template writes none."""
 
     @property
+    def end_of_call(self) -> str | None:
+        """Text of the token that ends a turn of tool calls, None if the template writes none."""
+
+    @property
     def adds_special_tokens(self) -> bool:
         """Whether the tokenizer has to add its begin token; a chat template writes its own."""
 
@@ -80,6 +84,7 @@ class _OneSequence:
     """A template that makes one sequence of an example."""
 
     source = ""
+    end_of_call: str | None = None
 
     def render(self, example: Example) -> list[Piece]:
         """Return the example's text."""
@@ -176,7 +181,7 @@ class JinjaTemplate(_OneSequence):
     adds_special_tokens = False
 
     def __init__(self, chat: ChatTemplate) -> None:
-        self.chat, self.end = chat, chat.end_of_turn
+        self.chat, self.end, self.end_of_call = chat, chat.end_of_turn, chat.end_of_call
         chosen = chat.tokenizer.get_chat_template(chat.chat_template, [{}])
         self.source = f"{chat.tokenizer.get_chat_template(chat.chat_template)}{chosen}"  # they differ with tools
 
@@ -185,12 +190,22 @@ class JinjaTemplate(_OneSequence):
         dialogue = as_dialogue(example)
         return self.chat.render(dialogue.messages, dialogue.tools)
 
+    def sequences(self, example: Example) -> Rendered:
+        """Return the conversation as the template writes it, with a sequence for each thought that it would drop."""
+        return self.chat.sequences(as_dialogue(example))
+
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the text of a conversation that ends with a request."""
         return self.chat.prompt(messages)
 
 
-def make_template(name: str, format: str, tokenizer: PreTrainedTokenizerBase, now: datetime | None = None) -> Template:
+def make_template(
+    name: str,
+    format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    now: datetime | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Template:
     """Make the template that a recipe names.
 
     Args:
@@ -198,16 +213,17 @@ def make_template(name: str, format: str, tokenizer: PreTrainedTokenizerBase, no
         format: The format of the rows, which decides what ``auto`` is.
         tokenizer: A tokenizer with an end token; for ``chat``, with a chat template.
         now: The moment that a template reading today's date is to write; None for that of each rendering.
+        kwargs: ``data.chat_template_kwargs``, which chat templates alone are given.
 
     Raises:
-        UserInputError: If the file does not exist, or the template cannot be used.
+        UserInputError: If the file does not exist, or the template cannot be used, or never reads one of ``kwargs``.
     """
     name = resolve_template(name, format)
     if name == "chat":
-        return JinjaTemplate(ChatTemplate(tokenizer if now is None else with_date(tokenizer, now)))
+        return JinjaTemplate(ChatTemplate(tokenizer if now is None else with_date(tokenizer, now), kwargs=kwargs))
     if name.endswith(JINJA_SUFFIXES):
         text = read_jinja(name)
-        return JinjaTemplate(ChatTemplate(tokenizer, text if now is None else dated(text, now), name))
+        return JinjaTemplate(ChatTemplate(tokenizer, text if now is None else dated(text, now), name, kwargs))
     # These end a response with the tokenizer's own end token, as the code they are from does.
     if name in ALPACA_ENDINGS:
         return AlpacaTemplate(tokenizer.eos_token, name)

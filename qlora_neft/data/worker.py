@@ -111,10 +111,11 @@ class RowWorker:
     ) -> None:
         self.section, self.format = section, format
         self.reader = reader or RowReader(plain_columns(format))
-        self.template = make_template(prompt_template, format, tokenizer, now)
+        self.template = make_template(prompt_template, format, tokenizer, now, section.chat_template_kwargs)
         self.encoder = Encoder(tokenizer, adds_special_tokens=self.template.adds_special_tokens)
-        self.end_id = None if self.template.end is None else tokenizer.convert_tokens_to_ids(self.template.end)
-        self._ends = {tokenizer.eos_token_id, self.end_id}
+        ends = {end for end in (self.template.end, self.template.end_of_call) if end is not None}
+        self.end_ids = {tokenizer.convert_tokens_to_ids(end) for end in ends}
+        self._ends = {tokenizer.eos_token_id, *self.end_ids}
         self._prompt_weight = section.prompt_weight
         # A template may read any key of a message: one that its text does not name is not used.
         self._template_words = set(re.findall(r"\w+", self.template.source))
@@ -183,7 +184,7 @@ class RowWorker:
             problem=None if kept else NO_ROOM,
             reason="" if kept else reason,
             # On the sequences before prompts are trained as well.
-            num_ended=sum(int(sequence.ids[sequence.trained][-1]) == self.end_id for sequence, _ in kept),
+            num_ended=sum(int(sequence.ids[sequence.trained][-1]) in self.end_ids for sequence, _ in kept),
             # A row that lost every trained token is counted once, as left out.
             num_truncated=sum(lost for _, lost in cut) if kept else 0,
             num_chunks=len(found) if self._is_chunked(found) else 0,

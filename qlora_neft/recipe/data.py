@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
@@ -15,6 +15,8 @@ from .settings import prompt_loss_weight
 # Alpaca's prompt with the three endings that published code gives it, see `data.templates.ALPACA_ENDINGS`.
 ALPACA_TEMPLATES = ("alpaca", "alpaca-newline", "alpaca-space")
 TEMPLATES = ("auto", *ALPACA_TEMPLATES, "vicuna", "chat")
+# What chat templates are given in any case.
+TAKEN_BY_TEMPLATES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"})
 
 
 def template_name(value: str) -> str:
@@ -142,6 +144,9 @@ class Data(Section):
         description="alpaca (also -newline and -space), vicuna, chat (the tokenizer's own), or a .jinja file; "
         "auto: by format",
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="values that a chat template reads, such as {enable_thinking: false}; in generation too"
+    )
     max_length: Annotated[int, Field(ge=8)] = Field(description="maximum number of tokens per sequence")
     max_prompt_length: Annotated[int, Field(ge=1)] | None = Field(
         None, description="maximum number of tokens before the first response, cut at their end; null: max_length's"
@@ -195,6 +200,16 @@ class Data(Section):
             raise broken_rule(
                 f"cannot be combined with data.{' and data.'.join(other)}, got {value:g}. Keep one.",
                 involves=tuple(other),
+            )
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _only_what_a_template_may_be_given(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(TAKEN_BY_TEMPLATES & value.keys())
+        if taken:
+            raise broken_rule(
+                f"{', '.join(taken)} is filled in from the rows or the tokenizer, got {value!r}. Remove it."
             )
         return value
 

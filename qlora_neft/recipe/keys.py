@@ -100,6 +100,12 @@ def key_names() -> list[str]:
     return [f"{section}.{key}" for section in section_names() for key in fields_of(section)]
 
 
+def is_mapping(name: str) -> bool:
+    """Return whether a key, as ``section.key``, holds a mapping of names that the user chooses."""
+    section, _, key = name.partition(".")
+    return name in key_names() and get_origin(fields_of(section)[key].annotation) is dict
+
+
 def key_table() -> list[Key]:
     """Return every key with its type, default and meaning, in order."""
     return [
@@ -163,7 +169,7 @@ def _words(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
         numbers = [word for word in words if word.startswith("number")]
         return " or ".join(word for word in words if not (numbers and word.startswith("whole")))
     if origin is dict:
-        return f"mapping of text to {_words(arguments[1])}"
+        return "mapping" if arguments[1] is Any else f"mapping of text to {_words(arguments[1])}"
     if origin is list:
         return f"list of {_words(arguments[0])}"
     if isinstance(annotation, type) and issubclass(annotation, Section):

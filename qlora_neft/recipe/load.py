@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from ..errors import RecipeError
-from .keys import fields_of, key_names, section_class, section_names, unknown_key
+from .keys import fields_of, is_mapping, key_names, section_class, section_names, unknown_key
 from .problems import describe_problems
 from .schema import Data, MixedSource, Recipe, Section
 from .yaml_text import parse_value, read_recipe_text
@@ -182,10 +182,13 @@ def _put(values: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
     if len(place) == 1:
         values[place[0]] = dict(value) if isinstance(value, dict) else value
         return
-    section, key = place
+    section, key, *inner = place
     # Absent, or not a section at all, which the override of a key then replaces.
     if not isinstance(values.get(section), dict):
         values[section] = {}
+    if inner:  # one entry of a mapping
+        others = values[section].get(key)
+        value = {**(others if isinstance(others, dict) else {}), inner[0]: value}
     values[section][key] = value
 
 
@@ -195,6 +198,8 @@ def _problem(place: tuple[str, ...], equals: str) -> str | None:
     if not equals:
         return "not of the form section.key=value."
     if name in key_names() or name in section_names():
+        return None
+    if len(place) == 3 and place[2] and is_mapping(".".join(place[:2])):
         return None
     if len(place) == 2 and place[0] in section_names() and place[1] == "":
         return f"names no key. Keys of {place[0]}: {', '.join(fields_of(place[0]))}."

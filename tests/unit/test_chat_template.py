@@ -11,7 +11,7 @@ from tiny import byte_tokenizer
 
 from qlora_neft.data.chat_template import ChatTemplate
 from qlora_neft.data.encode import Encoder
-from qlora_neft.data.examples import BadRow
+from qlora_neft.data.examples import BadRow, Dialogue
 from qlora_neft.errors import UserInputError
 
 # Small templates, each with a habit that templates in use have.
@@ -122,7 +122,7 @@ def trained(template, messages, tools=None):
 
 def reason(template, messages, tools=None):
     with pytest.raises(BadRow) as caught:
-        ChatTemplate(tokenizer_with(template)).render(messages, tools)
+        ChatTemplate(tokenizer_with(template)).sequences(Dialogue(tuple(messages), tools))
     return str(caught.value)
 
 
@@ -463,6 +463,6 @@ def test_few_renderings_a_row():
             count += 1
             return tokenizer.apply_chat_template(*args, **kwargs)
 
-    tokenizer, chat.tokenizer = chat.tokenizer, Counting()
-    chat.render(talk(*"abcdefgh"))
+    tokenizer, chat.renderer.tokenizer = chat.tokenizer, Counting()
+    chat.sequences(Dialogue(tuple(talk(*"abcdefgh"))))
     assert count == 2

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ...adapter.folder import CONFIG, AdapterFolder, find_adapter
 from ...adapter.load import tokenizer_of_adapter
-from ...adapter.prompts import Prompts, template_of
+from ...adapter.prompts import Prompts, prompts_of
 from ...base.config import load_tokenizer
 from ...data.examples import BadRow
 from ...data.templates import ALPACA_ENDINGS, VICUNA_SYSTEM, alpaca_prompt
@@ -53,7 +53,7 @@ def modelfile_of_adapter(folder: AdapterFolder, gguf: Path, base: str) -> Modelf
         base: Ollama's name of the base: a GGUF file or a model's name.
     """
     tokenizer = tokenizer_of_adapter(folder)
-    prompts = Prompts(tokenizer, template_of(folder, tokenizer))
+    prompts = prompts_of(folder, tokenizer)
     return _modelfile([f"FROM {base}", f"ADAPTER ./{gguf.name}"], prompts, tokenizer)
 
 
@@ -72,7 +72,7 @@ def modelfile_of_model(model_dir: Path, gguf: Path, prompt_template: str | None 
     tokenizer = load_tokenizer(str(model_dir))
     if prompt_template is not None and prompt_template not in TEMPLATES:
         raise UserInputError(f"--prompt-template: must be one of {', '.join(TEMPLATES)}, got {prompt_template!r}.")
-    prompts = Prompts(tokenizer, prompt_template or _template_of_model(model_dir, tokenizer))
+    prompts = _prompts_of_model(model_dir, tokenizer, prompt_template)
     return _modelfile([f"FROM ./{gguf.name}"], prompts, tokenizer)
 
 
@@ -96,16 +96,16 @@ def check_no_modelfile(path: Path) -> None:
         raise UserInputError(f"--modelfile: {str(path)!r} exists already. Remove it, or write to another folder.")
 
 
-def _template_of_model(model_dir: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+def _prompts_of_model(model_dir: Path, tokenizer: PreTrainedTokenizerBase, stated: str | None) -> Prompts:
     # The merge's report names the prompt; of earlier versions the adapter, whose run names it.
     report = read_record_if_there(model_dir / REPORT, "Remove it, and give --prompt-template.") or {}
     if report.get("prompt_template") in TEMPLATES:
         return report["prompt_template"]
     adapter = report.get("adapter")
     if isinstance(adapter, str) and (Path(adapter) / CONFIG).is_file():
-        return template_of(find_adapter(adapter), tokenizer)
-    if tokenizer.chat_template:
-        return "chat"
+        return prompts_of(find_adapter(adapter), tokenizer, stated)
+    if stated is not None or tokenizer.chat_template:
+        return Prompts(tokenizer, stated or "chat")
     raise UserInputError(
         f"--modelfile: nothing in {str(model_dir)!r} says which prompt the model was trained with. "
         f"Give --prompt-template: {', '.join(TEMPLATES)}."

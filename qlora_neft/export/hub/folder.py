@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from ...adapter.folder import CONFIG, MEND, RECIPE, WEIGHTS, AdapterFolder
 from ...adapter.load import tokenizer_of_adapter
 from ...adapter.names import check_names
-from ...adapter.prompts import Prompts, template_of
+from ...adapter.prompts import Prompts, prompts_of
 from ...base.config import load_tokenizer
 from ...base.model_files import stored_tensors
 from ...data.templates import read_jinja
@@ -238,7 +238,7 @@ def _drop_paths(path: Path, local: list[str]) -> None:
 def _prompts(folder: AdapterFolder, made: Path) -> tuple[Prompts, int | None]:
     """Return the prompts of the training, by the tokenizer that is published, and its end token."""
     tokenizer = load_tokenizer(str(made))
-    return Prompts(tokenizer, template_of(folder, tokenizer)), tokenizer.eos_token_id
+    return prompts_of(folder, tokenizer), tokenizer.eos_token_id
 
 
 def _draw(records: Records, recipe: Recipe, folder: AdapterFolder, path: Path) -> bool:

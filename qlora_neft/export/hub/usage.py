@@ -130,7 +130,7 @@ def snippets(
     return [
         ours,
         *([] if is_lost else by_peft),
-        *_vllm(repo_id, base, config, facts, in_nf4=in_nf4),
+        *_vllm(repo_id, base, config, facts, in_nf4=in_nf4, given=prompts.kwargs if prompts else {}),
         *_merged(repo_id, config, facts),
     ]
 
@@ -159,7 +159,8 @@ def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:
         prompt = json.dumps(prompts.text([{"role": "user", "content": QUESTION}]), ensure_ascii=False)
     else:
         messages = f'[{{"role": "user", "content": {json.dumps(QUESTION)}}}]'
-        prompt = f"tokenizer.apply_chat_template(\n    {messages}, add_generation_prompt=True, tokenize=False\n)"
+        given = "".join(f", {name}={value!r}" for name, value in prompts.kwargs.items())
+        prompt = f"tokenizer.apply_chat_template(\n    {messages}, add_generation_prompt=True, tokenize=False{given}\n)"
         special = ", add_special_tokens=False"  # the template writes them
     # `generate` stops at the model's own end token; the training may have ended its answers with another.
     if prompts.stop_token_ids != (eos_token_id,):
@@ -168,7 +169,13 @@ def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:
 
 
 def _vllm(
-    repo_id: str, base: PublicBase, config: Mapping[str, Any], facts: Facts | None, *, in_nf4: bool
+    repo_id: str,
+    base: PublicBase,
+    config: Mapping[str, Any],
+    facts: Facts | None,
+    *,
+    in_nf4: bool,
+    given: Mapping[str, Any],
 ) -> list[Snippet]:
     """Return the command for vLLM, which takes the matrices A and B only, of one rank and one alpha."""
     rank = int(config.get("r", 0)) if facts is None else facts.rank
@@ -181,6 +188,7 @@ def _vllm(
     words = ["vllm", "serve", base.id, *(["--revision", base.commit] if base.commit else [])]
     # vLLM quantizes the base as it loads it; without these words it would serve the adapter on the 16-bit base.
     words += [*(["--quantization", "bitsandbytes"] if in_nf4 else []), "--enable-lora", *rank_flag.split()]
+    words += ["--default-chat-template-kwargs", json.dumps(given)] if given else []
     words += ["--lora-modules", f"{repo_id.split('/')[-1]}={repo_id}"]
     return [Snippet("vLLM", VLLM_NOTE if in_nf4 else "", "bash", shlex.join(words))]
 

@@ -1,0 +1,139 @@
+"""What a chat template writes: the one place that calls transformers' renderer, with the recipe's own values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import jinja2.meta
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..errors import UserInputError
+from .chat_markers import Span
+from .examples import BadRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Raised by templates about conversations they were not written for; ValueError by transformers itself.
+REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
+GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+EITHER_MARK = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+Messages = list[dict[str, Any]]
+
+
+class ChatRenderer:
+    """Renders conversations by one chat template.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        chat_template: The user's Jinja text; None for the tokenizer's own template.
+        kwargs: ``data.chat_template_kwargs``.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, kwargs: Mapping[str, Any] | None
+    ) -> None:
+        self.tokenizer, self.chat_template, self.kwargs = tokenizer, chat_template, dict(kwargs or {})
+
+    def text(
+        self, messages: Messages, tools: list[Any] | None = None, *, prompt: bool = False, nulls: bool = False
+    ) -> str:
+        """Return the text of a conversation.
+
+        Args:
+            messages, tools: The conversation.
+            prompt: Whether the generation prompt follows.
+            nulls: Whether the template is to see fields that are None, of which newer versions of transformers rid it.
+
+        Raises:
+            BadRow: If the template refuses the conversation.
+        """
+        if nulls:
+            return self._rendered(messages, tools, add_generation_prompt=prompt)[0]
+        with _refusals():
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self.kwargs,
+            )
+        assert isinstance(text, str)  # since it is not tokenized
+        return text
+
+    def marked(self, messages: Messages, tools: list[Any] | None, *, nulls: bool) -> tuple[str, list[Span]]:
+        """Return the text, and the stretches that the template's ``{% generation %}`` marks cover."""
+        # apply_chat_template makes a mask over tokens of the marks; the characters they cover come from its renderer
+        # alone. Newer versions of transformers drop keys without a value before rendering; older ones do not.
+        if not nulls:
+            messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        return self._rendered(messages, tools, return_assistant_tokens_mask=True)
+
+    def source(self, tools: list[Any] | None = None) -> str:
+        """Return the Jinja text; a tokenizer may have one of its own for conversations with tools."""
+        return self.tokenizer.get_chat_template(self.chat_template, tools)
+
+    def has_marks(self, tools: list[Any] | None) -> bool:
+        """Whether the template says itself what is trained."""
+        return GENERATION_MARK.search(self.source(tools)) is not None
+
+    def check_kwargs(self) -> None:
+        """Refuse values that the template never reads.
+
+        Raises:
+            UserInputError: With what it reads.
+        """
+        if not self.kwargs:
+            return
+        read = self._variables()
+        unread = sorted(self.kwargs.keys() - read)
+        if unread:
+            known = sorted(read - {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"})
+            own = [name for name in known if name not in self.tokenizer.special_tokens_map and name not in GLOBALS]
+            raise UserInputError(
+                f"data.chat_template_kwargs: the chat template never reads {', '.join(unread)}; it reads "
+                f"{', '.join(own) or 'nothing of the kind'}. Remove or correct it."
+            )
+
+    def _variables(self) -> set[str]:
+        named = self.tokenizer.chat_template
+        several = self.chat_template is None and isinstance(named, dict)
+        sources = list(named.values()) if several and isinstance(named, dict) else [self.source()]
+        environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+        found: set[str] = set()
+        for source in sources:
+            try:
+                # The marks are transformers' extension of Jinja, and name no variable.
+                found |= jinja2.meta.find_undeclared_variables(environment.parse(EITHER_MARK.sub("", source)))
+            except TemplateSyntaxError as error:
+                raise BadRow(f"the chat template refuses it: {error}") from error
+        return found
+
+    def _rendered(self, messages: Messages, tools: list[Any] | None, **options: Any) -> tuple[str, list[Span]]:
+        tokens: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.kwargs}
+        with _refusals():
+            # Both are lists with an entry per conversation; upstream annotates the second as text.
+            rendered, spans = cast(
+                "tuple[list[str], list[list[Span]]]",
+                render_jinja_template(
+                    conversations=[messages], tools=tools, chat_template=self.source(tools), **options, **tokens
+                ),
+            )
+        return rendered[0], spans[0] if spans else []
+
+
+GLOBALS = frozenset({"raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner"})
+
+
+@contextmanager
+def _refusals() -> Generator[None, None, None]:
+    try:
+        yield
+    except REFUSALS as error:
+        raise BadRow(f"the chat template refuses it: {error}") from error
