@@ -80,12 +80,12 @@ class RowLosses(Record):
     Attributes:
         rows: Hash of the rows.
         sums: Negative log-likelihood of each row, in nats.
-        counts: Trained tokens of each row.
+        counts: Trained tokens of each row, each by its weight.
     """
 
     rows: str
     sums: list[float]
-    counts: list[int]
+    counts: list[float]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LEGEND = "⟦ ⟧ the loss is taken here   ⏎ newline   ⇥ tab"  # for callers that show examples
+WEIGHTED = "   ⟨ ⟩ with the weight {weight:g}"
+BRACKETS = {True: "⟦⟧", False: "⟨⟩"}  # by whether a token counts in full
 
 BROKEN = "\ufffd"  # what a decoder puts in place of bytes that are not a character
 MAX_GROUP = 8  # tokens per view; a character has at most four bytes
@@ -36,15 +38,22 @@ class TokenView:
         ids: Token ids.
         trained: Whether the loss is taken here.
         special: Whether it is a special token, such as an end token.
+        weight: How much it counts in the loss, where it is taken.
     """
 
     text: str
     ids: tuple[int, ...]
     trained: bool
     special: bool
+    weight: float = 1.0
 
 
-def token_views(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], labels: Sequence[int]) -> list[TokenView]:
+def token_views(
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    weights: Sequence[float] | None = None,
+) -> list[TokenView]:
     """Split the decoded text of a sequence into the texts of its tokens.
 
     If training begins or ends inside a character, the character belongs to the later part; the earlier one is empty.
@@ -53,10 +62,14 @@ def token_views(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], la
         tokenizer: Any tokenizer of transformers.
         input_ids: Token ids of the sequence.
         labels: A label per token; -100 where no loss is taken.
+        weights: How much each token counts in the loss; None for 1.
     """
     ids = [int(token) for token in input_ids]
     specials = _special_ids(tokenizer)
-    kinds = [(int(label) != IGNORE_INDEX, token in specials) for token, label in zip(ids, labels, strict=True)]
+    kinds = [
+        (int(label) != IGNORE_INDEX, token in specials, weight)
+        for token, label, weight in zip(ids, labels, weights or [1.0] * len(ids), strict=True)
+    ]
     walk, views, start = _Walk(tokenizer, ids), [], 0
     while start < len(ids):
         end, text = walk.take(start, _group_limit(kinds, start))
@@ -75,16 +88,16 @@ def render_example(console: Console, title: str, views: list[TokenView], *, show
         show_tokens: Put │ between tokens, unless a bracket already separates them.
     """
     console.print(Text(printable(title), style="bold"), soft_wrap=True, highlight=False)
-    line, inside = Text(), False
+    line, inside = Text(), ""
     for index, view in enumerate(views):
-        if view.trained != inside:
-            line.append("⟦" if view.trained else "⟧", style="bold green")
+        brackets = BRACKETS[view.weight == 1] if view.trained else ""
+        if brackets != inside:
+            line.append(inside[1:] + brackets[:1], style="bold green")
         elif show_tokens and index:
             line.append("│", style="dim cyan")
-        inside = view.trained
+        inside = brackets
         line.append(printable(view.text), style=_style(view, odd=index % 2 == 1))
-    if inside:
-        line.append("⟧", style="bold green")
+    line.append(inside[1:], style="bold green")
     console.print(line if views else Text("(no tokens)", style="dim"), soft_wrap=True, highlight=False)
 
 
@@ -176,7 +189,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {*tokenizer.all_special_ids, *(token for token, entry in added.items() if entry.special)}
 
 
-def _group_limit(kinds: list[tuple[bool, bool]], start: int) -> int:
+def _group_limit(kinds: list[tuple[bool, bool, float]], start: int) -> int:
     if kinds[start][1]:
         return start + 1  # a special token is a group of its own
     end = start + 1

@@ -21,6 +21,7 @@ from ..display.tables import Table, short_names
 from ..errors import UserInputError
 from ..run_folder.record import keep_measures
 from ..runner.run_data import other_data, recipe_data
+from ..steps import LOSS_WEIGHTS
 from ..steps.losses import RowLosses, row_losses
 from ..trainer.loss_head import settle_loss_head
 from .runs import HELD_OUT, TRAIN, Machine, Progress, Say, folders_of, no_progress, progress_of
@@ -187,13 +188,13 @@ def set_loss(trained: Trained, rows: Dataset, *, batch_size: int, progress: Prog
         batch_size: Sequences at a time.
         progress: Called with how many sequences are done, and of how many.
     """
-    total, tokens = 0.0, 0  # sums, not means of batches: batches differ in their trained tokens
+    total, tokens = 0.0, 0.0  # sums, not means of batches: batches differ in their trained tokens
     samples: list[float | None] = []
     for losses in losses_by_row(trained, rows, batch_size=batch_size, progress=progress):
-        total, tokens = total + losses.sums.sum().item(), tokens + int(losses.counts.sum())
+        total, tokens = total + losses.sums.sum().item(), tokens + losses.counts.sum().item()
         means = zip(losses.sums.tolist(), losses.counts.tolist(), strict=True)
         samples += [value / count if count else None for value, count in means]
-    return SetLoss(total / tokens if tokens else float("nan"), tokens, len(rows), samples)
+    return SetLoss(total / tokens if tokens else float("nan"), round(tokens), len(rows), samples)
 
 
 def losses_by_row(
@@ -204,7 +205,7 @@ def losses_by_row(
     for start in range(0, len(rows), SLICE):
         part = rows.select(range(start, min(start + SLICE, len(rows))))
         # Without the columns that only reports need; the model takes no others.
-        features = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in part]
+        features = [{key: row[key] for key in ("input_ids", "labels", LOSS_WEIGHTS) if key in row} for row in part]
         with _autocast(trained.policy):
             losses = row_losses(trained.model, features, batch_size=batch_size, device=trained.policy.device)
         progress(start + len(features), len(rows))

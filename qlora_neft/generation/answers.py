@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..steps import IGNORE_INDEX
+from ..steps import IGNORE_INDEX, LOSS_WEIGHTS
 from .decode import Decoding, generate_ids, text_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def questions(
     """Turn the first rows of a dataset into questions, omitting those without a prompt.
 
     Args:
-        dataset: Rows of ``input_ids`` and ``labels``.
+        dataset: Rows of ``input_ids`` and ``labels``, and ``loss_weights`` if tokens have weights.
         tokenizer: Decodes them.
         count: Maximum number of rows.
         stop_token_ids: Tokens that end a response.
@@ -60,7 +60,7 @@ def questions(
     found = []
     for row in dataset.select(range(min(count, len(dataset)))):
         # In a conversation earlier responses are trained too; they belong to the prompt.
-        begin, end = _last_response(row["labels"])
+        begin, end = _last_response(row["labels"], row.get(LOSS_WEIGHTS))
         # An answer is compared without its end token, and a row that was cut has none.
         if row["input_ids"][end - 1] in stop_token_ids:
             end -= 1
@@ -109,8 +109,10 @@ def exact_match(answers: Sequence[Answer]) -> float:
     return sum(answer.is_exact for answer in answers) / len(answers)
 
 
-def _last_response(labels: Sequence[int]) -> tuple[int, int]:
-    """Return where the last run of trained labels begins and ends."""
-    end = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX) + 1
-    begin = max((i + 1 for i in range(end) if labels[i] == IGNORE_INDEX), default=0)
+def _last_response(labels: Sequence[int], weights: Sequence[float] | None) -> tuple[int, int]:
+    """Return where the last run of trained labels begins and ends; of two weights, responses have the greater."""
+    most = max(weights) if weights else 0.0
+    trained = [label != IGNORE_INDEX and (not weights or weights[i] == most) for i, label in enumerate(labels)]
+    end = max(i for i, is_trained in enumerate(trained) if is_trained) + 1
+    begin = max((i + 1 for i in range(end) if not trained[i]), default=0)
     return begin, end

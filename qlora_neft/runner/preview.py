@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from rich.console import Console
 
@@ -16,9 +16,10 @@ from ..data.report import DataReport
 from ..data.store import SourceFacts
 from ..display.console import quiet_libraries
 from ..display.plots import plot_lengths
-from ..display.preview_text import LEGEND, TokenView, render_example, render_summary, token_views
+from ..display.preview_text import LEGEND, WEIGHTED, TokenView, render_example, render_summary, token_views
 from ..files import write_json
 from ..recipe import Recipe
+from ..steps import LOSS_WEIGHTS
 from .build import data_of, model_path, policy_of, report_of
 from .plan import plan_of
 
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
 
 
 class TextPiece(TypedDict):
-    """Text of neighboring tokens that are all trained, or all not."""
+    """Text of neighboring tokens that are all trained, or all not; ``weight`` where they count for less than 1."""
 
     text: str
     trained: bool
+    weight: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ def preview(recipe: Recipe, rows: int = 3, progress: Progress | None = None) -> 
 def render(found: Preview, console: Console, *, show_tokens: bool = False) -> None:
     """Print the sequences and the summary."""
     if found.examples:
-        console.print(LEGEND, markup=False)
+        weight = found.report["settings"]["prompt_loss_weight"]
+        console.print(LEGEND + (WEIGHTED.format(weight=weight) if 0 < weight < 1 else ""), markup=False)
     for title, views in found.examples:
         render_example(console, title, views, show_tokens=show_tokens)
     render_summary(console, {**found.report, "problems": []})  # the error reports them
@@ -93,7 +96,7 @@ def save(found: Preview, output_dir: Path) -> list[Path]:
 
 
 def _views(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[TokenView]:
-    return token_views(tokenizer, row["input_ids"], row["labels"])
+    return token_views(tokenizer, row["input_ids"], row["labels"], row.get(LOSS_WEIGHTS))
 
 
 def _title(row: dict[str, Any], sources: Sequence[SourceFacts]) -> str:
@@ -105,9 +108,13 @@ def _title(row: dict[str, Any], sources: Sequence[SourceFacts]) -> str:
 def _pieces(views: Sequence[TokenView]) -> list[TextPiece]:
     """Join neighboring tokens of one kind."""
     pieces: list[TextPiece] = []
+    kind = None
     for view in views:
-        if pieces and pieces[-1]["trained"] == view.trained:
+        if pieces and kind == (view.trained, view.weight):
             pieces[-1]["text"] += view.text
         else:
             pieces.append({"text": view.text, "trained": view.trained})
+            if view.trained and view.weight != 1:
+                pieces[-1]["weight"] = round(view.weight, 6)
+        kind = (view.trained, view.weight)
     return pieces
