@@ -12,7 +12,10 @@ from .errors import UserInputError
 PathKind = Literal["bundled", "local", "hub"]
 
 PREFIX = "bundled:"
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+# Files of rows. Those of text may be compressed: ``rows.jsonl.gz``.
+TEXT_KINDS, TABLE_KINDS = (".json", ".jsonl", ".csv"), (".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+DATA_SUFFIXES = (*TEXT_KINDS, *TABLE_KINDS, *(kind + packed for kind in TEXT_KINDS for packed in COMPRESSIONS))
 JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 # What the Hub's own check of a repository id lets through: "name" or "owner/name".
@@ -38,8 +41,22 @@ def kind_of(path: str, *, suffixes: tuple[str, ...] = ()) -> PathKind:
     return "hub"
 
 
+def data_kind(path: str | os.PathLike[str]) -> str | None:
+    """Return what a file of rows holds by its name, whether it is compressed or not: ``.jsonl`` for ``a.jsonl.gz``.
+
+    None for a file of another kind.
+    """
+    name = os.fspath(path).lower()
+    suffix = next((suffix for suffix in sorted(DATA_SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
+    return None if suffix is None else next(kind for kind in (*TEXT_KINDS, *TABLE_KINDS) if _is_kind(suffix, kind))
+
+
+def _is_kind(suffix: str, kind: str) -> bool:
+    return suffix == kind or suffix in {kind + packed for packed in COMPRESSIONS}
+
+
 def resolve_bundled(path: str) -> str:
-    """Turn ``bundled:demo/base`` into the path of that file or folder inside the package.
+    """Turn ``bundled:demo/base`` into the path of that file or folder inside the package, ``~/base`` into one at home.
 
     Any other path is returned unchanged, so that callers need no case of their own.
 
@@ -47,7 +64,7 @@ def resolve_bundled(path: str) -> str:
         UserInputError: If the package holds nothing of that name.
     """
     if not path.startswith(PREFIX):
-        return path
+        return os.path.expanduser(path)
     target = (_PACKAGE / path.removeprefix(PREFIX)).resolve()
     # Only the data folder: "bundled:../x" must not reach out of it, nor "bundled:run.py" into the code.
     if not target.is_relative_to(_PACKAGE / "demo") or not target.exists():

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 from datasets import ReadInstruction
 
 from ..errors import UserInputError
 from ..files import sha256_of_file, sha256_of_text
-from ..paths import DATA_SUFFIXES, kind_of
+from ..paths import COMPRESSIONS, DATA_SUFFIXES, data_kind, kind_of
 from .read_hub import hub_rows, hub_version
 from .read_local import count_rows, file_rows
-from .sources import Row, Source, local_files, split_key
-
-# The one split of local files, named as `datasets` names it.
-EVERY_ROW = "train"
+from .sources import Row, Source, local_splits, split_key
 
 
 def read_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
-    """Yield the rows of a source in order, read as they are asked for; only a JSON array is in memory as a whole.
+    """Yield the rows of a source in order, read as they are asked for.
+
+    Only JSON that is not line by line is in memory as a whole.
 
     Args:
         source: Which rows.
@@ -38,12 +39,16 @@ def read_rows(source: Source, *, streaming: bool = False) -> Iterator[Row]:
     if not _is_local(source):
         yield from hub_rows(source, streaming=streaming)
         return
-    files = local_files(source)
-    if source.split == EVERY_ROW:
-        yield from _rows_of(files, source.key)
+    splits = local_splits(source)
+    if source.split in splits:  # all of it, without counting
+        yield from _rows_of(splits[source.split], source.key)
         return
-    for begin, end in _slices(files, source):
-        yield from islice(_rows_of(files, source.key), begin, end)
+    parts = _slices(splits, source)
+    # Each of several splits has a row 1, so their rows are counted through.
+    through = count(1) if len({part.splitname for part in parts}) > 1 else None
+    for part in parts:
+        for row in islice(_rows_of(splits[part.splitname], source.key), part.from_, part.to):
+            yield replace(row, number=next(through)) if through else row
 
 
 def source_fingerprint(source: Source) -> str:
@@ -54,7 +59,11 @@ def source_fingerprint(source: Source) -> str:
         UserInputError: If there is no such file or dataset, or it cannot be read.
     """
     if _is_local(source):
-        parts = [_file_hash(file, source.key) for file in local_files(source)]
+        splits = local_splits(source)
+        parts: list[str] = []
+        for split, files in splits.items():
+            # The name of a file's only split says nothing.
+            parts += [split] * (len(splits) > 1) + [_file_hash(file, source.key) for file in files]
     else:
         parts = [source.path, str(source.data_files), str(source.name), hub_version(source)]
     return sha256_of_text(repr([*parts, source.split]))
@@ -78,25 +87,31 @@ def _rows_of(files: Sequence[Path], key: str) -> Iterator[Row]:
             yield replace(row, number=number, place=f"{name}, {row.place}")
 
 
-def _slices(files: Sequence[Path], source: Source) -> list[tuple[int, int]]:
-    """Return the first row and the row after the last of each part of a split, counted from 0."""
+def _slices(splits: Mapping[str, Sequence[Path]], source: Source) -> list[Any]:
+    """Return the parts of a split, each with ``splitname``, its first row and the row after its last, from 0."""
     # Shares and negative places, as in train[:10%], need the number of rows first.
-    total = sum(count_rows(file, source.key) for file in files)
+    lengths = {
+        name: sum(count_rows(file, source.key) for file in files)
+        for name, files in splits.items()
+        if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", source.split)
+    }
     where = f"{split_key(source.key)}: {source.split!r}"
     try:
-        parts = ReadInstruction.from_spec(source.split).to_absolute({EVERY_ROW: total})
+        parts = ReadInstruction.from_spec(source.split).to_absolute(lengths or dict.fromkeys(splits, 0))
     except ValueError as error:
-        what = "a file" if len(files) == 1 else "files"
-        raise UserInputError(
-            f"{where} does not fit {source.path!r}, {what} with the one split {EVERY_ROW!r}. ({error})"
-        ) from error
+        one = next(iter(splits.values()))
+        what = "a file" if len(one) == 1 else "files"
+        having = f"{what} with the one split {next(iter(splits))!r}" if len(splits) == 1 else ""
+        having = having or f"a folder with the splits {', '.join(splits)}"
+        raise UserInputError(f"{where} does not fit {source.path!r}, {having}. ({error})") from error
     # Several parts, as in train[:10]+train[20:30], in the order given.
-    slices = [(part.from_, part.to) for part in parts if part.from_ < part.to]
-    if not slices:
+    found = [part for part in parts if part.from_ < part.to]
+    if not found:
+        total = sum(lengths.values())
         raise UserInputError(
             f"{where} takes none of its {total} rows from {source.path!r}. Give a slice with examples."
         )
-    return slices
+    return found
 
 
 def _file_hash(file: Path, key: str) -> str:
@@ -105,5 +120,5 @@ def _file_hash(file: Path, key: str) -> str:
         digest = sha256_of_file(file)
     except OSError as error:
         raise UserInputError(f"{key}: {str(file)!r} cannot be read. ({error.strerror})") from error
-    kind = file.suffix.lower()
-    return f"{'.json' if kind == '.jsonl' else kind} {digest}"
+    kind, packed = data_kind(file), file.suffix.lower() if file.suffix.lower() in COMPRESSIONS else ""
+    return f"{'.json' if kind == '.jsonl' else kind}{packed} {digest}"

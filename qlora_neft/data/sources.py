@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserInputError
-from ..paths import DATA_SUFFIXES, resolve_bundled
+from ..paths import COMPRESSIONS, DATA_SUFFIXES, TABLE_KINDS, TEXT_KINDS, data_kind, resolve_bundled
 from ..recipe.schema import Data, MixedSource
+from .folders import TRAIN, splits_of_folder
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,12 @@ class Source:
     """One dataset to read: what the recipe says of it, with ``bundled:`` resolved.
 
     Attributes:
-        path: A local file, a glob pattern of local files (``data/*.jsonl``), or a Hub id.
+        path: A local file, a folder, a glob pattern of local files (``data/*.jsonl``), or a Hub id.
         split: Which rows, in `datasets` slicing syntax (``train[:128]``, ``train[:10%]``). Local files together are
-            one split, ``train``.
+            one split, ``train``; a folder may have several.
         revision: Revision of a Hub dataset.
         data_files: Which files of a Hub dataset, a glob pattern; None for those the dataset declares.
-        name: Which configuration of a Hub dataset; None for its default.
+        name: Which configuration of a Hub dataset, or of a folder cloned from it; None for its default.
         weight: How often each row is used in one epoch.
         format: How rows are read; ``auto`` goes by their columns.
         columns, roles: What the user's columns and speakers are, see `recipe.data`.
@@ -133,13 +134,17 @@ def split_key(key: str) -> str:
     return key.replace("path", "split")
 
 
-def local_files(source: Source) -> list[Path]:
-    """Return the files a local path names, those of a pattern sorted by name.
+def local_splits(source: Source) -> dict[str, list[Path]]:
+    """Return the files that a local path names, by split: of a folder those it has, of anything else the one ``train``.
+
+    Files of a pattern are sorted by name.
 
     Raises:
-        UserInputError: If there are none, or one is a folder or of a kind that cannot be read.
+        UserInputError: If there are none, or one is of a kind that cannot be read.
     """
     path = os.path.expanduser(source.path)
+    if os.path.isdir(path) and data_kind(path) is None:
+        return splits_of_folder(Path(path), source.name, source.key)
     # A file whose name contains a bracket is that file, not a pattern.
     is_pattern = glob.has_magic(path) and not os.path.exists(path)
     files = [Path(match) for match in _matches(path)] if is_pattern else [Path(path)]
@@ -149,21 +154,34 @@ def local_files(source: Source) -> list[Path]:
         )
     for file in files:
         _check(file, source.key, is_pattern)
-    return files
+    return {TRAIN: files}
 
 
 def _matches(pattern: str) -> list[str]:
     """Return what a pattern matches, except folders on the way."""
-    found = set(glob.glob(pattern, recursive=True))
+    found = set(glob.glob(_with_names_escaped(pattern), recursive=True))
     # A folder that has the ending of a data file stays, to be refused by name.
     return sorted(path for path in found if path.lower().endswith(DATA_SUFFIXES) or not os.path.isdir(path))
+
+
+def _with_names_escaped(pattern: str) -> str:
+    """Escape the folders in front of a pattern that exist as they are written: ``runs[1]/*.jsonl``."""
+    head, written = "", pattern.split(os.sep)
+    for number, part in enumerate(written):
+        place = os.sep.join([*written[:number], part])
+        if glob.has_magic(part) and not os.path.isdir(place or os.sep):
+            return os.sep.join([*([glob.escape(head)] if number else []), *written[number:]])
+        head = place
+    return pattern
 
 
 def _check(file: Path, key: str, is_pattern: bool) -> None:
     if not os.path.exists(file):
         raise UserInputError(f"{key}: no file at {str(file)!r}. Paths are relative to the current directory.")
     # Pipes are refused as well: a file may be read more than once.
-    if not file.is_file() or file.suffix.lower() not in DATA_SUFFIXES:
-        kinds = f"{', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file"
-        rule = f"every file of a pattern must be a {kinds}" if is_pattern else f"must be a {kinds} or a Hub id"
-        raise UserInputError(f"{key}: {rule}, got {str(file)!r}.")
+    if not file.is_file() or data_kind(file) is None:
+        kinds = (*TEXT_KINDS, *TABLE_KINDS)
+        what = f"{', '.join(kinds[:-1])} or {kinds[-1]} file"
+        rule = f"every file of a pattern must be a {what}" if is_pattern else f"must be a {what}, a folder or a Hub id"
+        packed = f" Text may be compressed ({', '.join(COMPRESSIONS)})."
+        raise UserInputError(f"{key}: {rule}, got {str(file)!r}.{packed}")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..paths import COMPRESSIONS
 from ..recipe.schema import Lora
 from .activations import Way, block_bytes
 from .cards import Card
@@ -216,11 +217,12 @@ BYTES_PER_TOKEN = (2.5, 5.0)  # of a data file, column names and quotes included
 
 
 def local_bytes(path: str) -> int | None:
-    """Return the size of a local data file, or of all files a pattern matches; None for data on the Hub."""
+    """Return the size of a local data file, or of all files a pattern matches; None for data on the Hub, in
+    a folder, or compressed."""
     expanded = str(Path(path).expanduser())
     # A name that matches nothing as a pattern is taken as it is: brackets are allowed in file names.
     files = [Path(name) for name in (glob.glob(expanded) or [expanded])]
-    if not all(file.is_file() for file in files):
+    if not all(file.is_file() and file.suffix.lower() not in COMPRESSIONS for file in files):
         return None
     return sum(file.stat().st_size for file in files)
 

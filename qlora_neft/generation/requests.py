@@ -12,7 +12,7 @@ from ..data.examples import BadRow, Dialogue, Example, Instruction, Message, as_
 from ..data.formats import to_example
 from ..data.read_local import file_rows
 from ..errors import UserInputError
-from ..paths import DATA_SUFFIXES
+from ..paths import TABLE_KINDS, TEXT_KINDS, data_kind
 
 STDIN = "-"
 MAX_PROBLEMS = 10  # named per file
@@ -86,13 +86,14 @@ def requests_of_file(name: str) -> list[Request]:
     Raises:
         UserInputError: If there is no such file, or it holds anything but prompts; the message names the lines.
     """
-    suffix = Path(name).suffix.lower()
-    if name != STDIN and suffix not in (".txt", *DATA_SUFFIXES):
-        raise UserInputError(f"--file: must be a .txt, {', '.join(DATA_SUFFIXES)} file or -, got {name!r}.")
+    is_data = data_kind(name) is not None
+    if name != STDIN and not is_data and Path(name).suffix.lower() != ".txt":
+        kinds = ", ".join((*TEXT_KINDS, *TABLE_KINDS))
+        raise UserInputError(f"--file: must be a .txt, {kinds} file or -, got {name!r}.")
     if name != STDIN and not Path(name).expanduser().is_file():
         raise UserInputError(f"--file: no file at {name!r}. Paths are relative to the current directory.")
     # Problems are collected, not raised, so that one message names all bad lines.
-    found = _of_rows(name) if suffix in DATA_SUFFIXES else _of_lines(name)
+    found = _of_rows(name) if is_data else _of_lines(name)
     return _all_good(list(found), f"--file: {name!r}, ")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -28,19 +29,21 @@ def template_name(value: str) -> str:
     raise broken_rule(f"one of {', '.join(TEMPLATES)}, or a .jinja file, got the text {value!r}.{meant}")
 
 
-def only_on_the_hub(value: str | None, path: str, key: str) -> str | None:
+def only_on_the_hub(value: str | None, info: ValidationInfo, key: str) -> str | None:
     """Accept a key of data from the Hub: local files have no revision, configuration or list of files.
 
     Args:
         value: The key's value, None if it is not given.
-        path: Where the data is.
+        info: Which key, and the values before it.
         key: What messages call ``path``.
     """
-    if value is not None and not is_data_on_the_hub(path):
-        raise broken_rule(
-            f"has an effect only on data from the Hub, and {key} is {path!r}. Remove it.", involves=("path",)
-        )
-    return value
+    path = info.data.get("path")
+    if value is None or path is None or is_data_on_the_hub(path):
+        return value
+    # A folder cloned from the Hub has the configurations that its README declares.
+    if info.field_name == "name" and os.path.isfile(os.path.join(os.path.expanduser(path), "README.md")):
+        return value
+    raise broken_rule(f"has an effect only on data from the Hub, and {key} is {path!r}. Remove it.", involves=("path",))
 
 
 def is_data_on_the_hub(path: str) -> bool:
@@ -108,18 +111,20 @@ class MixedSource(Section):
     @field_validator("revision", "data_files", "name")
     @classmethod
     def _only_on_the_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
-        return only_on_the_hub(value, info.data["path"], "its path") if "path" in info.data else value
+        return only_on_the_hub(value, info, "its path")
 
 
 class Data(Section):
     """The examples. Local paths are relative to the current directory."""
 
     # Which rows.
-    path: Text = Field(description="local .jsonl, .json, .csv or .parquet, a glob of them, a Hub id, or bundled:NAME")
+    path: Text = Field(
+        description="file of rows (.jsonl, .json, .csv, .parquet, .arrow), folder, glob, Hub id, or bundled:NAME"
+    )
     revision: Text | None = Field(None, description="branch, tag or commit, for path on the Hub")
     split: Text = Field("train", description="split or slice in the syntax of datasets, such as train[:128]")
     data_files: Text | None = Field(None, description="files to use of a Hub dataset, a name or a glob")
-    name: Text | None = Field(None, description="configuration of a Hub dataset")
+    name: Text | None = Field(None, description="configuration of a Hub dataset, or of a folder cloned from it")
     weight: Positive = Field(
         1.0, description="how often each example is used per epoch; 0.5: half of them, chosen by hash"
     )
@@ -177,7 +182,7 @@ class Data(Section):
     @field_validator("revision", "data_files", "name")
     @classmethod
     def _only_on_the_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
-        return only_on_the_hub(value, info.data["path"], "data.path") if "path" in info.data else value
+        return only_on_the_hub(value, info, "data.path")
 
     @field_validator("eval_split")
     @classmethod

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HTTPError
 
 from qlora_neft.data import read_hub
 from qlora_neft.data.reading import read_rows, source_fingerprint
-from qlora_neft.data.sources import Row, local_files
+from qlora_neft.data.sources import Row, local_splits
 from qlora_neft.errors import UserInputError
 from qlora_neft.paths import DATA_SUFFIXES, kind_of
 
@@ -227,7 +227,11 @@ def test_the_rows_around_a_bad_one_are_read_and_all_are_counted(write):
         ("rows.jsonl", None, "no file at 'rows.jsonl'. Paths are relative to the current directory."),
         ("./rows", None, "no file at 'rows'"),
         ("rows*.jsonl", None, "no file matches 'rows*.jsonl'. Paths are relative to the current directory."),
-        ("rows.txt", "a", "must be a .json, .jsonl, .csv or .parquet file or a Hub id, got 'rows.txt'."),
+        (
+            "rows.txt",
+            "a",
+            "must be a .json, .jsonl, .csv, .parquet or .arrow file, a folder or a Hub id, got 'rows.txt'.",
+        ),
         ("rows.jsonl", "", "'rows.jsonl' is empty. It needs one JSON object per example."),
         ("rows.jsonl", " \n\n ", "is empty"),
         ("rows.jsonl", b"\xef\xbb\xbf\r\n", "is empty"),
@@ -239,11 +243,6 @@ def test_the_rows_around_a_bad_one_are_read_and_all_are_counted(write):
         ("rows.json", '[{"a": "b"}]\n[]', "line 2, is not JSON (Extra data)"),
         ("rows.json", "[" * 100_000, "'rows.json' is not JSON (nested too deep). The file needs one object per line"),
         ("rows.json", f"[{'7' * 5000}]", "'rows.json' is not JSON (a number has too many digits). The file needs"),
-        (
-            "rows.json",
-            json.dumps({"data": ROWS}, indent=1),
-            "list 'data' holds the examples, save that list as the file.",
-        ),
         ("rows.json", json.dumps({"a": ROWS, "b": ROWS}, indent=1), "line 1, is not JSON (Expecting property name"),
         ("rows.json", json.dumps({"a": 1}, indent=1), "The file needs one object per line, or one array of objects."),
         ("rows.jsonl", b'{"instruction": "caf\xe9", "output": "b"}\n', "is not UTF-8 text, byte 21 is not. Save it"),
@@ -291,8 +290,8 @@ def test_a_parquet_file_damaged_in_the_middle_is_refused_when_it_is_reached(writ
         list(rows)
 
 
-def test_a_folder_is_refused(tmp_path):
-    assert "must be a .json, .jsonl, .csv or .parquet file" in refusal(str(tmp_path))
+def test_a_folder_without_rows_is_refused(tmp_path):
+    assert "holds no files of rows (.json, .jsonl, .csv, .parquet, .arrow;" in refusal(str(tmp_path))
     (tmp_path / "folder.json").mkdir()
     assert "must be a .json" in refusal("folder.json")
     assert "every file of a pattern must be a .json" in refusal("*.json")
@@ -348,8 +347,9 @@ def test_a_name_with_brackets_is_a_name(write):
 def test_a_pattern_does_not_pass_over_what_it_cannot_read(write):
     write(as_lines(ROWS), "data/a.jsonl")
     write("about", "data/README.md")
-    assert "every file of a pattern must be a .json, .jsonl, .csv or .parquet file, got 'data/README.md'." in refusal(
-        "data/*"
+    assert (
+        "every file of a pattern must be a .json, .jsonl, .csv, .parquet or .arrow file, got 'data/README.md'."
+        in refusal("data/*")
     )
     write("", "data/b.jsonl")
     assert refusal("data/*.jsonl") == "data.path: 'data/b.jsonl' is empty. It needs one JSON object per example."
@@ -359,7 +359,7 @@ def test_a_home_folder_is_found(write, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(as_lines(ROWS), "data/rows.jsonl")
     assert values_of("~/data/rows.jsonl") == values_of("~/data/*.jsonl") == ROWS
-    assert local_files(source_of("~/data/*")) == [tmp_path / "data" / "rows.jsonl"]
+    assert local_splits(source_of("~/data/*")) == {"train": [tmp_path / "data" / "rows.jsonl"]}
 
 
 @pytest.mark.parametrize(
