@@ -30,7 +30,8 @@ def cut_parts(
         encoded: A sequence.
         max_prompt_length: Maximum tokens before the first response, a begin token included; None for no limit.
         max_response_length: Maximum tokens of each response, its end token included; None for no limit.
-        keep_end_token: Whether the last place of a response that is cut goes to its end token.
+        keep_end_token: Whether the last place of a response that is cut goes to its end token; never inside a thought
+            or a call.
     """
     responses = encoded.trained if encoded.excluded is None else encoded.trained | encoded.excluded
     kept = np.ones(len(responses), dtype=bool)
@@ -38,23 +39,25 @@ def cut_parts(
     if max_prompt_length is not None:
         kept[max_prompt_length:first] = False
     prompt_cut = not kept.all()
-    lost = False
     if max_response_length is not None:
         # Where stretches of responses begin and end, by turns.
         edges = np.flatnonzero(np.diff(np.concatenate([[False], responses, [False]]).astype(np.int8)))
         for begin, end in edges.reshape(-1, 2).tolist():
             if end - begin > max_response_length:
                 last = begin + max_response_length
-                kept[slice(last - 1, end - 1) if keep_end_token else slice(last, end)] = False
-                lost |= bool(encoded.trained[begin])
-    return CutParts(encoded if kept.all() else encoded.at(kept), prompt_cut, lost)
+                ends = keep_end_token and _may_end(encoded, last - 1)
+                kept[slice(last - 1, end - 1) if ends else slice(last, end)] = False
+    return CutParts(
+        encoded if kept.all() else encoded.at(kept), prompt_cut, bool((encoded.trained & ~kept)[first:].any())
+    )
 
 
 def cut_to_length(encoded: Encoded, max_length: int, *, keep_end_token: bool) -> tuple[Encoded, bool]:
     """Cut a sequence to ``max_length`` tokens.
 
-    If the cut is inside a response, its last place goes to the response's end token, unless that is not to be kept. If
-    the cut is in the request after a response, nothing of that request is left.
+    If the cut is inside a response, its last place goes to the response's end token, unless that is not to be kept, or
+    the cut is inside a thought or a call: half of one is no answer. If the cut is in the request after a response,
+    nothing of that request is left.
 
     Returns:
         The sequence, and whether trained tokens were lost.
@@ -67,7 +70,7 @@ def cut_to_length(encoded: Encoded, max_length: int, *, keep_end_token: bool) ->
         return encoded.at(slice(max_length)), False
     # Trained on both sides of the cut. Otherwise it falls on the edge of a response, or in a request.
     inside_response = trained[-1] and encoded.trained[max_length]
-    if inside_response and keep_end_token:
+    if inside_response and keep_end_token and _may_end(encoded, max_length - 1):
         if max_length >= 2 and not trained[-2]:  # only the end token of this response would be left
             return _up_to_last_trained(encoded.at(slice(max_length - 1))), True
         # The end token of this very response: templates may end turns in several ways.
@@ -75,6 +78,10 @@ def cut_to_length(encoded: Encoded, max_length: int, *, keep_end_token: bool) ->
         return encoded.at(np.append(np.arange(max_length - 1), end)), True
     # A request whose response is gone would be computed for nothing.
     return _up_to_last_trained(encoded.at(slice(max_length))), True
+
+
+def _may_end(encoded: Encoded, place: int) -> bool:
+    return encoded.unfinished is None or not encoded.unfinished[place]
 
 
 def _up_to_last_trained(encoded: Encoded) -> Encoded:

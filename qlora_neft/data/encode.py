@@ -39,6 +39,8 @@ class Encoded:
             token was kept and not trained, as cutting would change the text.
         excluded: Whether each token is of a response that its row takes the loss off, bool (L,); None if no token is.
         weights: How much each token counts in the loss, float32 (L,); None for 1 where ``trained``, else 0.
+        unfinished: Whether an end token must not stand in the place of a token, bool (L,): what is before it is half a
+            thought or half a call; None if it may anywhere.
     """
 
     ids: np.ndarray
@@ -46,6 +48,7 @@ class Encoded:
     crossed: str | None = None
     excluded: np.ndarray | None = None
     weights: np.ndarray | None = None
+    unfinished: np.ndarray | None = None
 
     def num_trained(self) -> int:
         """Count the trained tokens as a causal LM does: nothing predicts the first token."""
@@ -67,17 +70,19 @@ class Encoded:
         return found.digest()
 
     def at(self, kept: slice | np.ndarray) -> Encoded:
-        """Return the tokens at some places alone."""
+        """Return the tokens at some places alone; weights are given to what is left of a sequence."""
         excluded = None if self.excluded is None else self.excluded[kept]
-        return Encoded(self.ids[kept], self.trained[kept], self.crossed, excluded)
+        unfinished = None if self.unfinished is None else self.unfinished[kept]
+        return Encoded(self.ids[kept], self.trained[kept], self.crossed, excluded, unfinished=unfinished)
 
 
 class _Response(NamedTuple):
-    """The characters of a response, and whether the loss is taken on it."""
+    """The characters of a response, whether the loss is taken on it, and the first of them before which it may end."""
 
     begin: int
     end: int
     trained: bool
+    whole_from: int
 
 
 class Encoder:
@@ -175,7 +180,9 @@ class Encoder:
             begin, end = self._prefix(own, text[: response.begin]), self._prefix(own, text[: response.end])
             if begin is None or end is None:  # a token reaches across: each part by itself
                 return self._apart(_cut(text, responses), cut=True)
-            found.append(response._replace(begin=begin, end=end))
+            whole_from = self._prefix(own, text[: response.whole_from])
+            # Where a token holds both sides, the whole of it is on the safe one.
+            found.append(response._replace(begin=begin, end=end, whole_from=end if whole_from is None else whole_from))
         ids = np.asarray(added + own, dtype=np.int32)
         at = np.arange(len(ids)) - len(added)  # (L,), below 0 for what the tokenizer adds
         return _marked(ids, at, at + 1, found, "space" if moved else None)
@@ -197,11 +204,17 @@ class Encoder:
         # What the tokenizer adds comes before the first part; the places of tokens stand in for those of characters.
         at = np.arange(len(ids))
         found = [
-            _Response(int(end) - count, int(end), part.trained)
+            _Response(int(end) - count, int(end), part.trained, self._place_in(part, int(end) - count))
             for part, count, end in zip(parts, counts[1:], ends[1:], strict=True)
             if part.trained or part.excluded
         ]
         return _marked(np.asarray(ids, dtype=np.int32), at, at + 1, found, "cut apart" if cut else None)
+
+    def _place_in(self, part: Piece, begin: int) -> int:
+        """Return the place before which a part that begins at a place must not be ended, in tokens."""
+        if not part.whole_from:
+            return begin
+        return begin + len(self._part(part.text[: part.whole_from], is_first=False)[1])
 
     def _part(self, text: str, *, is_first: bool) -> tuple[list[int], list[int]]:
         """Return what the tokenizer adds before the text, and the text's own tokens."""
@@ -223,7 +236,8 @@ def _responses(pieces: Sequence[Piece]) -> list[_Response]:
     found, position = [], 0
     for piece in pieces:
         if (piece.trained or piece.excluded) and piece.text:
-            found.append(_Response(position, position + len(piece.text), piece.trained))
+            whole_from = position + piece.whole_from
+            found.append(_Response(position, position + len(piece.text), piece.trained, whole_from))
         position += len(piece.text)
     return found
 
@@ -242,22 +256,33 @@ def _marked(
     ids: np.ndarray, starts: np.ndarray, ends: np.ndarray, responses: Sequence[_Response], crossed: str | None
 ) -> Encoded:
     """Return the sequence of some ids; a token belongs to the response in which it begins."""
-    trained, excluded = np.zeros(len(ids), dtype=bool), None
-    for begin, end, is_trained in responses:
+    trained, excluded, unfinished = np.zeros(len(ids), dtype=bool), None, None
+    for begin, end, is_trained, whole_from in responses:
         # One without text, such as a begin token, is never trained.
         inside = (starts >= begin) & (starts < end) & (ends > starts)
         if is_trained:
             trained |= inside
         else:
             excluded = inside if excluded is None else excluded | inside
-    return Encoded(ids, trained, crossed, excluded)
+        if whole_from > begin:
+            early = inside & (starts < whole_from)
+            unfinished = early if unfinished is None else unfinished | early
+    return Encoded(ids, trained, crossed, excluded, unfinished=unfinished)
 
 
 def _cut(text: str, responses: Sequence[_Response]) -> list[Piece]:
     """Cut the text at both ends of every response."""
     edges = sorted({0, len(text), *(edge for r in responses for edge in (r.begin, r.end))})
-    kinds = {r.begin: r.trained for r in responses}
-    return [Piece(text[a:b], kinds.get(a, False), excluded=not kinds.get(a, True)) for a, b in pairwise(edges)]
+    kinds = {r.begin: r for r in responses}
+    pieces = []
+    for begin, end in pairwise(edges):
+        response = kinds.get(begin)
+        if response is None:
+            pieces.append(Piece(text[begin:end], False))
+        else:
+            whole_from = max(0, response.whole_from - begin)
+            pieces.append(Piece(text[begin:end], response.trained, whole_from, excluded=not response.trained))
+    return pieces
 
 
 def _ranges(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
