@@ -34,8 +34,12 @@ def complete_override(incomplete: str) -> list[str]:
     """Complete a recipe's keys, each with its equals sign."""
     from ..recipe.keys import key_names
 
+    from ..recipe.load import recipe_dir
+    from ..recipe.override_files import list_override_files
+
     # Imported here, as in every completion: the shell starts this program at each press of the tab key.
-    return [f"{key}=" for key in key_names() if key.startswith(incomplete)]
+    words = [f"{key}=" for key in key_names()] + [f"@{name}" for name in list_override_files(recipe_dir())]
+    return [word for word in words if word.startswith(incomplete)]
 
 
 def complete_recipe_or_override(incomplete: str) -> list[str]:
@@ -53,7 +57,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Overrides of the recipe, such as lora.r=8. List all keys with: qlora-neft show --keys.",
+        help="Overrides of the recipe, such as lora.r=8, or @FILE with one a line. All keys: qlora-neft show --keys.",
         autocompletion=complete_override,
     ),
 ]

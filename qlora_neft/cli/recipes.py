@@ -152,9 +152,10 @@ def validate(
     Exit code 2 if there is one.
     """
     from ..recipe import load_recipe
+    from ..recipe.override_files import is_override
 
     # A file's name may hold an equals sign; then the file is meant.
-    recipes = [name for name in names if "=" not in name or Path(name).exists()]
+    recipes = [name for name in names if not is_override(name) or Path(name).exists()]
     overrides = [name for name in names if name not in recipes]
     if not recipes:
         raise UserInputError(f"validate: name a recipe to check, got overrides alone: {' '.join(overrides)}")

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ..errors import RecipeError
 from .keys import fields_of, is_mapping, key_names, section_class, section_names, unknown_key
+from .override_files import expanded
 from .problems import describe_problems
 from .schema import Data, MixedSource, Recipe, Section
 from .yaml_text import parse_value, read_recipe_text
@@ -29,7 +30,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
     Args:
         name_or_path: Name of a shipped recipe, or path to a YAML file.
-        overrides: ``section.key=value`` each; they take precedence over the file, and later ones over earlier ones.
+        overrides: ``section.key=value`` each, or ``@`` and a file of them, see `override_files`; they take precedence
+            over the recipe's file, and later ones over earlier ones.
 
     Returns:
         The complete recipe, frozen, every default filled in.
@@ -39,7 +41,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     path = find_recipe(name_or_path)
     written = read_recipe_text(path, _source(path))
-    values, origins, problems = apply_overrides(written.values, overrides)
+    words, unread = expanded(overrides, recipe_dir())
+    values, origins, problems = apply_overrides(written.values, words)
+    problems = unread + problems
     # "lora:" with nothing under it is an empty section; "lora: null" is none.
     empty = written.empty - {place[0] for place in origins if len(place) == 1}
     values = {name: _keys(name, value, is_empty=name in empty) for name, value in _with_text_keys(values).items()}

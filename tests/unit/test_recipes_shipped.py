@@ -25,9 +25,9 @@ def header(path):
 
 
 def column_of_table_3(path):
-    """Return win rates by alpha, from the header; alpha 0 is the base without noise."""
-    rows = re.findall(r"^#   (Base|alpha \d+) +([\d.]+)$", header(path), flags=re.MULTILINE)
-    return {0 if name == "Base" else int(name.split()[1]): float(rate) for name, rate in rows}
+    """Return win rates by alpha, from the header; alpha 0 is training without noise."""
+    rows = re.findall(r"^#   (no noise|alpha \d+) +([\d.]+)$", header(path), flags=re.MULTILINE)
+    return {0 if name == "no noise" else int(name.split()[1]): float(rate) for name, rate in rows}
 
 
 def test_the_names_are_those_of_the_files():
