@@ -25,8 +25,8 @@ qlora-neft diff {SHOWN} mine.yaml
 
 A recipe states everything that is learned; nothing is inherited or hidden. Copy one, change it, `validate` it.
 Below is `{SHOWN}`, each line with its purpose and source. *NEFTune* is
-[arXiv:2310.05914]({SOURCES["NEFTune"]}), *QLoRA* [arXiv:2305.14314]({SOURCES["QLoRA"]}) and the scripts released
-with it. All keys, including those no recipe sets: [commands and keys](commands.md#recipe-keys).
+[arXiv:2310.05914]({SOURCES["NEFTune"]}), *QLoRA* [arXiv:2305.14314]({SOURCES["QLoRA"]}) and the code released
+with it. Only NEFTune's Table 3 is QLoRA; its other results are full fine-tuning. All keys, including those no recipe sets: [commands and keys](commands.md#recipe-keys).
 """
 
 DIFFERENCES = """
@@ -42,10 +42,28 @@ measured**.
 THIRTY = """
 ## Why the 30B recipe is different
 
-Twice the effective batch (32) and half the learning rate (1e-4), as in NEFTune's section on QLoRA, and dropout
-0.05, as in QLoRA above 13B. QLoRA's released script for 33B halves the learning rate and keeps the batch at 16;
-the recipe follows the paper whose table it reproduces. A recipe that states `max_steps` and doubles the batch would
-train on twice the tokens, so these state epochs.
+Twice the effective batch (32) and half the learning rate (1e-4), and dropout 0.05, as in QLoRA above 13B. The papers
+agree: NEFTune's section on QLoRA says so, and QLoRA's Table 9 states 32 and 1e-4 for 33B. Batch 16, which QLoRA's
+released script for 33B has, is that table's row for OASST1, another data set. A recipe that states `max_steps` and
+doubles the batch would train on twice the tokens, so these state epochs.
+
+## In the letter of the papers
+
+Overrides may stand in a file, one a line, named by `@` and its path. Three ship with the package:
+
+```
+qlora-neft show llama2-7b-alpaca @qlora
+qlora-neft diff llama2-7b-alpaca llama2-7b-alpaca @full
+```
+
+| | |
+|---|---|
+| `@qlora` | the 7B and 13B recipes on Alpaca in the letter of QLoRA: its lengths of prompt and response, its prompt's ending, its mean |
+| `@full` | every weight trained, as in NEFTune's tables other than Table 3 |
+| `@full-70b` | the same for its 70B column |
+
+[What differs from the papers and why](departures.md); [each table and figure with its command](tables_and_figures.md).
+None of the three was measured with this trainer.
 
 ## Without NF4, and every weight
 

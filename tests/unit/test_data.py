@@ -404,7 +404,7 @@ def test_a_space_that_belongs_to_the_response_is_not_cut():
     assert parts(tokenizer, encoded) == ("a:", " b</s>")
 
 
-def test_sentencepiece_text_is_tokenized_whole_as_the_papers_code_does():
+def test_sentencepiece_text_is_tokenized_whole_as_neftunes_code_does():
     tokenizer = sentencepiece_like()
     assert not joins_cleanly(tokenizer) and joins_cleanly(byte_tokenizer())
     encoded = encode(tokenizer, ("a:", False), ("b</s>", True))

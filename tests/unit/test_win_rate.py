@@ -38,7 +38,7 @@ def test_probabilities_are_averaged_as_they_are():
 
 
 def test_the_papers_human_study():
-    found = win_rate([2] * 88 + [1.5] * 22 + [1] * 30)  # 140 instructions, NEFTune section 5.4
+    found = win_rate([2] * 88 + [1.5] * 22 + [1] * 30)  # 140 instructions, NEFTune, "Human Study"
     assert round(found.wins_without_draws, 1) == 74.6
 
 
