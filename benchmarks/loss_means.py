@@ -1,11 +1,11 @@
 """How much a row counts: a mean over a step's tokens, and a mean of means, on the lengths of real rows.
 
-    python benchmarks/loss_means.py --tokenizer TOKENIZER --data alpaca=ALPACA.json ... --output docs/results/loss_means.json
+    python benchmarks/loss_means.py --tokenizer TOKENIZER --data alpaca=ALPACA.json --output loss_means.json
 
-QLoRA's code passes over one row at a time and averages the 16 mean losses of a step, NEFTune's over four at a time; here
-a step's loss is the mean over its trained tokens (``train.loss_mean: tokens``). No model is needed: each mean is a
-weight per row, computed for random steps, as a function of the length of the row's response. Also counted: what the
-papers' limits of length cut away.
+QLoRA's code passes over one row at a time and averages the 16 mean losses of a step, NEFTune's over four at a time;
+here a step's loss is the mean over its trained tokens (``train.loss_mean: tokens``). No model is needed: each mean is
+a weight per row, computed for random steps, as a function of the length of the row's response. Also counted: what
+the papers' limits of length cut away.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def parts(responses: np.ndarray) -> list[dict[str, float]]:
 
 
 def weight_of_rows(responses: np.ndarray, mean: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Return how much each row counts, summed over the random steps of `EPOCHS` epochs; the last, short step is left."""
+    """Return how much each row counts, summed over the random full steps of `EPOCHS` epochs."""
     weights, shuffle = np.zeros(len(responses)), random.Random(SEED)
     rows = list(range(len(responses)))
     for _ in range(EPOCHS):

@@ -1,8 +1,7 @@
-"""What the documentation says that a paper says: `docs/paper_numbers.json`, and the numbers claimed in text and recipes.
+"""What the documentation gives as a paper's: `docs/paper_numbers.json`, and the numbers claimed in text and recipes.
 
 A claim is a number in a sentence that cites a table, or in a paragraph that begins with "Paper" and the table after it.
-Numbers that look like results are looked up: those with a decimal point, a percent sign or an exponent. One with a sign
-is a difference, and ours.
+Numbers that look like results are looked up. One with a sign is a difference, and ours.
 """
 
 from __future__ import annotations
@@ -21,7 +20,9 @@ RECIPES = [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted((ROOT / "recipes"
 FENCED = re.compile(r"^( *)```.*?^\1```", re.MULTILINE | re.DOTALL)
 ELSEWHERE = re.compile(r"\]\([^)]*\)|https?://\S+|arXiv:[\d.]+\d")
 CITED = re.compile(r"(QLoRA's )?Tables? (\d+(?:(?:, | and | to )\d+)*)")
-RESULT = re.compile(r"(?<![\w.+-])\d[\d,]*(?:\.\d+(?:e-?\d+)?%?|e-?\d+|%)(?![\w.]*\d)")
+# A number with a decimal point, an exponent or a percent sign and without a plus or minus; or one alone in parentheses.
+RESULT = re.compile(r"(?<![\w.+-])\d[\d,]*(?:\.\d+(?:e-?\d+)?%?|e-?\d+|%)(?![\w.]*\d)|(?<=\()\d{3,4}(?=\))")
+QUOTING = ("Paper", "And against")
 TAGGED = re.compile(r"\[(NEFTune|QLoRA|code)\b[^\]]*\]")
 PAPERS = {
     "NEFTune": ("NEFTune",),
@@ -82,20 +83,19 @@ def _text_of(page: Path) -> str:
 
 def _units(text: str) -> Iterator[str]:
     """Yield sentences, rows of tables, and whole paragraphs that quote a paper with the table after them."""
-    paragraphs = re.split(r"\n\s*\n", text)
-    quoting = False
-    for paragraph in paragraphs:
+    before = ""
+    for paragraph in re.split(r"\n\s*\n", text):
         words = " ".join(paragraph.split())
         is_table = words.startswith("|")
-        if quoting and is_table:
+        if before.startswith("Paper") and is_table:
             yield f"{before} {words}"
-        elif words.startswith("Paper"):
+        elif words.startswith(QUOTING):
             yield words
         elif is_table:
             yield from (" ".join(row.split()) for row in paragraph.splitlines())
         else:
             yield from re.split(r"(?<=[.;:]) (?=[A-Z(`*])", words)
-        quoting, before = words.startswith("Paper"), words
+        before = words
 
 
 def _places(text: str) -> Iterator[tuple[str, str]]:

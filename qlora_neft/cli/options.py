@@ -33,7 +33,6 @@ def complete_recipe(incomplete: str) -> list[str]:
 def complete_override(incomplete: str) -> list[str]:
     """Complete a recipe's keys, each with its equals sign."""
     from ..recipe.keys import key_names
-
     from ..recipe.load import recipe_dir
     from ..recipe.override_files import list_override_files
 

@@ -42,7 +42,7 @@ def narrowed(dialogue: Dialogue, train_on: str, *, trains_prompts: bool) -> tupl
 def split_dialogue(dialogue: Dialogue, max_length: int, measure: Measure) -> list[Dialogue]:
     """Split a conversation into pieces of whole exchanges, as many in each piece as fit.
 
-    The NEFTune paper splits ShareGPT "closer to a single-turn format" for its 512 tokens (section 4); FastChat's
+    The NEFTune paper splits ShareGPT "closer to a single-turn format" for its 512 tokens; FastChat's
     ``split_long_conversation.py`` is the model. Each turn is in exactly one piece, except a system message: it is never
     trained, and every piece repeats it. An exchange too long by itself becomes its own piece, to be cut and counted
     later. Pieces without a trained turn are left out.

@@ -26,7 +26,8 @@ qlora-neft diff {SHOWN} mine.yaml
 A recipe states everything that is learned; nothing is inherited or hidden. Copy one, change it, `validate` it.
 Below is `{SHOWN}`, each line with its purpose and source. *NEFTune* is
 [arXiv:2310.05914]({SOURCES["NEFTune"]}), *QLoRA* [arXiv:2305.14314]({SOURCES["QLoRA"]}) and the code released
-with it. Only NEFTune's Table 3 is QLoRA; its other results are full fine-tuning. All keys, including those no recipe sets: [commands and keys](commands.md#recipe-keys).
+with it. Only NEFTune's Table 3 is QLoRA; its other results are full fine-tuning. All keys, including those no recipe
+sets: [commands and keys](commands.md#recipe-keys).
 """
 
 DIFFERENCES = """
@@ -58,7 +59,7 @@ qlora-neft diff llama2-7b-alpaca llama2-7b-alpaca @full
 
 | | |
 |---|---|
-| `@qlora` | the 7B and 13B recipes on Alpaca in the letter of QLoRA: its lengths of prompt and response, its prompt's ending, its mean |
+| `@qlora` | the 7B and 13B recipes on Alpaca in the letter of QLoRA: its two lengths, its prompt's ending, its mean |
 | `@full` | every weight trained, as in NEFTune's tables other than Table 3 |
 | `@full-70b` | the same for its 70B column |
 

@@ -3,7 +3,9 @@
 import pytest
 
 from qlora_neft import RecipeError, load_recipe
-from qlora_neft.recipe.load import apply_overrides
+from qlora_neft.compare.plan import plan_sweep
+from qlora_neft.recipe.load import apply_overrides, recipe_dir
+from qlora_neft.recipe.override_files import list_override_files
 
 
 def problems_of(*overrides):
@@ -98,3 +100,36 @@ def test_what_cannot_be_understood_is_said_of_the_override(override, fragment):
 
 def test_all_overrides_are_checked_at_once():
     assert len(problems_of("lora.rank=8", "train.lr=1", "lora.r=-1")) == 3
+
+
+# ---- Files of overrides ----
+
+
+def test_a_file_stands_for_its_lines(tmp_path):
+    (tmp_path / "mine.txt").write_text("# why\n\nlora.r=4   # rank\n  data.split=train[:8]\ndata.path=a#b.jsonl\n")
+    file = f"@{tmp_path / 'mine.txt'}"
+    recipe = load_recipe("demo", ["lora.r=2", file, "data.split=train[:4]"])
+    assert (recipe.lora.r, recipe.data.split, recipe.data.path) == (4, "train[:4]", "a#b.jsonl")
+
+
+def test_shipped_files_are_known_by_name():
+    names = list_override_files(recipe_dir())
+    assert names == ["full", "full-70b", "qlora"]
+    for name in names:
+        assert load_recipe("llama2-7b-alpaca", [f"@{name}"]) != load_recipe("llama2-7b-alpaca")
+        assert f"@{name} " in (recipe_dir() / "overrides" / f"{name}.txt").read_text()  # begins with its own command
+
+
+def test_what_is_wrong_with_a_file_is_told_with_the_rest(tmp_path):
+    (tmp_path / "other.txt").write_text("lora.rank=3\n")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    files = [f"@{tmp_path / name}" for name in ("other.txt", "bad.txt", "none.txt")]
+    problems = problems_of("@qlroa", *files)
+    assert "override @qlroa: No such file or directory. Did you mean @qlora?" in problems[0]
+    assert "it is not UTF-8 text" in problems[1] and "No such file" in problems[2]
+    assert problems[3].startswith("override lora.rank=3: unknown key. Did you mean lora.r?")
+
+
+def test_a_sweep_takes_a_file():
+    plan = plan_sweep("llama2-7b-alpaca", ["@qlora", "neftune.noise_alpha=0,5"], seeds=1)
+    assert [run.recipe.data.max_prompt_length for run in plan.runs] == [384, 384]
