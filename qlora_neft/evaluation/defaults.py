@@ -12,7 +12,7 @@ from typing import Any
 
 from ..files import sha256_of_text
 
-REPETITION_PENALTY = 1.2  # section 5.2, footnote 2; also where they sampled (appendix, ablations)
+REPETITION_PENALTY = 1.2  # footnote 2; also where they sampled (appendix, ablations)
 ANSWER_TOKENS = 1024  # of an answer to an instruction; ours
 RECITED_TOKENS = 256  # of an answer to a training prompt; ours
 RECITED_ROWS = 128  # training prompts of Figure 5; ours
@@ -20,7 +20,7 @@ HELD_OUT = "held-out"  # in place of a file of instructions: the run's own held-
 HELD_OUT_PROMPTS = 128
 HELD_OUT_REFERENCE = "the rows' own responses"  # generator of the references that held-out rows bring along
 
-# Whitespace tokens at an answer's beginning in which repetition is counted, by the data set trained on (section 5.2).
+# Whitespace tokens at an answer's beginning in which repetition is counted, by the data set trained on.
 CUTOFFS = {"alpaca": 50, "evol": 100, "sharegpt": 150, "platypus": 150}
 _NAMED_FIRST = ("evol", "sharegpt", "platypus", "alpaca")  # a name may hold two of them
 

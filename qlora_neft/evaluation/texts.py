@@ -1,4 +1,4 @@
-"""Length and repetition of a model's outputs, as in NEFTune's Table 4 (section 5.2, arXiv:2310.05914). No torch."""
+"""Length and repetition of a model's outputs, as in NEFTune's Table 4 (arXiv:2310.05914). No torch."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def measure_texts(texts: Sequence[str], chunk: int) -> TextMeasures:
         chunk: Whitespace tokens at the beginning of each on which repetition is measured, at least 4.
     """
     words = [text.split() for text in texts]  # tokens as the paper counts them: between white space
-    # Repetition grows with length, so all outputs are compared on beginnings of one length (section 5.2).
+    # Repetition grows with length, so all outputs are compared on beginnings of one length.
     chunks = [found[:chunk] for found in words if len(found) >= chunk]
     rates = [{n: repetition(tokens, n) for n in SIZES} for tokens in chunks]
     return TextMeasures(

@@ -8,6 +8,7 @@ from paper_claims import NUMBERS, ROOT
 
 from qlora_neft import list_recipes, load_recipe
 from qlora_neft.cli import app
+from qlora_neft.cli.compare import PAPER_ALPHAS
 from qlora_neft.compare.plan import plan_sweep
 
 PAGE = (ROOT / "docs" / "tables_and_figures.md").read_text(encoding="utf-8")
@@ -43,14 +44,14 @@ def test_commands_are_understood():
         name = given.get("name")
         if name not in list_recipes():
             continue
+        words = given.get("overrides") or given.get("words") or ()
         if verb.name == "sweep":
             way = "list" if given["as_list"] else "grid"
-            plan = plan_sweep(
-                name, (given.get("overrides") or given.get("words") or ()), seeds=given["seeds"], combine=way
-            )
+            swept = [f"neftune.noise_alpha={PAPER_ALPHAS}"] if given["protocol"] else []
+            plan = plan_sweep(name, [*words, *swept], seeds=given["seeds"] or 1, combine=way)
             assert len(plan.runs) > 1
         else:
-            load_recipe(name, (given.get("overrides") or given.get("words") or ()))
+            load_recipe(name, words)
 
 
 def test_the_recipes_named_beside_a_command_exist():
