@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..errors import UserInputError
@@ -85,11 +86,29 @@ class Columns:
 
     def of(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row's values under our names; one that the row lacks is missing."""
-        return {ours: value for ours, path in self.paths.items() if (value := _at(row, path)) is not None}
+        found = {ours: row[name] for ours, name in self._flat if row.get(name) is not None}
+        for ours, path in self._deep:
+            value = _at(row, path)
+            if value is not None:
+                found[ours] = value
+        return found
 
     def not_read(self, row: Mapping[str, Any]) -> set[str]:
         """Return the names of a row's columns that are not read."""
-        return {str(name) for name in row} - {path[0] for path in self.paths.values()} - self.ignored
+        return set() if self._known.issuperset(row) else {str(name) for name in row.keys() - self._known}
+
+    # Kept, as they are asked for once a row.
+    @cached_property
+    def _flat(self) -> list[tuple[str, str]]:
+        return [(ours, path[0]) for ours, path in self.paths.items() if len(path) == 1]
+
+    @cached_property
+    def _deep(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [(ours, path) for ours, path in self.paths.items() if len(path) > 1]
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return self.ignored | {path[0] for path in self.paths.values()}
 
 
 def plain_columns(format: str) -> Columns:

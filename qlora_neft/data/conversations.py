@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .examples import BadRow, Dialogue, EmptyRow
-from .messages import MARKED_OTHERS, THOUGHT, Read, is_message, joined, read_message, with_thought
+from .messages import MARKED_OTHERS, NOTHING, THOUGHT, Read, is_message, joined, read_message, with_thought
 from .tool_calls import read_tools
 from .values import from_json, is_blank, shown, text_of
 
@@ -96,7 +96,7 @@ def turns_of(value: Any, column: str) -> list[Mapping[str, Any]]:
             raise BadRow(f"{column}, turn {number}, is {shown(turn)}, not an object with named fields")
     if not value:
         raise EmptyRow(f"{column} has no turns")
-    return [turn for value in value for turn in _unpaired(value)]
+    return list(value) if all(map(is_message, value)) else [turn for pair in value for turn in _unpaired(pair)]
 
 
 def are_turns(value: Any) -> bool:
@@ -136,17 +136,17 @@ def _reads(
     reads: list[Read] = []
     thought: str | None = None
     for number, turn in enumerate(turns, start=after + 1):
-        read, where = read_message(turn, number, roles, tools, shared=shared), f"turn {number}"
+        read = read_message(turn, number, roles, tools, shared=shared)
         if read.message["role"] == THOUGHT:
             if thought is not None:
-                raise BadRow(f"{where}: a second thought before the assistant's turn")
+                raise BadRow(f"turn {number}: a second thought before the assistant's turn")
             thought = read.message["content"]
             continue
         if thought is not None:
-            read, thought = with_thought(read, thought, where), None
+            read, thought = with_thought(read, thought, f"turn {number}"), None
         before = reads[-1] if reads else None
         if read.is_part and before is not None and before.message["role"] == "assistant":
-            reads[-1] = joined(before, read, where)
+            reads[-1] = joined(before, read, f"turn {number}")
         else:
             reads.append(read)
     if thought is not None:
@@ -178,19 +178,20 @@ def _conversation(
         body = reads[len(head) :]
         first = next((i for i, read in enumerate(body) if read.message["role"] == "user"), len(body))
         reads = [*head, *body[first:]]
-    last = max((i for i, read in enumerate(reads) if read.message["role"] == "assistant"), default=None)
+    last = next((i for i in reversed(range(len(reads))) if reads[i].message["role"] == "assistant"), None)
     if last is None:
         raise EmptyRow("has no response")
     kept = reads[: last + 1]  # what comes after the last response would train nothing
-    trained = None
+    trained, marks = None, NOTHING
     if any(read.trained is not None for read in kept):
         trained = tuple(read.trained is not False for read in kept)
         if not any(flag for flag, read in zip(trained, kept, strict=True) if read.message["role"] == "assistant"):
             raise EmptyRow("has no response that is trained, by its own marks")
-    marked = any(read.trained for read in kept if read.message["role"] != "assistant")
+        marked = any(read.trained for read in kept if read.message["role"] != "assistant")
+        marks = frozenset({MARKED_OTHERS}) if marked else marks
     return Conversation(
         Dialogue(tuple(read.message for read in kept), tools, trained),
         count - len(kept),
-        frozenset().union(*(read.extra for read in reads)),
-        frozenset({MARKED_OTHERS}) if marked else frozenset(),
+        NOTHING.union(*(read.extra for read in reads)),
+        marks,
     )

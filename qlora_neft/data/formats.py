@@ -72,18 +72,15 @@ class RowReader:
             EmptyRow: If there is nothing to learn in it.
         """
         found = _READERS[self.format](self.columns.of(row), self.roles)
-        read = found if isinstance(found, Conversation) else Conversation(Dialogue(()))
-        example = read.dialogue if isinstance(found, Conversation) else found
-        if self.system_prompt is not None:
-            example = _with_system(example, self.system_prompt)
         unread = self.columns.not_read(row)
-        return RowRead(
-            example,
-            read.left_out,
-            read.marks,
-            frozenset(name for name in unread if not is_blank(row[name])) if unread else frozenset(),
-            read.extra,
-        )
+        unread = frozenset(name for name in unread if not is_blank(row.get(name))) if unread else frozenset()
+        if isinstance(found, Conversation):
+            read = RowRead(found.dialogue, found.left_out, found.marks, unread, found.extra)
+        else:
+            read = RowRead(found, columns_not_read=unread)
+        if self.system_prompt is not None:
+            return replace(read, example=_with_system(read.example, self.system_prompt))
+        return read
 
 
 def row_reader(

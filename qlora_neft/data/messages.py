@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .examples import BadRow, EmptyRow
@@ -46,10 +46,11 @@ DETAIL_KEYS = ("train_detail", "training_detail", "train_details")
 READ_KEYS = frozenset(
     (*SPEAKER_KEYS, *TEXT_KEYS, *LOSS_KEYS, *REASONING_KEYS, "tool_calls", "function_call", "tool_call_id", "name")
 )
+NOTHING: frozenset[str] = frozenset()
 MARKED_OTHERS = "marked others"  # a message of another role than the assistant's is marked as trained
 
 
-@dataclass
+@dataclass(slots=True)
 class Read:
     """One message read.
 
@@ -57,12 +58,13 @@ class Read:
         message: With ``role`` and ``content``, and whatever else the row has of OpenAI's keys, nulls left out.
         trained: Whether the row says that the loss is taken on it; None if it says nothing.
         is_part: Whether it belongs to the assistant's message before it: a call in a turn of its own.
+        extra: Keys that are none of OpenAI's.
     """
 
     message: dict[str, Any]
     trained: bool | None = None
     is_part: bool = False
-    extra: frozenset[str] = field(default_factory=frozenset)
+    extra: frozenset[str] = NOTHING
 
 
 def read_message(
@@ -81,6 +83,9 @@ def read_message(
         BadRow: If it is no message.
         EmptyRow: If it is an assistant's without words and calls.
     """
+    plain = _plain(turn, number, roles)
+    if plain is not None:
+        return plain
     where = f"turn {number}"
     role = _role(turn, where, roles, shared=shared)
     trained = _trained(turn, where)
@@ -113,6 +118,18 @@ def read_message(
     if role == "assistant" and not said.strip() and "tool_calls" not in message:
         raise EmptyRow(f"{where}: the response is blank")
     return Read(message, trained, extra=extra)
+
+
+def _plain(turn: Mapping[str, Any], number: int, roles: Mapping[str, str]) -> Read | None:
+    """Read a message that has a speaker and a text and no more, as nearly all are; None for any other."""
+    if len(turn) != 2:
+        return None
+    speaker, text = (turn.get("role"), turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
+    role = SPEAKERS.get(speaker) if isinstance(speaker, str) and speaker not in roles else None
+    # What is wrong with others is said below.
+    if role not in ROLES or not isinstance(text, str) or not text.strip():
+        return None
+    return Read({"role": role, "content": text_of(text, f"turn {number}: content")})
 
 
 def _is_passed_on(key: str, turn: Mapping[str, Any]) -> bool:
@@ -204,4 +221,4 @@ def with_thought(read: Read, thought: str, where: str) -> Read:
 
 def is_message(value: Any) -> bool:
     """Tell whether a value is an object with a speaker."""
-    return isinstance(value, Mapping) and any(isinstance(value.get(key), str) for key in SPEAKER_KEYS)
+    return isinstance(value, Mapping) and (isinstance(value.get("role"), str) or isinstance(value.get("from"), str))
