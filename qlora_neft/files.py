@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read as records, hashed; and what to say when a disk fails."""
+"""Files: written whole or not at all, read as records, hashed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
 
-from .errors import RunFailed, UserInputError
+from .errors import UserInputError
 
 try:
     import fcntl
@@ -28,12 +27,6 @@ except ImportError:  # Windows
 
 # What file systems say that have no fsync; every other error is a real one.
 _NO_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-# Errors of a disk, as opposed to those of a path that the user can correct.
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOTCONN}
-# Those of a path, whatever it was for.
-_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR}
-# Words of the RuntimeErrors by which torch.save reports a failed write. None of them names the cause.
-_TORCH_SAVE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 # ---- Whole or not at all ----
 #
@@ -64,10 +57,12 @@ def whole_file(path: Path, *, synced: bool = False, keep_draft: bool = False) ->
         if synced:
             sync(path.parent)  # fsync of a file says nothing of its name
     # BaseException, since Ctrl-C must not leave a draft either.
-    except BaseException:
+    except BaseException as error:
         if not keep_draft:
             with suppress(OSError):  # the error that is on its way is the one to report
                 draft.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(draft), draft):
+            error.filename = str(path)  # what the user knows; a failed write names no file at all
         raise
 
 
@@ -407,53 +402,3 @@ def sha256_of_file(path: Path) -> str:
 def sha256_of_text(text: str) -> str:
     """Return the SHA-256 of a text's UTF-8 as hex."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# ---- Disks that fail ----
-
-
-def disk_problem(error: BaseException) -> str | None:
-    """Return the cause of an exception if a disk is to blame, otherwise None."""
-    if isinstance(error, OSError):
-        # A path that is missing or forbidden is for the user to correct.
-        return error.strerror if error.errno in _DISK else None
-    # Neither library raises an OSError: safetensors passes on the words of Rust's error ("... (os error 28)").
-    text = str(error)
-    if isinstance(error, SafetensorError) and "os error" in text:
-        return text.removeprefix("Error while serializing: ").removeprefix("I/O error: ")
-    if isinstance(error, RuntimeError) and any(word in text for word in _TORCH_SAVE):
-        return "No space left on device, or it cannot be written to"  # torch.save does not say which
-    return None
-
-
-def told_of_disk(error: BaseException) -> UserInputError | RunFailed | None:
-    """Return an error that the user can read in place of one of a file system; None for any other, a bug of ours."""
-    cause = disk_problem(error)
-    where = getattr(error, "filename", None)
-    place = "a file" if where is None else f"{str(where)!r}"
-    if cause is not None:
-        return RunFailed(
-            f"{place} cannot be written to ({cause}). Free space or fix the folder, and run the same command again."
-        )
-    if isinstance(error, OSError) and where is not None and error.errno in _FORBIDDEN:
-        return UserInputError(f"{place}: {error.strerror}. Give another place, or change its rights.")
-    return None
-
-
-@contextmanager
-def failing_with_the_disk(message: Callable[[str], str]) -> Generator[None, None, None]:
-    """Turn the errors of a failing disk into a message that ends the command.
-
-    Args:
-        message: Makes it from the cause.
-
-    Raises:
-        RunFailed: In place of the errors of a disk that is full or cannot be written to.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        cause = disk_problem(error)
-        if cause is None:
-            raise
-        raise RunFailed(message(cause)) from error

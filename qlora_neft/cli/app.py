@@ -46,7 +46,7 @@ class _Verbs(TyperGroup):
             number = error.signal if isinstance(error, StopNow) else signal.SIGINT
             raise _exit("interrupted", 128 + number) from error
         except Exception as error:
-            from ..files import told_of_disk
+            from ..disks import told_of_disk
 
             failure = told_of_disk(error)
             if failure is None:

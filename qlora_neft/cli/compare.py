@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -136,7 +137,7 @@ def sweep(
         return
     from ..compare.sweep import sweep as run_sweep
 
-    with SweepDisplay(quiet=as_json) as display:
+    with _outliving_its_reader(output_dir), SweepDisplay(quiet=as_json) as display:
         runner = runner_of(output_dir, measures, parallel, asking)
         options = {
             "--seeds": None if protocol else seeds,
@@ -166,6 +167,21 @@ def sweep(
         print_json(results)
     else:
         show_results(results, output_dir)
+
+
+@contextmanager
+def _outliving_its_reader(output_dir: Path) -> Generator[None, None, None]:
+    """Train on when nobody reads the output any more, and note that in the sweep's folder."""
+    from ..output import outliving_its_reader
+    from ..run_folder.notes import RunNotes
+
+    notes = RunNotes(output_dir)
+    try:
+        with outliving_its_reader(notes):
+            yield
+    finally:
+        if output_dir.is_dir():  # not made for a note
+            notes.open()
 
 
 def _paper_protocol(protocol: str, words: list[str], seeds: int | None, rank_by: str | None) -> Decision:

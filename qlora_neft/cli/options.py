@@ -161,9 +161,12 @@ def check_device(device: str) -> None:
 
 
 def check_parent(path: Path) -> None:
-    """Refuse an ``--output`` whose folder does not exist, before the work that would be written there."""
+    """Refuse an ``--output`` whose folder is not there or is read-only, before the work that would be written there."""
     if not path.parent.is_dir():
         raise UserInputError(f"--output: there is no folder {str(path.parent)!r}. Create it first.")
+    from ..disks import check_writable
+
+    check_writable(path, "--output")
 
 
 # ---- Output ----

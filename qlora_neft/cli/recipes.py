@@ -117,6 +117,7 @@ def cp(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Copy a recipe, comments included, to edit it."""
+    from ..files import whole_file
     from ..recipe.load import find_recipe
 
     # The file itself, not the loaded recipe: comments and layout are copied too.
@@ -130,7 +131,8 @@ def cp(
         raise UserInputError(f"{target}: there is no folder {target.parent}. Create it first.")
     try:
         # Not shutil.copy: an installed package may be read-only, and the copy is there to be edited.
-        shutil.copyfile(source, target)
+        with whole_file(target) as draft:
+            shutil.copyfile(source, draft)
     except OSError as error:
         raise UserInputError(f"{target}: cannot be written: {error.strerror}.") from error
     typer.echo(f"{target}: copied from {source.stem}. After editing: qlora-neft validate {target}")

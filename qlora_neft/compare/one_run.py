@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..disks import told_of_disk
 from ..errors import RunFailed, RunInterrupted, UserInputError
-from ..files import told_of_disk
 from ..imports import imports_that_stay
 from ..output import outliving_its_reader
 from ..processes import end_with_starter

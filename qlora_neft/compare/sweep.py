@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..disks import check_writable
 from ..errors import RunFailed, RunInterrupted
 from ..run_folder.lock import run_lock
 from ..runner.run import run
@@ -94,6 +95,7 @@ def sweep(
 @contextmanager
 def _held(output_dir: Path) -> Generator[None, None, None]:
     """Hold the folder for this sweep alone; remove it again if it was made for a sweep that was refused."""
+    check_writable(output_dir, "--output-dir")
     is_new = not output_dir.exists()
     output_dir.mkdir(parents=True, exist_ok=True)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+import time
 import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from ..noise.neftune import expected_norm
 from ..paths import kind_of
 from .tables import Table
 
+SECONDS_BETWEEN_LINES = 10.0  # on progress, in a pipe
 NO_CURVES = "no loss.png: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'"
 
 if TYPE_CHECKING:
@@ -205,7 +207,7 @@ def _one_line(text: str, width: int = 110) -> str:
 
 
 class RowsProgress:
-    """Shows the number of rows prepared so far, on a terminal; a pipe gets the result in a moment.
+    """Shows the number of rows prepared so far: on a terminal in one place, in a pipe as a line now and then.
 
     Args:
         console: Console to write to.
@@ -213,9 +215,15 @@ class RowsProgress:
 
     def __init__(self, console: Console) -> None:
         self.console, self.rows = console, 0
+        self._said = time.monotonic()
 
     def __call__(self, rows: int) -> None:
         """Count more rows."""
         self.rows += rows
+        line, now = f"preparing data: {self.rows:,} rows", time.monotonic()
         if self.console.is_terminal:
-            self.console.print(f"preparing data: {self.rows:,} rows", end="\r")
+            self.console.print(line, end="\r")
+        # Rows that take a moment need no line: the result follows.
+        elif now - self._said >= SECONDS_BETWEEN_LINES:
+            self._said = now
+            self.console.print(line, markup=False)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..disks import check_writable
 from ..errors import UserInputError
 from ..files import read_json, visible, write_json
 from ..recipe import Recipe
@@ -54,7 +54,7 @@ def find_beginning(output_dir: Path, recipe: Recipe, resume: str = "auto") -> Be
         raise UserInputError(f"--output-dir: {str(output_dir)!r} is a file. Give a new folder.")
     # Hidden names do not count as content: a lock, or what a killed process left, is no reason to refuse a folder.
     if not output_dir.exists() or not visible(output_dir):
-        _check_writable(output_dir)
+        check_writable(output_dir, "--output-dir")
         return Beginning() if resume in ("auto", "never") else _from_elsewhere(Path(resume), recipe)
     earlier = read_run_file(output_dir)
     if earlier is None and (output_dir / RECIPE_FILE).exists():
@@ -74,7 +74,7 @@ def find_beginning(output_dir: Path, recipe: Recipe, resume: str = "auto") -> Be
     check_same(earlier, recipe, output_dir)
     if (output_dir / SUMMARY_FILE).exists():
         return Beginning(earlier=earlier, finished=True)
-    _check_writable(output_dir)
+    check_writable(output_dir, "--output-dir")
     # A place outside this folder is where the run began, given again: by now it has steps of its own.
     if Path(resume).resolve() not in (output_dir.resolve(), *output_dir.resolve().glob("*")):
         resume = "auto"
@@ -230,14 +230,6 @@ def _make(output_dir: Path) -> list[Path]:
     except OSError as error:
         raise UserInputError(f"--output-dir: {str(output_dir)!r} cannot be made ({error.strerror}).") from error
     return missing
-
-
-def _check_writable(output_dir: Path) -> None:
-    """Refuse a folder that cannot be written to before hours are spent on it; nothing is made."""
-    nearest = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "cannot be written to" if nearest.is_dir() else "is a file"
-        raise UserInputError(f"--output-dir: {str(output_dir)!r} cannot be made: {str(nearest)!r} {what}.")
 
 
 def disk_message(output_dir: Path) -> Callable[[str], str]:

@@ -14,6 +14,7 @@ from ..base.config import load_tokenizer
 from ..data.prepare import Progress
 from ..data.report import DataReport
 from ..data.store import SourceFacts
+from ..disks import check_writable
 from ..display.console import quiet_libraries
 from ..display.plots import plot_lengths
 from ..display.preview_text import LEGEND, WEIGHTED, TokenView, render_example, render_summary, token_views
@@ -88,6 +89,7 @@ def to_json(found: Preview) -> dict[str, Any]:
 
 def save(found: Preview, output_dir: Path) -> list[Path]:
     """Write ``data_report.json`` and ``lengths.png`` into a folder; return the files written."""
+    check_writable(output_dir, "--output-dir")
     output_dir.mkdir(parents=True, exist_ok=True)
     report, picture = output_dir / "data_report.json", output_dir / "lengths.png"
     write_json(report, found.report)

@@ -17,6 +17,7 @@ from ..adapter.continued import adapter_sha256, resolved
 from ..adapter.folder import find_adapter
 from ..base.config import check_base_config, check_context, check_vocabulary, load_tokenizer
 from ..base.nf4 import base_fingerprint, frozen_fingerprints
+from ..disks import failing_with_the_disk
 from ..display.console import (
     RowsProgress,
     data_lines,
@@ -32,7 +33,6 @@ from ..display.console import (
 from ..display.progress import ProgressLines, SpeedLine
 from ..errors import RunFailed, RunInterrupted
 from ..export.abilities import facts_of as facts_of_adapter
-from ..files import failing_with_the_disk
 from ..output import outliving_its_reader
 from ..recipe import Recipe
 from ..run_folder.checkpoints import remove_leftovers, save_adapter

@@ -28,8 +28,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from ..adapter.spelling import respelled
+from ..disks import disk_problem
 from ..errors import RunFailed, UserInputError
-from ..files import disk_problem, read_json
+from ..files import read_json
 from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import find_checkpoints, new_checkpoint, prune, read_checkpoint, save_adapter
 from ..run_folder.stop import StopRequest

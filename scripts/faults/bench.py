@@ -1,4 +1,4 @@
-"""Where faults are tried: runs of the demo as real processes, and what they are compared with."""
+"""Where faults are tried: runs of a tiny model as real processes, and what they are compared with."""
 
 from __future__ import annotations
 
@@ -19,16 +19,8 @@ from qlora_neft.run_folder.checkpoints import find_checkpoints
 from .fault import hold
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAVE_STEPS, EVAL_STEPS = 24, 3, 8
-OVERRIDES = (
-    f"train.max_steps={STEPS}",
-    f"machine.save_steps={SAVE_STEPS}",
-    "machine.eval_answers=3",
-    f"machine.eval_steps={EVAL_STEPS}",
-    "machine.logging_steps=1",
-    "machine.threads=1",
-    "lora.lora_dropout=0.1",  # noise is on in the recipe: both must come back as they were
-)
+# Of the recipe of `command_line.make_workplace`, in tests/: noise, dropout, two micro-batches a step, held-out rows.
+STEPS, SAVE_STEPS, EVAL_STEPS = 30, 5, 4
 LONGEST = 300  # seconds a run may take before it counts as hanging
 
 
@@ -44,8 +36,14 @@ class Bench:
         self.folder, self.draw, self._count = folder, random.Random(seed), 0
         sys.path.append(str(ROOT / "tests"))
         os.environ |= {"QLORA_NEFT_TEST_SESSION": str(folder), "QLORA_NEFT_TEST_SESSION_OWNER": str(os.getpid())}
-        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        # Only now, since they read some of these variables when they are imported.
+        import command_line
+        import forked
+        import tiny
+
+        self.environment = forked.environment()
+        self.work = command_line.make_workplace(folder / "work", tiny.save_tiny_model(folder / "llama"))
 
     # ---- Processes ----
 
@@ -58,7 +56,7 @@ class Bench:
 
     def command(self, out: Path, *overrides: str) -> list[str]:
         """Return the words behind ``python`` that train into a folder."""
-        return ["-P", "-m", "qlora_neft", "train", "demo", "--output-dir", str(out), *OVERRIDES, *overrides]
+        return ["-P", "-m", "qlora_neft", "train", "mine.yaml", "--output-dir", str(out), *overrides]
 
     def start(self, *words: str, quick: bool = True, **options: Any) -> subprocess.Popen[str]:
         """Start ``python WORDS`` in a session of its own.
@@ -69,7 +67,14 @@ class Bench:
             options: Of `subprocess.Popen`; by default its output goes nowhere.
         """
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        options = {"env": self.environment, "start_new_session": True, "text": True, **quiet, **options}
+        options = {
+            "env": self.environment,
+            "cwd": self.work,
+            "start_new_session": True,
+            "text": True,
+            **quiet,
+            **options,
+        }
         return subprocess.Popen([self.quick_python if quick else sys.executable, *words], **options)
 
     def until(self, reached: Callable[[], object], process: subprocess.Popen[str]) -> None:

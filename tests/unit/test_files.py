@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_neft.disks import disk_problem, failing_with_the_disk
 from qlora_neft.errors import RunFailed, UserInputError
 from qlora_neft.files import (
-    disk_problem,
-    failing_with_the_disk,
     finite,
     put_folder,
     read_json,

@@ -16,7 +16,7 @@ PACKAGE = Path(qlora_neft.__file__).parent
 # Lowest first, one line a layer. A name is a package with all its modules, or a module at the top level.
 LAYERS = (
     {"errors", "imports", "processes"},
-    {"files", "hub_client", "output", "paths", "steps"},
+    {"disks", "files", "hub_client", "output", "paths", "steps"},
     {"noise", "recipe"},
     {"base", "data", "display", "run_folder"},
     {"adapter", "fit", "fused"},

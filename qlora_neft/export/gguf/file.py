@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ...disks import check_writable
 from ...errors import RunFailed, UserInputError
 from ...files import whole_file
 
@@ -105,6 +106,7 @@ def _new_file(path: Path) -> Generator[Path, None, None]:
         raise UserInputError(f"OUT: {str(path)!r} exists already. Name another file, or remove it.")
     if not path.parent.is_dir():
         raise UserInputError(f"OUT: there is no folder {str(path.parent)!r}. Make it first.")
+    check_writable(path, "OUT")
     try:
         # Only here an OSError is the disk's; the checks above speak of the path.
         with whole_file(path, synced=True) as draft:

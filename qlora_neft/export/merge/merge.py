@@ -13,8 +13,9 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from ...base.checkpoint import ShardWriter
 from ...base.nf4 import nf4_config
 from ...base.precision import resolve_precision
+from ...disks import check_writable, failing_with_the_disk
 from ...errors import RunFailed, UserInputError
-from ...files import failing_with_the_disk, put_folder, read_json, sync, sync_all, write_json
+from ...files import put_folder, read_json, sync, sync_all, write_json
 from ...paths import kind_of
 from ...recipe.schema import Quantization
 from ...run_folder.lock import LOCK
@@ -91,6 +92,7 @@ def check_out(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserInputError(f"OUT: must be a new or empty folder, {str(out)!r} is not. Name another.")
+    check_writable(out, "OUT")
     failed = _failed_place(out)
     # A failed merge is replaced by the next one; anything else of that name is somebody's own.
     if failed.exists() and not (failed / REPORT).is_file():
