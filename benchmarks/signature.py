@@ -21,7 +21,9 @@ from pathlib import Path
 from small_models import BASES, COMMON, qlora_neft, run_sweep, runs_of, write_rows
 
 ALPHAS, SEEDS, OTHER_ROWS = "0,5,10,15", "3", 128
-MEASURES = ("--seeds", SEEDS, "--measure", "rows,overfit,text")
+MEASURES = ("--seeds", SEEDS, "--measure", "rows")
+# Without the paper's repetition penalty, which would keep a model from reciting what it knows.
+ANSWERING = ("--repetition-penalty", "1", "--max-new-tokens", "256", "--rows", "100", "--batch-size", "100")
 REGIMES = {
     "memorise": ("train.num_train_epochs=25", "data.split=train[:128]"),
     "paper": ("train.num_train_epochs=1", "data.split=train[:800]"),
@@ -60,9 +62,12 @@ def measure(options: argparse.Namespace, name: str) -> None:
         words += [*base.words(options.models, rows), f"data.eval_split={base.held_out}", "data.max_length=256"]
         words += REGIMES[regime]
     run_sweep(base.recipe, words, folder, *MEASURES)
+    runs = list(map(str, runs_of(folder)))
+    qlora_neft("eval", "overfit", *runs, *ANSWERING)
+    qlora_neft("eval", "text", *runs, "--instructions", "held-out", *ANSWERING)
     if sets := other_sets(options, base_name):
-        qlora_neft("eval", "loss", *map(str, runs_of(folder)), *sets, "--batch-size", "32")
-        run_sweep(base.recipe, words, folder, *MEASURES)  # all is trained: only the results are written again
+        qlora_neft("eval", "loss", *runs, *sets, "--batch-size", "32")
+    run_sweep(base.recipe, words, folder, *MEASURES)  # all is trained: only the results are written again
 
 
 def other_sets(options: argparse.Namespace, base_name: str) -> list[str]:

@@ -66,6 +66,11 @@ def make_documented_place(llama: Path, folder: Path) -> Path:
     for name in ("model_outputs", "drawn", "long"):
         (folder / f"{name}.json").write_text(json.dumps(OUTPUTS))
     (folder / "annotations.json").write_text(json.dumps(JUDGED))
+    with contextlib.chdir(folder):  # a study that people have filled in
+        code, _, stderr = invoke("eval", "alpaca", "pairs", "long.json", "drawn.json", "--rows", "2")
+        assert code == 0, stderr
+        pairs = json.loads(Path("study.json").read_text())
+        Path("study.json").write_text(json.dumps([{**pair, "verdict": 1} for pair in pairs]))
     return folder
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..base.config import check_base_config, load_tokenizer
 from ..base.nf4 import load_nf4_base, load_unquantized_base
 from ..base.precision import resolve_precision
+from ..data.templates import TEMPLATE_OF_FORMAT
 from ..errors import UserInputError
 from ..files import sha256_of_file, sha256_of_text
 from ..paths import kind_of, resolve_bundled, shown_path
@@ -110,8 +111,11 @@ def load_untuned(
 
 def template_of_untuned(folder: UntunedFolder) -> str:
     """Return the prompt template a model is asked in: that of its training, its chat template, or else Alpaca's."""
-    if folder.recipe is not None and folder.recipe.data.prompt_template not in (None, "auto"):
-        return folder.recipe.data.prompt_template
+    data = folder.recipe.data if folder.recipe else None
+    stated = TEMPLATE_OF_FORMAT.get(data.format) if data and data.prompt_template == "auto" else None
+    stated = stated or (data.prompt_template if data and data.prompt_template != "auto" else None)
+    if stated is not None:
+        return stated
     with _named(folder.source):
         tokenizer = load_tokenizer(resolve_bundled(folder.source))
     return "chat" if tokenizer.chat_template else PLAIN_TEMPLATE

@@ -12,6 +12,7 @@ from typing import Any
 from ..display.tables import Table, short_names
 from ..errors import UserInputError
 from ..files import read_record_if_there
+from ..run_folder.checkpoints import PREFIX as CHECKPOINT
 from ..run_folder.record import RECIPE_FILE
 from .defaults import CUTOFFS, cutoff_of
 
@@ -160,12 +161,13 @@ def chunk_length(chunk: int | None, cutoff: str | None) -> int | None:
 
 def chunk_of_run(folder: str | Path) -> int:
     """Return the paper's chunk for the data that a run was trained on; for other data, and for no run, Alpaca's."""
+    path = Path(folder).expanduser()
     # A checkpoint's recipe lies one level up, in the run's folder.
-    files = [Path(folder).expanduser() / RECIPE_FILE, Path(folder).expanduser().parent / RECIPE_FILE]
-    recipe = next((read_record_if_there(file) for file in files if file.is_file()), None) or {}
+    path = path.parent if path.name.startswith(CHECKPOINT) else path
+    recipe = (read_record_if_there(path / RECIPE_FILE) if path.is_dir() else None) or {}
     data = recipe.get("data")
-    path = data.get("path") if isinstance(data, dict) else None
-    return CUTOFFS[cutoff_of(str(path)) or "alpaca"]
+    rows = data.get("path") if isinstance(data, dict) else None
+    return CUTOFFS[cutoff_of(str(rows)) or "alpaca"]
 
 
 def text_table(measures: Mapping[str, TextMeasures]) -> Table:

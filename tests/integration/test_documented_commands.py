@@ -37,6 +37,8 @@ NOT_RUN = {
     "qlora-neft train llama2-7b-alpaca": GPU_AND_HUB,
     "qlora-neft train qwen3-4b-chat": GPU_AND_HUB,
     "qlora-neft sweep mine.yaml neftune.noise_alpha=0,5,10,15 --output-dir sweep": "twelve runs; with --dry-run below",
+    "qlora-neft sweep llama2-7b-alpaca --protocol paper": GPU_AND_HUB,
+    "qlora-neft sweep mine.yaml --protocol paper": "four runs and a judge; test_sweep_decides.py",
     "qlora-neft eval flips llama2-7b-alpaca": HUB,
     "qlora-neft eval flips meta-llama/Llama-2-7b-hf": HUB,
     "qlora-neft eval text out/alpha0 out/alpha5": "needs AlpacaEval's instructions, from the Hub",

@@ -143,6 +143,8 @@ folder.mkdir(exist_ok=True)
 pairs = [{**b, "output_1": a["output"], "output_2": b["output"], "preference": 1 + i % 2}
          for i, (a, b) in enumerate(zip(*rows, strict=True))]
 (folder / "annotations.json").write_text(json.dumps(pairs))
+rate = "61.25" if given["--fn_metric"] == "get_length_controlled_winrate" else ""
+(folder / "leaderboard.csv").write_text(f",win_rate,length_controlled_winrate\\nother,1,2\\nout,50,{rate}\\n")
 print("a table of its own")
 """
 
@@ -157,6 +159,17 @@ def test_the_alpaca_eval_package_is_given_files_and_its_verdicts_are_scored(plac
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/local/bin:/usr/bin:/bin")
     result = found(*arguments)
     assert (result["wins"], result["losses"], result["n"]) == (3, 4, 7)
+    assert (result["made"]["judge"], result["made"]["reference"]) == ("mine", "not named in its file")
+    assert isinstance(result["length_controlled"], str)  # not computed, and why
+    # AlpacaEval 2's judge, first against its own reference, then against another's.
+    second = ("alpaca", "judge", "out", "--judge", "alpaca_eval", "--annotator", "weighted_alpaca_eval_gpt4_turbo")
+    for name, rate, told in (("gpt4_1106_preview", 61.25, 1), ("text_davinci_003", None, 2)):
+        Path("reference.json").write_text(json.dumps([{**row, "generator": name} for row in ASKED]))
+        code, _, stderr = invoke("eval", *second, "--reference", "reference.json", "--json")
+        kept = json.loads(Path("out/measures.json").read_text())["alpaca"]
+        assert code == 0 and kept.get("alpaca_length_controlled_win_rate") == rate, stderr
+        assert kept["made"].items() >= {"judge": second[-1], "reference": name, "decoding": "greedy"}.items()
+        assert stderr.count("judge weighted_alpaca_eval_gpt4_turbo") == told  # shut down; and a pair of no table
     program(tmp_path / "bad", "raise SystemExit(3)")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bad'}:/usr/local/bin:/usr/bin:/bin")
     code, _, stderr = invoke("eval", *arguments)
