@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..display.terminal import echo
 from ..errors import UserInputError
 from ..evaluation.alpaca.judges import ANNOTATOR
 from ..evaluation.defaults import ANSWER_TOKENS, HELD_OUT, REPETITION_PENALTY
@@ -310,7 +311,7 @@ def judged(judge: str, outputs: Path, source: str | None, **options: Any) -> Sco
 
 
 def _print_outputs(outputs: Path, as_json: bool) -> None:
-    typer.echo(json.dumps({"outputs": str(outputs)}) if as_json else f"written: {outputs}")
+    echo(json.dumps({"outputs": str(outputs)}) if as_json else f"written: {outputs}")
 
 
 def _print_score(found: Score, as_json: bool) -> None:
@@ -319,4 +320,4 @@ def _print_score(found: Score, as_json: bool) -> None:
     if as_json:
         print_json(found.to_dict())
     else:
-        typer.echo("\n".join(found.lines()))
+        echo("\n".join(found.lines()))

@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from ..display.terminal import echo
 from ..errors import RunFailed, RunInterrupted, UserInputError, as_record
 from ..output import ending_with_its_reader
 from ..processes import end_with_starter
@@ -63,7 +64,7 @@ def _ended(ctx: Any, error: Exception, how: str, code: int) -> typer.Exit:
 
 
 def _exit(message: str, code: int) -> typer.Exit:
-    typer.echo(message, err=True)
+    echo(message, err=True)
     return typer.Exit(code)
 
 
@@ -139,7 +140,7 @@ def _print_version(is_wanted: bool) -> None:
     if is_wanted:
         from .. import __version__
 
-        typer.echo(f"qlora-neft {__version__}")
+        echo(f"qlora-neft {__version__}")
         raise typer.Exit
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..display.terminal import echo
 from ..errors import UserInputError
 from .alpaca import JUDGES, ReferenceOption
 from .options import (
@@ -295,4 +296,4 @@ def report(
     from ..compare.page import write_report
 
     pages = write_report(dirs, output)
-    typer.echo("\n".join(f"written: {page}" for page in pages))
+    echo("\n".join(f"written: {page}" for page in pages))

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..display.terminal import echo
 from ..errors import UserInputError
 from ..evaluation.defaults import ANSWER_TOKENS, RECITED_ROWS, RECITED_TOKENS, REPETITION_PENALTY
 from ..imports import imports_that_stay
@@ -119,7 +120,7 @@ def text(
         # One source gives its measures alone; several are keyed by name.
         print_json(next(iter(results.values())) if len(results) == 1 else results)
     else:
-        typer.echo(text_table(found).plain())
+        echo(text_table(found).plain())
 
 
 def _is_model(name: str) -> bool:
@@ -172,7 +173,7 @@ def overfit(
     if as_json:
         print_json({name: result.to_dict(answers=answers) for name, result in found.items()})
     else:
-        typer.echo(overfit_table(found).plain())
+        echo(overfit_table(found).plain())
 
 
 @app.command()
@@ -216,7 +217,7 @@ def loss(
         kept = [{key: value for key, value in entry.items() if samples or key != "samples"} for entry in found]
         print_json({"sets": kept})
     else:
-        typer.echo(loss_table(found, sources).plain())
+        echo(loss_table(found, sources).plain())
 
 
 PAPER_ROWS = 5200  # the paper's sample of Alpaca
@@ -274,7 +275,7 @@ def flips(
     if as_json:
         print_json(report)
     else:
-        typer.echo(lines(report))
+        echo(lines(report))
     if picture is not None:
         name = Path(report["model"]).name if Path(report["model"]).is_dir() else report["model"]
         draw_or_refuse(lambda: draw(report, picture, f"{name}: embeddings under noise"), picture)
@@ -363,4 +364,4 @@ def harness(
     if as_json:
         print_json(report)
     else:
-        typer.echo(lines(report))
+        echo(lines(report))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..display.terminal import echo_result
 from ..errors import UserInputError
 from ..evaluation.defaults import REPETITION_PENALTY
 from ..imports import imports_that_stay
@@ -146,13 +147,13 @@ def chat(
     decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
     with contextlib.suppress(ImportError):  # line editing and history, where Python has it
         import readline  # noqa: F401
-    from rich.console import Console
 
+    from ..display.safe_console import SafeConsole
     from ..generation.chat import Chat
     from ..generation.screen import Screen
 
     with _loaded(adapter, prompt_template, device, precision) as trained:
-        screen = Screen(Console(highlight=False))
+        screen = Screen(SafeConsole(highlight=False))
         screen.say(_title(trained), style="bold")
         with _named("--system"):
             talk = Chat(trained, decoding, screen, compare=compare, base_alone=base_alone, system=system)
@@ -193,16 +194,18 @@ def _loaded(
     adapter: AdapterFolder, prompt_template: str | None, device: str, precision: str
 ) -> Generator[Trained, None, None]:
     """Load the model, for a block in which the libraries are silent."""
-    from rich.console import Console
+    from rich.text import Text
+
+    from ..display.safe_console import SafeConsole
 
     with imports_that_stay():
         from ..adapter.load import load_trained
         from ..display.console import quiet_libraries
 
     # On stderr, so that a redirected stdout holds answers and nothing else.
-    console = Console(stderr=True, highlight=False)
+    console = SafeConsole(stderr=True, highlight=False)
     with quiet_libraries():
-        with json_only(), console.status(f"loading {adapter.source}"):
+        with json_only(), console.status(Text(f"loading {adapter.source}")):
             trained = load_trained(adapter, device=device, precision=precision, prompt_template=prompt_template)
         # After loading: the guess needs the tokenizer.
         if trained.template_is_guessed:
@@ -215,14 +218,13 @@ def _loaded(
 
 def _stream(trained: Trained, requests: list[Request], decoding: Decoding, names: list[str]) -> None:
     """Print one answer, or two side by side, token by token."""
-    from rich.console import Console
-
+    from ..display.safe_console import SafeConsole
     from ..generation.generate import replies
     from ..generation.output import remarks
     from ..generation.screen import Screen
 
     found = {}
-    with Screen(Console(highlight=False)).answers(names) as begin:
+    with Screen(SafeConsole(highlight=False)).answers(names) as begin:
         for name in names:
             write = begin(name)
             [found[name]] = replies(trained, requests, decoding, base_alone=name == "base", write=write)
@@ -253,7 +255,7 @@ def _answer_all(
     lines = entries(_remarked(with_progress(found, len(requests)), reasons), form, len(requests))
     if output is None:
         for line in lines:
-            typer.echo(line)
+            echo_result(line, is_json=form != "text")
     else:
         say(f"written: {output}, {write_as_they_come(output, lines)} answers")
     _fail_if_unanswered(reasons)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..display.terminal import echo
 from ..errors import UserInputError
 from .options import (
     JsonOption,
@@ -81,7 +82,7 @@ def fit(
     if as_json:
         print_json(found)
     else:
-        typer.echo("\n".join(report.lines(found, name)))
+        echo("\n".join(report.lines(found, name)))
     if picture is not None:
         draw_or_refuse(lambda: report.picture(found, picture, f"{name}: memory of a training step"), picture)
 
@@ -117,6 +118,6 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         print_json(report)
     else:
-        typer.echo(describe(report))
+        echo(describe(report))
     if report["status"] == "fail":
         raise typer.Exit(1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 import typer
 
+from ..display.terminal import echo
 from ..errors import UserInputError
 from ..imports import imports_that_stay
 
@@ -192,7 +193,7 @@ def quiet() -> Generator[None, None, None]:
 def say(*lines: str) -> None:
     """Print progress and notes to stderr; stdout is for the result."""
     for line in lines:
-        typer.echo(line, err=True)
+        echo(line, err=True)
 
 
 def print_json(content: Any) -> None:
@@ -202,14 +203,14 @@ def print_json(content: Any) -> None:
     context = click.get_current_context(silent=True)  # None in a notebook
     if context is not None:
         context.meta[JSON_IS_DUE] = False
-    typer.echo(json.dumps(finite(content) if isinstance(content, dict) else content, indent=2))
+    echo(json.dumps(finite(content) if isinstance(content, dict) else content, indent=2))
 
 
 def console(*, stderr: bool = False, highlight: bool = False) -> Console:
     """Return a console that prints text, also in a notebook, where rich would show HTML beside the captured output."""
-    from rich.console import Console
+    from ..display.safe_console import SafeConsole
 
-    return Console(stderr=stderr, highlight=highlight, force_jupyter=False)
+    return SafeConsole(stderr=stderr, highlight=highlight, force_jupyter=False)
 
 
 def draw_or_refuse(draw: Callable[[], bool], path: Path) -> None:

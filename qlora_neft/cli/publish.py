@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..display.terminal import echo, echo_result
 from ..errors import UserInputError
 from ..imports import imports_that_stay
 from .options import AdapterArgument, BaseOption, JsonOption, RevisionOption, console, print_json, say
@@ -87,7 +88,7 @@ def merge(
     if as_json:
         print_json(report)
     else:
-        typer.echo("\n".join(lines(report, out)))
+        echo("\n".join(lines(report, out)))
 
 
 def _bytes_of(text: str) -> int:
@@ -206,14 +207,14 @@ def gguf(
         if modelfile:
             text = ollama.modelfile_of_adapter(adapter, path, from_)
         notes = write_lora_gguf(adapter, path, dtype or "f32")
-    typer.echo(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    echo(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     # Put down last, so that it never names a GGUF that is not there.
     if text is not None:
         ollama.write_modelfile(text, target)
-        typer.echo(f"written: {target}")
+        echo(f"written: {target}")
     for note in [*notes, *(text.notes if text is not None else [])]:
-        typer.echo(f"note: {note}")
-    typer.echo("\n".join(["next:", *(f"  {line}" for line in _next_lines(path, is_model, text is not None))]))
+        echo(f"note: {note}")
+    echo("\n".join(["next:", *(f"  {line}" for line in _next_lines(path, is_model, text is not None))]))
 
 
 def _out(out: Path, name: str) -> Path:
@@ -299,7 +300,7 @@ def export(
         resume_command=shlex.join(["qlora-neft", *sys.argv[1:]]),
     )
     say("up to date; no new commit" if pushed.was_up_to_date else f"pushed: commit {pushed.commit}")
-    typer.echo(pushed.url)
+    echo(pushed.url)
 
 
 def _build(
@@ -364,14 +365,14 @@ def _license_notes(facts: BaseFacts, license: str | None) -> list[str]:
 def _show_card(card: Path) -> None:
     text = card.read_text(encoding="utf-8")
     if not sys.stdout.isatty():
-        typer.echo(text, nl=False)
+        echo_result(text, nl=False)
         return
     from rich.markdown import Markdown
     from rich.syntax import Syntax
 
     # A card starts with its front matter between two lines of dashes.
     _, front, body = text.split("---\n", 2)
-    console(highlight=True).print(Syntax(front, "yaml", background_color="default"), Markdown(body))
+    console(highlight=True).print(Syntax(front, "yaml", background_color="default"), Markdown(body, hyperlinks=False))
 
 
 def _who(public: bool) -> str:

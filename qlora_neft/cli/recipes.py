@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..display.tables import Table
+from ..display.terminal import echo, echo_result
 from ..errors import RecipeError, UserInputError
 from .options import (
     JsonOption,
@@ -43,7 +44,7 @@ def ls(as_json: JsonOption = False) -> None:
         print_json(rows)
     else:
         cells = [[row["name"], row["model"], row["data"], f"alpha {row['noise_alpha']:g}"] for row in rows]
-        typer.echo(Table((), cells, align="l").plain())
+        echo(Table((), cells, align="l").plain())
 
 
 def show(
@@ -69,7 +70,7 @@ def show(
     if as_json:
         print_json(recipe.to_dict())
     else:
-        typer.echo(recipe.to_yaml().rstrip())
+        echo_result(recipe.to_yaml().rstrip())
 
 
 def _show_keys(as_json: bool) -> None:
@@ -84,7 +85,7 @@ def _show_keys(as_json: bool) -> None:
     for key in key_table():
         default = key.default if key.default == "required" else f"default {key.default}"
         rows.append([key.name, f"{key.about}. {key.type}; {default}"])
-    typer.echo(Table((), rows, align="l").plain())
+    echo(Table((), rows, align="l").plain())
 
 
 def diff(
@@ -106,9 +107,9 @@ def diff(
         print_json({key: [left.get(key), right.get(key)] for key in keys})
     elif keys:
         rows = [[key, json.dumps(left.get(key)), json.dumps(right.get(key))] for key in keys]
-        typer.echo(Table(("", a, b), rows, align="l").plain())
+        echo(Table(("", a, b), rows, align="l").plain())
     else:
-        typer.echo("no difference")
+        echo("no difference")
 
 
 def cp(
@@ -135,7 +136,7 @@ def cp(
             shutil.copyfile(source, draft)
     except OSError as error:
         raise UserInputError(f"{target}: cannot be written: {error.strerror}.") from error
-    typer.echo(f"{target}: copied from {source.stem}. After editing: qlora-neft validate {target}")
+    echo(f"{target}: copied from {source.stem}. After editing: qlora-neft validate {target}")
 
 
 def validate(
@@ -174,9 +175,9 @@ def validate(
     else:
         for name, found in problems.items():
             # Problems go to stderr as every error does; stdout lists the recipes that are in order.
-            typer.echo(f"{name}: {_count(found)}", err=bool(found))
+            echo(f"{name}: {_count(found)}", err=bool(found))
             for problem in found:
-                typer.echo(f"  {problem}", err=True)
+                echo(f"  {problem}", err=True)
     if any(problems.values()):
         raise typer.Exit(2)
 

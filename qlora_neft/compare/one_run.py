@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..disks import told_of_disk
+from ..display.terminal import echo
 from ..errors import RunFailed, RunInterrupted, UserInputError
 from ..imports import imports_that_stay
 from ..output import outliving_its_reader
@@ -90,7 +91,7 @@ def _run(folder: Path, recipe: Path, names: Sequence[str], asking: Asking) -> in
         line, code = f"failed: {failure}", 1
     else:
         return 0
-    print(line, file=sys.stderr)
+    echo(line, err=True)
     return code
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..display.markdown import block, inline, visible
 from ..display.tables import Table
 from ..errors import UserInputError
 from ..files import write_text
@@ -97,8 +98,7 @@ def html(content: dict[str, Any]) -> str:
 def markdown(content: dict[str, Any]) -> str:
     """Return the page as Markdown, without curves."""
     environment = _environment(autoescape=False)
-    environment.filters["fenced"] = _fenced
-    environment.filters["inline"] = _inline
+    environment.filters |= {"block": block, "inline": inline}
     return environment.get_template("report.md.jinja").render(content)
 
 
@@ -219,13 +219,13 @@ def samples(arms: Sequence[Arm]) -> list[Sample]:
     for _, run in firsts:
         for answer in _before(run):
             answers = found.setdefault(answer.prompt, _sample(answer)).answers
-            said = Said(f"{run.recipe['model']['name_or_path']}, before training", visible(answer.text))
-            if said not in answers:  # runs on one base begin with the same answers
-                answers.append(said)
+            one = Said(f"{run.recipe['model']['name_or_path']}, before training", said(answer.text))
+            if one not in answers:  # runs on one base begin with the same answers
+                answers.append(one)
     for label, run in firsts:
         for answer in run.answers:
-            said = Said(f"{label}, after (seed {run.seed})", visible(answer.text))
-            found.setdefault(answer.prompt, _sample(answer)).answers.append(said)
+            one = Said(f"{label}, after (seed {run.seed})", said(answer.text))
+            found.setdefault(answer.prompt, _sample(answer)).answers.append(one)
     return list(found.values())[:MAX_PROMPTS]
 
 
@@ -235,13 +235,13 @@ def _before(run: RunRecord) -> list[SampleAnswer]:
 
 
 def _sample(answer: SampleAnswer) -> Sample:
-    return Sample(visible(answer.prompt), visible(answer.reference), [])
+    return Sample(said(answer.prompt), said(answer.reference), [])
 
 
-def visible(text: str) -> str:
+def said(text: str) -> str:
     """Replace control characters by the replacement character, and a blank text by a word that says so."""
     # Browsers and Markdown drop or reinterpret control characters; a reader should see that the model wrote some.
-    return "".join("\ufffd" if c < " " and c not in "\n\t" else c for c in text) if text.strip() else "(blank)"
+    return visible(text) if text.strip() else "(blank)"
 
 
 # ---- Rendering ----
@@ -252,19 +252,6 @@ def _environment(*, autoescape: bool) -> Environment:
     return Environment(
         loader=loader, autoescape=autoescape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-
-
-def _fenced(text: str) -> str:
-    """Return a code block whose fence is longer than any in the text, so that the text cannot end it."""
-    ticks = "```"  # CommonMark: a fence ends only at one at least as long
-    while ticks in text:
-        ticks += "`"
-    return f"{ticks}text\n{text}\n{ticks}"
-
-
-def _inline(text: str) -> str:
-    """Return the text as one line, with Markdown's special characters escaped."""
-    return " ".join("".join(f"\\{c}" if c in "\\`*_[]<>#|" else c for c in text).split())
 
 
 # ---- Charts ----

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from rich.console import Console
 from rich.text import Text
 
+from ..display.markdown import inline
 from ..display.plots import (
     BLUE,
     DARK_GREY,
@@ -22,6 +22,7 @@ from ..display.plots import (
     new_picture,
     save_picture,
 )
+from ..display.safe_console import SafeConsole
 from ..display.tables import Table
 from ..files import write_json, write_text
 from .arms import Arm, arms_by, show
@@ -77,10 +78,10 @@ def markdown(plan: SweepPlan, results: SweepResults) -> str:
     """Return the content of ``sweep.md``."""
     unfinished = "" if results["finished"] == results["runs"] else f"; {results['finished']} of them finished"
     parts = [
-        f"# {_title(plan)}",
+        f"# {inline(_title(plan))}",
         f"{results['runs']} runs{unfinished}, seeds {', '.join(map(str, plan.seeds))}.",
         *(f"## {table.title}\n\n{table.markdown()}" for table in _tables(results)),
-        "## What the results show\n\n" + "\n".join(f"- {line}" for line in _sentences(results)),
+        "## What the results show\n\n" + "\n".join(f"- {inline(line)}" for line in _sentences(results)),
         *(["![measures and differences](sweep.png)"] if results["picture"] else []),
         results["method"],
     ]
@@ -115,7 +116,7 @@ class SweepDisplay:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=quiet, highlight=False, soft_wrap=True)
+        self.console = SafeConsole(stderr=quiet, highlight=False, soft_wrap=True)
         # A spinner in a pipe or a log would be thousands of lines.
         self._status = self.console.status("") if self.console.is_terminal else None
 
@@ -140,7 +141,7 @@ class SweepDisplay:
 
 def show_results(results: SweepResults, output_dir: Path) -> None:
     """Print a table, what the results show, and where everything is."""
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     console.print(short_table(results).rich(framed=False))
     for line in _sentences(results):
         console.print(line, markup=False, soft_wrap=True)
@@ -155,7 +156,7 @@ def show_plan(report: DryRun, *, as_json: bool) -> None:
         print(json.dumps(report, indent=2))
         return
     rows = [(run["name"], str(run["steps"]), f"{run['tokens']:,}", run["state"]) for run in report["runs"]]
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     for line in report["decides"]:
         console.print(line, markup=False, soft_wrap=True)
     console.print(Table(("", "steps", "tokens", ""), rows, "Runs, in order").rich(framed=False))

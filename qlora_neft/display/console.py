@@ -24,7 +24,9 @@ from transformers.utils import logging as transformers_logging
 from ..hub_client import bound_waits
 from ..noise.neftune import expected_norm
 from ..paths import kind_of
+from .safe_console import SafeConsole
 from .tables import Table
+from .terminal import printable, shown
 
 SECONDS_BETWEEN_LINES = 10.0  # on progress, in a pipe
 NO_CURVES = "no loss.png: matplotlib is missing. Install the extra: pip install 'qlora-neft[plots]'"
@@ -41,13 +43,13 @@ def make_console(*, quiet: bool = False, silent: bool = False) -> Console:
         silent: Write nowhere.
     """
     # soft_wrap: the terminal wraps, so that paths and commands can be copied whole and a pipe gets full lines.
-    return Console(stderr=quiet, highlight=False, soft_wrap=True, quiet=silent)
+    return SafeConsole(stderr=quiet, highlight=False, soft_wrap=True, quiet=silent)
 
 
 def say(console: Console, lines: Iterable[str]) -> None:
-    """Print lines as they are; square brackets are not markup."""
+    """Print lines; square brackets are not markup, and control characters are escaped."""
     for line in lines:
-        console.print(line, markup=False)
+        console.print(shown(line), markup=False)
 
 
 @contextmanager
@@ -197,12 +199,12 @@ def _request(prompt: str) -> str:
     if "### Instruction:\n" in prompt:
         body = prompt.split("### Instruction:\n")[-1].removesuffix("### Response:")
         return _one_line(body.replace("### Input:\n", ""), 200)
-    flat = " ".join(prompt.split())
+    flat = printable(" ".join(prompt.split()))
     return flat if len(flat) <= 200 else "..." + flat[-197:]  # a conversation ends with its last request
 
 
 def _one_line(text: str, width: int = 110) -> str:
-    flat = " ".join(text.split())
+    flat = printable(" ".join(text.split()))
     return flat if len(flat) <= width else flat[: width - 3] + "..."
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +11,7 @@ from rich.text import Text
 
 from ..steps import IGNORE_INDEX
 from .tables import Table
+from .terminal import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +23,6 @@ BRACKETS = {True: "⟦⟧", False: "⟨⟩"}  # by whether a token counts in ful
 BROKEN = "\ufffd"  # what a decoder puts in place of bytes that are not a character
 MAX_GROUP = 8  # tokens per view; a character has at most four bytes
 CONTEXT = 2  # groups decoded before each group, so that its leading space survives
-JOINERS = "\u200c\u200d"  # invisible, but needed by emoji and several scripts
 BLOCKS = " ▏▎▍▌▋▊▉█"
 BARS, WIDTH = 12, 80  # maximum size of the histogram
 LENGTHS = {"min": "shortest", **{f"p{n}": f"{n}th percentile" for n in (5, 25, 50, 75, 95, 99)}, "max": "longest"}
@@ -122,11 +121,6 @@ def render_summary(console: Console, report: Mapping[str, Any]) -> None:
             console.print(line, soft_wrap=True, highlight=False)
 
 
-def printable(text: str) -> str:
-    """Escape control characters and invisible ones, so that a terminal shows them instead of obeying them."""
-    return "".join(map(_printable_character, text))
-
-
 def plural(count: int, noun: str) -> str:
     """Return a count with its noun: ``1 row``, ``2,000 rows``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
@@ -201,16 +195,6 @@ def _group_limit(kinds: list[tuple[bool, bool, float]], start: int) -> int:
 def _style(view: TokenView, *, odd: bool) -> str:
     base = "reverse magenta" if view.special else "green" if view.trained else "dim"
     return " ".join([base, *["bold"] * view.trained, *["underline"] * odd])
-
-
-def _printable_character(character: str) -> str:
-    if character in "\n\t":
-        return "⏎\n" if character == "\n" else "⇥"
-    # Format characters reverse text or hide in it; lone surrogates cannot be written to a file at all.
-    if character in JOINERS or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp"):
-        return character
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def _heading(report: Mapping[str, Any]) -> str:

@@ -8,6 +8,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .markdown import cell
+from .terminal import printable, shown
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
@@ -32,7 +35,7 @@ class Table:
 
     def plain(self) -> str:
         """Return lines with aligned columns, the same on a terminal and in a pipe."""
-        lines = [self.columns, *self.rows] if self.columns else self.rows
+        lines = [[printable(text) for text in line] for line in (*([self.columns] if self.columns else []), *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         sides = self._sides(len(widths))
         return "\n".join("  ".join(map(_padded, line, widths, sides)).rstrip() for line in lines)
@@ -44,7 +47,7 @@ class Table:
             aligned: Mark right-aligned columns as such; without it every column is left to the reader's program.
         """
         marks = ["---:" if aligned and side == "r" else "---" for side in self._sides(len(self.columns))]
-        heading, *rows = ["| " + " | ".join(map(_escaped, line)) + " |" for line in (self.columns, *self.rows)]
+        heading, *rows = ["| " + " | ".join(map(cell, line)) + " |" for line in (self.columns, *self.rows)]
         return "\n".join([heading, "| " + " | ".join(marks) + " |", *rows])
 
     def rich(self, *, framed: bool = True) -> RichTable:
@@ -65,9 +68,9 @@ class Table:
         table.title = title if self.title else None
         for name, side in zip(self.columns, self._sides(len(self.columns)), strict=True):
             justify = "right" if side == "r" else "left"
-            table.add_column(Text(name), justify=justify, overflow="ellipsis" if framed else "fold")
+            table.add_column(Text(shown(name)), justify=justify, overflow="ellipsis" if framed else "fold")
         for i, row in enumerate(self.rows):
-            table.add_row(*map(Text, row), end_section=i in self.sections)
+            table.add_row(*(Text(shown(text)) for text in row), end_section=i in self.sections)
         return table
 
     def _sides(self, count: int) -> str:
@@ -87,11 +90,6 @@ def short_names(paths: Sequence[str]) -> list[str]:
     end = next(i for i, level in enumerate(zip_longest(*(part[::-1] for part in parts))) if len(set(level)) > 1)
     short = ["/".join(part[begin : len(part) - end]) for part in parts]
     return short if all(short) and len(set(short)) == len(paths) else list(paths)
-
-
-def _escaped(text: str) -> str:
-    plain = "".join(f"\\{c}" if c in "\\|<`*" else c for c in text)
-    return " ".join(plain.replace("](", "]\\(").split())  # no link, and no picture fetched from elsewhere
 
 
 def _padded(cell: str, width: int, side: str) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from rich.console import Console
 from rich.progress import track
 
 from ..data.examples import Message
+from ..display.safe_console import SafeConsole
 from ..errors import RunFailed, UserInputError
 from ..files import whole_file, write_text
 from .generate import Reply
@@ -61,7 +61,7 @@ def remarks(found: Replies) -> list[str]:
 
 def with_progress(answers: Iterable[Replies], count: int) -> Iterator[Replies]:
     """Pass answers on and show a bar on standard error, if that is a terminal and there is more than one answer."""
-    console = Console(stderr=True)
+    console = SafeConsole(stderr=True)
     # Answers on the same terminal would run through the bar.
     is_seen = console.is_terminal and count > 1 and not sys.stdout.isatty()
     return iter(track(answers, "answers", count, console=console, transient=True, disable=not is_seen))

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..display.preview_text import printable
+from ..display.terminal import shown
 
 WIDE = 100  # columns that a terminal needs for two answers side by side
 PROMPT = "> "
@@ -109,4 +109,4 @@ class Screen:
         if not self.console.is_terminal:
             return text
         # A model may answer with escape sequences, which a terminal would obey.
-        return "\n".join(printable(line.replace("\t", "    ")) for line in text.split("\n"))
+        return shown(text).replace("\t", "    ")

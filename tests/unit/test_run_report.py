@@ -1,6 +1,7 @@
 """The page that compares runs: what it shows, that it needs nothing from outside, and that nothing breaks out of it."""
 
 import json
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -115,9 +116,7 @@ def test_what_a_run_says_is_text(tmp_path):
     page, text, markdown = report(tmp_path, folder)
     assert EVIL not in text and page.text.count(EVIL) >= 3 and "b" not in page.tags
     assert "Say a|b" in page.text
-    assert (
-        f"```text\n{EVIL}\n```" in markdown and EVIL not in markdown.replace(f"\n{EVIL}\n", "").split("## Settings")[0]
-    )
+    assert f"<pre>\n{escape(EVIL, quote=False)}\n</pre>" in markdown and "<script>" not in markdown
 
 
 def test_answers_stand_side_by_side(tmp_path):
@@ -134,7 +133,7 @@ def test_answers_stand_side_by_side(tmp_path):
 
 def test_a_fence_in_an_answer_does_not_end_the_block(tmp_path):
     _, _, markdown = report(tmp_path, make_run(tmp_path / "one", 5.0, answers=("```\n# no heading",)))
-    assert "````text\n```\n# no heading\n````" in markdown
+    assert "<pre>\n```\n# no heading\n</pre>" in markdown
 
 
 def test_a_run_under_way_is_shown_as_that(tmp_path):

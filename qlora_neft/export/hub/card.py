@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from ...display.markdown import inline, value
 from ...noise.neftune import expected_norm
 from ...recipe import Recipe
 from ...recipe.schema import Data
@@ -50,8 +51,11 @@ def render_card(
         license_is_bases: Whether the license is that of the base, as the Hub has it.
     """
     # Chainable: what is not on record prints nothing, at any depth, instead of failing the export.
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined)
-    environment.filters |= {"count": _count, "size": _size, "time": _time, "number": _number}
+    # What is on record is not ours: a data file's name or a warning may hold HTML, a link or a table's bar.
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.ChainableUndefined, finalize=value
+    )
+    environment.filters |= {"inline": inline, "count": _count, "size": _size, "time": _time, "number": _number}
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     summary, data = training.summary(), card_data(repo_id, training, public, license)
     body = template.render(
