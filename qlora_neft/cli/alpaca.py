@@ -216,8 +216,8 @@ def pairs(
 
     files = [path / "alpaca_outputs.json" if path.is_dir() else path for path in (model, other)]
     count = write_study(*files, output, key, rows=rows, seed=seed)
-    typer.echo(f"written: {output}, {count} pairs; each verdict is to be 1 or 2 for the better answer, or 0 for a draw")
-    typer.echo(f"written: {key}, which answer is whose")
+    echo(f"written: {output}, {count} pairs; each verdict is to be 1 or 2 for the better answer, or 0 for a draw")
+    echo(f"written: {key}, which answer is whose")
 
 
 @app.command(OLD_FORM, hidden=True)
