@@ -87,11 +87,12 @@ class Rendering:
         thought, answer = thought_and_answer(message)
         if thought and not has_thought and not self.shows(number, THOUGHT, within):
             return "its thought"
-        names = _called(message)
-        own = [m for m in self.markers if m.owner == number and m.kind == ARGUMENT and turn.begin <= m.position]
-        arguments = sum(m.is_begin for m in own if m.position <= turn.end)
-        if any(text.count(name) < names.count(name) for name in names) or arguments < num_arguments(message):
-            return "its call"
+        names = _called(message) if message.get("tool_calls") else []
+        if names:
+            own = [m for m in self.markers if m.owner == number and m.kind == ARGUMENT and turn.begin <= m.position]
+            arguments = sum(m.is_begin for m in own if m.position <= turn.end)
+            if any(text.count(name) < names.count(name) for name in names) or arguments < num_arguments(message):
+                return "its call"
         if answer and not self.shows(number, CONTENT, within):
             return "what it says before its call" if names else "its words"
         return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -64,9 +64,10 @@ class Encoded:
 
     def digest(self) -> bytes:
         """Return 16 bytes of BLAKE2 over all that is learned from: the ids, and how much each counts in the loss."""
-        found = hashlib.blake2b(digest_size=16)
-        for array in (self.ids, self.trained, self.loss_weights()):
-            found.update(f"{len(array)} ".encode() + array.tobytes())
+        found = hashlib.blake2b(f"{len(self.ids)} ".encode(), digest_size=16)
+        for array in (self.ids, self.trained, self.weights):
+            if array is not None:
+                found.update(array.tobytes())
         return found.digest()
 
     def at(self, kept: slice | np.ndarray) -> Encoded:
@@ -291,7 +292,9 @@ def _ranges(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, 
     Byte-level tokenizers may trim offsets: a token's range then excludes the spaces before its word, and a token of
     only spaces has an empty range. Spaces in no token's range are given to the token after them.
     """
-    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T.copy()
+    # A third of the time that numpy takes to find out by itself that these are pairs.
+    flat = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets))
+    starts, ends = flat[::2].copy(), flat[1::2].copy()
     # (L,), the furthest that any earlier token reaches.
     before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
     for i in np.flatnonzero(starts > before):

@@ -46,6 +46,8 @@ DETAIL_KEYS = ("train_detail", "training_detail", "train_details")
 READ_KEYS = frozenset(
     (*SPEAKER_KEYS, *TEXT_KEYS, *LOSS_KEYS, *REASONING_KEYS, "tool_calls", "function_call", "tool_call_id", "name")
 )
+NOT_PASSED_ON = READ_KEYS - {"name", "tool_call_id"}
+MARKING_KEYS = frozenset((*LOSS_KEYS, *DETAIL_KEYS))
 NOTHING: frozenset[str] = frozenset()
 MARKED_OTHERS = "marked others"  # a message of another role than the assistant's is marked as trained
 
@@ -90,7 +92,9 @@ def read_message(
     role = _role(turn, where, roles, shared=shared)
     trained = _trained(turn, where)
     content_key = next((key for key in TEXT_KEYS if turn.get(key) is not None), TEXT_KEYS[shared])
-    extra = frozenset(key for key in turn if key not in READ_KEYS and not is_blank(turn[key]))
+    extra = frozenset()
+    if not turn.keys() <= READ_KEYS:
+        extra = frozenset(key for key in turn if key not in READ_KEYS and not is_blank(turn[key]))
     if role == CALL:
         calls = read_calls(turn.get(content_key), where, tools)
         return Read({"role": "assistant", "content": "", "tool_calls": calls}, trained, is_part=True, extra=extra)
@@ -133,8 +137,7 @@ def _plain(turn: Mapping[str, Any], number: int, roles: Mapping[str, str]) -> Re
 
 
 def _is_passed_on(key: str, turn: Mapping[str, Any]) -> bool:
-    known = READ_KEYS - {"name", "tool_call_id"}
-    return key not in known and turn.get(key) is not None
+    return key not in NOT_PASSED_ON and turn.get(key) is not None
 
 
 def _role(turn: Mapping[str, Any], where: str, roles: Mapping[str, str], *, shared: bool) -> str:
@@ -151,6 +154,8 @@ def _role(turn: Mapping[str, Any], where: str, roles: Mapping[str, str], *, shar
 
 def _trained(turn: Mapping[str, Any], where: str) -> bool | None:
     """Return what a message's own keys say of the loss on it, None if they say nothing."""
+    if turn.keys().isdisjoint(MARKING_KEYS):  # nearly always
+        return None
     for key in DETAIL_KEYS:
         if not is_blank(turn.get(key)):
             raise BadRow(f"{where}: {key} marks parts of a turn, and the loss is on whole turns; use {LOSS_KEYS[1]}")

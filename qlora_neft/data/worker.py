@@ -165,12 +165,13 @@ class RowWorker:
 
     def _outcome(self, row: Row, read: _Readable, found: list[Encoded]) -> Outcome:
         example, rendered = read.example, read.rendered
-        marks = {"special"} if self._special and self._special.search(_text_of(example)) else set()
+        text = _text_of(example)
+        marks = {"special"} if self._special and self._special.search(text) else set()
         cut = [self._cut(sequence, marks) for sequence in found]
         kept = [(sequence, lost) for sequence, lost in cut if sequence.num_trained()]
         if kept and all(self._trains_only_the_end(sequence) for sequence, _ in kept):
             return _left_out(row, ONLY_END, "only the end token of the response would be trained")
-        marks |= {"replacement"} if "\ufffd" in _text_of(example) else set()
+        marks |= {"replacement"} if "\ufffd" in text else set()
         sequences = tuple(self._weighted(sequence) for sequence, _ in kept)
         marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed} | rendered.marks | read.read.marks
         reason = f"{max(len(e.ids) for e in found)} tokens, none of the response within {self.section.max_length}"
@@ -267,7 +268,7 @@ def _is_text(pieces: Sequence[Piece]) -> bool:
     """Tell whether the text is valid Unicode, which tokenizers require."""
     # Contents were checked as the row was read; the names of tools and speakers were not.
     try:
-        return all(piece.text.encode() is not None for piece in pieces)
+        return all(piece.text.isascii() or piece.text.encode() is not None for piece in pieces)
     except UnicodeEncodeError:
         return False
 
