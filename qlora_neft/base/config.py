@@ -108,6 +108,20 @@ def read_config(name_or_path: str, refusal: str, **kwargs: Any) -> PreTrainedCon
         raise UserInputError(f"{refusal} ({first_line(error)})") from error
 
 
+def stored_config(name_or_path: str, config: PreTrainedConfig, *, revision: str | None = None) -> dict[str, Any]:
+    """Return the content of a base's ``config.json`` as it is stored, without what transformers would add to it.
+
+    Args:
+        name_or_path: Hub id or directory.
+        config: The configuration that was read from there.
+        revision: Hub branch, tag or commit.
+    """
+    # By its commit, a file of the Hub is found in the download cache, and is the one that was read.
+    commit = getattr(config, "_commit_hash", None) or revision
+    stored, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=commit)
+    return {key: value for key, value in stored.items() if key != "_commit_hash"}
+
+
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; one without a pad token pads with its end token.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..paths import JINJA_SUFFIXES
+
 # Keys outside the machine section that change no weight: what is measured, and what is refused.
 NOT_LEARNED = frozenset(
     {
@@ -24,6 +26,10 @@ NOT_LEARNED = frozenset(
 
 # Keys that earlier versions did not have, each with the value by which a run is as it was without it.
 AS_BEFORE = {"data.split_text": False, "train.loss_mean": "tokens", "neftune.symmetric": False}
+
+# Keys that say where content is found, which is compared by itself. Templates of this package are no places.
+PLACES = frozenset({"model.name_or_path", "model.revision", "model.adapter", "model.adapter_revision"})
+_PLACES_OF_DATA = frozenset({"path", "revision"})
 
 
 def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,3 +78,24 @@ def learned(recipe: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in settings.items()
         if key not in NOT_LEARNED and not key.startswith("machine.") and AS_BEFORE.get(key, ...) != value
     }
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as `learned` gives them without what only says where base, adapter, rows and templates lie."""
+    found = {key: value for key, value in settings.items() if key not in PLACES}
+    found["model.adapter"] = settings.get("model.adapter") is not None  # to begin anew is another thing to learn
+    data = {key.removeprefix("data."): value for key, value in found.items() if key.startswith("data.")}
+    found = {key: value for key, value in found.items() if not key.startswith("data.")}
+    found |= {f"data.{key}": value for key, value in _placeless(data).items()}
+    mixture = found.get("data.mixture")
+    if isinstance(mixture, list):
+        found["data.mixture"] = [_placeless(one) if isinstance(one, Mapping) else one for one in mixture]
+    return found
+
+
+def _placeless(source: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: value for key, value in source.items() if key not in _PLACES_OF_DATA}
+    template = found.get("prompt_template")
+    if isinstance(template, str) and template.endswith(JINJA_SUFFIXES):
+        found["prompt_template"] = "a file"
+    return found

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import UserInputError
-from ..files import hidden_name, is_inside, read_json, remove, sha256_of_file, whole_folder, write_json
+from ..files import (
+    hidden_name,
+    is_inside,
+    read_json,
+    remove,
+    sha256_of_file,
+    whole_folder,
+    write_json,
+)
 from .tokenizer_files import save_tokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 
 PREFIX = "checkpoint-"
 MANIFEST = "manifest.json"
+Check = Callable[[Path, int], list[str]]  # from a checkpoint's folder and step to what is wrong with its content
 VERSION = 1
 
 _NAME = re.compile(re.escape(PREFIX) + r"([0-9]+)")
@@ -129,13 +138,13 @@ def verify(path: Path) -> list[str]:
     return _examine(path)[1]
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Verify a checkpoint and return it.
+def read_checkpoint(path: Path, check: Check | None = None) -> Checkpoint:
+    """Verify a checkpoint and return it; ``check`` looks into its files.
 
     Raises:
         UserInputError: If it is not sound.
     """
-    checkpoint, wrong = _examine(path)
+    checkpoint, wrong = _examine(path, check)
     if checkpoint is None:
         raise UserInputError(
             f"{path}: not a checkpoint that can be used: {'; '.join(wrong)}. Name another one, or start over."
@@ -143,25 +152,36 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def find_checkpoints(output_dir: Path) -> Search:
-    """Find the newest sound checkpoint of a folder, by step; older ones are not examined."""
+def find_checkpoints(output_dir: Path, check: Check | None = None) -> Search:
+    """Find the newest sound checkpoint of a folder, by step; older ones are not examined.
+
+    Args:
+        output_dir: The run's folder.
+        check: Looks into the files of a checkpoint whose hashes are right.
+    """
     damaged: list[tuple[Path, list[str]]] = []
-    for path in _newest_first(output_dir):
-        checkpoint, wrong = _examine(path)
+    for path in step_folders(output_dir):
+        checkpoint, wrong = _examine(path, check)
         if checkpoint:
             return Search(checkpoint, damaged)
         damaged.append((path, wrong))
     return Search(None, damaged)
 
 
-def _newest_first(output_dir: Path) -> list[Path]:
+def step_folders(output_dir: Path) -> list[Path]:
+    """Return the folders that are named as checkpoints, the newest first, sound or not."""
     paths = output_dir.iterdir() if output_dir.is_dir() else ()
     # By number, since checkpoint-10 comes before checkpoint-9 by name.
-    steps = {path: int(named[1]) for path in paths if (named := _NAME.fullmatch(path.name)) and path.is_dir()}
-    return sorted(steps, key=lambda path: steps[path], reverse=True)
+    return sorted((p for p in paths if _NAME.fullmatch(p.name) and p.is_dir()), key=_step_of, reverse=True)
 
 
-def _examine(path: Path) -> tuple[Checkpoint | None, list[str]]:
+def _step_of(path: Path) -> int:
+    named = _NAME.fullmatch(path.name)
+    assert named is not None, "only checkpoints are asked for theirs"
+    return int(named[1])
+
+
+def _examine(path: Path, check: Check | None = None) -> tuple[Checkpoint | None, list[str]]:
     """Return a checkpoint, or what is wrong with it."""
     try:
         manifest = read_manifest(path)
@@ -171,6 +191,8 @@ def _examine(path: Path) -> tuple[Checkpoint | None, list[str]]:
     # A folder that someone renamed or copied would be resumed at the wrong step.
     wrong = [f"{MANIFEST} is of step {manifest.step}"] if named and int(named[1]) != manifest.step else []
     wrong += [problem for name, file in manifest.files.items() if (problem := _problem(path / name, name, file))]
+    if not wrong and check is not None:
+        wrong = check(path, manifest.step)
     return (None, wrong) if wrong else (Checkpoint(path, manifest.step, manifest.about), [])
 
 
@@ -202,7 +224,7 @@ def _problem(path: Path, name: str, wanted: FileSum) -> str | None:
         return f"{name} cannot be read ({error.strerror or error})"
 
 
-def prune(output_dir: Path, keep: int) -> None:
+def prune(output_dir: Path, keep: int, newest: int | None = None) -> None:
     """Remove all but the newest sound checkpoints; damaged ones among the kept and before them go too.
 
     Nothing newer than the newest sound checkpoint is removed, and nothing at all if none is sound.
@@ -210,9 +232,13 @@ def prune(output_dir: Path, keep: int) -> None:
     Args:
         output_dir: The run's folder.
         keep: Number of sound checkpoints to keep, at least one.
+        newest: The step just written. Checkpoints of later steps are those that a resume has passed over: they neither
+            count nor go.
     """
     kept = 0
-    for path in _newest_first(output_dir):
+    for path in step_folders(output_dir):
+        if newest is not None and _step_of(path) > newest:
+            continue
         # A checkpoint is verified before an older one goes: it may have been damaged since it was written.
         if kept < max(keep, 1) and not verify(path):
             kept += 1

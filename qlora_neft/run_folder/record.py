@@ -116,6 +116,31 @@ class Before(Record):
     answers: list[SampleAnswer] | None = None
 
 
+class RunIdentity(Record):
+    """What decides what a run trains on, beside the weights; a path is no part of it.
+
+    Attributes:
+        tokens: SHA-256 of the training sequences: their ids, and how much each token counts in the loss.
+        rows: SHA-256 of what the training rows say.
+        templates: SHA-256 of the chat templates they were rendered by: ``chat`` is the tokenizer's own, ``file`` the
+            recipe's.
+        tokenizer: SHA-256 of each part of the tokenizer.
+        special_tokens: Named special tokens.
+        now: The moment whose date the templates wrote, ISO 8601; None if none of them reads it.
+        versions: Versions of what turned rows into tokens.
+        base_config: The base's ``config.json``.
+    """
+
+    tokens: str | None = None
+    rows: str | None = None
+    templates: dict[str, str] = {}
+    tokenizer: dict[str, str] = {}
+    special_tokens: dict[str, str] = {}
+    now: str | None = None
+    versions: dict[str, str] = {}
+    base_config: dict[str, Any] = {}
+
+
 class RunFile(Record):
     """The content of ``run.json``: what a run is, written before it trains. Its checkpoints' manifests say the same.
 
@@ -126,6 +151,8 @@ class RunFile(Record):
         adapter_sha256: Hash of the adapter's file that it goes on from, None if it began anew.
         before: Measurements before the first step.
         measured_on: What they were made on: the hash of the held-out rows, and how many answers were asked for.
+        identity: What a resume must find as it was; None in the record of an earlier version.
+        record_sha256: Hash of the record itself, see `files.sealed`.
     """
 
     recipe: dict[str, Any] | None = None
@@ -134,6 +161,8 @@ class RunFile(Record):
     adapter_sha256: str | None = None
     before: Before | None = None
     measured_on: dict[str, Any] | None = None
+    identity: RunIdentity | None = None
+    record_sha256: str | None = None
 
 
 # Without the first three keys it is no such record; a published one has only some of the others.
@@ -153,6 +182,9 @@ class Rows(Record):
     empty: int | None = None
     unfit: int | None = None
     without_room: int | None = None
+    only_end: int | None = None
+    texts_split: int | None = None
+    chunks: int | None = None
     duplicates: int | None = None
     ended: int | None = None
     lengths: dict[str, int | float | None] | None = None
@@ -168,6 +200,10 @@ class DataSource(Record):
     prompt_template: str | None = None
     weight: float | None = None
     end: str | None = None
+    end_of_call: str | None = None
+    columns_not_used: list[str] = []
+    keys_not_used: list[str] = []
+    shape: str | None = None
 
 
 class RunData(Record):
@@ -278,6 +314,9 @@ class RunSummary(Record):
         before, after: Measures by name, such as ``held_out_loss``.
         latest: The last logged measures of a published checkpoint, each with its ``step`` and ``value``.
         peak_memory: Bytes by kind of memory.
+        identity: What decided what it trained on.
+        files: SHA-256 of every file of the result.
+        record_sha256: Hash of the record itself, see `files.sealed`.
     """
 
     summary_version: int | None = None
@@ -311,6 +350,9 @@ class RunSummary(Record):
     wall_seconds: float | None = None
     peak_memory: dict[str, int | float | None] | None = None
     memory: MemoryUse | None = None
+    identity: RunIdentity | None = None
+    files: dict[str, str] = {}
+    record_sha256: str | None = None
 
 
 class Answers(Record):

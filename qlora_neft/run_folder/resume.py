@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..disks import check_writable
 from ..errors import UserInputError
-from ..files import read_json, visible, write_json
+from ..files import visible, write_json
 from ..recipe import Recipe
-from ..recipe.settings import learned
-from .checkpoints import MANIFEST, Checkpoint, find_checkpoints, read_checkpoint
+from .checkpoints import MANIFEST, Checkpoint, Search, find_checkpoints, read_checkpoint
+from .finished import check_files, damaged_result, read_run_file, restored_run_file
+from .identity import check_same, is_another_base
 from .lock import run_lock
 from .mirror import restore
 from .mirror_mark import KEY, mirror_place
@@ -30,12 +30,16 @@ class Beginning:
         earlier: What ``run.json`` says of the run so far, None for a new run.
         finished: Whether there is nothing left to do.
         notes: Lines for the user.
+        moved: Lines on what is found in another place than before, to be said when its content was compared.
+        changed: Files of a finished result that were changed since, to be set aside before they are written anew.
     """
 
     checkpoint: Checkpoint | None = None
     earlier: RunFile | None = None
     finished: bool = False
     notes: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
 
 
 def find_beginning(output_dir: Path, recipe: Recipe, resume: str = "auto") -> Beginning:
@@ -56,11 +60,13 @@ def find_beginning(output_dir: Path, recipe: Recipe, resume: str = "auto") -> Be
     if not output_dir.exists() or not visible(output_dir):
         check_writable(output_dir, "--output-dir")
         return Beginning() if resume in ("auto", "never") else _from_elsewhere(Path(resume), recipe)
-    earlier = read_run_file(output_dir)
+    check_files(output_dir)
+    earlier, notes = _recorded(output_dir)
     if earlier is None and (output_dir / RECIPE_FILE).exists():
+        lack = f"and its {RUN_FILE} is damaged" if (output_dir / RUN_FILE).exists() else f"without {RUN_FILE}"
         raise UserInputError(
-            f"--output-dir: {str(output_dir)!r} holds {_state(output_dir)} without {RUN_FILE}, so it cannot be "
-            "resumed. Give a new folder, or remove this one."
+            f"--output-dir: {str(output_dir)!r} holds {_state(output_dir)} {lack}, so it cannot be resumed. Give a new "
+            "folder, or remove this one."
         )
     if earlier is None:
         raise UserInputError(
@@ -71,21 +77,54 @@ def find_beginning(output_dir: Path, recipe: Recipe, resume: str = "auto") -> Be
             f"--resume never: {str(output_dir)!r} holds {_state(output_dir)}. Give a new folder, or remove this one."
         )
     # Before the question whether it is finished: another recipe's result must not pass for this one's.
-    check_same(earlier, recipe, output_dir)
+    moved = check_same(earlier, recipe, output_dir)
     if (output_dir / SUMMARY_FILE).exists():
-        return Beginning(earlier=earlier, finished=True)
+        beginning = _finished(output_dir, earlier)
+        if beginning.finished and is_another_base(earlier, recipe):  # whose weights are not going to be read
+            check_same(earlier.model_copy(update={"identity": None}), recipe, output_dir)
+        return replace(beginning, notes=notes + beginning.notes, moved=moved)
     check_writable(output_dir, "--output-dir")
     # A place outside this folder is where the run began, given again: by now it has steps of its own.
     if Path(resume).resolve() not in (output_dir.resolve(), *output_dir.resolve().glob("*")):
         resume = "auto"
-    return _continued(output_dir, earlier, resume)
+    beginning = _continued(output_dir, earlier, resume)
+    return replace(beginning, notes=notes + beginning.notes, moved=moved)
+
+
+def _finished(output_dir: Path, earlier: RunFile) -> Beginning:
+    """Return the beginning of a finished run: its end, unless the result is not there any more."""
+    wrong = damaged_result(output_dir)
+    if not wrong:
+        return Beginning(earlier=earlier, finished=True)
+    check_writable(output_dir, "--output-dir")
+    said = "; ".join(f"{name} {why}" for name, why in wrong.items())
+    found = _sound(output_dir)
+    if found.newest is None:
+        raise UserInputError(
+            f"--output-dir: {str(output_dir)!r} holds a finished run whose result is not as it was written ({said}), "
+            f"and no sound checkpoint to make it again from. Put it back, give a new folder, or remove {SUMMARY_FILE} "
+            "to train from the beginning."
+        )
+    again = f"the result is not as it was written ({said}); it is made again from {found.newest.path.name}"
+    return Beginning(found.newest, earlier, notes=[*_skipped(found), again], changed=list(wrong))
+
+
+def _sound(folder: Path) -> Search:
+    """Find the newest checkpoint that a trainer can go on from."""
+    from .contents import problems  # torch, which those who only claim a folder do without
+
+    return find_checkpoints(folder, problems)
+
+
+def _skipped(found: Search) -> list[str]:
+    return [f"{path.name} is damaged and skipped: {'; '.join(reasons)}" for path, reasons in found.damaged]
 
 
 def _continued(output_dir: Path, earlier: RunFile, resume: str) -> Beginning:
     named = Path(resume)
-    found = find_checkpoints(output_dir)
+    found = _sound(output_dir)
     if resume != "auto" and named.resolve() != output_dir.resolve():
-        checkpoint = read_checkpoint(named)
+        checkpoint = _read(named)
         # Going back would lose the steps of the newer one, or mix the two.
         if found.newest and found.newest.step > checkpoint.step:
             raise UserInputError(
@@ -93,7 +132,7 @@ def _continued(output_dir: Path, earlier: RunFile, resume: str) -> Beginning:
                 f"{found.newest.path.name}. To go back to it, give a new --output-dir."
             )
         return Beginning(checkpoint, earlier)
-    notes = [f"{path.name} is damaged and skipped: {'; '.join(reasons)}" for path, reasons in found.damaged]
+    notes = _skipped(found)
     if found.newest is None:
         notes.append(f"{output_dir}: no sound checkpoint there; this run begins at step 0")
     return Beginning(found.newest, earlier, notes=notes)
@@ -104,101 +143,50 @@ def _from_elsewhere(source: Path, recipe: Recipe) -> Beginning:
         raise UserInputError(f"--resume: must be auto, never or a folder, and there is no folder {str(source)!r}.")
     # A checkpoint, whatever its folder is called; otherwise a run's folder.
     if (source / MANIFEST).exists():
-        checkpoint, notes = read_checkpoint(source), []
+        checkpoint, notes = _read(source), []
     else:
-        found = find_checkpoints(source)
-        checkpoint, notes = found.newest, [f"{path.name} is damaged and skipped" for path, _ in found.damaged]
+        found = _sound(source)
+        checkpoint, notes = found.newest, _skipped(found)
     if checkpoint is None:
         raise UserInputError(
             f"--resume: {str(source)!r} holds no sound checkpoint. Name a run's folder or a checkpoint."
         )
     earlier = RunFile.of(checkpoint.about)  # a checkpoint says the same of its run as run.json does
-    check_same(earlier, recipe, source, key="--resume")
-    return Beginning(checkpoint, earlier, notes=notes)
+    moved = check_same(earlier, recipe, source, key="--resume")
+    return Beginning(checkpoint, earlier, notes=notes, moved=moved)
+
+
+def _read(path: Path) -> Checkpoint:
+    from .contents import problems
+
+    return read_checkpoint(path, problems)
 
 
 def _state(output_dir: Path) -> str:
     return "a finished run" if (output_dir / SUMMARY_FILE).exists() else "an unfinished run"
 
 
-# ---- The same run ----
-
-
-def check_same(before: RunFile, recipe: Recipe, where: Path, key: str = "--output-dir") -> None:
-    """Refuse to continue a run under a recipe that learns something else.
-
-    Args:
-        before: What is recorded of the run. Its recipe is compared as it was written: a key that only another version
-            knows makes another run.
-        recipe: What is to be learned now.
-        where: The folder of the run.
-        key: The option that names the folder.
-
-    Raises:
-        UserInputError: With every key that differs.
-    """
-    old, new = learned(before.recipe or {}), recipe.learned()
-    different = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    if different:
-        lines = [f"  {name}: {json.dumps(old.get(name))} before, {json.dumps(new.get(name))} now" for name in different]
-        raise UserInputError(
-            f"{key}: {str(where)!r} holds a run that learns something else:\n" + "\n".join(lines) + "\n"
-            f"Only the machine section may change during a run. Use that run's recipe, or give a new {key}."
-        )
-
-
-def check_identity(
-    earlier: RunFile | None, *, data_sha256: str, base_sha256: str, adapter_sha256: str | None = None
-) -> None:
-    """Refuse to continue a run with other data, base or adapter than it began with.
-
-    Raises:
-        UserInputError: If one of them has changed.
-    """
-    if earlier is None:
-        return
-    for key, what, before, now in (
-        ("data.path", "rows", earlier.data_sha256, data_sha256),
-        ("model.name_or_path", "weights", earlier.base_sha256, base_sha256),
-        ("model.adapter", "weights", earlier.adapter_sha256, adapter_sha256),
-    ):
-        if before not in (None, now):  # None: not recorded, as in a damaged file
-            raise UserInputError(
-                f"{key}: the {what} are not those this run began with. Put them back (a revision pins them), or give a "
-                "new --output-dir."
-            )
-
-
 # ---- Records ----
 
 
-def read_run_file(output_dir: Path) -> RunFile | None:
-    """Return what ``run.json`` says of a run, as far as it can be read; None if it names no recipe."""
-    try:
-        content = read_json(output_dir / RUN_FILE)
-    except (OSError, ValueError):
-        return None
-    found = RunFile.of(content) if isinstance(content, dict) else RunFile()
-    return None if found.recipe is None else found
+def _recorded(output_dir: Path) -> tuple[RunFile | None, list[str]]:
+    """Return what is recorded of the run in a folder, None for no run, and lines for the user."""
+    earlier = read_run_file(output_dir)
+    if earlier is not None or not any((output_dir / name).exists() for name in (RUN_FILE, RECIPE_FILE)):
+        return earlier, []
+    # Damaged or gone, in the folder of a run: what repeats it stands in.
+    what = "is damaged" if (output_dir / RUN_FILE).exists() else "is missing"
+    restored = restored_run_file(output_dir)
+    if restored is None:
+        earlier = read_run_file(output_dir, as_it_is=True)
+        note = f"{RUN_FILE} is not as it was written, and nothing repeats it; it is used as it is"
+        return earlier, [note] * (earlier is not None)
+    return restored[0], [f"{RUN_FILE} {what}; what {restored[1]} repeats of it is used"]
 
 
 def write_run_file(output_dir: Path, content: Mapping[str, Any]) -> None:
     """Write down what a run is, before it trains."""
-    write_json(output_dir / RUN_FILE, content)
-
-
-def read_summary(output_dir: Path) -> dict[str, Any]:
-    """Return the content of a finished run's ``summary.json``.
-
-    Raises:
-        UserInputError: If it is damaged.
-    """
-    try:
-        return read_json(output_dir / SUMMARY_FILE)
-    except (OSError, ValueError) as error:
-        raise UserInputError(
-            f"--output-dir: {str(output_dir / SUMMARY_FILE)!r} cannot be read ({error}). Remove it to finish the run."
-        ) from error
+    write_json(output_dir / RUN_FILE, content, synced=True)
 
 
 # ---- The folder ----

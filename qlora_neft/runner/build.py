@@ -6,7 +6,8 @@ Nothing here imports PEFT, TRL or bitsandbytes, which a look at the data does no
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from ..data.prepare import PreparedData, Progress, prepare_data
 from ..data.report import DataReport, padding_waste, sequence_lengths
 from ..paths import resolve_bundled
 from ..recipe import Recipe
-from ..run_folder.record import RECIPE_FILE
+from ..run_folder.record import RECIPE_FILE, RunIdentity
 from .plan import RunPlan, choose_gpu
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Run:
         tokenizer: The base's tokenizer.
         data: The sequences.
         plan: How steps are carried out.
+        identity: What decides what it trains on.
     """
 
     recipe: Recipe
@@ -50,6 +52,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
     plan: RunPlan
+    identity: RunIdentity = field(default_factory=RunIdentity)
 
 
 def policy_of(recipe: Recipe) -> PrecisionPolicy:
@@ -70,9 +73,14 @@ def model_path(recipe: Recipe) -> str:
 
 
 def data_of(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, refuse: bool = True, progress: Progress | None = None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    refuse: bool = True,
+    progress: Progress | None = None,
+    now: datetime | None = None,
 ) -> PreparedData:
-    """Return the sequences a recipe trains on; ``refuse`` and ``progress`` as in `prepare_data`."""
+    """Return the sequences a recipe trains on; ``refuse``, ``progress`` and ``now`` as in `prepare_data`."""
     machine = recipe.machine
     return prepare_data(
         tokenizer,
@@ -81,6 +89,7 @@ def data_of(
         num_proc=machine.dataset_num_proc,
         streaming=machine.streaming,
         progress=progress,
+        now=now,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -53,6 +53,7 @@ def facts_of_run(run: Run) -> dict[str, Any]:
         "hardware": hardware(run.policy.device).model_dump(),
         # transformers sets it for a base from the Hub, however the revision was named; a local folder has none.
         "base_commit": getattr(run.config, "_commit_hash", None),
+        "identity": run.identity.model_dump(),
     }
 
 
@@ -88,14 +89,16 @@ def measured_before(run: Run, beginning: Beginning) -> Measurement | None:
 
 def about_run(run: Run, base_sha256: str, before: Measurement) -> dict[str, Any]:
     """Return what a run is: the content of ``run.json``, which the manifest of every checkpoint repeats."""
-    return {
+    about = {
         "recipe": run.recipe.to_dict(),
         "data_sha256": data_sha256(run.data),
         "base_sha256": base_sha256,
         **_began_from(run),
         "before": finite(dataclasses.asdict(before)),
         "measured_on": measured_on(run),
+        "identity": run.identity.model_dump(),
     }
+    return sealed(about)
 
 
 def _began_from(run: Run) -> dict[str, str]:
@@ -171,6 +174,7 @@ def summary_of(
     *,
     base_sha256: str,
     decisions: Sequence[str],
+    files: Mapping[str, str],
 ) -> dict[str, Any]:
     """Return the content of ``summary.json``: what the run was and what came of it.
 
@@ -181,6 +185,7 @@ def summary_of(
         before, after: What was measured before and after training.
         base_sha256: Hash of the base's bytes, the same before and after; as loaded if every weight is trained.
         decisions: What was decided on the way, one line each.
+        files: SHA-256 of the files of the result, by name.
     """
     peak = peak_memory(trainer.args.device)  # so late that the last measurement is in it
     num_trained = count_trainable(trainer.model)
@@ -208,6 +213,7 @@ def summary_of(
         "wall_seconds": round(time.monotonic() - run.started, 2),
         "peak_memory": peak,
         "memory": _memory(run.plan, peak),
+        "files": dict(files),
     }
     return sealed(summary)
 

@@ -33,20 +33,22 @@ from ..display.console import (
 from ..display.progress import ProgressLines, SpeedLine
 from ..errors import RunFailed, RunInterrupted
 from ..export.abilities import facts_of as facts_of_adapter
+from ..files import SEAL, sealed, sha256_of_file, whole_files
 from ..output import outliving_its_reader
 from ..recipe import Recipe
 from ..run_folder.checkpoints import remove_leftovers, save_adapter
+from ..run_folder.finished import read_run_file, read_summary, set_aside
+from ..run_folder.identity import check_base, check_tokens, check_weights
 from ..run_folder.metrics import MetricsFile
 from ..run_folder.notes import RunNotes
 from ..run_folder.resume import (
     Beginning,
-    check_identity,
     claimed,
     disk_message,
     find_beginning,
-    read_summary,
     restore_from_mirror,
     stopped_early,
+    write_run_file,
 )
 from ..run_folder.stop import StopNow, StopRequest, answered
 from ..trainer import QLoRANeftTrainer
@@ -56,6 +58,7 @@ from ..trainer.router_loss import check_router_loss
 from ..trainer.when_to_save import WhenToSave
 from .build import Run, command_to_continue, data_of, model_path, policy_of
 from .build_trainer import trainer_of
+from .identity import base_identity, moment_of, run_identity
 from .measure import ANSWERS_SHOWN, Measurement, measure
 from .plan import is_main_process, plan_of
 from .push import pushing, ready_to_push
@@ -117,8 +120,8 @@ def run(
             mirror_dir = recipe.machine.mirror_dir
             restore_from_mirror(mirror_dir, output_dir, recipe, lambda line: say(console, [line]))
         beginning = find_beginning(output_dir, recipe, resume)
-        if beginning.finished:
-            return _finished(output_dir, console)
+        if beginning.finished and not beginning.moved:
+            return _finished(output_dir, beginning, console)
         # Before rows are prepared and weights loaded, so that a wrong token costs no time.
         pusher = ready_to_push(recipe, output_dir, lambda line: say(console, [line])) if main and not dry_run else None
 
@@ -128,10 +131,18 @@ def run(
         check_context(config, recipe.data.max_length)
         check_router_loss(config, recipe.train.router_aux_loss_coef)
         tokenizer = load_tokenizer(model_path(recipe), revision=recipe.model.revision)
-        data = data_of(recipe, tokenizer, progress=RowsProgress(console))
+        identity = base_identity(recipe, config, tokenizer)
+        # Before rows are prepared by them, since what has changed may also spoil the rows.
+        check_base(beginning.earlier, identity)
+        # A resume on another day writes the date of the run's beginning.
+        data = data_of(recipe, tokenizer, progress=RowsProgress(console), now=moment_of(beginning.earlier))
+        identity = run_identity(identity, data)
+        check_tokens(beginning.earlier, identity, data_sha256(data))
+        if beginning.finished:  # its files lie elsewhere, and say the same
+            return _finished(output_dir, beginning, console)
         check_vocabulary(config, data.largest_token_id)
         plan = plan_of(recipe, policy, data, config)
-        decided = Run(recipe, output_dir, console, started, policy, config, tokenizer, data, plan)
+        decided = Run(recipe, output_dir, console, started, policy, config, tokenizer, data, plan, identity)
         decided = rehearse(decided)
         say(console, _lines_before(decided))
         if dry_run:
@@ -143,7 +154,9 @@ def run(
                 remove_leftovers(output_dir)  # of a session that was killed while it wrote
             beginning = find_beginning(output_dir, recipe, resume)  # again: now the folder is ours alone
             if beginning.finished:  # by another process in the meantime
-                return _finished(output_dir, console)
+                return _finished(output_dir, beginning, console)
+            check_base(beginning.earlier, identity)
+            check_tokens(beginning.earlier, identity, data_sha256(data))
             trainer = trainer_of(decided, trainer_class)
             with pushing(pusher, trainer):
                 return _train_and_measure(decided, trainer, beginning, stop, notes)
@@ -160,12 +173,7 @@ def _train_and_measure(
     frozen = frozen_fingerprints(model)
     # Of a model that is trained in full nothing is frozen; the weights it begins from are its base.
     base_sha256 = base_fingerprint(frozen_fingerprints(model, and_trained=True) if in_full else frozen)
-    check_identity(
-        beginning.earlier,
-        data_sha256=data_sha256(run.data),
-        base_sha256=base_sha256,
-        adapter_sha256=adapter_sha256(run.recipe),
-    )
+    check_weights(beginning.earlier, base_sha256, adapter_sha256(run.recipe))
     # The trainer loads a checkpoint only in train(), so this measures the untrained model in a resumed run too.
     before = measured_before(run, beginning) or measure(run, trainer)
     about = about_run(run, base_sha256, before)
@@ -186,12 +194,12 @@ def _train_and_measure(
         run.tokenizer.chat_template = run.data.chat_template or run.tokenizer.chat_template
         if in_full:  # the trainer switches the cache off, which would be saved
             model.config.use_cache = getattr(run.config.get_text_config(), "use_cache", True)
-        if is_main_process():
-            # First: what comes after may fail, or be cut off. The checkpoint of the last step is there as well.
-            save_adapter(model, run.tokenizer, run.output_dir, revision=run.recipe.model.revision, say=decided)
+        # First: what comes after may fail, or be cut off. The checkpoint of the last step is there as well.
+        files = _save_result(run, trainer, beginning) if is_main_process() else {}
         after = measure(run, trainer)
         drawn = log_result(run, metrics, trainer.state.global_step, after)
-        summary = summary_of(run, trainer, beginning, before, after, base_sha256=base_sha256, decisions=decisions)
+        known = {"base_sha256": base_sha256, "decisions": decisions, "files": files}
+        summary = summary_of(run, trainer, beginning, before, after, **known)
         write_result(run, after, summary)
         if mirror is not None:  # the results, which were not there when the last checkpoint was copied
             mirror.files([path.name for path in run.output_dir.iterdir() if path.is_file()])
@@ -203,6 +211,15 @@ def _train_and_measure(
     else:
         say(run.console, lines_after(run.output_dir, base, steps, seconds, drawn=drawn, **_next_steps(run)))
     return summary
+
+
+def _save_result(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning) -> dict[str, str]:
+    """Write what was trained, all of it on the disk before any file gets its name; return the hashes of the files."""
+    for name in set_aside(run.output_dir, beginning.changed):
+        trainer.say(f"a file of the result that was changed since is kept as {name}")
+    with whole_files(run.output_dir) as draft:
+        save_adapter(trainer.model, run.tokenizer, draft, revision=run.recipe.model.revision, say=trainer.say)
+        return {path.name: sha256_of_file(path) for path in sorted(draft.iterdir())}
 
 
 def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: MetricsFile, stop: StopRequest) -> None:
@@ -227,7 +244,7 @@ def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: M
     trainer.stop = stop
     if checkpoint:
         say(console, [f"going on from step {checkpoint.step}: {checkpoint.path}"])
-    say(console, beginning.notes)
+    say(console, [*beginning.notes, *_moved(beginning)])
     stop.on_request = lambda name: say(console, [f"{name}: {_stopping(trainer)}"])
     stop.hold()
     try:
@@ -274,7 +291,17 @@ def _next_steps(run: Run) -> dict[str, bool]:
     return {"merges": merges, "of_text_part": facts.is_of_text_part}
 
 
-def _finished(output_dir: Path, console: Console) -> dict[str, Any]:
+def _moved(beginning: Beginning) -> list[str]:
+    """Return what lies elsewhere now, after its content was compared."""
+    return [f"{line}; the content is the same" for line in beginning.moved]
+
+
+def _finished(output_dir: Path, beginning: Beginning, console: Console) -> dict[str, Any]:
+    say(console, [*beginning.notes, *_moved(beginning)])
+    if is_main_process() and beginning.earlier is not None and read_run_file(output_dir) is None:
+        write_run_file(output_dir, sealed(beginning.earlier.model_dump(exclude_unset=True, exclude={SEAL})))
+    if any(line.startswith("model.") for line in beginning.moved):
+        say(console, ["the base's configuration and tokenizer were compared, its weights were not read again"])
     say(console, [f"{output_dir}: this run is finished; nothing is left to do"])
     return read_summary(output_dir)
 

@@ -18,6 +18,7 @@ from ..paths import JINJA_SUFFIXES
 from ..recipe import Recipe, load_recipe
 from ..recipe.schema import Data
 from .build import data_of
+from .identity import moment_in
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,7 +48,7 @@ def recipe_data(
             f"{folder.source}: holds no {RECIPE}, so its training data is not known. Give the --output-dir of a run."
         )
     # Not refused: the run was trained on these rows, whatever the gate says of them today.
-    return data_of(load_recipe(file, overrides), tokenizer, refuse=False)
+    return data_of(load_recipe(file, overrides), tokenizer, refuse=False, now=moment_in(folder.path))
 
 
 def other_data(trained: Trained, path: str) -> PreparedData:

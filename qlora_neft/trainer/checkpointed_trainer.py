@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypedDict
 
 import torch
@@ -33,6 +32,7 @@ from ..errors import RunFailed, UserInputError
 from ..files import read_json
 from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import find_checkpoints, new_checkpoint, prune, read_checkpoint, save_adapter
+from ..run_folder.contents import UNREADABLE, problems
 from ..run_folder.stop import StopRequest
 from .config import QLoRANeftConfig
 from .memory import Split
@@ -124,7 +124,7 @@ class CheckpointedTrainer(SFTTrainer):
                 if resume_from_checkpoint is True:
                     resume_from_checkpoint = self._newest_checkpoint()
                 if resume_from_checkpoint:
-                    checkpoint = read_checkpoint(Path(resume_from_checkpoint))
+                    checkpoint = read_checkpoint(Path(resume_from_checkpoint), problems)
                     # Upstream takes one step more, even if the checkpoint is that of the last step.
                     if checkpoint.step >= self._last_step():
                         return self._take_over(checkpoint.path)
@@ -146,7 +146,9 @@ class CheckpointedTrainer(SFTTrainer):
         return time.monotonic() - self._session_began
 
     def _newest_checkpoint(self) -> str:
-        found = find_checkpoints(self._output_dir)
+        found = find_checkpoints(self._output_dir, problems)
+        for path, wrong in found.damaged:
+            self.say(f"{path.name} is damaged and skipped: {'; '.join(wrong)}")
         if found.newest is None:
             damaged = get_last_checkpoint(self.args.output_dir)
             what = f"only damaged checkpoints, such as {damaged!r}" if damaged else "no checkpoint"
@@ -213,7 +215,7 @@ class CheckpointedTrainer(SFTTrainer):
         # Outside the manifest: nothing here needs the random states, so a checkpoint without them is sound.
         self._save_rng_state(str(output_dir / f"checkpoint-{step}"))
         # Only now that the new one is whole: a crash leaves at least one sound checkpoint.
-        prune(output_dir, self.args.save_total_limit or KEEP)
+        prune(output_dir, self.args.save_total_limit or KEEP, step)
         if self.on_checkpoint:
             self.on_checkpoint(output_dir / f"checkpoint-{step}")
 
@@ -278,7 +280,7 @@ class CheckpointedTrainer(SFTTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Load upstream's random states for what others add; a missing or damaged file does not matter."""
-        with suppress(OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError):
+        with suppress(*UNREADABLE):
             super()._load_rng_state(checkpoint)
 
 
