@@ -1,13 +1,14 @@
 """The paper's ablations on a small model: the effect of each recipe key, with and without noise, three paired seeds.
 
     python benchmarks/ablations.py --models MODELS --data ALPACA.json --runs RUNS [--output docs/results]
-        [--only noise targets epochs length decoding]
+        [--only noise symmetric targets epochs length decoding]
 
 A small pretrained model learns 128 short Alpaca rows, without a template. ``noise`` varies the kind of noise and
-FreeLB (the paper's Tables 6 and 12), ``targets`` the layers that are trained (11), ``epochs`` their number (14),
-``length`` the length that rows are cut to (13). These are sweeps: run the same command to continue after an
-interruption. For ``decoding`` (10 and 5), runs of ``noise`` answer the same prompts in different ways. With --output,
-the results are copied there; `python -m scripts.build_docs` makes the page's tables from them.
+FreeLB (the paper's Tables 6 and 12), ``symmetric`` is SymNoise (arXiv:2312.01523), ``targets`` varies the layers that
+are trained (11), ``epochs`` their number (14), ``length`` the length that rows are cut to (13). These are sweeps: run
+the same command to continue after an interruption. For ``decoding`` (10 and 5), runs of ``noise`` answer the same
+prompts in different ways. With --output, the results are copied there; `python -m scripts.build_docs` makes the page's
+tables from them.
 """
 
 from __future__ import annotations
@@ -37,11 +38,18 @@ FREELB = (
     "neftune.adversarial_steps=1,1,1,1,2,3",
     "neftune.adversarial_step_size=null,null,null,null,5,5",
 )
+SYMMETRIC = (  # 5.7735 as above: all components of Bernoulli noise have the size that bounds those of uniform noise
+    "neftune.noise_alpha=0,10,10,5.7735",
+    "neftune.distribution=uniform,uniform,uniform,bernoulli",
+    "neftune.symmetric=false,false,true,true",
+    "train.num_train_epochs=12",
+)
 # All linear layers, 25 epochs and 96 tokens are the runs of "noise".
 TARGETS = "lora.target_modules=[q_proj,k_proj,v_proj,o_proj],[gate_proj,up_proj,down_proj]"
 SHORTER = ("data.max_length=64", "data.max_truncated_fraction=1.0", "data.max_dropped_fraction=0.5")
 SWEEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "noise": ((*FREELB, EPOCHS, "data.max_length=96"), ("--list",)),
+    "symmetric": ((*SYMMETRIC, "data.max_length=96"), ("--list",)),
     "targets": ((TARGETS, ALPHAS, EPOCHS, "data.max_length=96"), ()),
     "epochs": (("train.num_train_epochs=3,9", ALPHAS, "data.max_length=96"), ()),
     "length": ((*SHORTER, ALPHAS, EPOCHS), ()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from paper_claims import NUMBERS, PAPERS, RECIPES, claims, same, tagged_lines
+from paper_claims import NUMBERS, PAPERS, RECIPES, ROOT, claims, same, tagged_lines
 
 from qlora_neft import load_recipe
 from qlora_neft.recipe.keys import key_names
@@ -22,6 +22,7 @@ LETTER = {"data.prompt_template": "alpaca-space", "data.keep_end_token": False, 
 
 def test_a_claim_is_in_the_table_it_cites():
     wrong = [claim for claim in CLAIMS if not claim.is_listed and claim.number not in OURS.get(claim.page, set())]
+    # List it in docs/paper_numbers.json with its source; if it is ours, in OURS; or cite the right table.
     assert not wrong, "\n".join(f"{claim.page}: {claim.number} in: {claim.text[:200]}" for claim in wrong)
 
 
@@ -29,6 +30,20 @@ def test_there_are_claims_and_no_exception_is_left_over():
     assert len(CLAIMS) > 80
     for page, numbers in OURS.items():
         assert {c.number for c in CLAIMS if c.page == page and not c.is_listed} == numbers, page
+
+
+def test_a_replication_is_quoted_as_published():
+    page = (ROOT / "docs" / "does_it_help.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| (?:\[Georgian\]|the same, (?:QLoRA|\d|summ)).*$", page, re.MULTILINE)
+    listed = {n["what"]: n["value"] for n in NUMBERS if n["paper"] == "Georgian"}
+    assert len(quoted) == 9
+    for line in quoted:
+        rows = re.search(r"([\d,]+) rows", line)
+        layers = "all layers" if "all layers" in line else "attention"
+        what = f"QLoRA on {layers}, {rows[1].replace(',', '')} rows" if rows else f"QLoRA on {layers}"
+        measure = "accuracy" if rows else "ROUGE-1"
+        found = [value for name, value in listed.items() if name.startswith(measure) and f"{what}, " in name]
+        assert re.findall(r"\d\d\.\d\d", line) == found, line
 
 
 @pytest.mark.parametrize(
