@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from .errors import UserInputError
+from .yaml_budget import check_budget
 
 try:
     import fcntl
@@ -356,13 +357,18 @@ def read_record(path: Path, remedy: str = "") -> dict[str, Any]:
     """
     remedy = f" {remedy}" if remedy else ""
     try:
-        content = read_json(path) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_json(path) if path.suffix == ".json" else _yaml(path.read_text(encoding="utf-8"))
     # RecursionError: nested deeper than a parser can go.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserInputError(f"{path}: cannot be read ({error}).{remedy}") from error
     if not isinstance(content, dict):
         raise UserInputError(f"{path}: must hold a mapping, got {type(content).__name__}.{remedy}")
     return content
+
+
+def _yaml(text: str) -> Any:
+    check_budget(text)
+    return yaml.safe_load(text)
 
 
 def read_record_if_there(path: Path, remedy: str = "") -> dict[str, Any] | None:

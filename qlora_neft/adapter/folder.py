@@ -16,6 +16,7 @@ from ..recipe.schema import Quantization
 from ..run_folder.checkpoints import PREFIX as CHECKPOINT
 from ..run_folder.checkpoints import find_checkpoints
 from ..run_folder.record import ModelCensus, RunData, RunSummary
+from .config_schema import check_adapter_config
 
 WEIGHTS, CONFIG, RECIPE = "adapter_model.safetensors", "adapter_config.json", "recipe.yaml"
 SUMMARIES = ("summary.json", "training_summary.json")  # in a run's folder, in a published one
@@ -137,6 +138,7 @@ def find_adapter(source: str | Path, *, revision: str | None = None, base: str |
     # Prompt tuning, IA3 and others write the same two files.
     if str(config.get("peft_type", "")).upper() != "LORA":
         raise UserInputError(f"{source}: must be a LoRA adapter, its peft_type is {config.get('peft_type')!r}.")
+    check_adapter_config(config, source)
     summaries = [path / name for name in SUMMARIES if (path / name).is_file()]
     summary = read_record(summaries[0]) if summaries else None
     return AdapterFolder(source, path, config, recorded_recipe(path), summary, base)

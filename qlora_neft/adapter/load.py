@@ -16,7 +16,7 @@ from ..base.expert_lora import for_experts
 from ..base.nf4 import load_nf4_base, load_unquantized_base, nf4_config
 from ..base.precision import PrecisionPolicy, resolve_precision
 from ..errors import UserInputError, first_line
-from .folder import MEND, WEIGHTS, AdapterFolder, find_adapter
+from .folder import MEND, PLAIN_INITS, WEIGHTS, AdapterFolder, find_adapter
 from .names import check_names
 from .prompts import Prompts, prompts_of, recorded_template
 from .spelling import key_mapping
@@ -152,6 +152,7 @@ def with_adapter(base: PreTrainedModel, folder: AdapterFolder, *, is_trainable: 
     Raises:
         UserInputError: If the adapter does not fit the base, or only a part of it would be loaded.
     """
+    _check_runs_nothing(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder.path))
         if isinstance(config, LoraConfig):
@@ -173,6 +174,23 @@ def with_adapter(base: PreTrainedModel, folder: AdapterFolder, *, is_trainable: 
         ) from error
     _check_all_used(folder, found.missing_keys, found.unexpected_keys)
     return model.eval()
+
+
+def _check_runs_nothing(folder: AdapterFolder) -> None:
+    """Refuse what runs when PEFT loads it: a decomposition of the base, or a module that the configuration names.
+
+    Raises:
+        UserInputError: If there is such a setting.
+    """
+    config = folder.config
+    if config.get("megatron_config"):  # PEFT imports the module that megatron_core names
+        raise UserInputError(f"{folder.source}: adapter_config.json sets megatron_config, which is not loaded here.")
+    if config.get("init_lora_weights", True) not in PLAIN_INITS:
+        raise UserInputError(
+            f"{folder.source}: adapter_config.json sets init_lora_weights: {config['init_lora_weights']!r}, which "
+            "changes the base as it is loaded, so it is not. Convert the adapter with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
 
 
 def _check_all_used(folder: AdapterFolder, missing: list[str], unused: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ..errors import RecipeError
+from ..yaml_budget import check_budget
 
 # Tag, form of the word, its possible first characters: PyYAML looks resolvers up by the first character.
 _PLAIN_WORDS = (
@@ -110,6 +111,7 @@ def dump_yaml(values: dict[str, Any]) -> str:
 
 def _compose(text: str) -> tuple[yaml.Node | None, Any]:
     """Return one document as a tree, which knows the lines, and as values, which do not."""
+    check_budget(text)
     loader = _Loader(text)
     try:
         # In two stages, because PyYAML's values no longer know their lines.

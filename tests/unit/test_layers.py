@@ -15,7 +15,7 @@ PACKAGE = Path(qlora_neft.__file__).parent
 
 # Lowest first, one line a layer. A name is a package with all its modules, or a module at the top level.
 LAYERS = (
-    {"errors", "imports", "processes"},
+    {"errors", "imports", "yaml_budget", "processes"},
     {"disks", "files", "hub_client", "output", "paths", "steps"},
     {"noise", "recipe"},
     {"base", "data", "display", "run_folder"},
