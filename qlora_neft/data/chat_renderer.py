@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2.meta
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -110,9 +111,14 @@ class ChatRenderer:
         for source in sources:
             try:
                 # The marks are transformers' extension of Jinja, and name no variable.
-                found |= jinja2.meta.find_undeclared_variables(environment.parse(EITHER_MARK.sub("", source)))
+                tree = environment.parse(EITHER_MARK.sub("", source))
             except TemplateSyntaxError as error:
                 raise BadRow(f"the chat template refuses it: {error}") from error
+            # Jinja also counts names that a template sets in one branch and reads after it; a name that it guards
+            # (`if x is not defined: set x`) is the caller's to give.
+            guarded = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+            own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"} - guarded
+            found |= jinja2.meta.find_undeclared_variables(tree) - own
         return found
 
     def _rendered(self, messages: Messages, tools: list[Any] | None, **options: Any) -> tuple[str, list[Span]]:

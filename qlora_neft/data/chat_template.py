@@ -131,6 +131,7 @@ class ChatTemplate:
         turns = [(sequence.rendering, turn) for sequence in found for turn in sequence.turns]
         marks = {"off prompt"} if any(not t.is_prompted for s in found if s.given is None for t in s.turns) else set()
         marks |= {"unended"} if any(self._never_ends(*turn) for turn in turns) else set()
+        marks |= {"doubled"} if self._doubles(messages, numbers) else set()
         said = f"{', '.join(left_out)} not in the text" if left_out else ""
         return Rendered(tuple(sequence.pieces() for sequence in found), said, frozenset(marks))
 
@@ -258,6 +259,14 @@ class ChatTemplate:
         text = rendering.text[turn.begin : turn.end].rstrip()
         calls = bool(rendering.messages[turn.number].get("tool_calls"))
         return calls and not any(end and text.endswith(end) for end in ends)
+
+    def _doubles(self, messages: Messages, numbers: Sequence[int]) -> bool:
+        """Whether a message spells the begin or end token that the template writes beside it."""
+        begin = self.tokenizer.bos_token if self.wording.begins else None
+        if begin and (messages[0].get("content") or "").lstrip().startswith(begin):
+            return True
+        ends = tuple(filter(None, (self.end_of_turn, self.end_of_call)))
+        return any((messages[number].get("content") or "").rstrip().endswith(ends) for number in numbers)
 
     def _unusable(self, error: BadRow) -> str:
         syntax = error.__cause__ if isinstance(error.__cause__, TemplateSyntaxError) else None

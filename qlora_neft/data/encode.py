@@ -97,9 +97,15 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, adds_special_tokens: bool) -> None:
         self.tokenizer, self.adds_special_tokens = tokenizer, adds_special_tokens
         self._joins = joins_cleanly(tokenizer)
+        self.begin = added_begin(tokenizer) if adds_special_tokens else None
 
     def encode(self, sequences: Sequence[Sequence[Piece]]) -> list[Encoded]:
-        """Tokenize sequences, each of at least one piece."""
+        """Tokenize sequences, each of at least one piece.
+
+        A begin token that a text spells out is not added again.
+        """
+        if self.begin is not None:
+            sequences = [_without_begin(pieces, self.begin) for pieces in sequences]
         texts = ["".join(piece.text for piece in pieces) for pieces in sequences]
         if not self.tokenizer.is_fast:  # it gives no offsets
             return [self._by_prefixes(text, pieces) for text, pieces in zip(texts, sequences, strict=True)]
@@ -225,6 +231,19 @@ class Encoder:
         # Only what is put before the text: the begin token, if there is one.
         added = self.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
         return added[: _find(own, added)], own
+
+
+def added_begin(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the begin token, if the tokenizer puts it before a text."""
+    ids = tokenizer("a")["input_ids"]
+    return str(tokenizer.bos_token) if tokenizer.bos_token is not None and ids[0] == tokenizer.bos_token_id else None
+
+
+def _without_begin(pieces: Sequence[Piece], begin: str) -> Sequence[Piece]:
+    first = pieces[0]
+    if not first.text.startswith(begin) or first.text == begin:
+        return pieces
+    return [replace(first, text=first.text.removeprefix(begin)), *pieces[1:]]
 
 
 def joins_cleanly(tokenizer: PreTrainedTokenizerBase) -> bool:

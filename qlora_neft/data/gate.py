@@ -27,6 +27,8 @@ SUSPICIOUS = {
     "cut apart": "in {n} a token would reach from prompt into response; the two are tokenized apart: {p}.",
     "space": "in {n} the space that ends the prompt is trained as the response's first: {p}.",
     "across": "in {n} a token reaches from prompt into response, and is not trained: {p}.",
+    "not doubled": "{n} with the begin or end token in the text already, which is not added again: {p}.",
+    "doubled": "{n} in which a message spells a begin or end token beside that of the chat template: {p}.",
     "left out": "{n} of which the chat template leaves something out, so it is not in the context: {p}.",
     "off prompt": "in {n} a response stands behind other text than the prompt of generation: {p}.",
     "unended": "in {n} a response ends with no token that ends generation: {p}.",

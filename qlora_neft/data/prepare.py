@@ -370,6 +370,7 @@ def _facts(source: Source, reader: RowReader, rows: int, template: Template, unu
         "weight": source.weight,
         "end": template.end,
         "end_of_call": template.end_of_call,
+        "lacks_begin": template.lacks_begin,
         "shape": reader.columns.shape,
         "columns_not_used": sorted(unused.columns),
         "keys_not_used": sorted(unused.keys),

@@ -148,6 +148,12 @@ def _warnings_on_ends(state: State) -> list[str]:
         f"data.prompt_template: responses end with {end}, and the tokenizer's end token is {state['eos_token']}: a "
         "program that stops at the latter alone will let the model run on."
         for end in other
+    ] + [
+        f"data.prompt_template: {d['prompt_template']!r} writes no begin token, and the tokenizer puts "
+        f"{d['lacks_begin']} before a text. Begin the file with {{{{ bos_token }}}}, unless the base was trained "
+        "without."
+        for d in state["sources"]
+        if d["lacks_begin"] is not None
     ]
 
 

@@ -42,7 +42,8 @@ _WEIGHTED = _SCHEMA.append(pa.field(LOSS_WEIGHTS, pa.list_(pa.float32())))
 class SourceFacts(TypedDict):
     """Facts about one source.
 
-    ``end`` is the text of the token that ends a response in its template, ``end_of_call`` that of a call;
+    ``end`` is the text of the token that ends a response in its template, ``end_of_call`` that of a call,
+    ``lacks_begin`` the begin token that its template file does not write and the tokenizer puts before a text;
     ``columns_not_used`` and ``keys_not_used`` are columns, and keys of messages, that no row is read from. ``shape`` is
     a data set whose columns these are, None if they have the format's own names.
     """
@@ -54,6 +55,7 @@ class SourceFacts(TypedDict):
     weight: float
     end: str | None
     end_of_call: str | None
+    lacks_begin: str | None
     shape: str | None
     columns_not_used: list[str]
     keys_not_used: list[str]

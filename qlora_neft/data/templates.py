@@ -6,6 +6,7 @@ byte as in the code the template comes from.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UserInputError
 from ..paths import JINJA_SUFFIXES
+from .chat_markers import REASONING
 from .chat_template import ChatTemplate
+from .encode import added_begin
 from .examples import BadRow, Dialogue, Example, Instruction, Message, Passage, Piece, Rendered, as_dialogue
 from .template_date import dated, with_date
 
@@ -63,6 +66,14 @@ class Template(Protocol):
         """Text of the token that ends a turn of tool calls, None if the template writes none."""
 
     @property
+    def special(self) -> re.Pattern[str] | None:
+        """Matches the special tokens of the tokenizer and those that mark turns; None for a template without such."""
+
+    @property
+    def lacks_begin(self) -> str | None:
+        """The begin token, if a template file leaves it out that the tokenizer puts before a text."""
+
+    @property
     def adds_special_tokens(self) -> bool:
         """Whether the tokenizer has to add its begin token; a chat template writes its own."""
 
@@ -85,6 +96,14 @@ class _OneSequence:
 
     source = ""
     end_of_call: str | None = None
+    lacks_begin: str | None = None
+    special: re.Pattern[str] | None = None
+    end: str
+
+    def ended(self, response: str) -> str:
+        """Return a response with its end token, which is not doubled where it stands in the text already."""
+        said = response.rstrip()
+        return said if said.endswith(self.end) else response + self.end
 
     def render(self, example: Example) -> list[Piece]:
         """Return the example's text."""
@@ -107,7 +126,7 @@ class NoTemplate(_OneSequence):
         """Return the text unchanged, and the end token."""
         if not isinstance(example, Passage):
             raise BadRow("is a conversation, and its text needs a template; set data.prompt_template: vicuna or chat")
-        pieces = ((example.prompt, False), (example.completion + self.end, True))
+        pieces = ((example.prompt, False), (self.ended(example.completion), True))
         # Plain text has no prompt.
         return [Piece(text, trained) for text, trained in pieces if text]
 
@@ -135,7 +154,7 @@ class AlpacaTemplate(_OneSequence):
         if not isinstance(example, Instruction):
             example = _single_exchange(as_dialogue(example))
         prompt = alpaca_prompt(example.instruction, example.input, self.name)
-        return [Piece(prompt, False), Piece(example.output + self.end, True)]
+        return [Piece(prompt, False), Piece(self.ended(example.output), True)]
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Return the prompt of one request."""
@@ -164,7 +183,7 @@ class VicunaTemplate(_OneSequence):
                 start = f"{system} " if number == 0 else ""
                 pieces.append(Piece(f"{start}USER: {turn['content']} ASSISTANT:", False))
             else:
-                pieces.append(Piece(f" {turn['content']}{self.end}", trained, excluded=not trained))
+                pieces.append(Piece(self.ended(f" {turn['content']}"), trained, excluded=not trained))
         return pieces
 
     def prompt(self, messages: Sequence[Message]) -> str:
@@ -175,13 +194,16 @@ class VicunaTemplate(_OneSequence):
         return "".join(piece.text for piece in pieces[:-1])
 
 
-class JinjaTemplate(_OneSequence):
+class JinjaTemplate:
     """The tokenizer's own chat template, or the user's."""
 
     adds_special_tokens = False
 
     def __init__(self, chat: ChatTemplate) -> None:
         self.chat, self.end, self.end_of_call = chat, chat.end_of_turn, chat.end_of_call
+        self.special = chat.wording.special
+        begin = None if chat.chat_template is None or chat.wording.begins else added_begin(chat.tokenizer)
+        self.lacks_begin = begin
         chosen = chat.tokenizer.get_chat_template(chat.chat_template, [{}])
         self.source = f"{chat.tokenizer.get_chat_template(chat.chat_template)}{chosen}"  # they differ with tools
 
@@ -272,6 +294,7 @@ def _single_exchange(dialogue: Dialogue) -> Instruction:
             "one request and one response; set data.prompt_template: vicuna or chat"
         )
     request, response = dialogue.messages
+    _no_thought(dialogue.messages, "Alpaca's")
     return Instruction(request["content"], "", response["content"])
 
 
@@ -285,4 +308,14 @@ def _system_and_turns(messages: Sequence[Message]) -> tuple[str, list[Message]]:
             got = "tool_calls" if turn.get("tool_calls") else turn["role"]
             place = number + 1 + has_system
             raise BadRow(f"turn {place} is {got}, and Vicuna's prompt takes user and assistant in turn")
+    _no_thought(messages, "Vicuna's")
     return (messages[0]["content"] if has_system else VICUNA_SYSTEM), turns
+
+
+def _no_thought(messages: Sequence[Message], whose: str) -> None:
+    thinking = next((number for number, message in enumerate(messages, start=1) if message.get(REASONING[0])), None)
+    if thinking is not None:
+        raise BadRow(
+            f"message {thinking} has a thought ({REASONING[0]}), and {whose} prompt has no place for it; set "
+            "data.prompt_template: chat"
+        )

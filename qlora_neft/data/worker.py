@@ -9,12 +9,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from ..recipe.schema import Data
+from .chat_markers import REASONING
+from .chat_wording import special_tokens
 from .columns import plain_columns
 from .cut import cut_parts, cut_to_length, split_into_chunks
 from .encode import Encoded, Encoder
@@ -119,7 +121,9 @@ class RowWorker:
         self._prompt_weight = section.prompt_weight
         # A template may read any key of a message: one that its text does not name is not used.
         self._template_words = set(re.findall(r"\w+", self.template.source))
-        self._special = _any_of([token for token in tokenizer.all_special_tokens if token])
+        self._special = self.template.special or special_tokens(tokenizer)
+        plain = (self.encoder.begin or "", self.template.end or "") if self.template.adds_special_tokens else ("", "")
+        self._own_ends = plain
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome]:
         """Prepare some rows, in order; a fast tokenizer gets them as one batch."""
@@ -166,7 +170,7 @@ class RowWorker:
     def _outcome(self, row: Row, read: _Readable, found: list[Encoded]) -> Outcome:
         example, rendered = read.example, read.rendered
         text = _text_of(example)
-        marks = {"special"} if self._special and self._special.search(text) else set()
+        marks = self._spelled(text)
         cut = [self._cut(sequence, marks) for sequence in found]
         kept = [(sequence, lost) for sequence, lost in cut if sequence.num_trained()]
         if kept and all(self._trains_only_the_end(sequence) for sequence, _ in kept):
@@ -195,6 +199,16 @@ class RowWorker:
             columns_not_used=read.read.columns_not_read,
             keys_not_used=read.read.extra_keys - self._template_words,
         )
+
+    def _spelled(self, text: str) -> set[str]:
+        """Return what is found of special tokens in a row's own text."""
+        if not self._special.search(text):
+            return set()
+        begin, end = self._own_ends
+        said = text.strip()
+        inner = said.removeprefix(begin).removesuffix(end)
+        found = {"not doubled"} if inner != said else set()
+        return found | ({"special"} if self._special.search(inner) else set())
 
     def _cut(self, sequence: Encoded, marks: set[str]) -> tuple[Encoded, bool]:
         """Cut a sequence to the lengths of the recipe; return it, and whether trained tokens were lost."""
@@ -260,7 +274,8 @@ def _left_out(row: Row, problem: str, reason: str) -> Outcome:
 
 def _text_of(example: Example) -> str:
     if isinstance(example, Dialogue):
-        return "\n".join(message["content"] for message in example.messages)
+        thoughts = (message[REASONING[0]] for message in example.messages if REASONING[0] in message)
+        return "\n".join(chain(thoughts, (message["content"] for message in example.messages)))
     return "\n".join(vars(example).values())
 
 
@@ -271,7 +286,3 @@ def _is_text(pieces: Sequence[Piece]) -> bool:
         return all(piece.text.isascii() or piece.text.encode() is not None for piece in pieces)
     except UnicodeEncodeError:
         return False
-
-
-def _any_of(words: Sequence[str]) -> re.Pattern[str] | None:
-    return re.compile("|".join(re.escape(word) for word in words)) if words else None

@@ -125,7 +125,15 @@ OTHER = {
 
 
 def test_whatever_the_sequences_follow_from_is_in_the_key(tmp_path):
-    elsewhere = {"path", "mixture", "revision", "data_files", "name", "prompt_template"}  # other bytes; other tests
+    elsewhere = {
+        "path",
+        "mixture",
+        "revision",
+        "data_files",
+        "name",
+        "prompt_template",
+        "chat_template_kwargs",
+    }  # other bytes; other tests
     allowed = {name for name in Data.model_fields if name.endswith("_fraction") and name != "eval_fraction"}
     assert Data.model_fields.keys() - elsewhere - allowed <= OTHER.keys()
     source = write(tmp_path / "a.jsonl", plain(20))
