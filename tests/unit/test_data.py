@@ -473,6 +473,7 @@ def without_offsets(fast):
 
     class Slow:
         is_fast, eos_token, eos_token_id = False, fast.eos_token, fast.eos_token_id
+        bos_token, bos_token_id = fast.bos_token, fast.bos_token_id
         decode = staticmethod(fast.decode)
 
         def __call__(self, text, add_special_tokens=True, **_):
