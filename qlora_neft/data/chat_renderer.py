@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..errors import UserInputError
 from .chat_markers import Span
 from .examples import BadRow
+from .template_limits import EITHER_MARK, limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 # Raised by templates about conversations they were not written for; ValueError by transformers itself.
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-EITHER_MARK = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 Messages = list[dict[str, Any]]
 
 
@@ -56,7 +56,7 @@ class ChatRenderer:
         """
         if nulls:
             return self._rendered(messages, tools, add_generation_prompt=prompt)[0]
-        with _refusals():
+        with _refusals(), limited(self.source(tools)):
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools,
@@ -123,7 +123,7 @@ class ChatRenderer:
 
     def _rendered(self, messages: Messages, tools: list[Any] | None, **options: Any) -> tuple[str, list[Span]]:
         tokens: dict[str, Any] = {**self.tokenizer.special_tokens_map, **self.kwargs}
-        with _refusals():
+        with _refusals(), limited(self.source(tools)):
             # Both are lists with an entry per conversation; upstream annotates the second as text.
             rendered, spans = cast(
                 "tuple[list[str], list[list[Span]]]",

@@ -1,0 +1,106 @@
+"""Chat templates run with a limit: what would hang or fill the memory ends in one message, in a moment."""
+
+import time
+from pathlib import Path
+
+import pytest
+import trl
+
+from qlora_neft.data import template_limits
+from qlora_neft.data.chat_renderer import ChatRenderer
+from qlora_neft.data.examples import BadRow
+from qlora_neft.data.template_limits import limited, refusal
+from scripts.families.tokenizer import byte_tokenizer
+
+TURN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+LOOP = "{% for a in range(99999) %}"
+ATTACKS = {
+    "loops in loops": LOOP * 2 + "{% endfor %}" * 2,
+    "loops over a list": "{% set x = range(99999) | list %}" + "{% for a in x %}" * 4 + "{% endfor %}" * 4,
+    "a long range": "{% for a in range(10 ** 9) %}{% endfor %}",
+    "a range beyond the sandbox's": "{% for a in range(1000000) %}{% endfor %}",
+    "many loops": "{% for a in messages %}" * 9 + "{% endfor %}" * 9,
+    "product of strings": "{{ 'a' * 10000000000 }}",
+    "product by a variable": "{% set n = 99999 %}{{ 'a' * n * n }}",
+    "product of lists": "{{ ([0] * 1000000000) | length }}",
+    "product of numbers": "{% set n = 99999 %}{{ n * n * n }}",
+    "power": "{{ 9 ** 9 ** 9 }}",
+    "date of a huge width": "{{ strftime_now('%1000000000d') }}",
+    "date of any width": "{{ strftime_now('%' ~ messages[0].content ~ 'd') }}",
+    "width in a format": "{{ '%1000000000d' % 1 }}",
+    "width from outside": "{{ '%*d' % (1000000000, 1) }}",
+    "format as a method": "{{ '{:1000000000}'.format(1) }}",
+    "format as a filter": "{{ '%1000000000d' | format(1) }}",
+    "centered": "{{ 'a'.center(1000000000) }}",
+    "centered by a filter": "{{ 'a' | center(1000000000) }}",
+    "zeros": "{{ '1'.zfill(1000000000) }}",
+    "indented": "{{ 'a' | indent(1000000000) }}",
+    "lorem": "{{ lipsum(100000) }}",
+    "doubling": "{% set n = namespace(s='a') %}{% for a in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "doubling by a sum": "{% set n = namespace(s='a') %}{% for a in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "recursive loop": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "length": "{# " + "a" * 2_000_000 + " #}",
+}
+
+
+USES = (
+    "{{ '  ' * 4 }}",
+    "{{ '=' * (messages | length) }}",
+    "{{ index + 1 }}",
+    "{{ strftime_now('%d %b %Y') }}",
+    "{{ '%s: %.2f' % ('a', 1) }}",
+    "{{ 'x' | indent(4) }}",
+    "{{ '{}'.format(1) }}",
+    "{{ 5 % 2 }}",
+)
+
+
+@pytest.mark.parametrize("template", ATTACKS.values(), ids=ATTACKS)
+def test_one_message_in_a_moment(template, monkeypatch):
+    monkeypatch.setattr(template_limits, "SECONDS", 0.3)
+    renderer = ChatRenderer(byte_tokenizer(), TURN + template, None)
+    began = time.monotonic()
+    for nulls in (False, True):
+        with pytest.raises(BadRow, match="the chat template refuses it") as caught:
+            renderer.text([{"role": "user", "content": "9" * 9}], nulls=nulls)
+        assert len(str(caught.value)) < 300
+    assert time.monotonic() - began < 3
+
+
+def test_what_templates_do_is_rendered():
+    stock = sorted(Path(trl.__file__).parent.rglob("*.jinja"))
+    assert len(stock) > 10 and [path.name for path in stock if refusal(path.read_text())] == []
+    for use in USES:
+        assert refusal(TURN + use) is None, use
+
+
+def test_it_costs_a_row_next_to_nothing():
+    renderer, row = ChatRenderer(byte_tokenizer(), TURN, None), [{"role": "user", "content": "Hello"}]
+    renderer.text(row)
+
+    def clocked(action):
+        began = time.perf_counter()
+        for _ in range(300):
+            action()
+        return time.perf_counter() - began
+
+    def limits():
+        with limited(TURN):
+            pass
+
+    assert min(clocked(limits) for _ in range(3)) < 0.5 * min(clocked(lambda: renderer.text(row)) for _ in range(3))
+
+
+def test_the_alarm_of_others_is_left_as_it_was():
+    import signal
+
+    mine = lambda *_: None  # noqa: E731
+    before = signal.signal(signal.SIGALRM, mine)
+    try:
+        with limited(TURN):
+            pass
+        assert signal.getsignal(signal.SIGALRM) is mine
+    finally:
+        signal.signal(signal.SIGALRM, before)
