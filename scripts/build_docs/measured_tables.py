@@ -98,15 +98,17 @@ def _line(cells: list[str]) -> str:
 
 def _label(stated: dict[str, Any]) -> str:
     """Return the settings of an arm, without those that have no effect in it."""
-    shown = {key.split(".")[-1]: value for key, value in stated.items() if value is not None}
+    shown = {key.split(".")[-1]: value for key, value in stated.items() if value is not None and value is not False}
     if not shown.get("noise_alpha", 1):
-        shown = {key: value for key, value in shown.items() if key not in ("distribution", "adversarial_steps")}
+        shown = {key: value for key, value in shown.items() if key not in ("distribution", "adversarial_steps", "symmetric")}
     return ", ".join(f"{key} {_value(value)}" for key, value in shown.items())
 
 
 def _value(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
+    if isinstance(value, bool):
+        return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
