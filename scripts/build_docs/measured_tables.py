@@ -100,7 +100,9 @@ def _label(stated: dict[str, Any]) -> str:
     """Return the settings of an arm, without those that have no effect in it."""
     shown = {key.split(".")[-1]: value for key, value in stated.items() if value is not None and value is not False}
     if not shown.get("noise_alpha", 1):
-        shown = {key: value for key, value in shown.items() if key not in ("distribution", "adversarial_steps", "symmetric")}
+        shown = {
+            key: value for key, value in shown.items() if key not in ("distribution", "adversarial_steps", "symmetric")
+        }
     return ", ".join(f"{key} {_value(value)}" for key, value in shown.items())
 
 
