@@ -11,7 +11,7 @@ response's: `Encoder.prompt_ids` leaves them out as well.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,11 +20,13 @@ import numpy as np
 
 from ..steps import IGNORE_INDEX
 from .examples import Piece
+from .shorten import is_long, shortened
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 _ANCHOR = "\n"
+AT_ONCE = 2**20  # characters; a tokenizer keeps a few hundred bytes a token until a batch is done
 
 
 @dataclass(frozen=True)
@@ -92,20 +94,36 @@ class Encoder:
     Args:
         tokenizer: A Hugging Face tokenizer.
         adds_special_tokens: Whether the tokenizer has to add its begin token.
+        most: The largest number of tokens that is kept of a sequence or of a piece, None if all are: the middle of
+            pieces far longer than that is left out, see `shorten`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, adds_special_tokens: bool) -> None:
-        self.tokenizer, self.adds_special_tokens = tokenizer, adds_special_tokens
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, adds_special_tokens: bool, most: int | None = None
+    ) -> None:
+        self.tokenizer, self.adds_special_tokens, self.most = tokenizer, adds_special_tokens, most
         self._joins = joins_cleanly(tokenizer)
         self.begin = added_begin(tokenizer) if adds_special_tokens else None
 
     def encode(self, sequences: Sequence[Sequence[Piece]]) -> list[Encoded]:
-        """Tokenize sequences, each of at least one piece.
+        """Tokenize sequences, each of at least one piece, with no more of a text at once than `AT_ONCE`.
 
         A begin token that a text spells out is not added again.
         """
         if self.begin is not None:
             sequences = [_without_begin(pieces, self.begin) for pieces in sequences]
+        most = self.most
+        if most is not None:
+            sequences = [shortened(p, most, self._own) if is_long(p, most) else p for p in sequences]
+        found: list[Encoded] = []
+        for group in _groups(sequences):
+            found += self._encode(group)
+        return found
+
+    def _own(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _encode(self, sequences: Sequence[Sequence[Piece]]) -> list[Encoded]:
         texts = ["".join(piece.text for piece in pieces) for pieces in sequences]
         if not self.tokenizer.is_fast:  # it gives no offsets
             return [self._by_prefixes(text, pieces) for text, pieces in zip(texts, sequences, strict=True)]
@@ -244,6 +262,19 @@ def _without_begin(pieces: Sequence[Piece], begin: str) -> Sequence[Piece]:
     if not first.text.startswith(begin) or first.text == begin:
         return pieces
     return [replace(first, text=first.text.removeprefix(begin)), *pieces[1:]]
+
+
+def _groups(sequences: Sequence[Sequence[Piece]]) -> Iterator[Sequence[Sequence[Piece]]]:
+    """Divide sequences into groups of so much text that the tokenizer's records of them fit in memory."""
+    begin, size = 0, 0
+    for number, pieces in enumerate(sequences):
+        length = sum(len(piece.text) for piece in pieces)
+        if number > begin and size + length > AT_ONCE:
+            yield sequences[begin:number]
+            begin, size = number, 0
+        size += length
+    if begin < len(sequences):
+        yield sequences[begin:]
 
 
 def joins_cleanly(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -16,6 +16,7 @@ from ..errors import RunFailed
 from ..processes import SIGNALS, end_with_parent
 
 CHUNK = 500  # rows passed to a process at once
+CHUNK_SIZE = 2**22  # characters passed to a process at once, unless a single row has more
 MIN_ROWS_PER_PROCESS = 4 * CHUNK  # fewer take less time than starting a process
 CHUNKS_AHEAD = 4  # per process
 
@@ -23,18 +24,24 @@ Work = Callable[[Sequence[Any]], list[Any]]
 _work: Work | None = None  # in a worker process: what it does to each chunk
 
 
-def map_rows(work: Work, rows: Iterable[Any], num_proc: int | Literal["auto"] = "auto") -> Iterator[list[Any]]:
+def map_rows(
+    work: Work,
+    rows: Iterable[Any],
+    num_proc: int | Literal["auto"] = "auto",
+    size: Callable[[Any], int] = lambda row: 0,
+) -> Iterator[list[Any]]:
     """Apply ``work`` to chunks of rows; results come in the order of the rows whatever the number of processes.
 
     Args:
         work: From a list of rows to a list of results; picklable.
         rows: Any number of rows, read at most a few chunks ahead.
+        size: Number of characters in a row, about.
         num_proc: Number of processes; ``"auto"`` is one per core for enough rows, and this one alone for fewer.
 
     Raises:
         RunFailed: If a process dies.
     """
-    chunks = _chunks(rows)
+    chunks = _chunks(rows, size)
     if num_proc == "auto":
         # The number of rows is not known before the last one is read, so look at the first few thousand.
         ahead = list(islice(chunks, MIN_ROWS_PER_PROCESS // CHUNK))
@@ -84,9 +91,17 @@ def _do(chunk: list[Any]) -> list[Any]:
     return _work(chunk)
 
 
-def _chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, CHUNK)):
+def _chunks(rows: Iterable[Any], size: Callable[[Any], int]) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    total = 0
+    for row in rows:
+        length = size(row)
+        if chunk and (len(chunk) == CHUNK or total + length > CHUNK_SIZE):
+            yield chunk
+            chunk, total = [], 0
+        chunk.append(row)
+        total += length
+    if chunk:
         yield chunk
 
 

@@ -25,7 +25,7 @@ from .identity import fingerprint, special_tokens, templates, tokenizer_parts
 from .parallel import map_rows
 from .reading import read_rows, source_fingerprint
 from .report import DataReport, data_report
-from .sources import Row, Source, held_out_sources, training_sources
+from .sources import Row, Source, held_out_sources, row_size, training_sources
 from .store import SequenceWriter, SourceFacts, State, read_sequences
 from .template_date import reads_date, written
 from .templates import Template, read_jinja, resolve_template
@@ -290,7 +290,7 @@ class _Preparation:
             worker = RowWorker(self.tokenizer, reader.format, template, self.section, self.now, reader)
             prefix = f"{Path(source.path).name}, " if len(sources) > 1 else ""
             count, unused = 0, _NotUsed()
-            for outcomes in map_rows(worker, rows, self.num_proc):
+            for outcomes in map_rows(worker, rows, self.num_proc, row_size):
                 # ``held_out`` is given only if it gets a share of these rows; otherwise none of them is held out.
                 share = self.section.eval_fraction if held_out is not None else None
                 kept, out = _divided(outcomes, share or 0.0, source.weight)

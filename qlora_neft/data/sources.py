@@ -115,6 +115,19 @@ class Row:
     problem: str | None = None
 
 
+def row_size(row: Row) -> int:
+    """Return about how many characters a row holds."""
+    return _size(row.values) if row.values is not None else 0
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 0
+
+
 # ---- Local files ----
 
 

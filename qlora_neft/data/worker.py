@@ -22,6 +22,7 @@ from .cut import cut_parts, cut_to_length, split_into_chunks
 from .encode import Encoded, Encoder
 from .examples import BadRow, Dialogue, EmptyRow, Example, Piece, Rendered, content_hash, prompt_hash
 from .formats import RowRead, RowReader
+from .shorten import is_long
 from .sources import Row
 from .templates import make_template
 from .turns import last_exchanges, narrowed, split_dialogue
@@ -114,7 +115,9 @@ class RowWorker:
         self.section, self.format = section, format
         self.reader = reader or RowReader(plain_columns(format))
         self.template = make_template(prompt_template, format, tokenizer, now, section.chat_template_kwargs)
-        self.encoder = Encoder(tokenizer, adds_special_tokens=self.template.adds_special_tokens)
+        self.encoder = Encoder(
+            tokenizer, adds_special_tokens=self.template.adds_special_tokens, most=_most_kept(section, format)
+        )
         ends = {end for end in (self.template.end, self.template.end_of_call) if end is not None}
         self.end_ids = {tokenizer.convert_tokens_to_ids(end) for end in ends}
         self._ends = {tokenizer.eos_token_id, *self.end_ids}
@@ -178,7 +181,11 @@ class RowWorker:
         marks |= {"replacement"} if "\ufffd" in text else set()
         sequences = tuple(self._weighted(sequence) for sequence, _ in kept)
         marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed} | rendered.marks | read.read.marks
-        reason = f"{max(len(e.ids) for e in found)} tokens, none of the response within {self.section.max_length}"
+        # Of a row without its middle, the number of tokens is not known.
+        most = self.encoder.most
+        is_short = most is None or not any(is_long(pieces, most) for pieces in rendered.sequences)
+        count = f"{max(len(e.ids) for e in found)}" if is_short else f"more than {most}"
+        reason = f"{count} tokens, none of the response within {self.section.max_length}"
         return Outcome(
             row.number,
             row.place,
@@ -266,6 +273,13 @@ class RowWorker:
             return Encoded(sequence.ids, trained, sequence.crossed)
         weights = np.where(sequence.trained, np.float32(1), np.float32(weight)) * trained
         return Encoded(sequence.ids, trained, sequence.crossed, weights=weights)
+
+
+def _most_kept(section: Data, format: str) -> int | None:
+    """Return the largest number of tokens that is kept of a row or of a part of it, None if all of them are."""
+    if section.split_text and format == "text":
+        return None
+    return max(section.max_length, section.max_prompt_length or 0, section.max_response_length or 0)
 
 
 def _left_out(row: Row, problem: str, reason: str) -> Outcome:
