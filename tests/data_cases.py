@@ -93,8 +93,23 @@ def sentencepiece():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-@cache
 def worker_of(kind, format, template, chosen):
+    return _worker_of(kind, format, template, _Hashed(chosen))
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    """A data section, equal to another that states the same; its mappings have no hash of their own."""
+
+    section: Data
+
+    def __hash__(self):
+        return hash(repr(self.section))
+
+
+@cache
+def _worker_of(kind, format, template, hashed):
+    chosen = hashed.section
     name = "auto" if template == "none" else "chat" if template in CHAT_TEMPLATES else template
     return RowWorker(tokenizer_of(kind, template), format, name, chosen)
 
@@ -161,7 +176,7 @@ def cases(draw, asked, answered, ways=WAYS, max_exchanges=4):
 
 
 def section(max_length, **stated):
-    """A data section of any length, also of fewer tokens than a recipe may state; hashable, for `worker_of`."""
+    """A data section of any length, also of fewer tokens than a recipe may state."""
     return Data.model_construct(path="rows.jsonl", max_length=max_length, mixture=(), chat_template_kwargs=(), **stated)
 
 
