@@ -87,12 +87,23 @@ def whole_folder(path: Path, *, synced: bool = False) -> Generator[Path, None, N
     try:
         with new_held(draft):
             yield draft
+        give_usual_mode(draft.rglob("*"))
         if synced:
             sync_all(draft)
         put_folder(draft, path, synced=synced)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def give_usual_mode(paths: Iterable[Path]) -> None:
+    """Give files the mode that any new file of this process has: safetensors makes its own for their owner alone."""
+    umask = os.umask(0o077)  # there is no other way to ask; files made meanwhile are too private, not too open
+    os.umask(umask)
+    for path in paths:
+        if path.is_file() and not path.is_symlink():
+            with suppress(OSError):  # a file system without modes
+                path.chmod(0o666 & ~umask)
 
 
 def put_folder(draft: Path, path: Path, *, synced: bool = False) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import UserInputError
 from ..files import (
+    give_usual_mode,
     hidden_name,
     is_inside,
     read_json,
@@ -291,6 +292,7 @@ def save_adapter(
         _sort_config(output_dir / "adapter_config.json")
     else:
         model.save_pretrained(str(output_dir))
+    give_usual_mode(output_dir.glob("*.safetensors"))
     if tokenizer is not None:
         save_tokenizer(tokenizer, output_dir, revision=revision, say=say)
 

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qlora_neft.disks import disk_problem, failing_with_the_disk
 from qlora_neft.errors import RunFailed, UserInputError
@@ -200,3 +202,18 @@ def test_a_disk_that_fails_is_told_from_other_errors(error, cause):
     assert found is None if cause is None else found.startswith(cause)
     with pytest.raises(type(error) if cause is None else RunFailed), failing_with_the_disk("disk: {}".format):
         raise error
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_every_file_of_a_folder_has_one_mode(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "folder") as draft:
+            (draft / "config.json").write_text("{}")
+            save_file({"a": torch.zeros(1)}, draft / "a.safetensors")
+            (draft / "inner").mkdir()
+            (draft / "inner" / "b").touch(0o600)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "folder").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask} and len(files) == 3

@@ -15,7 +15,7 @@ from ...base.nf4 import nf4_config
 from ...base.precision import resolve_precision
 from ...disks import check_writable, failing_with_the_disk
 from ...errors import RunFailed, UserInputError
-from ...files import put_folder, read_json, sync, sync_all, write_json
+from ...files import give_usual_mode, put_folder, read_json, sync, sync_all, write_json
 from ...paths import kind_of
 from ...recipe.schema import Quantization
 from ...run_folder.lock import LOCK
@@ -157,8 +157,7 @@ def _write_companions(draft: Path, plan: Plan, quantization: BitsAndBytesConfig 
     if quantization is not None:
         config["quantization_config"] = quantization.to_dict()
     write_json(draft / "config.json", config)
-    for path in draft.glob("*.safetensors"):  # safetensors creates files that only their owner may read
-        shutil.copymode(draft / "config.json", path)
+    give_usual_mode(draft.glob("*.safetensors"))
     if (base / "generation_config.json").is_file():
         shutil.copyfile(base / "generation_config.json", draft / "generation_config.json")
 
