@@ -100,6 +100,10 @@ def _open(path: Path) -> tuple[int, bool]:
             pass
         except PermissionError as error:
             raise _cannot_lock(path, error) from error
+        if os.path.lexists(path) and not path.is_file():  # a folder, a pipe, a link to nothing
+            raise UserInputError(
+                f"{path.parent}: {path.name} is not a file, so this run cannot be told from another one. Remove it."
+            )
         try:
             return os.open(path, os.O_RDWR), False
         except FileNotFoundError:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..files import finite, read_json_lines, write_text
+from ..files import finite, write_text
 from .record import Hardware
 
 PACKAGES = (
@@ -66,16 +66,20 @@ class MetricsFile(TrainerCallback):
             return
         # A resumed run takes the steps after its checkpoint again, and logs them again.
         kept = [] if step is None else [entry for entry in self._entries() if entry["step"] <= step]
-        write_text(self.path, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in kept))
+        lines = dict.fromkeys(json.dumps(entry, sort_keys=True) for entry in kept)  # once each, in order
+        write_text(self.path, "".join(line + "\n" for line in lines))
 
     def _entries(self) -> Iterator[dict[str, Any]]:
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            with suppress(json.JSONDecodeError):
-                yield json.loads(line)
+        # A power cut may leave half of the last line, or zeros in its place.
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and type(entry.get("step")) is int:
+                    yield entry
 
     def read(self) -> list[dict[str, Any]]:
-        """Return every line so far."""
-        return read_json_lines(self.path)
+        """Return every line so far that is one."""
+        return list(self._entries())
 
 
 def versions() -> dict[str, str]:

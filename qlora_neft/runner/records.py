@@ -162,6 +162,7 @@ def log_result(run: Run, metrics: MetricsFile, step: int, after: Measurement) ->
     if not is_main_process():
         return True
     metrics.write(step, after.log())
+    metrics.keep_up_to(step)  # a result that is made again has the same last line a second time
     return plot_losses(metrics.read(), run.output_dir / "loss.png", title(run.recipe))
 
 
