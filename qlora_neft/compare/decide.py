@@ -97,9 +97,7 @@ def best(arms: Sequence[Arm], decision: Decision = BY_HELD_OUT_LOSS) -> Best:
     leading = min(measured, key=lambda arm: sign * _mean(list(arm.values(key).values())))
     others = [arm for arm in measured if arm is not leading]
     if decision.rule == "highest":
-        return _found(
-            key, leading.label, leading.label, f"best by {name.label}: {_of_single_runs(leading, others, key)}"
-        )
+        return _of_single_runs(leading, others, key)
     # Bonferroni: the best of many arms is good by chance more often than one of two is.
     confidence = 1 - (1 - CONFIDENCE) / len(others)
     unclear = []
@@ -125,15 +123,21 @@ def is_measurable(found: Difference, rows_of: Interval | None) -> bool | None:
     return found.is_measurable and (rows_of is None or leaves_zero_out(rows_of))
 
 
-def _of_single_runs(leading: Arm, others: Sequence[Arm], key: str) -> str:
+def _of_single_runs(leading: Arm, others: Sequence[Arm], key: str) -> Best:
+    """Find the arm with the best number, unless another has the same to the digits that are shown."""
     name = name_of(key)
     numbers = {arm.label: name.show(_mean(list(arm.values(key).values()))) for arm in (leading, *others)}
+    number = numbers[leading.label]
+    tied = [label for label, other in numbers.items() if other == number]
+    if len(tied) > 1:
+        return _found(key, None, leading.label, f"best by {name.label}: none, as {', '.join(tied)} have {number} alike")
     without = next((arm.label for arm in others if is_without_noise(arm)), None)
     against = f" against {numbers[without]} without noise" if without else ""
-    return (
-        f"{leading.label} ({numbers[leading.label]}{against}), the best number of one run each, as the paper chose; "
-        "whether it is chance was not tested"
+    sentence = (
+        f"best by {name.label}: {leading.label} ({number}{against}), the best number of one run each, as the paper "
+        "chose; whether it is chance was not tested"
     )
+    return _found(key, leading.label, leading.label, sentence)
 
 
 def _found(by: str, arm: str | None, leading: str | None, sentence: str) -> Best:

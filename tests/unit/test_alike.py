@@ -87,6 +87,9 @@ def test_the_paper_takes_the_best_number_and_we_do_not():
     ]
     found = best(arms(runs), Decision(WIN_RATE, "highest"))
     assert found["arm"] == "noise_alpha 5" and "(31.43 against 26.71 without noise)" in found["sentence"]
+    tied = [record(a, 0, alpaca={"alpaca_win_rate": 50 + a / 1e5}) for a in (0, 5)]
+    found = best(arms(tied), Decision(WIN_RATE, "highest"))
+    assert found["arm"] is None and found["sentence"].endswith("none, as noise_alpha 5, noise_alpha 0 have 50.00 alike")
     ours = best(arms(runs), Decision(WIN_RATE))
     assert (ours["arm"], ours["leading"]) == (None, "noise_alpha 5") and "is highest, not measurably above" in ours[
         "sentence"
