@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import UserInputError
 from ..files import visible, write_json, write_text
+from ..recipe import recipe_of_record
 from ..recipe.settings import flat
 from ..run_folder.record import RUN_FILE, SUMMARY_FILE
 from .asking import Asking
@@ -124,4 +125,6 @@ def _check_same(before: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]
 
 def _outside_the_machine(recipe: dict[str, Any]) -> dict[str, Any]:
     """Return what must stay the same in a sweep: all that is learned, and what is measured of it."""
-    return {key: value for key, value in flat(recipe).items() if not key.startswith("machine.")}
+    recorded = recipe_of_record(recipe)  # a key that an earlier version did not have yet has its default
+    plain = recipe if recorded is None else recorded.to_dict()
+    return {key: value for key, value in flat(plain).items() if not key.startswith("machine.")}

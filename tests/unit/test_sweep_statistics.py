@@ -242,6 +242,11 @@ def test_a_sweep_may_grow_and_not_change(tmp_path):
         open_sweep(plan_sweep("demo", ["neftune.noise_alpha=0,5"], seeds=3), folder)
     with pytest.raises(UserInputError, match=r"lora.r: 16 before, 8 now"):
         open_sweep(plan_sweep("demo", ["neftune.noise_alpha=0,5,10", "lora.r=8"], seeds=3), folder)
+    plan = json.loads((folder / "sweep.json").read_text())  # as a version without two of today's keys wrote it
+    for run in plan["runs"]:
+        del run["recipe"]["data"]["keep_end_token"], run["recipe"]["quantization"]["bnb_4bit_use_double_quant"]
+    (folder / "sweep.json").write_text(json.dumps(plan))
+    assert open_sweep(grown, folder) == []
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(UserInputError, match="holds no sweep"):
