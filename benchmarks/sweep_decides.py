@@ -1,4 +1,4 @@
-"""A sweep of the paper's recipe, its base replaced by a small one, that ends in a decision: by held-out loss, by a judge.
+"""A sweep of the paper's recipe with a small base that ends in a decision: by held-out loss, and by a judge.
 
     python benchmarks/sweep_decides.py --model MODEL --data ALPACA.json --instructions ALPACA_EVAL.json --judge JUDGE
         --runs RUNS [--output docs/results]
