@@ -210,10 +210,19 @@ class ChatTemplate:
         finder = TurnFinder(rendering, self.wording, self.calls, lambda count, *, prompt: None)
         turns = []
         for number in numbers:
-            spans = spans_of[number]
+            spans = self._through_end(text, spans_of[number])
             whole_from = finder.whole_from(number, (spans[0][0], spans[-1][1]))
-            turns.append(Turn(number, tuple(spans), whole_from))
+            prompted = text[: spans[0][0]].endswith(self.wording.header or self.wording.after_request)
+            turns.append(Turn(number, tuple(spans), whole_from, prompted))
         return rendering, turns
+
+    def _through_end(self, text: str, spans: list[Span]) -> list[Span]:
+        """Drop marked stretches of nothing but special tokens behind the end of a turn: generation has stopped."""
+        while len(spans) > 1 and not self.wording.special.sub("", text[slice(*spans[-1])]).strip():
+            if not any(text[slice(*spans[-2])].endswith(end) for end in self.wording.ends):
+                break
+            spans = spans[:-1]
+        return spans
 
     def _with_end(self, text: str, span: Span) -> Span:
         """Return a marked stretch through its end token, and not further: nothing is generated behind it."""
@@ -254,11 +263,11 @@ class ChatTemplate:
         return replace(whole, given=(prompt, f"{thought}\n</think>\n\n"), answer=(begin, turn.end))
 
     def _never_ends(self, rendering: Rendering, turn: Turn) -> bool:
-        """Whether nothing tells generation to stop behind a turn of calls."""
+        """Whether nothing tells generation to stop behind a turn, of calls or with a template that writes no ends."""
         ends = [*self.wording.ends, self.end_of_call, self.tokenizer.eos_token]
         text = rendering.text[turn.begin : turn.end].rstrip()
-        calls = bool(rendering.messages[turn.number].get("tool_calls"))
-        return calls and not any(end and text.endswith(end) for end in ends)
+        is_checked = not self.wording.ends or bool(rendering.messages[turn.number].get("tool_calls"))
+        return is_checked and not any(end and text.endswith(end) for end in ends)
 
     def _doubles(self, messages: Messages, numbers: Sequence[int]) -> bool:
         """Whether a message spells the begin or end token that the template writes beside it."""

@@ -21,6 +21,8 @@ from .chat_markers import (
 from .chat_wording import CallForm, Wording
 from .examples import BadRow, Message
 
+TAIL = 24  # characters of a prompt that are compared
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -160,6 +162,10 @@ class TurnFinder:
         start = markers[first - 1].position if first else 0
         stop = markers[last + 1].position if last + 1 < len(markers) else len(self.rendering.text)
         begin, is_prompted = self._begin(number, start, begins)
+        if is_prompted and number and self.rendering.messages[number - 1].get("role") == "tool":
+            # Some templates write a turn behind a result otherwise than their prompt does.
+            prompt = self.first_messages(number, prompt=True)
+            is_prompted = prompt is None or self.rendering.text[:begin].endswith(prompt[-TAIL:])
         span = (begin, self._end(number, ends.position, stop))
         return Turn(number, (span,), self.whole_from(number, span), is_prompted)
 
@@ -210,7 +216,7 @@ class TurnFinder:
         # unless the template trims it.
         leading = content[: len(content) - len(content.lstrip())]
         begin = first.position - len(leading) * self.rendering.text[start : first.position].endswith(leading)
-        return begin, after_start is None
+        return begin, not self.wording.header.strip()
 
     def _after_request(self, start: int, stop: int) -> int | None:
         """Return the place after ``after_request``, which may follow white space."""
