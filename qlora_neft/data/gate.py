@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from ..errors import UserInputError
+from ..recipe.data import is_data_on_the_hub
 from ..recipe.schema import Data
 from .store import TallyRecord
 from .worker import BAD, EMPTY, NO_ROOM, ONLY_END, UNFIT, Outcome
@@ -197,7 +198,14 @@ def _not_rows(tally: Tally, section: Data, key: str) -> str | None:
     bad = tally.finding(BAD)
     if not bad.count:
         return None
-    return f"{key}: {_of(bad.count, tally)} cannot be read: {bad}. Fix or remove them."
+    return f"{key}: {_of(bad.count, tally)} cannot be read: {bad}. {_mended(section)}"
+
+
+def _mended(section: Data) -> str:
+    if not all(map(is_data_on_the_hub, section.paths)):
+        return "Fix or remove them."
+    # Nobody can do that to somebody else's dataset.
+    return "Save the dataset to a file, fix or remove them there, and name the file in data.path."
 
 
 def _nothing_to_learn(tally: Tally, section: Data, key: str) -> str | None:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from qlora_neft.data.examples import BadRow, Dialogue, EmptyRow, Instruction
 from qlora_neft.data.formats import row_reader
+from qlora_neft.data.gate import Tally, find_problems
 from qlora_neft.errors import UserInputError
 from qlora_neft.recipe.schema import Data
 
@@ -72,6 +73,14 @@ def test_a_row_without_a_trained_turn_has_nothing_to_learn():
 def test_a_mark_on_another_speaker_is_pointed_out():
     assert read({"messages": [USER | {"train": True}, ANSWER]}).marks == {"marked others"}
     assert not read({"messages": [USER | {"train": False}, ANSWER]}).marks
+
+
+def test_what_can_be_done_about_bad_rows_depends_on_where_they_are():
+    tally = Tally(rows=2)
+    tally.finding("bad").add("row 1: output is missing")
+    [local], [hub] = (find_problems(tally, Data(path=p, max_length=64)) for p in ("rows.jsonl", "owner/name"))
+    assert local.endswith("Fix or remove them.")
+    assert hub.endswith("Save the dataset to a file, fix or remove them there, and name the file in data.path.")
 
 
 # ---- Columns ----
