@@ -36,6 +36,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..adapter.folder import AdapterFolder
     from ..adapter.load import Trained
+    from ..generation.begun import Begun
     from ..generation.decode import Decoding
     from ..generation.output import Replies
     from ..generation.requests import Request
@@ -246,19 +247,58 @@ def _answer_all(
 
     # Generators: base and adapter answer batch by batch in turns, and the first answers are printed while later ones
     # are computed.
-    sides = [replies(trained, requests, decoding, base_alone=name == "base", batch_size=batch_size) for name in names]
-    found = (dict(zip(names, together, strict=True)) for together in zip(*sides, strict=True))
     suffix = "" if output is None else output.suffix.lower()
     # The file's ending decides, and --json for what goes to the terminal or to other endings.
     form = "list" if suffix == ".json" else "lines" if as_json or suffix == ".jsonl" else "text"
+    begun = None if output is None else _begun(output, trained, requests, decoding, names, batch_size, form)
+    first = begun.count if begun else 0
+    if first:
+        say(f"going on behind {first} answers of an interrupted command")
+    sides = [
+        replies(trained, requests, decoding, base_alone=name == "base", batch_size=batch_size, first=first)
+        for name in names
+    ]
+    found = (dict(zip(names, together, strict=True)) for together in zip(*sides, strict=True))
     reasons: set[str] = set()
-    lines = entries(_remarked(with_progress(found, len(requests)), reasons), form, len(requests))
+    shown = with_progress(found, len(requests) - first)
+    lines = entries(_remarked(shown, reasons), form, len(requests), first)
     if output is None:
         for line in lines:
             echo_result(line, is_json=form != "text")
     else:
-        say(f"written: {output}, {write_as_they_come(output, lines)} answers")
+        say(f"written: {output}, {write_as_they_come(output, lines, begun)} answers")
     _fail_if_unanswered(reasons)
+
+
+def _begun(
+    output: Path,
+    trained: Trained,
+    requests: list[Request],
+    decoding: Decoding,
+    names: list[str],
+    batch_size: int,
+    form: str,
+) -> Begun:
+    """Return what an interrupted command has written of the same answers."""
+    from dataclasses import asdict
+
+    from ..adapter.folder import WEIGHTS
+    from ..files import sha256_of_file
+    from ..generation.begun import Begun, made_with
+
+    folder = trained.folder
+    made = made_with(
+        sha256_of_file(folder.path / WEIGHTS),
+        [request.to_dict() for request in requests],
+        asdict(decoding),
+        base=folder.base,
+        prompt_template=trained.prompts.name,
+        precision=str(trained.policy.compute_dtype),
+        answered_by=names,
+        batch_size=batch_size,
+        form=form,
+    )
+    return Begun(output, made, batch_size)
 
 
 def _remarked(answers: Iterator[Replies], reasons: set[str]) -> Iterator[Replies]:

@@ -67,6 +67,7 @@ def replies(
     batch_size: int = 8,
     base_alone: bool = False,
     write: Callable[[str], None] | None = None,
+    first: int = 0,
 ) -> Iterator[Reply]:
     """Answer requests in order and yield each answer as soon as its batch is done.
 
@@ -77,6 +78,7 @@ def replies(
         batch_size: Requests per forward pass; apart from rounding, answers do not depend on it.
         base_alone: Answer without the adapter.
         write: Receives each answer's text as it grows; requests are then answered one at a time.
+        first: Number of requests that are answered already, and are left out.
 
     Raises:
         UserInputError: Before the first answer, if a request does not fit the template.
@@ -88,7 +90,7 @@ def replies(
     prompts = [_prompt(trained, request) for request in asked]
     size = 1 if write else batch_size
     # A generator of its own, so that requests are checked here and not when the first answer is asked for.
-    return _answered(trained, asked, prompts, decoding, size, base_alone, write)
+    return _answered(trained, asked, prompts, decoding, size, base_alone, write, first)
 
 
 def answer_ids(
@@ -221,9 +223,10 @@ def _answered(
     batch_size: int,
     base_alone: bool,
     write: Callable[[str], None] | None,
+    first: int,
 ) -> Iterator[Reply]:
     as_it_is = trained.prompts.name == "none"
-    for start in range(0, len(asked), batch_size):
+    for start in range(first, len(asked), batch_size):
         part = prompts[start : start + batch_size]
         # A stream takes one sequence at a time; `replies` has set the batch size to 1.
         stream = text_stream(trained, write) if write else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypedDict
 
@@ -14,6 +15,7 @@ from ..data.examples import Message
 from ..display.safe_console import SafeConsole
 from ..errors import RunFailed, UserInputError
 from ..files import whole_file, write_text
+from .begun import Begun
 from .generate import Reply
 
 Replies = dict[str, Reply]  # to one request, by who answers: ``adapter``, ``base``
@@ -25,15 +27,16 @@ class ChatRow(TypedDict):
     messages: list[Message]
 
 
-def entries(answers: Iterable[Replies], form: str, count: int) -> Iterator[str]:
+def entries(answers: Iterable[Replies], form: str, count: int, first: int = 0) -> Iterator[str]:
     """Yield each request's answers as text, to be followed by a line end.
 
     Args:
         answers: The answers, in order.
         form: ``text``, ``lines`` of JSON, or a JSON ``list``.
         count: Number of requests.
+        first: Number of those before the first of these answers.
     """
-    for number, found in enumerate(answers, 1):
+    for number, found in enumerate(answers, first + 1):
         if form == "text":
             yield _text(found, alone=count == 1)
             continue
@@ -79,8 +82,13 @@ def check_new(path: Path, key: str) -> None:
         raise UserInputError(f"{key}: no folder at {str(path.parent)!r}. Make it first.")
 
 
-def write_as_they_come(path: Path, lines: Iterable[str]) -> int:
+def write_as_they_come(path: Path, lines: Iterable[str], begun: Begun | None = None) -> int:
     """Write lines to a hidden file beside ``path`` as they come; it gets its name at the end.
+
+    Args:
+        path: The file.
+        lines: What is written, one answer each.
+        begun: What an interrupted command has written already, to which these are added.
 
     Returns:
         The number of lines.
@@ -88,26 +96,38 @@ def write_as_they_come(path: Path, lines: Iterable[str]) -> int:
     Raises:
         RunFailed: If they cannot be written, or on Ctrl-C after the first; the lines so far stay in the hidden file.
     """
-    count, draft = 0, None
+    count, draft = begun.count if begun else 0, None
     try:
+        if begun is not None:
+            begun.begin()
         with (
             whole_file(path, keep_draft=True) as draft,
             # A prompt from JSON may hold a lone surrogate, which UTF-8 cannot encode.
-            draft.open("w", encoding="utf-8", errors="backslashreplace") as file,
+            draft.open("a" if count else "w", encoding="utf-8", errors="backslashreplace") as file,
+            begun.list.open("a", encoding="utf-8") if begun else nullcontext() as ends,
         ):
             for line in lines:
                 file.write(line + "\n")
                 # Answers take seconds each: another program can follow them, and a crash keeps them.
                 file.flush()
                 count += 1
+                if ends is not None:
+                    ends.write(f"{file.tell()}\n")
+                    ends.flush()
+        if begun is not None:
+            begun.end()
     except OSError as error:
-        begun = f" Begun: {str(draft)!r}." if draft and draft.exists() else ""
-        raise RunFailed(f"--output: {str(path)!r} cannot be written ({error.strerror}).{begun}") from error
+        there = f" Begun: {str(draft)!r}." if draft and draft.exists() else ""
+        raise RunFailed(f"--output: {str(path)!r} cannot be written ({error.strerror}).{there}") from error
     except KeyboardInterrupt:
         if count:
-            raise RunFailed(f"interrupted after {count} prompts. Their answers: {str(draft)!r}.") from None
+            raise RunFailed(
+                f"interrupted after {count} prompts. Their answers: {str(draft)!r}. The same command goes on."
+            ) from None
         if draft:
             draft.unlink(missing_ok=True)  # nothing in it is worth keeping
+        if begun is not None:
+            begun.end()
         raise
     return count
 

@@ -321,6 +321,40 @@ def test_an_interrupted_file_keeps_what_is_there(out, folder, monkeypatch):
     assert code == 1 and "interrupted after 1 prompts" in stderr
     assert json.loads((folder / ".a.jsonl.part").read_text())["prompt"] == TEXTS[0]
     assert not (folder / "a.jsonl").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    message = refused("generate", out, *TEXTS[:-1], *SHORT, "--output", "a.jsonl")
+    assert "holds 1 answers of an interrupted command, made with other values of prompts" in message
+    assert "repetition_penalty" in refused(
+        "generate", out, *TEXTS, *SHORT, "--repetition-penalty", "1", "--output", "a.jsonl"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
+def test_a_killed_file_goes_on_behind_its_answers(out, folder, monkeypatch, name):
+    from qlora_neft.generation import output
+
+    class Killed(BaseException):
+        """No handler of ours runs, as after SIGKILL: what is on the disk is all there is."""
+
+    def killed(answers, count):
+        for number, answer in enumerate(answers):
+            if number == 3:
+                raise Killed
+            yield answer
+
+    command = ("generate", out, *TEXTS, *SHORT, "--batch-size", "2", "--output")
+    assert invoke(*command, f"whole-{name}")[0] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(output, "with_progress", killed)
+        with pytest.raises(Killed):
+            invoke(*command, name)
+    with (folder / f".{name}.part").open("a") as file:
+        file.write('{"prompt": "half of')  # of an answer that was being written
+    code, _, stderr = invoke(*command, name)
+    assert code == 0 and "going on behind 2 answers" in stderr and f"written: {name}, 6 answers" in stderr
+    assert (folder / name).read_bytes() == (folder / f"whole-{name}").read_bytes()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_from_python(trained):
