@@ -20,7 +20,7 @@ from .bench import ROOT, Bench
 from .fault import Fault, NotHeld, NotTried, Result
 from .page import write_page
 
-MODULES = ("kills", "stops", "checkpoints", "disks")
+MODULES = ("kills", "stops", "outputs", "starters", "checkpoints", "disks")
 RESULTS = ROOT / "docs" / "results" / "faults.json"
 PAGE = ROOT / "docs" / "results" / "faults.md"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,16 +19,20 @@ def write_page(page: Path, results: Sequence[Result]) -> None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return the table: a row for each class, then what broke and what was not tried."""
-    lines = ["| class of faults | tried | held | most steps taken again |", "|---|---:|---:|---:|"]
+    """Return the table: a row for each class, then what broke and why what was not tried was not."""
+    lines = ["| class of faults | faults | tried | held | most steps taken again |", "|---|---:|---:|---:|---:|"]
     for kind in dict.fromkeys(result.kind for result in results):
-        own = [result for result in results if result.kind == kind and result.held is not None]
-        most = max((result.lost for result in own), default=0)
-        lines.append(f"| {kind} | {len(own)} | {sum(bool(result.held) for result in own)} | {most} |")
-    broken = [f"- {r.kind}, {r.name}: {r.note}" for r in results if r.held is False]
-    left = [f"- {r.kind}, {r.name}: {r.note}" for r in results if r.held is None]
+        own = [result for result in results if result.kind == kind]
+        tried = [result for result in own if result.held is not None]
+        most = max((result.lost for result in tried), default=0)
+        held = sum(bool(result.held) for result in tried)
+        lines.append(f"| {kind} | {len(own)} | {len(tried)} | {held} | {most if tried else '-'} |")
+    broken = [f"- {result.kind}, {result.name}: {result.note}" for result in results if result.held is False]
+    why = Counter(result.note for result in results if result.held is None)
+    left = [f"- {count} of them: {note}" for note, count in why.items()]
     for title, listed in (("Not held:", broken), ("Not tried:", left)):
         if listed:
             lines += ["", title, "", *listed]
-    minutes = sum(result.seconds for result in results) / 60
-    return "\n".join(["", *lines, "", f"{len(results)} faults in {minutes:.0f} minutes.", ""])
+    tried = [result for result in results if result.held is not None]
+    minutes = sum(result.seconds for result in tried) / 60
+    return "\n".join(["", *lines, "", f"{len(tried)} of {len(results)} faults tried, in {minutes:.0f} minutes.", ""])

@@ -242,6 +242,33 @@ def test_a_disk_that_is_read_only(disk, llama, whole):
     goes_on(whole, output_dir=Path("disk/out"))
 
 
+WRITING = {  # verbs that write, each into the disk
+    "preview": ("preview", "mine.yaml", "--output-dir", "disk/seen"),
+    "fit": ("fit", "demo", "--picture", "disk/memory.png"),
+    "cp": ("cp", "demo", "disk/own.yaml"),
+    "gguf": ("gguf", "whole", "disk/adapter.gguf"),
+    "merge": ("merge", "whole", "disk/merged", "--no-proof"),
+    "report": ("report", "whole", "--output", "disk/report.html"),
+    "sweep": ("sweep", "mine.yaml", "neftune.noise_alpha=0,5", "--seeds", "1", "--output-dir", "disk/sweep"),
+}
+
+
+@pytest.mark.parametrize("verb", WRITING)
+def test_a_verb_whose_disk_fails_says_so_and_leaves_nothing_half_written(disk, whole, verb):
+    Path("whole").symlink_to(whole)
+    disk("ro")
+    code, _, stderr = invoke(*WRITING[verb])
+    assert code in (1, 2) and stderr.startswith(("error: ", "failed: ")), stderr
+    assert "disk" in stderr and ("cannot be written" in stderr or "Read-only file system" in stderr), stderr
+    disk("rw,size=4k")  # one page, which is taken
+    Path("disk/other").write_text("x" * 4096)
+    code, _, stderr = invoke(*WRITING[verb])
+    assert code in (1, 2) and stderr.splitlines()[-1].startswith(("error: ", "failed: ")), stderr
+    assert "disk" in stderr and ("No space left on device" in stderr or "free" in stderr), stderr
+    left = [path for path in Path("disk").rglob("*") if path.is_file() and path.name != "other"]
+    assert all(path.stat().st_size == 0 and path.name == ".run.lock" for path in left), left
+
+
 def test_a_mirror_that_cannot_be_written_to_is_refused_before_training(disk):
     disk("ro")
     message = refused(*TRAIN, "machine.mirror_dir=disk/mirror")
