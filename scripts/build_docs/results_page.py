@@ -85,9 +85,9 @@ def _prepare_data() -> str:
 
 def _faults() -> str:
     rows = _raw("faults")
-    tried, survived = (sum(row[key] for row in rows) for key in ("tried", "survived"))
-    lost = max(row["lost"] for row in rows)
-    return f"{survived} of {tried} faults survived to the byte, at most {lost} steps taken again"
+    tried = [row for row in rows if row["held"] is not None]
+    held, lost = sum(row["held"] for row in tried), max(row["lost"] for row in tried)
+    return f"{held} of {len(tried)} faults tried held to the byte (of {len(rows)}), at most {lost} steps taken again"
 
 
 def _gguf() -> str:

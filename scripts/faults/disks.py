@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .bench import LONGEST, Bench, last_step
+from .bench import LONGEST, Bench
 from .fault import Fault, NotTried, hold
 
 
@@ -43,25 +43,4 @@ def full(bench: Bench) -> int:
         return lost
 
 
-def read_only(bench: Bench) -> int:
-    """A run's disk becomes read-only, as after an error of the drive, and then is repaired."""
-    with small_disk(bench, "200m") as disk:
-        out = disk / "out"
-        process = bench.start(*bench.command(out), stderr=subprocess.PIPE)
-        bench.until(lambda: last_step(out) >= 7, process)
-        # Refused as long as a file is open for writing: then it is tried again.
-        while subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=False, capture_output=True).returncode:
-            hold(process.poll() is None, "it ended before its disk was read-only")
-        _, said = process.communicate(timeout=LONGEST)
-        hold(process.returncode == 1, f"it ended with {process.returncode}")
-        hold(said.startswith("failed: "), f"it said {said[-300:]!r}")
-        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-        lost = bench.lost(out)
-        bench.goes_on(out)
-        return lost
-
-
-FAULTS = [
-    Fault("a disk that fails", "full while a run trains, then freed", full),
-    Fault("a disk that fails", "read-only while a run trains, then repaired", read_only),
-]
+FAULTS = [Fault("a disk that fails", "full while a run trains, then freed", full)]
