@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..disks import check_writable
+from ..disks import check_writable, failing_with_the_disk
 from ..errors import RunFailed, RunInterrupted
 from ..run_folder.lock import run_lock
 from ..runner.run import run
@@ -68,7 +68,7 @@ def sweep(
         RunFailed: If a run failed; the others are done.
         RunInterrupted: If a signal asked to stop; every run under way has written a checkpoint.
     """
-    with _held(output_dir):
+    with failing_with_the_disk(_disk_message(output_dir)), _held(output_dir):
         new = open_sweep(plan, output_dir)
         names = [run.name for run in plan.runs]
         todo = [name for name in names if not is_done(output_dir / name, measures, asking)]
@@ -90,6 +90,18 @@ def sweep(
         lines = [f"  {outcome.name}: {outcome.reason}" for outcome in failed]
         raise RunFailed("\n".join([f"{state}. Failed:", *lines, "Once fixed, to continue:", f"  {command}"]))
     return results
+
+
+def _disk_message(output_dir: Path) -> Callable[[str], str]:
+    """Return a function from the cause of a disk failure to its message."""
+
+    def message(cause: str) -> str:
+        return (
+            f"{str(output_dir)!r} cannot be written to ({cause}). Free space or fix the folder, and run the same "
+            "command again: it goes on."
+        )
+
+    return message
 
 
 @contextmanager
