@@ -78,6 +78,7 @@ def test_the_card_says_what_the_run_measured(run_dir):
     assert summary["base_sha256"] == ran["base_sha256"] and summary["after"] == ran["after"]
     assert summary["neftune"]["measured_norm"] == pytest.approx(5 / 3**0.5, rel=0.01)
     assert summary["data"]["train"]["sha256"] == ran["data"]["train"]["sha256"]
+    assert ran["data"]["train"]["tokens_sha256"] == ran["identity"]["tokens"] and ran["identity"]["tokens"] in card.text
 
 
 def test_nothing_of_the_machine_is_in_it(llama, run_dir, tmp_path, monkeypatch):

@@ -25,7 +25,17 @@ MEANS = {
 }
 # Only what is listed here is published of the data: a key that a later version adds stays private until it is looked
 # at.
-COUNTS = ("rows", "tokens", "trained_tokens", "truncated", "dropped", "duplicates", "lengths", "sha256")
+COUNTS = (
+    "rows",
+    "tokens",
+    "trained_tokens",
+    "truncated",
+    "dropped",
+    "duplicates",
+    "lengths",
+    "sha256",
+    "tokens_sha256",
+)
 SOURCE_KEYS = ("path", "rows", "format", "prompt_template", "weight", "end")
 
 
