@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.conversations import turns_of
 from ..data.examples import BadRow, Dialogue, Example, Instruction, Message, as_dialogue
 from ..data.formats import to_example
+from ..data.messages import CALL, LOSS_KEYS, SPEAKERS
 from ..data.read_local import file_rows
 from ..errors import UserInputError
 from ..paths import TABLE_KINDS, TEXT_KINDS, data_kind
@@ -143,24 +145,31 @@ def _example(row: Mapping[str, Any]) -> Example:
         if row.get(column) is not None:
             return _conversation(row, column, format)
     if row.get("prompt") is not None:
-        return to_example({"prompt": row["prompt"], "completion": PLACEHOLDER}, "prompt-completion")[0]
+        kept = {name: row[name] for name in ("prompt", "system") if row.get(name) is not None}
+        return _without_placeholder(to_example({**kept, "completion": PLACEHOLDER}, "prompt-completion")[0])
     if row.get("instruction") is not None:
-        return to_example({**row, "output": PLACEHOLDER}, "alpaca")[0]
+        return _without_placeholder(to_example({**row, "output": PLACEHOLDER}, "alpaca")[0])
     names = ", ".join(sorted(map(str, row)))[:200] or "none"
     raise BadRow(f"needs prompt, or instruction, or messages; its fields are {names}")
 
 
+def _without_placeholder(example: Example) -> Example:
+    """Return the request alone of a row that is a conversation, with a system message or earlier exchanges."""
+    return Dialogue(example.messages[:-1], example.tools) if isinstance(example, Dialogue) else example
+
+
 def _conversation(row: Mapping[str, Any], column: str, format: str) -> Dialogue:
     """Return a conversation without its last response, or all of it if it ends with a request."""
-    turns = row[column]
-    if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
-        # Some data sets keep role and content under the name `conversations`.
-        if format == "sharegpt" and "from" not in turns[-1]:
-            format = "messages"
-        role, text = ("from", "value") if format == "sharegpt" else ("role", "content")
-        # The formats of training data demand a response; a placeholder lets their checks run on the rest.
-        if turns[-1].get(role) not in ("assistant", "gpt"):
-            row = {**row, column: [*turns, {role: "assistant", text: PLACEHOLDER}]}
+    # What training makes of single turns is of no matter here.
+    turns = [{key: turn[key] for key in turn if key not in LOSS_KEYS} for turn in turns_of(row[column], column)]
+    # Some data sets keep role and content under the name `conversations`.
+    if format == "sharegpt" and "from" not in turns[-1]:
+        format = "messages"
+    role, text = ("from", "value") if format == "sharegpt" else ("role", "content")
+    # The formats of training data demand a response; a placeholder lets their checks run on the rest.
+    if SPEAKERS.get(str(turns[-1].get(role)).lower()) not in ("assistant", CALL):
+        turns.append({role: "assistant", text: PLACEHOLDER})
+    row = {**row, column: turns}
     example, _ = to_example(row, format)
     assert isinstance(example, Dialogue)  # as both formats give
     asked = example.messages[:-1]

@@ -11,6 +11,7 @@ from qlora_neft.data.examples import BadRow, Dialogue, EmptyRow, Instruction
 from qlora_neft.data.formats import row_reader
 from qlora_neft.data.gate import Tally, find_problems
 from qlora_neft.errors import UserInputError
+from qlora_neft.generation.requests import requests_of_file
 from qlora_neft.recipe.schema import Data
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
@@ -310,3 +311,18 @@ def test_arguments_stand_in_the_order_their_function_requires():
     assert json.dumps(arguments) == '{"hour": 6, "city": "Rome", "day": 1}'
     assert list(found.tools[0]["function"]["parameters"]["properties"]) == ["hour", "city", "day"]
     assert isinstance(found, Dialogue)
+
+
+# ---- Asked, not trained ----
+
+
+def test_rows_are_asked_as_they_are_trained(tmp_path):
+    rows = [
+        {"instruction": "And now?", "output": "Eight.", "system": "Hen.", "history": [["2?", "Four."]]},
+        {"messages": json.dumps([USER, ANSWER | {"weight": 0}])},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": json.dumps(CALL)}]},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, *others = requests_of_file(str(tmp_path / "rows.jsonl"))
+    assert [m["role"] for m in first.messages] == ["system", "user", "assistant", "user"]
+    assert [request.messages for request in others] == [(USER,), (USER,)]
