@@ -81,16 +81,16 @@ def test_it_costs_a_row_next_to_nothing():
     renderer.text(row)
 
     def clocked(action):
-        began = time.perf_counter()
+        began = time.process_time()
         for _ in range(300):
             action()
-        return time.perf_counter() - began
+        return time.process_time() - began
 
     def limits():
         with limited(TURN):
             pass
 
-    assert min(clocked(limits) for _ in range(3)) < 0.5 * min(clocked(lambda: renderer.text(row)) for _ in range(3))
+    assert min(clocked(limits) for _ in range(7)) < 0.5 * min(clocked(lambda: renderer.text(row)) for _ in range(7))
 
 
 def test_the_alarm_of_others_is_left_as_it_was():
