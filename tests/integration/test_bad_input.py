@@ -114,8 +114,8 @@ def test_several_problems_are_told_in_one_message(workplace):
         ("", "data.path: 'bad.jsonl' is empty", "one JSON object per example"),
         ('{"a": \n', "data.path: 'bad.jsonl': 1 of 1 row cannot be read: line 1 is not JSON", "Fix or remove"),
         (
-            '{"question": "a", "answer": "b"}\n',
-            "data.path: the columns answer, question fit no format",
+            '{"verse": "a", "rhyme": "b"}\n',
+            "data.path: the columns rhyme, verse of 'bad.jsonl' fit no format",
             "alpaca needs instruction and output",
         ),
         (
