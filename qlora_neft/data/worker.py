@@ -125,6 +125,8 @@ class RowWorker:
         # A template may read any key of a message: one that its text does not name is not used.
         self._template_words = set(re.findall(r"\w+", self.template.source))
         self._special = self.template.special or special_tokens(tokenizer)
+        # Hundreds of tokens, thousands on Gemma: most texts have none of their first characters.
+        self._firsts = {word.lstrip("\\")[:1] for word in re.split(r"(?<!\\)\|", self._special.pattern)}
         plain = (self.encoder.begin or "", self.template.end or "") if self.template.adds_special_tokens else ("", "")
         self._own_ends = plain
 
@@ -209,7 +211,7 @@ class RowWorker:
 
     def _spelled(self, text: str) -> set[str]:
         """Return what is found of special tokens in a row's own text."""
-        if not self._special.search(text):
+        if not any(first in text for first in self._firsts) or not self._special.search(text):
             return set()
         begin, end = self._own_ends
         said = text.strip()
