@@ -23,7 +23,7 @@ from ..output import ending_with_its_reader
 from ..processes import end_with_starter
 from ..run_folder.stop import StopNow, StopRequest, answered
 from . import compare, evaluate, generate, look, publish, recipes
-from .options import JSON_IS_DUE, JsonOption, OverridesArgument, RecipeArgument, json_only, print_json
+from .options import JsonOption, OverridesArgument, RecipeArgument, json_is_due, json_only, print_json
 
 
 # In the group rather than in `main`, so that Typer's test runner sees the same messages and exit codes.
@@ -37,11 +37,11 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserInputError as error:
-            raise _ended(ctx, error, "error", 2) from error
+            raise _ended(error, "error", 2) from error
         except RunFailed as error:
-            raise _ended(ctx, error, "failed", 1) from error
+            raise _ended(error, "failed", 1) from error
         except RunInterrupted as error:
-            raise _ended(ctx, error, "interrupted", 128 + error.signal) from error
+            raise _ended(error, "interrupted", 128 + error.signal) from error
         except KeyboardInterrupt as error:
             # 128 + the signal's number, as a shell counts.
             number = error.signal if isinstance(error, StopNow) else signal.SIGINT
@@ -53,12 +53,12 @@ class _Verbs(TyperGroup):
             if failure is None:
                 raise
             is_users = isinstance(failure, UserInputError)
-            raise _ended(ctx, failure, "error" if is_users else "failed", 2 if is_users else 1) from error
+            raise _ended(failure, "error" if is_users else "failed", 2 if is_users else 1) from error
 
 
-def _ended(ctx: Any, error: Exception, how: str, code: int) -> typer.Exit:
+def _ended(error: Exception, how: str, code: int) -> typer.Exit:
     # Some verbs say in their own JSON what is wrong (`validate`, `preview`): stdout holds one document.
-    if ctx.meta.get(JSON_IS_DUE):
+    if json_is_due.get():
         print_json(as_record(error, code))
     return _exit(f"{how}: {error}", code)
 

@@ -6,10 +6,10 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Generator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from ..display.terminal import echo
@@ -75,13 +75,13 @@ RunsArgument = Annotated[
     list[str], typer.Argument(metavar="DIR...", help="Adapters: folders of finished runs, or Hub ids.")
 ]
 
-# Whether JSON is wanted and not printed yet: an error is then printed as JSON too. In the context's ``meta``, which
-# the group (`_Verbs`) shares with its verbs, and which outlives the verb.
-JSON_IS_DUE = "qlora_neft.json_is_due"
+# Whether JSON is wanted and not printed yet: an error is then printed as JSON too (`app`). Not in click's context, of
+# which some versions of Typer carry a copy, so that neither could be imported for all of them.
+json_is_due: ContextVar[bool] = ContextVar("json_is_due", default=False)
 
 
-def _remember_json(ctx: typer.Context, value: bool) -> bool:
-    ctx.meta[JSON_IS_DUE] = value
+def _remember_json(value: bool) -> bool:
+    json_is_due.set(value)
     return value
 
 
@@ -200,9 +200,7 @@ def print_json(content: Any) -> None:
     """Print indented JSON to stdout; NaN and infinity, for which JSON has no word, become null."""
     from ..files import finite
 
-    context = click.get_current_context(silent=True)  # None in a notebook
-    if context is not None:
-        context.meta[JSON_IS_DUE] = False
+    json_is_due.set(False)
     echo(json.dumps(finite(content) if isinstance(content, dict) else content, indent=2))
 
 

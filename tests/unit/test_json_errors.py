@@ -59,3 +59,11 @@ def test_a_verb_that_says_what_is_wrong_in_its_own_json_says_it_once():
 
 def test_without_the_option_stdout_stays_empty():
     assert invoke("show", "demo", "lora.r=0").stdout == ""
+
+
+def test_a_preview_with_problems_is_one_document(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": 1, "output": "b"}\n')
+    result = invoke(
+        "preview", "demo", f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_path=null", "machine={}", "--json"
+    )
+    assert result.exit_code == 2 and len(json.loads(result.stdout)["problems"]) == 1
