@@ -30,11 +30,19 @@ LLAMA2 = (
     "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 CHAT_TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2}
+
+
 # What is trained of a response, by the template; what FastChat, Stanford and the two Jinja texts write.
+def ended(response):
+    """With its end token, which is not doubled where the response spells it already."""
+    said = response.rstrip()
+    return said if said.endswith("</s>") else f"{response}</s>"
+
+
 TRAINED = {
-    "none": "{}</s>".format,
-    "alpaca": "{}</s>".format,
-    "vicuna": " {}</s>".format,
+    "none": ended,
+    "alpaca": ended,
+    "vicuna": lambda response: ended(f" {response}"),
     "chatml": "{}<|im_end|>".format,
     "llama2": lambda response: f" {response.strip()} </s>",
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ONE_REQUEST = (*ALPACA_ENDINGS, "none")  # templates without a place for earlier turns
 TEMPLATES = (*ONE_REQUEST, "vicuna", "chat")
+SYSTEM_ROLES = ("system", "developer")  # developer: OpenAI's newer name for the same
 
 
 class Prompts:
@@ -26,10 +27,13 @@ class Prompts:
         tokenizer: The adapter's own tokenizer.
         name: Prompt template: ``alpaca`` (``-newline``, ``-space``), ``vicuna``, ``chat``, ``none``, or a Jinja file.
         kwargs: ``data.chat_template_kwargs`` of the training; chat templates alone are given them.
+        system: ``data.system_prompt`` of the training, which rows without a system message were given.
 
     Attributes:
         name: Name of the template.
         kwargs: What a chat template is given.
+        system: System message of requests that have none of their own; None for none, and where the template has no
+            place for it. `text` and `ids` are given whole conversations, and add nothing.
         template: The template.
         stop_token_ids: Tokens that end a response, sorted.
 
@@ -37,10 +41,17 @@ class Prompts:
         UserInputError: If there is no such template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        kwargs: Mapping[str, Any] | None = None,
+        system: str | None = None,
+    ) -> None:
         if name not in TEMPLATES and not name.endswith(JINJA_SUFFIXES):
             raise UserInputError(f"must be {', '.join(TEMPLATES)} or a .jinja file, got {name!r}.")
         self.name, self.kwargs = name, dict(kwargs or {})
+        self.system = system if self.takes_conversations else None
         format = "text" if self.name == "none" else "messages"
         self.template = make_template(self.name, format, tokenizer, kwargs=self.kwargs)
         self._encoder = Encoder(tokenizer, adds_special_tokens=self.template.adds_special_tokens)
@@ -86,13 +97,19 @@ class Prompts:
     def ids_of_example(self, example: Example) -> list[int]:
         """Return the token ids of a row of data without its response; a dialogue ends with a request."""
         if isinstance(example, Dialogue):
-            return self.ids(example.messages, example.tools)
+            return self.ids(self.with_system(example.messages), example.tools)
         if isinstance(example, Instruction) and self.name in ALPACA_ENDINGS:
             return self.ids_of_text(alpaca_prompt(example.instruction, example.input, self.name))
         if isinstance(example, Passage) and self.name == "none":
             return self.ids_of_text(example.prompt)
         # A row of one request and its response: only the request is asked.
-        return self.ids(as_dialogue(example).messages[:1])
+        return self.ids(self.with_system(as_dialogue(example).messages[:1]))
+
+    def with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Return a conversation with the training's system message, unless it has its own: as training reads rows."""
+        if self.system is None or messages[0]["role"] in SYSTEM_ROLES:
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
 
     def ids_of_text(self, text: str) -> list[int]:
         """Return the token ids of a prompt that is already in its template."""
@@ -121,8 +138,11 @@ def prompts_of(
     folder: AdapterFolder, tokenizer: PreTrainedTokenizerBase, prompt_template: str | None = None
 ) -> Prompts:
     """Return the prompts an adapter was trained with, by its records, or those of another template."""
-    stated = folder.recipe.data.chat_template_kwargs if folder.recipe else None
-    return Prompts(tokenizer, prompt_template or template_of(folder, tokenizer), stated)
+    name = prompt_template or template_of(folder, tokenizer)
+    if folder.recipe is None:
+        return Prompts(tokenizer, name)
+    data = folder.recipe.data
+    return Prompts(tokenizer, name, data.chat_template_kwargs, data.system_prompt)
 
 
 def template_of(folder: AdapterFolder, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -48,7 +48,10 @@ TemplateOption = Annotated[
         help="Prompt template (also alpaca-newline, alpaca-space); default: the run's own.",
     ),
 ]
-SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="System message, if the template has one.")]
+SystemOption = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="System message; default: the run's own (data.system_prompt); '': none."),
+]
 BaseAloneOption = Annotated[bool, typer.Option("--base-alone", help="Ask the base, without the adapter.")]
 CompareOption = Annotated[bool, typer.Option("--compare", help="Ask both the base and the adapter.")]
 
@@ -100,7 +103,7 @@ def generate(
     decoding = decoding_of(max_new_tokens, min_new_tokens, repetition_penalty, sample=sample, **drawing)
     # Before the model is loaded, as everything that can be wrong with the input: a prompt file, the decoding, the
     # output.
-    requests = _requests(prompts or [], file)
+    requests = _requests(prompts or [], file, adapter)
     names = ["base", "adapter"] if compare else ["base"] if base_alone else ["adapter"]
     from ..generation.output import check_new
 
@@ -108,8 +111,11 @@ def generate(
     if output is not None:
         check_new(output, "--output")
     with _loaded(adapter, prompt_template, device, precision) as trained:
-        if system is not None:
+        _say_system(trained, system)
+        if system:
             requests = _with_system(trained, requests, system)
+        elif system is not None:
+            trained.prompts.system = None
         # Token by token only for somebody who watches; a pipe or a file gets whole answers.
         if sys.stdout.isatty() and len(requests) == 1 and not as_json and output is None:
             _stream(trained, requests, decoding, names)
@@ -156,6 +162,7 @@ def chat(
     with _loaded(adapter, prompt_template, device, precision) as trained:
         screen = Screen(SafeConsole(highlight=False))
         screen.say(_title(trained), style="bold")
+        _say_system(trained, system)
         with _named("--system"):
             talk = Chat(trained, decoding, screen, compare=compare, base_alone=base_alone, system=system)
         talk.run()
@@ -166,20 +173,27 @@ def _check_who_answers(*, compare: bool, base_alone: bool) -> None:
         raise UserInputError("--compare: cannot be combined with --base-alone. Keep one.")
 
 
-def _requests(prompts: Sequence[str], file: str | None) -> list[Request]:
-    """Return the prompts from the arguments, a file, or standard input."""
-    from ..generation.requests import requests_of_file, requests_of_stdin, requests_of_texts
+def _requests(prompts: Sequence[str], file: str | None, adapter: AdapterFolder) -> list[Request]:
+    """Return the prompts from the arguments, a file (by the adapter's names of columns), or standard input."""
+    from ..generation.requests import Names, requests_of_file, requests_of_stdin, requests_of_texts
 
     if file is not None:
         if prompts:
             raise UserInputError("--file: cannot be combined with PROMPT. Keep one.")
-        return requests_of_file(file)
+        data = adapter.recipe.data if adapter.recipe else None
+        return requests_of_file(file, Names(data.columns, data.roles) if data else Names())
     # Without a prompt, what is piped in is one; at a terminal the program would seem to hang, waiting for input.
     if list(prompts) == ["-"] or (not prompts and not sys.stdin.isatty()):
         return requests_of_stdin()
     if not prompts:
         raise UserInputError("PROMPT: none given. Write it after DIR, pipe it in, or give --file. To talk: chat DIR.")
     return requests_of_texts(prompts)
+
+
+def _say_system(trained: Trained, stated: str | None) -> None:
+    """Say that requests get the training's system message: they are asked as rows without one were trained."""
+    if stated is None and trained.prompts.system is not None:
+        say("system message: the run's own, data.system_prompt. --system TEXT sets another, --system '' none.")
 
 
 def _with_system(trained: Trained, requests: list[Request], system: str) -> list[Request]:

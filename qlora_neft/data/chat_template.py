@@ -132,8 +132,7 @@ class ChatTemplate:
         marks = {"off prompt"} if any(not t.is_prompted for s in found if s.given is None for t in s.turns) else set()
         marks |= {"unended"} if any(self._never_ends(*turn) for turn in turns) else set()
         marks |= {"doubled"} if self._doubles(messages, numbers) else set()
-        said = f"{', '.join(left_out)} not in the text" if left_out else ""
-        return Rendered(tuple(sequence.pieces() for sequence in found), said, frozenset(marks))
+        return Rendered(tuple(sequence.pieces() for sequence in found), ", ".join(left_out), frozenset(marks))
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
         """Return the text of a conversation up to where the next assistant turn begins.

@@ -65,6 +65,7 @@ SHAPES = (
 )
 # What a path's last part may be in place of a field's name: the place in a list.
 NUMBER = re.compile(r"\d+")
+ASKING = ("instruction", "prompt", "messages", "conversations")  # columns of ours that hold a request
 COLUMNS_NAMED, LONGEST_NAME = 20, 40  # in messages
 
 
@@ -117,6 +118,28 @@ def plain_columns(format: str) -> Columns:
     # OpenAI's messages in ShareGPT's column, as some data sets have them.
     ours = (*ours, "conversations") if format == "messages" else ours
     return Columns(format, {name: (name,) for name in ours})
+
+
+def in_our_names(row: Mapping[str, Any], stated: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return a row that need not have all columns, such as a request without its response, under our names.
+
+    Args:
+        row: Values by the names of columns.
+        stated: ``data.columns``. Of a row without any column of ours, those of a published data set are known too.
+    """
+    named = {str(name).strip(): value for name, value in row.items()}
+    paths = {ours: _path(theirs, list(named)) for theirs, ours in stated.items() if ours is not None}
+    given = {ours: _at(named, path) for ours, path in paths.items() if path is not None}
+    kept = {name: value for name, value in named.items() if stated.get(name, name) == name}
+    found = {**kept, **{ours: value for ours, value in given.items() if value is not None}}
+    folded = {name.casefold(): value for name, value in found.items() if value is not None}
+    if found.keys().isdisjoint(ASKING):
+        known = ({ours: folded[name] for name, ours in s.columns.items() if name in folded} for s in SHAPES)
+        found |= next((theirs for theirs in known if not theirs.keys().isdisjoint(ASKING)), {})
+    for ours, others in [pair for columns in OPTIONAL_COLUMNS.values() for pair in columns.items()]:
+        values = [folded[name] for name in others if name in folded]
+        found |= {ours: values[0]} if values and found.get(ours) is None else {}
+    return found
 
 
 def find_columns(

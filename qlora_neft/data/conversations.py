@@ -7,7 +7,18 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .examples import BadRow, Dialogue, EmptyRow
-from .messages import MARKED_OTHERS, NOTHING, THOUGHT, Read, is_message, joined, read_message, with_thought
+from .messages import (
+    MARKED_OTHERS,
+    NOTHING,
+    SPARED_OTHERS,
+    SPEAKERS,
+    THOUGHT,
+    Read,
+    is_message,
+    joined,
+    read_message,
+    with_thought,
+)
 from .tool_calls import read_tools
 from .values import from_json, is_blank, shown, text_of
 
@@ -79,6 +90,16 @@ def speaks_openai(rows: Iterable[Mapping[str, Any]], column: str) -> bool:
     return any("role" in turn and turn.get("from") is None for turn in turns)
 
 
+def speakers_of(value: Any, roles: Mapping[str, str]) -> set[str]:
+    """Return who speaks in the turns of a column, in our names; nobody if it holds no turns."""
+    try:
+        said = [turn.get("role") or turn.get("from") for turn in turns_of(value, "")]
+    except BadRow:
+        return set()
+    names = [name for name in said if isinstance(name, str)]
+    return {role for name in names if (role := roles.get(name) or SPEAKERS.get(name.strip().lower()))}
+
+
 def turns_of(value: Any, column: str) -> list[Mapping[str, Any]]:
     """Return the turns in a column: a list of objects, or JSON text of one.
 
@@ -89,6 +110,7 @@ def turns_of(value: Any, column: str) -> list[Mapping[str, Any]]:
     # A cell of a CSV file is text.
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = from_json(value, column)
+    value = _as_list(value)
     if not isinstance(value, list | tuple):
         raise BadRow(f"{column} is {shown(value)}, not a list of turns")
     for number, turn in enumerate(value, start=1):
@@ -107,6 +129,19 @@ def are_turns(value: Any) -> bool:
         except BadRow:
             return False
     return isinstance(value, list | tuple) and bool(value) and all(map(is_message, value))
+
+
+def _as_list(value: Any) -> Any:
+    """Return turns that are stored field by field, as `datasets` stores a sequence of objects, one by one."""
+    if not isinstance(value, Mapping) or not value:
+        return value
+    fields = {name: column for name, column in value.items() if column is not None}
+    if not all(isinstance(column, list | tuple) for column in fields.values()):
+        return value
+    lengths = {len(column) for column in fields.values()}
+    return (
+        [{name: column[i] for name, column in fields.items()} for i in range(*lengths)] if len(lengths) == 1 else value
+    )
 
 
 def _unpaired(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -187,8 +222,9 @@ def _conversation(
         trained = tuple(read.trained is not False for read in kept)
         if not any(flag for flag, read in zip(trained, kept, strict=True) if read.message["role"] == "assistant"):
             raise EmptyRow("has no response that is trained, by its own marks")
-        marked = any(read.trained for read in kept if read.message["role"] != "assistant")
-        marks = frozenset({MARKED_OTHERS}) if marked else marks
+        others = {read.trained for read in kept if read.message["role"] != "assistant"}
+        names = {True: MARKED_OTHERS, False: SPARED_OTHERS}
+        marks = frozenset(name for flag, name in names.items() if flag in others)
     return Conversation(
         Dialogue(tuple(read.message for read in kept), tools, trained),
         count - len(kept),

@@ -8,9 +8,17 @@ from typing import Any
 
 from ..errors import UserInputError
 from .columns import Columns, find_columns, plain_columns
-from .conversations import Conversation, are_turns, read_conversation, read_prompted, speaks_openai
+from .conversations import (
+    Conversation,
+    are_turns,
+    read_conversation,
+    read_prompted,
+    speakers_of,
+    speaks_openai,
+)
 from .examples import BadRow, Dialogue, EmptyRow, Example, Instruction, Passage, as_dialogue
-from .messages import REASONING
+from .messages import CALL, REASONING, THOUGHT
+from .tool_calls import read_tools
 from .values import from_json, is_blank, shown, text_of
 
 # What makes a row of Alpaca's form a conversation, which Alpaca's own prompt has no place for.
@@ -47,12 +55,14 @@ class RowReader:
         system_prompt: System message of the rows that have none: ``data.system_prompt``.
         conversation: The template of conversations, if rows of a format whose own template has no place for them are
             conversations: ``vicuna``, or ``chat`` for messages; None if they are not.
+        beyond: What rows have that only chat templates have a place for, in words; empty if nothing.
     """
 
     columns: Columns
     roles: Mapping[str, str] = field(default_factory=dict)
     system_prompt: str | None = None
     conversation: str | None = None
+    beyond: str = ""
 
     @property
     def format(self) -> str:
@@ -113,7 +123,27 @@ def row_reader(
     if system_prompt is not None and found.format == "text":
         raise UserInputError("data.system_prompt: plain text has no place for a system message. Remove it.")
     values = [found.of(row) for row in rows]
-    return RowReader(found, dict(roles or {}), system_prompt, _conversation(found.format, values, system_prompt))
+    converse = _conversation(found.format, values, system_prompt)
+    return RowReader(found, dict(roles or {}), system_prompt, converse, _beyond(found.format, values, roles or {}))
+
+
+def _beyond(format: str, rows: Sequence[Mapping[str, Any]], roles: Mapping[str, str]) -> str:
+    """Return what rows have that Alpaca's and Vicuna's prompts have no place for: tools, calls or thoughts."""
+    if format == "alpaca":
+        return "thoughts" if any(not is_blank(row.get("reasoning")) for row in rows) else ""
+    if format != "sharegpt":  # messages are rendered by a chat template as it is
+        return ""
+    if any(_describes(row.get("tools")) for row in rows):
+        return "tools"
+    said = {speaker for row in rows for speaker in speakers_of(row.get("conversations"), roles)}
+    return "calls" if said & {CALL, "tool"} else "thoughts" if THOUGHT in said else ""
+
+
+def _describes(tools: Any) -> bool:
+    try:
+        return read_tools(tools) is not None
+    except (BadRow, RecursionError):  # said of the row
+        return False
 
 
 def _conversation(format: str, rows: Sequence[Mapping[str, Any]], system_prompt: str | None) -> str | None:

@@ -28,13 +28,14 @@ SUSPICIOUS = {
     "cut apart": "in {n} a token would reach from prompt into response; the two are tokenized apart: {p}.",
     "space": "in {n} the space that ends the prompt is trained as the response's first: {p}.",
     "across": "in {n} a token reaches from prompt into response, and is not trained: {p}.",
-    "not doubled": "{n} with the begin or end token in the text already, which is not added again: {p}.",
-    "doubled": "{n} in which a message spells a begin or end token beside that of the chat template: {p}.",
-    "left out": "{n} of which the chat template leaves something out, so it is not in the context: {p}.",
-    "off prompt": "in {n} a response stands behind other text than the prompt of generation: {p}.",
-    "unended": "in {n} a response ends with no token that ends generation: {p}.",
+    "not doubled": "in {n} the text has its begin or end token already, which is not added again: {p}.",
+    "doubled": "in {n} a message spells a begin or end token, and the chat template writes another: {p}.",
+    "left out": "in {n} the chat template leaves out a part of what a response answers: {p}.",
+    "off prompt": "in {n} a response stands behind another text than it will in generation: {p}.",
+    "unended": "in {n} a response ends without a token that stops generation: {p}.",
     "prompt cut": "in {n} the prompt is cut at data.max_prompt_length: {p}.",
-    "marked others": "in {n} a message that is not the assistant's is marked as trained, and is not: {p}.",
+    "marked others": "in {n} a message that is not the assistant's is marked as trained, which has no effect: {p}.",
+    "spared others": "in {n} a message that is not the assistant's is marked as not trained; as a prompt it is: {p}.",
     "duplicate": "{n} repeated: {p}.",
 }
 
@@ -198,14 +199,25 @@ def _not_rows(tally: Tally, section: Data, key: str) -> str | None:
     bad = tally.finding(BAD)
     if not bad.count:
         return None
-    return f"{key}: {_of(bad.count, tally)} cannot be read: {bad}. {_mended(section)}"
+    remedy = _sentence(_done("fix or remove them", section, key))
+    return f"{key}: {_of(bad.count, tally)} cannot be read: {bad}. {remedy}"
 
 
-def _mended(section: Data) -> str:
-    if not all(map(is_data_on_the_hub, section.paths)):
-        return "Fix or remove them."
-    # Nobody can do that to somebody else's dataset.
-    return "Save the dataset to a file, fix or remove them there, and name the file in data.path."
+def _done(what: str, section: Data, key: str) -> str:
+    """Return what can be done about rows, where it can be: nobody changes somebody else's dataset on the Hub."""
+    name = "data.eval_path" if key.startswith("data.eval") and section.eval_path else "data.path"
+    held_out = [section.eval_path or section.path] if key.startswith("data.eval") else None
+    paths = held_out or [section.path, *(source.path for source in section.mixture)]
+    on_the_hub = [path for path in paths if is_data_on_the_hub(path)]
+    if not on_the_hub:
+        return what
+    if len(on_the_hub) == len(paths):
+        return f"{what} in a copy (save the dataset to a file, and name it in {name})"
+    return f"{what} (of data from the Hub, in a copy: save it to a file, and name that instead)"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _nothing_to_learn(tally: Tally, section: Data, key: str) -> str | None:
@@ -222,7 +234,8 @@ def _only_the_end(tally: Tally, section: Data, key: str) -> str | None:
     return (
         f"{key}: in {_of(only_end.count, tally)} no token of the response is trained but the one that ends it: "
         f"{only_end}. Let no token hold both the end of the prompt and all of the response: move the space between "
-        "them from the prompt to the response, or set another data.prompt_template; or remove them."
+        f"them from the prompt to the response, or set another data.prompt_template; or "
+        f"{_done('remove them', section, key)}."
     )
 
 
@@ -241,14 +254,14 @@ def _left_out(tally: Tally, section: Data, key: str) -> str | None:
     parts = [f"{_of(finding.count, tally)} {said}: {finding}" for finding, said in found if finding.count]
     # Only what would help with the kinds of rows that were found.
     remedies = ["raise data.max_length"] * bool(tally.finding(NO_ROOM).count)
-    remedies += ["choose another data.prompt_template"] * bool(tally.finding(UNFIT).count) + ["remove them"]
+    remedies += ["choose another data.prompt_template"] * bool(tally.finding(UNFIT).count)
+    remedies.append(_done("remove them", section, key))
     if tally.sequences:
         allowed = _rounded_up(_share(tally.num_dropped(), tally))
         remedies.append(f"leave out so many with data.max_dropped_fraction={allowed}")
-    remedy = ", or ".join(remedies)
     return (
         f"{key}: {'. '.join(parts)}; more than data.max_dropped_fraction={section.max_dropped_fraction:g} of all. "
-        f"{remedy[0].upper()}{remedy[1:]}."
+        f"{_sentence(', or '.join(remedies))}"
     )
 
 
@@ -267,13 +280,14 @@ def _no_end(tally: Tally, section: Data, key: str) -> str | None:
 
 
 def _repeated(tally: Tally, section: Data, key: str) -> str | None:
-    repeated = tally.finding("duplicate")
+    repeated, remedy = tally.finding("duplicate"), _done("remove them", section, key)
     if not repeated.count or _share(repeated.count, tally) <= section.max_duplicate_fraction:
         return None
     return (
         f"{key}: {_of(repeated.count, tally)} ({_percent(repeated.count, tally)}) repeated, more than "
-        f"data.max_duplicate_fraction={section.max_duplicate_fraction:g}: {repeated}. Remove them, or "
-        "raise it; to use data several times on purpose there are train.num_train_epochs and data.weight."
+        f"data.max_duplicate_fraction={section.max_duplicate_fraction:g}: {repeated}. "
+        f"{remedy[0].upper()}{remedy[1:]}, or raise it; to use data several times on purpose there are "
+        "train.num_train_epochs and data.weight."
     )
 
 

@@ -15,7 +15,7 @@ from .templates import read_jinja
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PREPARATION = 5  # of this package's own preparation; raise it when the same rows would give other sequences
+PREPARATION = 6  # of this package's own preparation; raise it when the same rows would give other sequences
 # Another version of these may cut the same text into other tokens, or render it otherwise.
 CUTTERS = ("tokenizers", "transformers", "jinja2")
 _NAMES = {"model": "vocabulary", "added_tokens": "added tokens"}

@@ -50,6 +50,7 @@ NOT_PASSED_ON = READ_KEYS - {"name", "tool_call_id"}
 MARKING_KEYS = frozenset((*LOSS_KEYS, *DETAIL_KEYS))
 NOTHING: frozenset[str] = frozenset()
 MARKED_OTHERS = "marked others"  # a message of another role than the assistant's is marked as trained
+SPARED_OTHERS = "spared others"  # or as not trained
 
 
 @dataclass(slots=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,24 +17,22 @@ from ..errors import RunFailed
 from ..paths import JINJA_SUFFIXES, shown_path
 from ..recipe.schema import Data
 from . import store
-from .columns import plain_columns
-from .formats import RowReader, row_reader
 from .gate import DataRefused, Tally
 from .identity import fingerprint, special_tokens, templates, tokenizer_parts
 from .parallel import map_rows
-from .reading import read_rows, source_fingerprint
+from .reading import source_fingerprint
 from .report import DataReport, data_report
-from .sources import Row, Source, held_out_sources, row_size, training_sources
+from .source_facts import NotUsed, check_kwargs, chosen_template, facts_of, with_reader
+from .sources import Source, held_out_sources, row_size, training_sources
 from .store import SequenceWriter, SourceFacts, State, read_sequences
 from .template_date import reads_date, written
-from .templates import Template, read_jinja, resolve_template
+from .templates import read_jinja
 from .worker import Outcome, RowWorker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAIN, EVAL = "train.arrow", "eval.arrow"
-HEAD = 1000  # rows by which a format is recognized
 # The keys that decide how a row becomes sequences. With the sources they make the cache key: the other keys of the
 # section only say what the gate lets through, and changing them prepares nothing again.
 SEQUENCE_KEYS = (
@@ -244,6 +241,7 @@ class _Preparation:
             compares = self.section.has_eval_rows
             train = Part(SequenceWriter(folder / TRAIN, weighted=weighted), compares)
             held_out = Part(SequenceWriter(folder / EVAL, weighted=weighted), compares) if compares else None
+            check_kwargs([*sources, *eval_sources], self.tokenizer, self.section, streaming=self.streaming)
             found = self._read(sources, train, held_out if self.section.eval_fraction is not None else None)
             found_eval = self._read(eval_sources, held_out) if held_out is not None else []
             for part in (train, held_out):
@@ -284,12 +282,12 @@ class _Preparation:
         """
         found: list[SourceFacts] = []
         for index, source in enumerate(sources):
-            reader, rows = _with_reader(source, streaming=self.streaming)
+            reader, rows = with_reader(source, streaming=self.streaming)
             # A worker for each source, since the format and the template may differ.
-            template = reader.template(source.prompt_template)
+            template = chosen_template(source.prompt_template, reader, self.tokenizer, self.section)
             worker = RowWorker(self.tokenizer, reader.format, template, self.section, self.now, reader)
             prefix = f"{Path(source.path).name}, " if len(sources) > 1 else ""
-            count, unused = 0, _NotUsed()
+            count, unused = 0, NotUsed()
             for outcomes in map_rows(worker, rows, self.num_proc, row_size):
                 # ``held_out`` is given only if it gets a share of these rows; otherwise none of them is held out.
                 share = self.section.eval_fraction if held_out is not None else None
@@ -301,34 +299,8 @@ class _Preparation:
                 unused.add(outcomes)
                 if self.progress:
                     self.progress(len(outcomes))
-            found.append(_facts(source, reader, count, worker.template, unused))
+            found.append(facts_of(source, reader, template, count, worker.template, unused))
         return found
-
-
-def _with_reader(source: Source, *, streaming: bool) -> tuple[RowReader, Iterator[Row]]:
-    """Return how a source's rows are read, as the recipe says or as the first of them show, and all rows."""
-    rows = read_rows(source, streaming=streaming)
-    head = list(islice(rows, HEAD))
-    readable = [row.values for row in head if row.values is not None]
-    if readable:
-        said = (source.format, source.columns, source.roles, source.system_prompt)
-        return row_reader(readable, *said, source.key, source.path), chain(head, rows)
-    # If no row can be read, any format will do: each row reports what is wrong with it.
-    return RowReader(plain_columns("text" if source.format == "auto" else source.format)), chain(head, rows)
-
-
-@dataclass
-class _NotUsed:
-    """Columns of a source, and keys of its messages, that nothing is read from."""
-
-    columns: set[str] = field(default_factory=set)
-    keys: set[str] = field(default_factory=set)
-
-    def add(self, outcomes: Sequence[Outcome]) -> None:
-        """Add those of some rows."""
-        for outcome in outcomes:
-            self.columns |= outcome.columns_not_used
-            self.keys |= outcome.keys_not_used
 
 
 def _divided(
@@ -359,22 +331,6 @@ def unit_interval(digest: bytes) -> float:
     machine, in any order and among any other rows, and exact duplicates are never on both sides.
     """
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def _facts(source: Source, reader: RowReader, rows: int, template: Template, unused: _NotUsed) -> SourceFacts:
-    return {
-        "path": shown_path(source.path),
-        "rows": rows,
-        "format": reader.format,
-        "prompt_template": resolve_template(reader.template(source.prompt_template), reader.format),
-        "weight": source.weight,
-        "end": template.end,
-        "end_of_call": template.end_of_call,
-        "lacks_begin": template.lacks_begin,
-        "shape": reader.columns.shape,
-        "columns_not_used": sorted(unused.columns),
-        "keys_not_used": sorted(unused.keys),
-    }
 
 
 @dataclass

@@ -73,7 +73,7 @@ def held_out_sources(section: Data, key: str = "data.path") -> list[Source]:
         # Revision and files are those of ``section.path``, another dataset.
         return [replace(own, path=path, split=split, revision=None, data_files=None, name=None, key="data.eval_path")]
     if section.eval_split is not None:
-        return [replace(own, split=section.eval_split)]
+        return [replace(own, split=section.eval_split, key="data.eval_split")]
     return []
 
 

@@ -22,6 +22,7 @@ from .cut import cut_parts, cut_to_length, split_into_chunks
 from .encode import Encoded, Encoder
 from .examples import BadRow, Dialogue, EmptyRow, Example, Piece, Rendered, content_hash, prompt_hash
 from .formats import RowRead, RowReader
+from .messages import MARKED_OTHERS, SPARED_OTHERS
 from .shorten import is_long
 from .sources import Row
 from .templates import make_template
@@ -182,7 +183,9 @@ class RowWorker:
             return _left_out(row, ONLY_END, "only the end token of the response would be trained")
         marks |= {"replacement"} if "\ufffd" in text else set()
         sequences = tuple(self._weighted(sequence) for sequence, _ in kept)
-        marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed} | rendered.marks | read.read.marks
+        marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed} | rendered.marks
+        # What a row says of messages that are not the assistant's counts only against what the recipe does with them.
+        marks |= read.read.marks - {MARKED_OTHERS if self._prompt_weight else SPARED_OTHERS}
         # Of a row without its middle, the number of tokens is not known.
         most = self.encoder.most
         is_short = most is None or not any(is_long(pieces, most) for pieces in rendered.sequences)

@@ -48,7 +48,7 @@ class Chat:
         screen: Where the user types and reads.
         compare: Show the base's answers next to the adapter's, each with its own history.
         base_alone: Talk to the base without the adapter.
-        system: A system message.
+        system: A system message; None for that of the training, if there was one, and an empty text for none.
 
     Raises:
         UserInputError: If the template has no place for the system message.
@@ -69,6 +69,7 @@ class Chat:
         # An answer's share of the context is max_new_tokens, but at most a quarter, so that a prompt fits beside it.
         context = context_of(trained.model)
         max_prompt_tokens = context - min(decoding.max_new_tokens, context // 4)
+        system = trained.prompts.system if system is None else system or None
         self.conversations = {name: Conversation(trained.prompts, max_prompt_tokens, system) for name in names}
         self._num_asked = 0
         self._saved = SavedChat()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..adapter.prompts import SYSTEM_ROLES
+from ..data.columns import in_our_names, plain_columns
 from ..data.conversations import turns_of
 from ..data.examples import BadRow, Dialogue, Example, Instruction, Message, as_dialogue
-from ..data.formats import to_example
+from ..data.formats import RowReader
 from ..data.messages import CALL, LOSS_KEYS, SPEAKERS
 from ..data.read_local import file_rows
 from ..errors import UserInputError
@@ -18,6 +20,7 @@ from ..paths import TABLE_KINDS, TEXT_KINDS, data_kind
 
 STDIN = "-"
 MAX_PROBLEMS = 10  # named per file
+NO_ROLES: Mapping[str, str] = {}
 PLACEHOLDER = "?"  # stands in for the response, which a prompt lacks and a row of data must have
 
 
@@ -36,8 +39,7 @@ class Request:
     def with_system(self, system: str) -> Request:
         """Return the request with a system message, unless it has its own."""
         messages = self.messages
-        # developer: OpenAI's newer name for the same role.
-        if messages[0]["role"] in ("system", "developer"):
+        if messages[0]["role"] in SYSTEM_ROLES:
             return self
         tools = self.example.tools if isinstance(self.example, Dialogue) else None
         return Request(Dialogue(({"role": "system", "content": system}, *messages), tools), self.place)
@@ -77,13 +79,27 @@ def requests_of_stdin() -> list[Request]:
     return _all_good([_request({"prompt": _text_of(STDIN).removesuffix("\n")}, "PROMPT (standard input)")])
 
 
-def requests_of_file(name: str) -> list[Request]:
+@dataclass(frozen=True)
+class Names:
+    """What the user's names mean in rows: the ``data`` section of the run that is asked.
+
+    Attributes:
+        columns: Names of columns, to ours.
+        roles: Names of speakers, to ours.
+    """
+
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+
+def requests_of_file(name: str, names: Names = Names()) -> list[Request]:
     """Read the requests in a file.
 
     Args:
         name: A ``.txt`` file or ``-`` (standard input) with one prompt per line; or ``.jsonl``, ``.json``, ``.csv`` or
             ``.parquet`` rows with ``prompt``, or ``instruction`` (and ``input``), or ``messages``. A row that has a
             response is a request for it.
+        names: What columns and speakers mean that have other names.
 
     Raises:
         UserInputError: If there is no such file, or it holds anything but prompts; the message names the lines.
@@ -95,13 +111,16 @@ def requests_of_file(name: str) -> list[Request]:
     if name != STDIN and not Path(name).expanduser().is_file():
         raise UserInputError(f"--file: no file at {name!r}. Paths are relative to the current directory.")
     # Problems are collected, not raised, so that one message names all bad lines.
-    found = _of_rows(name) if is_data else _of_lines(name)
+    found = _of_rows(name, names) if is_data else _of_lines(name)
     return _all_good(list(found), f"--file: {name!r}, ")
 
 
-def _of_rows(name: str) -> Iterator[Request | str]:
+def _of_rows(name: str, names: Names) -> Iterator[Request | str]:
     for row in file_rows(Path(name).expanduser(), "--file"):
-        yield f"{row.place} {row.problem}" if row.values is None else _request(row.values, row.place)
+        if row.values is None:
+            yield f"{row.place} {row.problem}"
+        else:
+            yield _request(in_our_names(row.values, names.columns), row.place, names.roles)
 
 
 def _of_lines(name: str) -> Iterator[Request | str]:
@@ -121,10 +140,10 @@ def _text_of(name: str) -> str:
         raise UserInputError(f"{what} cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
-def _request(row: Mapping[str, Any], place: str) -> Request | str:
+def _request(row: Mapping[str, Any], place: str, roles: Mapping[str, str] = NO_ROLES) -> Request | str:
     """Return a row's request, or a line on what is wrong with it."""
     try:
-        example = _example(row)
+        example = _example(row, roles)
         if not as_dialogue(example).messages[0]["content"].strip():
             return f"{place} is blank"
     except BadRow as error:
@@ -132,7 +151,7 @@ def _request(row: Mapping[str, Any], place: str) -> Request | str:
     return Request(example, place)
 
 
-def _example(row: Mapping[str, Any]) -> Example:
+def _example(row: Mapping[str, Any], roles: Mapping[str, str]) -> Example:
     """Return a row as an example; one that has no response gets a placeholder.
 
     Raises:
@@ -143,12 +162,12 @@ def _example(row: Mapping[str, Any]) -> Example:
         row = {"messages": row["prompt"], "tools": row.get("tools")}
     for column, format in (("messages", "messages"), ("conversations", "sharegpt")):
         if row.get(column) is not None:
-            return _conversation(row, column, format)
+            return _conversation(row, column, format, roles)
     if row.get("prompt") is not None:
         kept = {name: row[name] for name in ("prompt", "system") if row.get(name) is not None}
-        return _without_placeholder(to_example({**kept, "completion": PLACEHOLDER}, "prompt-completion")[0])
+        return _without_placeholder(_read({**kept, "completion": PLACEHOLDER}, "prompt-completion"))
     if row.get("instruction") is not None:
-        return _without_placeholder(to_example({**row, "output": PLACEHOLDER}, "alpaca")[0])
+        return _without_placeholder(_read({**row, "output": PLACEHOLDER}, "alpaca"))
     names = ", ".join(sorted(map(str, row)))[:200] or "none"
     raise BadRow(f"needs prompt, or instruction, or messages; its fields are {names}")
 
@@ -158,7 +177,11 @@ def _without_placeholder(example: Example) -> Example:
     return Dialogue(example.messages[:-1], example.tools) if isinstance(example, Dialogue) else example
 
 
-def _conversation(row: Mapping[str, Any], column: str, format: str) -> Dialogue:
+def _read(row: Mapping[str, Any], format: str, roles: Mapping[str, str] = NO_ROLES) -> Example:
+    return RowReader(plain_columns(format), roles).read(row).example
+
+
+def _conversation(row: Mapping[str, Any], column: str, format: str, roles: Mapping[str, str]) -> Dialogue:
     """Return a conversation without its last response, or all of it if it ends with a request."""
     # What training makes of single turns is of no matter here.
     turns = [{key: turn[key] for key in turn if key not in LOSS_KEYS} for turn in turns_of(row[column], column)]
@@ -167,10 +190,10 @@ def _conversation(row: Mapping[str, Any], column: str, format: str) -> Dialogue:
         format = "messages"
     role, text = ("from", "value") if format == "sharegpt" else ("role", "content")
     # The formats of training data demand a response; a placeholder lets their checks run on the rest.
-    if SPEAKERS.get(str(turns[-1].get(role)).lower()) not in ("assistant", CALL):
+    last = str(turns[-1].get(role))
+    if (roles.get(last) or SPEAKERS.get(last.lower())) not in ("assistant", CALL):
         turns.append({role: "assistant", text: PLACEHOLDER})
-    row = {**row, column: turns}
-    example, _ = to_example(row, format)
+    example = _read({**row, column: turns}, format, roles)
     assert isinstance(example, Dialogue)  # as both formats give
     asked = example.messages[:-1]
     # The result of a tool is answered as a request is.

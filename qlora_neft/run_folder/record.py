@@ -201,6 +201,7 @@ class DataSource(Record):
     weight: float | None = None
     end: str | None = None
     end_of_call: str | None = None
+    lacks_begin: str | None = None
     columns_not_used: list[str] = []
     keys_not_used: list[str] = []
     shape: str | None = None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from ..base.config import stored_config
 from ..data.identity import special_tokens, templates, tokenizer_parts, versions
@@ -13,7 +16,7 @@ from ..data.sources import held_out_sources, training_sources
 from ..files import read_json
 from ..recipe import Recipe
 from ..run_folder.record import RUN_FILE, SUMMARY_FILE, RunFile, RunIdentity
-from .build import model_path
+from .build import Run, data_of, model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -38,6 +41,22 @@ def run_identity(base: RunIdentity, data: PreparedData) -> RunIdentity:
     train = data.report["train"]
     found = {"tokens": train["tokens_sha256"], "rows": train["sha256"], "templates": data.templates, "now": data.now}
     return base.model_copy(update=found)
+
+
+def with_first_ranks_date(run: Run) -> Run:
+    """Return a run whose templates write the date that the first rank's do: ranks may begin on two sides of midnight.
+
+    Called by every rank, once there is a process group.
+    """
+    if run.data.now is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return run
+    moments: list[Any] = [run.data.now]
+    torch.distributed.broadcast_object_list(moments)
+    if moments == [run.data.now]:
+        return run
+    # On one day it is found in the cache.
+    data = data_of(run.recipe, run.tokenizer, now=datetime.fromisoformat(moments[0]))
+    return replace(run, data=data, identity=run_identity(run.identity, data))
 
 
 def moment_of(run: RunFile | None) -> datetime | None:

@@ -58,7 +58,7 @@ from ..trainer.router_loss import check_router_loss
 from ..trainer.when_to_save import WhenToSave
 from .build import Run, command_to_continue, data_of, model_path, policy_of
 from .build_trainer import trainer_of
-from .identity import base_identity, moment_of, run_identity
+from .identity import base_identity, moment_of, run_identity, with_first_ranks_date
 from .measure import ANSWERS_SHOWN, Measurement, measure
 from .plan import is_main_process, plan_of
 from .push import pushing, ready_to_push
@@ -143,7 +143,7 @@ def run(
         check_vocabulary(config, data.largest_token_id)
         plan = plan_of(recipe, policy, data, config)
         decided = Run(recipe, output_dir, console, started, policy, config, tokenizer, data, plan, identity)
-        decided = rehearse(decided)
+        decided = with_first_ranks_date(rehearse(decided))
         say(console, _lines_before(decided))
         if dry_run:
             return facts_of_run(decided)
@@ -155,8 +155,8 @@ def run(
             beginning = find_beginning(output_dir, recipe, resume)  # again: now the folder is ours alone
             if beginning.finished:  # by another process in the meantime
                 return _finished(output_dir, beginning, console)
-            check_base(beginning.earlier, identity)
-            check_tokens(beginning.earlier, identity, data_sha256(data))
+            check_base(beginning.earlier, decided.identity)
+            check_tokens(beginning.earlier, decided.identity, data_sha256(decided.data))
             trainer = trainer_of(decided, trainer_class)
             with pushing(pusher, trainer):
                 return _train_and_measure(decided, trainer, beginning, stop, notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ def recipe_data(
 def other_data(trained: Trained, path: str) -> PreparedData:
     """Return the sequences of another data file or Hub dataset, in a run's own template and length."""
     section = _like_the_runs(trained.folder, path, trained.prompts.name)
-    return prepare_data(trained.tokenizer, section, key="--data", refuse=False)
+    moment = moment_in(trained.folder.path)
+    return prepare_data(trained.tokenizer, section, key="--data", refuse=False, now=moment)
 
 
 def proof_rows(
@@ -76,14 +78,14 @@ def proof_rows(
         # A Jinja file of the user's was saved as the tokenizer's chat template; the recorded path may be gone.
         own = "chat" if template.endswith(JINJA_SUFFIXES) else "auto" if template == "none" else template
         section = _like_the_runs(folder, path, own)
-        found = prepare_data(tokenizer, section, key="--proof-data", refuse=False).train
+        found = prepare_data(tokenizer, section, key="--proof-data", refuse=False, now=moment_in(folder.path)).train
         return ProofRows(_first(found, count), public_path(path))
     remedy = "Give rows like those it was trained on with --proof-data FILE, or merge unproven with --no-proof."
     if folder.recipe is None:
         raise UserInputError(f"{folder.source}: no recipe.yaml says what it was trained on. {remedy}")
     try:
         recipe = Recipe.model_validate(folder.recipe.to_dict())  # an incomplete record is refused here, with the key
-        found, origin = _own_rows(recipe, tokenizer)
+        found, origin = _own_rows(recipe, tokenizer, moment_in(folder.path))
         return ProofRows(_first(found, count), origin)
     except (ValidationError, UserInputError) as error:
         raise UserInputError(
@@ -100,24 +102,26 @@ def _like_the_runs(folder: AdapterFolder, path: str, template: str) -> Data:
     return Data.model_construct(None, path=path, prompt_template=template, **kept)
 
 
-def _own_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, str]:
-    """Return the run's held-out rows, or its training rows without any, and where they are from."""
+def _own_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, now: datetime | None) -> tuple[Dataset, str]:
+    """Return the run's held-out rows, or its training rows without any, and where they are from.
+
+    Rendered by the date of the run, ``now``.
+    """
     data = recipe.data
     if data.eval_fraction is not None:
-        found = data_of(recipe, tokenizer, refuse=False).eval
+        found = data_of(recipe, tokenizer, refuse=False, now=now).eval
         assert found is not None  # a dataset even if the share comes to no row
         return found, f"held-out rows of {public_path(data.path)}"
     if not data.has_eval_rows:
-        return data_of(
-            recipe, tokenizer, refuse=False
-        ).train, f"training rows of {public_path(data.path)}, none are held out"
+        found = data_of(recipe, tokenizer, refuse=False, now=now).train
+        return found, f"training rows of {public_path(data.path)}, none are held out"
     # Prepare the held-out source alone: the training rows may be many.
     changes: dict[str, Any] = {"eval_path": None, "eval_split": None, "mixture": [], "weight": 1.0}
     if data.eval_path is not None:
         changes |= {"path": data.eval_path, "revision": None, "data_files": None, "name": None}
     changes["split"] = data.eval_split or "train"
     held_out = data.model_copy(update=changes)
-    found = data_of(recipe.model_copy(update={"data": held_out}), tokenizer, refuse=False).train
+    found = data_of(recipe.model_copy(update={"data": held_out}), tokenizer, refuse=False, now=now).train
     return found, f"held-out rows of {public_path(held_out.path)}"
 
 

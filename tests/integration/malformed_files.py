@@ -307,6 +307,7 @@ def no_rows(draw: random.Random) -> Files:
     """Objects over several lines."""
     yield Malformed(".json", json.dumps({"train": good(), "test": good()}, indent=1).encode(), "line 1")
     yield Malformed(".json", json.dumps(alpaca(1), indent=1).encode(), "line 1")
+    yield Malformed(".json", json.dumps({"data": alpaca(1), "version": 2}, indent=1).encode(), "line 1")
     yield Malformed(".jsonl", json.dumps(alpaca(1), indent=1).encode(), "line 1")
 
 

@@ -192,7 +192,8 @@ def test_a_checkpoint_is_exported_beside_itself(llama, tmp_path, monkeypatch):
     assert {path.name for path in folder.iterdir()} == FILES and adapter(folder) == adapter("out/checkpoint-12")
     summary = json.loads((folder / "training_summary.json").read_text())
     assert summary["checkpoint_step"] == 12 and summary["tokens_seen"] > 0 and "after" not in summary
-    assert set(summary["latest"]) == {"clean_train_loss", "held_out_loss"} and "(step 12)" in card
+    # The signal came in step 12, whose measurements are left out: they may outlast the grace period.
+    assert set(summary["latest"]) == {"clean_train_loss", "held_out_loss"} and "(step 8)" in card
 
 
 def test_a_template_of_the_users_is_published_as_the_tokenizers(run_dir):

@@ -15,15 +15,18 @@ from transformers import Gemma3TextConfig, GenerationConfig, GPTNeoXConfig, Llam
 
 from qlora_neft.adapter.load import load_trained
 from qlora_neft.adapter.prompts import Prompts
+from qlora_neft.data.examples import Dialogue, Instruction
 from qlora_neft.data.prepare import prepare_data
+from qlora_neft.errors import UserInputError
 from qlora_neft.generation.answers import questions
 from qlora_neft.generation.decode import Decoding, continuations, may_outrun_its_context
 from qlora_neft.generation.generate import generate
-from qlora_neft.generation.requests import requests_of_file, requests_of_texts
+from qlora_neft.generation.requests import Names, requests_of_file, requests_of_texts
 from qlora_neft.recipe.schema import Data
 
 TEXTS = [f"Repeat {n}" + " please" * (n % 4) for n in range(6)]
 SHORT = ("--max-new-tokens", "12")
+TURN = [{"role": "user", "content": "Go"}]
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -50,6 +53,10 @@ def asked(*arguments):
     code, stdout, stderr = invoke("generate", *arguments)
     assert code == 0, stderr
     return stdout
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def json_lines(*arguments):
@@ -221,6 +228,52 @@ def test_a_row_of_data_is_asked_as_it_was_trained(trained, folder, name):
         [question] = questions(data.train, tokenizer, 1, prompts.stop_token_ids)
         [request] = requests_of_file(str(path))
         assert prompts.ids_of_example(request.example) == question.prompt_ids
+
+
+NAMED = {"columns": {"ask": "instruction", "more.0": "input", "talk": "conversations"}, "roles": {"customer": "user"}}
+REQUESTS = [
+    ({"ask": "Go", "more": ["north"], "id": 1}, Instruction("Go", "north", "?")),
+    ({"question": "Two?", "answer": "2"}, Instruction("Two?", "", "?")),  # the shape of a published data set
+    ({"instruction": "Go", "context": "north", "response": "ok"}, Instruction("Go", "north", "?")),
+    ({"talk": [{"from": "customer", "value": "Go"}]}, Dialogue(({"role": "user", "content": "Go"},))),
+]
+
+
+def test_rows_in_the_names_of_the_run_are_asked(folder):
+    names = Names(**NAMED)
+    write_rows(folder / "p.jsonl", [row for row, _ in REQUESTS])
+    assert [request.example for request in requests_of_file("p.jsonl", names)] == [example for _, example in REQUESTS]
+    with pytest.raises(UserInputError, match=r"line 1: needs prompt, or instruction, or messages; its fields are ask"):
+        requests_of_file("p.jsonl")
+
+
+@pytest.fixture
+def hen(out, folder):
+    """A run whose rows had a system message, named columns and Vicuna's prompt."""
+    shutil.copytree(out, folder / "hen")
+    path = folder / "hen/recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["data"] |= {"prompt_template": "vicuna", "system_prompt": "Answer as a hen.", **NAMED}
+    path.write_text(yaml.safe_dump(recipe))
+    return "hen"
+
+
+def test_a_run_is_asked_with_its_own_system_message(hen, folder):
+    """A request without one is what a row without one was."""
+    write_rows(folder / "p.jsonl", [{"ask": "Go"}, {"messages": [{"role": "system", "content": "No."}, *TURN]}])
+    code, stdout, stderr = invoke("generate", hen, "--file", "p.jsonl", "--json", *SHORT)
+    assert code == 0 and "system message: the run's own, data.system_prompt" in stderr
+    own = [json.loads(line)["prompt_tokens"] for line in stdout.splitlines()]
+    code, stdout, stderr = invoke("generate", hen, "--file", "p.jsonl", "--json", *SHORT, "--system", "")
+    assert code == 0 and "system message" not in stderr
+    without = [json.loads(line)["prompt_tokens"] for line in stdout.splitlines()]
+    prompts = load_trained(hen, device="cpu", precision="fp32").prompts
+    asked_with = {
+        system: len(prompts.ids([*([{"role": "system", "content": system}] if system else []), *TURN]))
+        for system in ("Answer as a hen.", "No.", "")
+    }
+    assert own == [asked_with["Answer as a hen."], asked_with["No."]]
+    assert without == [asked_with[""], asked_with["No."]]
 
 
 def load_trained_tokenizer(trained):

@@ -29,8 +29,9 @@ def test_wrong_arguments_are_refused(out, folder, monkeypatch):
     assert refused("generate", out) == "PROMPT (standard input) is blank"
     assert "no such folder" in refused("generate", "./none", "Hi")
     assert refused("generate", out, "Hi", " ") == "PROMPT 2 is blank"
-    assert "must be alpaca, none, vicuna, chat or a .jinja file, got 'alpacca'" in refused(
-        "generate", out, "Hi", "--prompt-template", "alpacca"
+    assert (
+        "must be alpaca, alpaca-newline, alpaca-space, none, vicuna, chat or a .jinja file, got 'alpacca'"
+        in refused("generate", out, "Hi", "--prompt-template", "alpacca")
     )
     assert "--prompt-template" in refused("generate", out, "Hi", "--prompt-template", "none.jinja")
     assert "no effect without --sample" in refused("generate", out, "Hi", "--top-p", "0.5")

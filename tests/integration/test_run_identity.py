@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -15,18 +16,25 @@ from command_line import (
     TRAIN,
     adapter,
     copied,
+    cut,
     cut_off,
     invoke,
     logged,
+    make_workplace,
     never_stopped,
     refused,
 )
 from safetensors.torch import load_file, save_file
 
+from qlora_neft import load_recipe
+from qlora_neft.base.config import load_tokenizer
+from qlora_neft.data.store import cache_root
 from qlora_neft.errors import UserInputError
 from qlora_neft.files import sha256_of_file
 from qlora_neft.run_folder.contents import problems
 from qlora_neft.run_folder.lock import LOCK, run_lock
+from qlora_neft.runner.build import Run, data_of
+from qlora_neft.runner.identity import with_first_ranks_date
 
 OUT = Path("out")
 
@@ -110,6 +118,60 @@ def test_the_same_bytes_elsewhere_go_on(interrupted, llama):
     assert refused(*TRAIN, "data.path=moved/rows.jsonl", "data.max_duplicate_fraction=1").startswith(
         "data.path: the rows"
     )
+
+
+DATED = (
+    "{{ 'Today is ' + strftime_now('%d %b %Y') }}{% for m in messages %}<|{{ m.role }}|>{{ m.content + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_of_another_day_or_text_is_no_other_run_or_is_refused(llama, tmp_path, monkeypatch):
+    """The date is that of the run's beginning, also without a cache; another text is named by the same command."""
+    monkeypatch.chdir(make_workplace(tmp_path / "place", Path("base")))
+    template = copied(llama, Path("base")) / "chat_template.jinja"
+    template.write_text(DATED)
+    words = (*TRAIN, "data.prompt_template=chat")
+    cut(OUT, words[-1], step=2)
+    before = json.loads((OUT / "run.json").read_text())["identity"]
+    for path in cache_root().iterdir():
+        path.rename(tmp_path / path.name)
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(days=1)
+
+    monkeypatch.setattr("qlora_neft.data.prepare.datetime", Tomorrow)
+    code, _, stderr = invoke(*words, "--dry-run")
+    assert code == 0, stderr
+    for changed in (DATED.replace("Today is", "It is"), DATED.replace("endfor %}", "endfor %} ")):
+        template.write_text(changed)
+        said = "data.prompt_template: the tokenizer's chat template is not the one this run began with."
+        assert refused(*words).startswith(said)
+    assert json.loads((OUT / "run.json").read_text())["identity"] == before
+
+
+def test_all_ranks_write_the_date_of_the_first(llama, tmp_path, monkeypatch):
+    """Processes that begin on two sides of midnight."""
+    tokenizer = load_tokenizer(str(llama))
+    tokenizer.chat_template = DATED
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": "Hi", "output": "Yo"}) + "\n")
+    stated = ["data.eval_path=null", "data.prompt_template=chat", "machine.eval_answers=auto"]
+    recipe = load_recipe("demo", [f"data.path={rows}", *stated])
+    first, second = datetime(2026, 3, 1, 23, 59, 59), datetime(2026, 3, 2)
+    theirs = data_of(recipe, tokenizer, now=second)
+    of_rank = Run(recipe, OUT, None, 0.0, None, None, tokenizer, theirs, None)
+    assert with_first_ranks_date(of_rank) is of_rank  # one process
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        torch.distributed, "broadcast_object_list", lambda found: found.__setitem__(0, first.isoformat())
+    )
+    agreed = with_first_ranks_date(of_rank)
+    expected = data_of(recipe, tokenizer, now=first)
+    assert agreed.data.now == agreed.identity.now == first.isoformat()
+    assert agreed.data.train[0] == expected.train[0] != theirs.train[0]
 
 
 # ---- A checkpoint that says something else ----

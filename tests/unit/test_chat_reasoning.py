@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from qlora_neft.data.chat_template import ChatTemplate
 from qlora_neft.data.examples import BadRow, Dialogue, Passage
+from qlora_neft.data.prepare import prepare_data
 from qlora_neft.data.templates import JinjaTemplate, NoTemplate, VicunaTemplate, make_template
 from qlora_neft.data.worker import RowWorker
 from qlora_neft.errors import UserInputError
@@ -206,9 +208,9 @@ def test_several_calls_of_a_turn():
 
 def test_what_stands_before_a_turn_and_is_left_out_is_named():
     system = [{"role": "developer", "content": "Be a hen."}]
-    assert rendered(stock("qwen3"), [*system, *talk("how", "fine")]).left_out == "message 1 (developer) not in the text"
+    assert rendered(stock("qwen3"), [*system, *talk("how", "fine")]).left_out == "message 1 (developer)"
     chat = ChatTemplate(tokenizer_with(CHATML))
-    assert rendered(chat, talk("how", "fine"), TOOLS).left_out == "the tools not in the text"
+    assert rendered(chat, talk("how", "fine"), TOOLS).left_out == "the tools"
     assert rendered(stock("qwen3"), talk("how", "fine"), TOOLS).left_out == ""
     words = [*talk("x"), {**call(city="Rome"), "content": "Let me look."}]
     assert refused(stock("llama3_1"), words, TOOLS) == (
@@ -255,3 +257,62 @@ def test_every_special_token_of_a_tokenizer_is_known():
     plain.add_tokens(["<turn>", "<table>"])
     found = JinjaTemplate(ChatTemplate(plain)).special
     assert found.search("a <turn>") and found.search("<|call|>") and not found.search("<table>")
+
+
+# ---- A chat template by itself ----
+
+PLAIN = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo."}]}
+CALLING = [
+    {"from": "human", "value": "Sunny?"},
+    {"from": "function_call", "value": json.dumps({"name": "weather", "arguments": {"city": "Rome"}})},
+    {"from": "observation", "value": "yes"},
+    {"from": "gpt", "value": "Yes."},
+]
+THOUGHT = [CALLING[0], {"from": "thought", "value": "Look."}, CALLING[3]]
+BEYOND = {
+    "calls": ({"conversations": CALLING}, "qwen3", "chat"),
+    "tools": ({**PLAIN, "tools": json.dumps(TOOLS)}, "qwen3", "chat"),
+    "no tools": ({**PLAIN, "tools": "[]"}, "qwen3", "vicuna"),
+    "nothing of the kind": (PLAIN, "qwen3", "vicuna"),
+    "a thought": ({"conversations": THOUGHT}, "qwen3", "chat"),
+    "a column of thoughts": ({"question": "2+2?", "complex_cot": "Add.", "response": "4"}, "qwen3", "chat"),
+    "calls as text": ({"conversations": json.dumps(CALLING)}, "qwen3", "chat"),
+    "a template without calls": ({"conversations": CALLING}, "llama3", "vicuna"),
+    "a template without thoughts": ({"conversations": THOUGHT}, "llama3", "vicuna"),
+    "no template": ({"conversations": CALLING}, None, "vicuna"),
+}
+
+
+@pytest.mark.parametrize(("row", "chat", "expected"), BEYOND.values(), ids=BEYOND)
+def test_rows_that_only_a_chat_template_can_write_get_it(tmp_path, row, chat, expected):
+    found = with_template(tokenizer(), (STOCK / f"{chat}.jinja").read_text() if chat else None)
+    data = prepared(tmp_path, [row], found)
+    assert data.report["sources"][0]["prompt_template"] == expected
+    assert len(data.train) == (expected == "chat" or row.get("tools") == "[]" or row is PLAIN)
+
+
+def test_values_for_a_chat_template_need_one(tmp_path):
+    found = with_template(tokenizer(), (STOCK / "qwen3.jinja").read_text())
+    given = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert len(prepared(tmp_path, [{"conversations": CALLING}], found, **given).train) == 1
+    for row, stated, named in (
+        (PLAIN, "auto", "vicuna"),
+        ({"instruction": "Hi", "output": "Yo"}, "auto", "alpaca"),
+        ({"prompt": "Hi", "completion": "Yo"}, "alpaca", "none"),
+    ):
+        with pytest.raises(UserInputError) as caught:
+            prepared(tmp_path, [row], found, prompt_template=stated, **given)
+        assert f"data.chat_template_kwargs: no rows have a chat template, they get {named}." in str(caught.value)
+
+
+def with_template(made, text):
+    found = copy(made)
+    found.chat_template = text
+    return found
+
+
+def prepared(folder, rows, tokenizer, **stated):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = Data(path=str(path), max_length=4096, max_dropped_fraction=1, **stated)
+    return prepare_data(tokenizer, section, refuse=False, num_proc=1)

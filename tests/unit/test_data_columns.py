@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+from data_cases import tokenizer_of
 from pydantic import ValidationError
 
 from qlora_neft.data.examples import BadRow, Dialogue, EmptyRow, Instruction
 from qlora_neft.data.formats import row_reader
 from qlora_neft.data.gate import Tally, find_problems
+from qlora_neft.data.sources import Row
+from qlora_neft.data.worker import RowWorker
 from qlora_neft.errors import UserInputError
 from qlora_neft.generation.requests import requests_of_file
 from qlora_neft.recipe.schema import Data
@@ -73,15 +76,62 @@ def test_a_row_without_a_trained_turn_has_nothing_to_learn():
 
 def test_a_mark_on_another_speaker_is_pointed_out():
     assert read({"messages": [USER | {"train": True}, ANSWER]}).marks == {"marked others"}
-    assert not read({"messages": [USER | {"train": False}, ANSWER]}).marks
+    assert read({"messages": [USER | {"train": False}, ANSWER]}).marks == {"spared others"}
 
 
-def test_what_can_be_done_about_bad_rows_depends_on_where_they_are():
-    tally = Tally(rows=2)
-    tally.finding("bad").add("row 1: output is missing")
-    [local], [hub] = (find_problems(tally, Data(path=p, max_length=64)) for p in ("rows.jsonl", "owner/name"))
-    assert local.endswith("Fix or remove them.")
-    assert hub.endswith("Save the dataset to a file, fix or remove them there, and name the file in data.path.")
+@pytest.mark.parametrize(("train_on", "marked"), [("responses", "marked others"), ("all", "spared others")])
+def test_a_mark_counts_against_what_the_recipe_does(train_on, marked):
+    section = Data(path="-.jsonl", max_length=256, train_on=train_on)
+    worker = RowWorker(tokenizer_of("bpe", None), "messages", "vicuna", section)
+    rows = [{"messages": [USER | {"train": flag}, ANSWER]} for flag in (True, False)]
+    found = [outcome.marks for outcome in worker([Row(1, "", row) for row in rows])]
+    assert found == [{marked} if flag == (train_on == "responses") else set() for flag in (True, False)]
+
+
+REMEDIES = {
+    "bad": "ix or remove them",
+    "empty": "emove them",
+    "unfit": "emove them",
+    "only end": "emove them",
+    "duplicate": "emove them",
+}
+
+
+@pytest.mark.parametrize(("kind", "remedy"), REMEDIES.items(), ids=REMEDIES)
+@pytest.mark.parametrize(
+    ("paths", "key", "where"),
+    [
+        ({"path": "rows.jsonl"}, "data.path", ""),
+        ({"path": "owner/name"}, "data.path", " in a copy (save the dataset to a file, and name it in data.path)"),
+        (
+            {"path": "owner/name", "mixture": [{"path": "rows.jsonl"}]},
+            "data.path",
+            " (of data from the Hub, in a copy: save it to a file, and name that instead)",
+        ),
+        ({"path": "owner/name", "eval_path": "held.jsonl"}, "data.eval_path", ""),
+        (
+            {"path": "rows.jsonl", "eval_path": "owner/name"},
+            "data.eval_path: 'owner/name'",
+            " in a copy (save the dataset to a file, and name it in data.eval_path)",
+        ),
+    ],
+)
+def test_what_can_be_done_about_rows_depends_on_where_they_are(kind, remedy, paths, key, where):
+    tally = Tally(rows=2, sequences=1, ended=1)
+    for number in (1, 2):
+        tally.finding(kind).add(f"row {number}")
+    [problem] = find_problems(tally, Data(**paths, max_length=64), key)
+    assert problem.count(remedy) == 1 and problem.partition(remedy)[2].startswith((f"{where}.", f"{where}, or"))
+
+
+def test_turns_that_are_stored_field_by_field_are_read():
+    """As `datasets` stores a sequence of objects, in Parquet too."""
+    fields = {"role": ["user", "assistant"], "content": ["Hi", "Hello."], "name": None}
+    assert example_of({"messages": fields}) == example_of({"messages": TALK})
+    shared = {"from": ["human", "gpt"], "value": ["Hi", "Hello."]}
+    assert said_by(example_of({"conversations": shared})) == [("user", "Hi"), ("assistant", "Hello.")]
+    for bad in ({"role": ["user"], "content": ["Hi", "Hello."]}, {"role": "user"}, {"role": None}):
+        assert "messages is dict" in refusal(BadRow, {"messages": bad})
 
 
 # ---- Columns ----

@@ -1,12 +1,13 @@
 """Prompts in Ollama's template language are those of training, written out by a reader of the parts of it in use."""
 
+import json
 import re
 
 import pytest
 from tiny import byte_tokenizer
 
 from qlora_neft.adapter.prompts import Prompts
-from qlora_neft.export.gguf.modelfile import go_template
+from qlora_neft.export.gguf.modelfile import go_template, modelfile_of_model
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -104,3 +105,32 @@ def test_alpacas_request_is_prompted_as_in_training(name):
 @pytest.mark.parametrize("name", NOT_TURN_BY_TURN)
 def test_a_template_that_is_not_turn_by_turn_is_left_out(name):
     assert go_template(*prompts_of("chat", NOT_TURN_BY_TURN[name])) is None
+
+
+REPORTS = {
+    "alpaca": ({"prompt_template": "alpaca"}, "### Response:{{ .Response }}"),
+    "with a system message": (
+        {"prompt_template": "vicuna", "system_prompt": "Answer as a hen."},
+        'SYSTEM """Answer as a hen."""\n',
+    ),
+    "values of a chat template": ({"prompt_template": "chat", "chat_template_kwargs": {"mood": "glad"}}, "glad:"),
+}
+
+
+@pytest.mark.parametrize(("report", "says"), REPORTS.values(), ids=REPORTS)
+def test_a_merged_model_is_prompted_as_its_report_says(tmp_path, report, says):
+    found = merged_modelfile(tmp_path, report)
+    assert found.text.startswith("FROM ./model.gguf\nTEMPLATE ") and says in found.text and not found.notes
+    assert ("SYSTEM" in found.text) == ("system_prompt" in report)
+
+
+def test_a_system_message_that_ends_the_quotes_is_left_to_the_requests(tmp_path):
+    found = merged_modelfile(tmp_path, {"prompt_template": "vicuna", "system_prompt": 'Say """.'})
+    assert "SYSTEM" not in found.text and "send it with each request" in found.notes[0]
+
+
+def merged_modelfile(folder, report):
+    """Of a model whose adapter is gone."""
+    prompts_of("chat", CHATML + "{{ mood }}:")[1].save_pretrained(folder)
+    (folder / "merge_report.json").write_text(json.dumps({"adapter": "gone", **report}))
+    return modelfile_of_model(folder, folder / "model.gguf")

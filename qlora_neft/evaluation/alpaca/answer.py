@@ -256,7 +256,8 @@ def answer(
     texts = [f"{row['instruction']} {meta_prompt}" if meta_prompt else row["instruction"] for row in rows]
     # A held-out prompt is in its template already, and may be a conversation.
     prompts = [
-        instructions.ids.get(row["instruction"]) or model.prompts.ids([{"role": "user", "content": text}])
+        instructions.ids.get(row["instruction"])
+        or model.prompts.ids(model.prompts.with_system([{"role": "user", "content": text}]))
         for row, text in zip(rows, texts, strict=True)
     ]
     # Written batch by batch: hours of answers survive an interruption.

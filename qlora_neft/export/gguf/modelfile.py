@@ -99,8 +99,9 @@ def check_no_modelfile(path: Path) -> None:
 def _prompts_of_model(model_dir: Path, tokenizer: PreTrainedTokenizerBase, stated: str | None) -> Prompts:
     # The merge's report names the prompt; of earlier versions the adapter, whose run names it.
     report = read_record_if_there(model_dir / REPORT, "Remove it, and give --prompt-template.") or {}
-    if report.get("prompt_template") in TEMPLATES:
-        return report["prompt_template"]
+    if stated is None and report.get("prompt_template") in TEMPLATES:
+        given = report.get("chat_template_kwargs"), report.get("system_prompt")
+        return Prompts(tokenizer, report["prompt_template"], *given)
     adapter = report.get("adapter")
     if isinstance(adapter, str) and (Path(adapter) / CONFIG).is_file():
         return prompts_of(find_adapter(adapter), tokenizer, stated)
@@ -121,6 +122,11 @@ def _modelfile(head: Sequence[str], prompts: Prompts, tokenizer: PreTrainedToken
     # Ollama ends at the GGUF's end token by itself; a chat template may end its turns with another.
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     notes = [] if template is not None else [_NO_TEMPLATE]
+    if prompts.system is not None:
+        if _quotable(prompts.system) is None:
+            notes.append('its system message holds """, which a Modelfile cannot: send it with each request.')
+        else:
+            lines.append(f'SYSTEM """{prompts.system}"""')
     if _gets_another_begin_token(prompts, tokenizer):
         notes.append(
             f"its chat template does not write {tokenizer.bos_token}, but Ollama and llama.cpp put one before it."

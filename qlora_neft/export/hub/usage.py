@@ -68,6 +68,7 @@ MERGE_NOTE = (
     "The adapter is added to the dequantized NF4 base, which is the model that was trained; the result needs neither "
     "bitsandbytes nor PEFT."
 )
+SYSTEM_NOTE = "Send the system message of the training with each request: {}"
 GGUF_NOTE = "Made from the merged model above."
 LORA_GGUF_NOTE = " The adapter alone, for a base in GGUF: `qlora-neft gguf {repo} adapter.gguf`."
 
@@ -130,7 +131,7 @@ def snippets(
     return [
         ours,
         *([] if is_lost else by_peft),
-        *_vllm(repo_id, base, config, facts, in_nf4=in_nf4, given=prompts.kwargs if prompts else {}),
+        *_vllm(repo_id, base, config, facts, in_nf4=in_nf4, prompts=prompts),
         *_merged(repo_id, config, facts),
     ]
 
@@ -151,14 +152,14 @@ def _ask(prompts: Prompts | None, eos_token_id: int | None) -> str:
     """Return code from a request to its answer, with the prompt of the training."""
     if prompts is None:
         return f'prompt = "{QUESTION}"\n' + ASK.format(special="", end="")
-    end, special = "", ""
+    end, special, request = "", "", {"role": "user", "content": QUESTION}
     if prompts.name == "none":
         # JSON's quotes and escapes are Python's too.
         prompt = json.dumps(TEXT)
     elif prompts.name in (*ALPACA_ENDINGS, "vicuna"):
-        prompt = json.dumps(prompts.text([{"role": "user", "content": QUESTION}]), ensure_ascii=False)
+        prompt = json.dumps(prompts.text(prompts.with_system([request])), ensure_ascii=False)
     else:
-        messages = f'[{{"role": "user", "content": {json.dumps(QUESTION)}}}]'
+        messages = json.dumps(prompts.with_system([request]), ensure_ascii=False)
         given = "".join(f", {name}={value!r}" for name, value in prompts.kwargs.items())
         prompt = f"tokenizer.apply_chat_template(\n    {messages}, add_generation_prompt=True, tokenize=False{given}\n)"
         special = ", add_special_tokens=False"  # the template writes them
@@ -175,7 +176,7 @@ def _vllm(
     facts: Facts | None,
     *,
     in_nf4: bool,
-    given: Mapping[str, Any],
+    prompts: Prompts | None,
 ) -> list[Snippet]:
     """Return the command for vLLM, which takes the matrices A and B only, of one rank and one alpha."""
     rank = int(config.get("r", 0)) if facts is None else facts.rank
@@ -188,9 +189,11 @@ def _vllm(
     words = ["vllm", "serve", base.id, *(["--revision", base.commit] if base.commit else [])]
     # vLLM quantizes the base as it loads it; without these words it would serve the adapter on the 16-bit base.
     words += [*(["--quantization", "bitsandbytes"] if in_nf4 else []), "--enable-lora", *rank_flag.split()]
+    given, system = (prompts.kwargs, prompts.system) if prompts else ({}, None)
     words += ["--default-chat-template-kwargs", json.dumps(given)] if given else []
     words += ["--lora-modules", f"{repo_id.split('/')[-1]}={repo_id}"]
-    return [Snippet("vLLM", VLLM_NOTE if in_nf4 else "", "bash", shlex.join(words))]
+    notes = [VLLM_NOTE] * in_nf4 + ([SYSTEM_NOTE.format(json.dumps(system, ensure_ascii=False))] if system else [])
+    return [Snippet("vLLM", " ".join(notes), "bash", shlex.join(words))]
 
 
 def _merged(repo_id: str, config: Mapping[str, Any], facts: Facts | None) -> list[Snippet]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from ...adapter.folder import WEIGHTS, AdapterFolder
 from ...adapter.prompts import recorded_template
@@ -61,6 +61,8 @@ class MergeReport(TypedDict):
     bnb_4bit_use_double_quant: bool | None
     adapter: str
     prompt_template: str | None
+    chat_template_kwargs: dict[str, Any]
+    system_prompt: str | None
     adapter_sha256: str
     merged_layers: int
     bytes: int
@@ -80,6 +82,7 @@ def report_of(plan: Plan, evidence: Evidence | None, num_bytes: int) -> MergeRep
         # Only the default claims to be the trained model. A divergence of NaN compares as False, so it fails.
         good = plan.strategy != DEQUANTIZED or evidence.strategies[DEQUANTIZED].kl <= KL_LIMIT
         status = "done" if good else "failed"
+    stated = plan.folder.recipe.data if plan.folder.recipe else None
     return {
         "report_version": REPORT_VERSION,
         "status": status,
@@ -95,6 +98,9 @@ def report_of(plan: Plan, evidence: Evidence | None, num_bytes: int) -> MergeRep
         "bnb_4bit_use_double_quant": plan.merge.double_quant if plan.merge.quantized else None,
         "adapter": public_path(plan.folder.source),
         "prompt_template": _public_template(plan.folder),
+        # How requests are asked as rows were trained.
+        "chat_template_kwargs": stated.chat_template_kwargs if stated else {},
+        "system_prompt": stated.system_prompt if stated else None,
         # Which weights were merged, also after the run's folder has gone on training.
         "adapter_sha256": sha256_of_file(plan.folder.path / WEIGHTS),
         "merged_layers": len(plan.merge.update.pairs),
