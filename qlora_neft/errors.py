@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal as signals
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 
 class UserInputError(ValueError):
@@ -42,7 +43,7 @@ class RunFailed(RuntimeError):
 
 
 class RunInterrupted(Exception):
-    """A run stopped, with a checkpoint, because a signal asked it to. Exit code 128 + signal.
+    """A command stopped, and keeps what it has done, because a signal asked it to. Exit code 128 + signal.
 
     Attributes:
         signal: The signal's number.
@@ -51,6 +52,11 @@ class RunInterrupted(Exception):
     def __init__(self, signal: int, message: str) -> None:
         self.signal = int(signal)
         super().__init__(message)
+
+    @classmethod
+    def by(cls, stop: KeyboardInterrupt, message: str) -> Self:
+        """Return the error for an exception that a signal raised: Ctrl-C's own, unless it says which."""
+        return cls(getattr(stop, "signal", signals.SIGINT), message)
 
 
 # A message begins with what the caller wrote, or with where it stands: ``mine.yaml:7: lora.r: ...``, ``override

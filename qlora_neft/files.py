@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from .errors import UserInputError
-from .yaml_budget import check_budget
+from .yaml_budget import MAX_NODES, check_budget
 
 try:
     import fcntl
@@ -368,7 +368,7 @@ def read_record(path: Path, remedy: str = "") -> dict[str, Any]:
     """
     remedy = f" {remedy}" if remedy else ""
     try:
-        content = read_json(path) if path.suffix == ".json" else _yaml(path.read_text(encoding="utf-8"))
+        content = read_json(path) if path.suffix == ".json" else read_yaml(path.read_text(encoding="utf-8"))
     # RecursionError: nested deeper than a parser can go.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserInputError(f"{path}: cannot be read ({error}).{remedy}") from error
@@ -377,8 +377,17 @@ def read_record(path: Path, remedy: str = "") -> dict[str, Any]:
     return content
 
 
-def _yaml(text: str) -> Any:
-    check_budget(text)
+def read_yaml(text: str, nodes: int = MAX_NODES) -> Any:
+    """Return what YAML says, of others as well.
+
+    Args:
+        text: YAML.
+        nodes: Values it may stand for.
+
+    Raises:
+        yaml.YAMLError: If it is none, or larger than `yaml_budget` allows.
+    """
+    check_budget(text, nodes)
     return yaml.safe_load(text)
 
 

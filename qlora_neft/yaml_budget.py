@@ -17,8 +17,12 @@ _OPENING = (yaml.MappingStartEvent, yaml.SequenceStartEvent)
 _CLOSING = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 
 
-def check_budget(text: str) -> None:
+def check_budget(text: str, nodes: int = MAX_NODES) -> None:
     """Refuse YAML that is larger, deeper or expands to more than any recipe.
+
+    Args:
+        text: YAML.
+        nodes: Values it may stand for.
 
     Raises:
         yaml.YAMLError: If it is, or is no YAML.
@@ -48,6 +52,6 @@ def check_budget(text: str) -> None:
             sizes[-1] += 1
             if event.anchor is not None:
                 named[event.anchor] = 1
-        if aliases > MAX_ALIASES or sizes[-1] > MAX_NODES:
-            what = f"{MAX_ALIASES:,} aliases" if aliases > MAX_ALIASES else f"{MAX_NODES:,} values"
+        if aliases > MAX_ALIASES or sizes[-1] > nodes:
+            what = f"{MAX_ALIASES:,} aliases" if aliases > MAX_ALIASES else f"{nodes:,} values"
             raise yaml.YAMLError(f"it stands for more than {what}")

@@ -16,12 +16,18 @@ from ..recipe.schema import Quantization
 from ..run_folder.checkpoints import PREFIX as CHECKPOINT
 from ..run_folder.checkpoints import find_checkpoints
 from ..run_folder.record import ModelCensus, RunData, RunSummary
+from ..run_folder.tokenizer_files import FILES as TOKENIZER_FILES
 from .config_schema import check_adapter_config
 
 WEIGHTS, CONFIG, RECIPE = "adapter_model.safetensors", "adapter_config.json", "recipe.yaml"
 SUMMARIES = ("summary.json", "training_summary.json")  # in a run's folder, in a published one
 MEND = "Copy or download it again."  # remedy for a damaged file
-WANTED = ["*.json", "*.yaml", "*.jinja", "*.model", "*.txt", WEIGHTS]  # files of a Hub repository
+# Files of a Hub repository. By their exact names: those of others, which its owner makes up, would be printed in the
+# bars of the download as they are, and with them what a terminal obeys.
+WANTED = [
+    *(CONFIG, WEIGHTS, RECIPE, *SUMMARIES, *TOKENIZER_FILES, "config.json", "generation_config.json"),
+    *(f"additional_chat_templates/{name}.jinja" for name in ("tool_use", "rag")),
+]
 
 # Initializations that leave the base as it is. Others (PiSSA, OLoRA ...) subtract from it, which a merge cannot see.
 PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")

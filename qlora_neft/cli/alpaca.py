@@ -31,6 +31,7 @@ from .options import (
     TokensOption,
     TopKOption,
     TopPOption,
+    Verb,
     decoding_of,
     print_json,
     quiet,
@@ -95,7 +96,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=Verb)
 def answer(
     source: AnsweringArgument,
     output: AnswersOption = None,
@@ -132,7 +133,7 @@ def answer(
     _print_outputs(found.path, as_json)
 
 
-@app.command()
+@app.command(cls=Verb)
 def judge(
     source: Annotated[
         str, typer.Argument(metavar="DIR|FILE", help="A run whose answers are judged, or a file of answers.")
@@ -170,7 +171,7 @@ def judge(
     _print_score(found, as_json)
 
 
-@app.command()
+@app.command(cls=Verb)
 def score(
     annotations: Annotated[Path, typer.Argument(metavar="FILE", help="Annotations of a judge.")],
     outputs: Annotated[Path | None, typer.Option(help="The answers that were judged, for their lengths.")] = None,
@@ -195,7 +196,7 @@ def score(
     _print_score(score_files(annotations, outputs, "FILE"), as_json)
 
 
-@app.command()
+@app.command(cls=Verb)
 def pairs(
     model: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="The run, or answers, whose wins are counted.")],
     other: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="The run, or answers, it is compared with.")],
@@ -220,7 +221,7 @@ def pairs(
     echo(f"written: {key}, which answer is whose")
 
 
-@app.command(OLD_FORM, hidden=True)
+@app.command(OLD_FORM, cls=Verb, hidden=True)
 def answer_judge_or_score(
     source: Annotated[str | None, typer.Argument(metavar="[DIR]")] = None,
     annotations: Annotated[Path | None, typer.Option("--score", metavar="ANNOTATIONS")] = None,

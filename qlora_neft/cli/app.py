@@ -23,7 +23,7 @@ from ..output import ending_with_its_reader
 from ..processes import end_with_starter
 from ..run_folder.stop import StopNow, StopRequest, answered
 from . import compare, evaluate, generate, look, publish, recipes
-from .options import JsonOption, OverridesArgument, RecipeArgument, json_is_due, json_only, print_json
+from .options import JsonOption, OverridesArgument, RecipeArgument, Verb, json_is_due, json_only, print_json
 
 
 # In the group rather than in `main`, so that Typer's test runner sees the same messages and exit codes.
@@ -130,10 +130,10 @@ for verb in (
     *(publish.merge, publish.check, publish.gguf, publish.export),
     *(compare.sweep, compare.report),
 ):
-    app.command()(verb)
+    app.command(cls=Verb)(verb)
 # A group: Typer lists it after all single verbs.
 app.add_typer(evaluate.app)
-app.command()(look.doctor)
+app.command(cls=Verb)(look.doctor)
 
 
 def _print_version(is_wanted: bool) -> None:

@@ -31,6 +31,7 @@ from .options import (
     RunsArgument,
     SetOption,
     TokensOption,
+    Verb,
     check_device,
     check_parent,
     complete_recipe,
@@ -54,7 +55,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(cls=Verb)
 def text(
     sources: Annotated[
         list[str] | None,
@@ -134,7 +135,7 @@ def _is_model(name: str) -> bool:
 app.add_typer(alpaca.app)
 
 
-@app.command()
+@app.command(cls=Verb)
 def overfit(
     sources: RunsArgument,
     rows: Annotated[int, typer.Option(min=1, help="Answer the first N training rows of each run.")] = RECITED_ROWS,
@@ -176,7 +177,7 @@ def overfit(
         echo(overfit_table(found).plain())
 
 
-@app.command()
+@app.command(cls=Verb)
 def loss(
     sources: RunsArgument,
     data: Annotated[
@@ -223,8 +224,8 @@ def loss(
 PAPER_ROWS = 5200  # the paper's sample of Alpaca
 
 
-@app.command("noise", hidden=True)  # the old name
-@app.command()
+@app.command("noise", cls=Verb, hidden=True)  # the old name
+@app.command(cls=Verb)
 def flips(
     source: Annotated[
         str,
@@ -294,7 +295,7 @@ def _numbers(option: str, text: str, kind: type, smallest: float) -> list[Any]:
     return sorted(set(numbers))
 
 
-@app.command()
+@app.command(cls=Verb)
 def harness(
     adapter: AdapterArgument,
     tasks: Annotated[

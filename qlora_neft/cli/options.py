@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Generator
 from contextvars import ContextVar
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..display.terminal import echo
 from ..errors import UserInputError
@@ -48,6 +51,29 @@ def complete_recipe_or_override(incomplete: str) -> list[str]:
 
 
 # ---- Arguments and options ----
+
+_PATHS = re.compile("DIR|FILE|FOLDER|OUT|BASE")  # in what --help calls a value that is, or may be, a path
+
+
+class Verb(TyperCommand):
+    """A verb whose paths may begin with ``~``, which no shell expands in ``--output=~/answers.json``."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        for param in self.params:
+            if param.name is not None and (value := ctx.params.get(param.name)):
+                is_path = bool(_PATHS.search(param.metavar or ""))
+                ctx.params[param.name] = _at_home(value, is_path=is_path)
+        return super().invoke(ctx)
+
+
+def _at_home(value: Any, *, is_path: bool) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_at_home(one, is_path=is_path) for one in value)
+    if isinstance(value, Path):
+        return value.expanduser()
+    return os.path.expanduser(value) if is_path and isinstance(value, str) else value
+
 
 RecipeArgument = Annotated[
     str,

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jinja2.meta
 from jinja2 import nodes
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -21,8 +20,6 @@ from .template_limits import EITHER_MARK, limited
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Raised by templates about conversations they were not written for; ValueError by transformers itself.
-REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 Messages = list[dict[str, Any]]
 
@@ -109,11 +106,9 @@ class ChatRenderer:
         environment = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
         found: set[str] = set()
         for source in sources:
-            try:
+            with _refusals(), limited(source):
                 # The marks are transformers' extension of Jinja, and name no variable.
                 tree = environment.parse(EITHER_MARK.sub("", source))
-            except TemplateSyntaxError as error:
-                raise BadRow(f"the chat template refuses it: {error}") from error
             # Jinja also counts names that a template sets in one branch and reads after it; a name that it guards
             # (`if x is not defined: set x`) is the caller's to give.
             guarded = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
@@ -141,5 +136,7 @@ GLOBALS = frozenset({"raise_exception", "strftime_now", "namespace", "range", "d
 def _refusals() -> Generator[None, None, None]:
     try:
         yield
-    except REFUSALS as error:
-        raise BadRow(f"the chat template refuses it: {error}") from error
+    # Whatever it is: templates raise about conversations they were not written for, transformers about what it is
+    # given, and a stranger's template anything that an expression can, such as a division by zero.
+    except Exception as error:
+        raise BadRow(f"the chat template refuses it: {str(error)[:500] or type(error).__name__}") from error

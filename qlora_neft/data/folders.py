@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..errors import UserInputError
+from ..files import read_yaml
 from ..paths import DATA_SUFFIXES
 
 Splits = dict[str, list[Path]]
@@ -28,6 +29,7 @@ WORDS = {
 # README.md of a dataset on the Hub begins with YAML between two lines of dashes.
 FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 LONGEST_README = 2**20  # bytes
+MOST_VALUES = 200_000  # of its YAML: some data sets describe hundreds of languages
 
 
 def splits_of_folder(folder: Path, name: str | None, key: str) -> Splits:
@@ -103,7 +105,7 @@ def _configurations(folder: Path) -> dict[str, Mapping[str, Any]]:
         return {}
     found = FRONT_MATTER.match(text.replace("\r\n", "\n"))
     try:
-        stated = yaml.safe_load(found[1]) if found else None
+        stated = read_yaml(found[1], MOST_VALUES) if found else None
     except (yaml.YAMLError, RecursionError):
         return {}
     listed = stated.get("configs") if isinstance(stated, Mapping) else None

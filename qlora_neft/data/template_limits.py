@@ -1,15 +1,19 @@
 """Limits of a chat template, which comes with somebody else's tokenizer: what it may hold, and for how long it runs.
 
 transformers renders templates in Jinja's sandbox, which keeps them from files and from Python, and not from running
-without end or filling the memory. Two limits stand around every rendering: a check of the text, once for each
-template, refuses what multiplies or pads without bound; a clock ends what takes seconds.
+without end or filling the memory. Three limits stand around every rendering: a check of the text, once for each
+template, refuses what multiplies or pads without bound; a clock ends what takes seconds; and a ceiling on the memory of
+this process ends what grows by other ways, such as a chain of variables of which each joins two of the last.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,7 +24,13 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 SECONDS = 10.0  # of one rendering; the slowest stock template takes a thousandth
+MEMORY = 2**31  # bytes that this process may grow by during one; a conversation of 50 MB takes a tenth of it
 MAX_TEXT = 1_000_000  # characters of a template; the longest stock one has 30,000
 MAX_DEPTH = 100  # of one expression or block in another
 MAX_COUNT = 10_000  # of repetitions, and of a width
@@ -33,6 +43,13 @@ _WIDTHS = {"center", "ljust", "rjust", "zfill", "indent", "expandtabs", "lipsum"
 
 class TemplateLimit(TemplateError):
     """A template that is not rendered, or not to its end."""
+
+
+class _Late(TemplateLimit):
+    """Raised from outside, by its class alone."""
+
+    def __init__(self) -> None:
+        super().__init__(f"it takes longer than {SECONDS:g} s")
 
 
 @contextmanager
@@ -49,7 +66,7 @@ def limited(source: str) -> Generator[None, None, None]:
     if reason is not None:
         raise TemplateLimit(reason)
     try:
-        with _clock():
+        with _ceiling.lowered(), _clock():
             yield
     except (RecursionError, MemoryError, OverflowError) as error:
         raise TemplateLimit(f"it goes beyond what a template may use ({type(error).__name__})") from error
@@ -159,13 +176,14 @@ def _has_width(form: str) -> bool:
 
 @contextmanager
 def _clock() -> Generator[None, None, None]:
-    """End the block by an exception after `SECONDS`. Only a process's main thread can be told the time."""
+    """End the block by an exception after `SECONDS`."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
+        with _clock_of_thread():
+            yield
         return
 
     def late(signum: int, frame: FrameType | None) -> None:
-        raise TemplateLimit(f"it takes longer than {SECONDS:g} s")
+        raise _Late
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -174,3 +192,78 @@ def _clock() -> Generator[None, None, None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _clock_of_thread() -> Generator[None, None, None]:
+    """As `_clock`, where signals do not come: Python raises an exception in a thread when another one asks it to."""
+    own, lock, is_over = threading.get_ident(), threading.Lock(), False
+
+    def late() -> None:
+        with lock:
+            if not is_over:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(own), ctypes.py_object(_Late))
+
+    timer = threading.Timer(SECONDS, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            is_over = True
+        timer.cancel()
+
+
+class _Ceiling:
+    """Lets no allocation of this process go far beyond what it has, as long as a template is rendered in any thread.
+
+    Linux alone heeds such a limit. What other threads allocate meanwhile counts too, which is why it is generous.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, (-1, -1)
+        self._size, self._asked = 0, -1.0
+
+    @contextmanager
+    def lowered(self) -> Generator[None, None, None]:
+        """Lower it for a block, unless it is lower already."""
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._lower()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if resource is not None and not self._inside and self._before != (-1, -1):
+                    resource.setrlimit(resource.RLIMIT_AS, self._before)
+
+    def _lower(self) -> None:
+        self._before = (-1, -1)
+        if resource is None:
+            return
+        # Asking how large the process is takes a tenth as long as rendering a short row: not for every row.
+        if time.monotonic() - self._asked > 0.005:
+            self._size, self._asked = _address_space(), time.monotonic()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        ceiling = self._size + MEMORY
+        if self._size and (soft == resource.RLIM_INFINITY or ceiling < soft):
+            resource.setrlimit(resource.RLIMIT_AS, (ceiling, hard))
+            self._before = soft, hard
+
+
+def _address_space() -> int:
+    """Return the bytes of address space that this process has; 0 where it cannot be known."""
+    try:
+        descriptor = os.open("/proc/self/statm", os.O_RDONLY)
+    except OSError:  # no Linux
+        return 0
+    try:
+        return int(os.read(descriptor, 200).split()[0]) * os.sysconf("SC_PAGESIZE")
+    finally:
+        os.close(descriptor)
+
+
+_ceiling = _Ceiling()

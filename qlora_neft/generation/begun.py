@@ -37,10 +37,9 @@ class Begun:
         self.made, self.offsets = dict(made), list[int]()
         before, ends = self._read()
         if before is not None and ends and before != self.made:
-            different = sorted(key for key in {*before, *made} if before.get(key) != made.get(key))
             raise UserInputError(
-                f"--output: {str(self.draft)!r} holds {len(ends)} answers of an interrupted command, made with other "
-                f"values of {', '.join(different)}. Repeat that command, remove the file, or name another --output."
+                f"--output: {str(self.draft)!r} holds {len(ends)} answers of an interrupted command, made differently: "
+                f"{_differences(before, self.made)}. Repeat that command, remove the file, or name another --output."
             )
         self.offsets = ends[: len(ends) - len(ends) % batch_size]
 
@@ -75,6 +74,14 @@ class Begun:
         # A line that a killed process left unfinished has no end, so the last one never counts.
         ends = [int(line) for line in lines[:-1] if line.isdecimal()]
         return before, [end for end in ends if end <= size]
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = sorted(key for key in {**was, **now} if was.get(key) != now.get(key))
+    # Two hashes say nothing to a reader.
+    return "; ".join(
+        f"other {key}" if key == "prompts" else f"{key} was {was.get(key)!r}, is now {now.get(key)!r}" for key in keys
+    )
 
 
 def made_with(

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from ..data.examples import Message
 from ..display.safe_console import SafeConsole
-from ..errors import RunFailed, UserInputError
+from ..errors import RunFailed, RunInterrupted, UserInputError
 from ..files import whole_file, write_text
 from .begun import Begun
 from .generate import Reply
@@ -94,7 +94,8 @@ def write_as_they_come(path: Path, lines: Iterable[str], begun: Begun | None = N
         The number of lines.
 
     Raises:
-        RunFailed: If they cannot be written, or on Ctrl-C after the first; the lines so far stay in the hidden file.
+        RunFailed: If they cannot be written.
+        RunInterrupted: On a signal after the first; the lines so far stay in the hidden file.
     """
     count, draft = begun.count if begun else 0, None
     try:
@@ -119,10 +120,10 @@ def write_as_they_come(path: Path, lines: Iterable[str], begun: Begun | None = N
     except OSError as error:
         there = f" Begun: {str(draft)!r}." if draft and draft.exists() else ""
         raise RunFailed(f"--output: {str(path)!r} cannot be written ({error.strerror}).{there}") from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if count:
-            raise RunFailed(
-                f"interrupted after {count} prompts. Their answers: {str(draft)!r}. The same command goes on."
+            raise RunInterrupted.by(
+                stop, f"stopped after {count} answers, kept in {str(draft)!r}. To go on, run the same command again."
             ) from None
         if draft:
             draft.unlink(missing_ok=True)  # nothing in it is worth keeping

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 import tempfile
 import threading
@@ -41,7 +42,7 @@ class Mirror:
     def __init__(self, output_dir: Path, mirror_dir: Path, on_problem: Callable[[str], None]) -> None:
         self.output_dir, self.mirror_dir = output_dir.absolute(), mirror_place(mirror_dir, output_dir)
         self.on_problem = on_problem
-        self._mark, self._was_mount = _made(self.mirror_dir)
+        self._mark, self._was_mount = _made(self.mirror_dir, self.output_dir)
         self._changed = threading.Condition()  # guards the four attributes below
         self._checkpoint: Path | None = None
         self._files: dict[str, None] = {}  # in the order asked for
@@ -179,11 +180,12 @@ class Mirror:
             raise OSError(f"{name!r} there is not what this run wrote, so it is left as it is; move it to make room")
 
 
-def _made(place: Path) -> tuple[Mark, bool]:
+def _made(place: Path, output_dir: Path) -> tuple[Mark, bool]:
     """Make a mirror's folder and mark it; return the mark, and whether the folder is a drive's mount point."""
     try:
         place.mkdir(parents=True, exist_ok=True)
         mark = Mark.read(place) or Mark(place, {})
+        mark.run = {"host": platform.node(), "folder": str(output_dir)}
         mark.write()  # also an old one: whether anything can be written there is known before training
         return mark, os.path.ismount(place)
     except OSError as error:

@@ -1,17 +1,20 @@
 """What in a mirror's folder is ours, and which folder that is. Nothing else there is replaced, removed or restored.
 
 A mirror may be named on a drive that holds other things. Its own folder is therefore marked with a list of what was
-written there, each with its hash: a file that is not on the list, or that has changed since, is the user's.
+written there, each with its hash: a file that is not on the list, or that has changed since, is the user's. The list
+also says whose it is, so that of two runs with one drive neither writes over the other, or begins from it.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 from ..errors import UserInputError
-from ..files import hidden_name, is_inside, read_record_if_there, remove, sha256_of_file, write_json
+from ..files import hidden_name, is_inside, read_record_if_there, remove, sha256_of_file, visible, write_json
 from .checkpoints import MANIFEST, PREFIX, Checkpoint, files_in, read_manifest, verify
 
 MARK = ".qlora_neft-mirror.json"
@@ -28,13 +31,14 @@ class Mark:
         folder: The mirror's folder.
         sums: SHA-256 by name of a file, or of a checkpoint's folder, for which it is that of its manifest. Up to two
             of a name, oldest first: the list is written before the file takes its name, so either may be there.
+        run: The machine and the folder of the run; empty in a list of an earlier version.
 
     Raises:
         UserInputError: If the list is there and cannot be read.
     """
 
-    def __init__(self, folder: Path, sums: dict[str, list[str]]) -> None:
-        self.folder, self.sums = folder, sums
+    def __init__(self, folder: Path, sums: dict[str, list[str]], run: Mapping[str, str] | None = None) -> None:
+        self.folder, self.sums, self.run = folder, sums, dict(run or {})
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -55,7 +59,19 @@ class Mark:
         )
         if content.get("mirror_version") != VERSION or not sound:
             raise UserInputError(f"{path}: is not a list of version {VERSION}, which this program reads. {remedy}")
-        return cls(folder, sums)
+        run = content.get("run")
+        return cls(folder, sums, run if isinstance(run, dict) else None)
+
+    def is_of(self, output_dir: Path) -> bool:
+        """Return whether the list is that of the run in a folder, which may be gone, as after a session that vanished.
+
+        A folder of another name holds another run; so does one of the same name elsewhere, as long as the one that the
+        list is of is still there.
+        """
+        there = Path(self.run.get("folder", output_dir))
+        if there == output_dir or self.run.get("host") != platform.node():
+            return there.name == output_dir.name
+        return there.name == output_dir.name and not (there.is_dir() and visible(there))
 
     def write(self) -> None:
         """Write the list.
@@ -63,7 +79,8 @@ class Mark:
         Raises:
             OSError: If it cannot be written.
         """
-        write_json(self.folder / MARK, {"mirror_version": VERSION, "files": self.sums}, sort_keys=True)
+        content = {"mirror_version": VERSION, "files": self.sums, "run": self.run}
+        write_json(self.folder / MARK, content, sort_keys=True)
 
     def add(self, name: str, sha256: str) -> None:
         """Note what is about to take a name.
@@ -153,7 +170,7 @@ def _remove_checkpoint(path: Path) -> None:
 def mirror_place(named: Path, output_dir: Path) -> Path:
     """Return the folder that holds a run's mirror, or will. Nothing is written.
 
-    It is what was named if that is new, empty or marked as a mirror; otherwise a folder in it, called as the run's is.
+    It is what was named if that is new, empty or marked as this run's; otherwise a folder in it, called as the run's.
 
     Args:
         named: ``machine.mirror_dir``.
@@ -173,21 +190,24 @@ def mirror_place(named: Path, output_dir: Path) -> Path:
                 "place: name a folder beside it, on another disk."
             )
     for place in (named, named / outer.name):
-        if _is_free(place):
+        if _is_free(place, output_dir):
             _check_can_be_made(place)
             return place
     raise UserInputError(
-        f"{KEY}: {str(named)!r} holds other files, and so does {str(place)!r}, where the mirror would go. "
-        "Name a new folder, or an empty one."
+        f"{KEY}: {str(named)!r} holds other files, or another run's, and so does {str(place)!r}, where the mirror "
+        "would go. Name a new folder, or an empty one."
     )
 
 
-def _is_free(place: Path) -> bool:
-    """Return whether a folder is new, empty, or a mirror already."""
+def _is_free(place: Path, output_dir: Path) -> bool:
+    """Return whether a folder is new, empty, or the run's mirror already."""
     try:
         if not place.exists() or not place.is_dir():
             return True  # a file in its place is said when it is made
-        return Mark.read(place) is not None or not {path.name for path in place.iterdir()} - _NOTHING
+        mark = Mark.read(place)
+        if mark is not None:
+            return mark.is_of(output_dir)
+        return not {path.name for path in place.iterdir()} - _NOTHING
     except OSError as error:
         raise UserInputError(f"{KEY}: {str(place)!r} cannot be read ({error.strerror or error}).") from error
 

@@ -20,7 +20,10 @@ from .bench import ROOT, Bench
 from .fault import Fault, NotHeld, NotTried, Result
 from .page import write_page
 
-MODULES = ("kills", "stops", "outputs", "starters", "checkpoints", "disks")
+MODULES = (
+    *("kills", "stops", "outputs", "starters", "checkpoints", "meanings", "records", "identity", "caches", "disks"),
+    *("mirrors", "strangers", "hubs", "answers"),
+)
 RESULTS = ROOT / "docs" / "results" / "faults.json"
 PAGE = ROOT / "docs" / "results" / "faults.md"
 

@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,7 +45,8 @@ class Bench:
         import tiny
 
         self.environment = forked.environment()
-        self.work = command_line.make_workplace(folder / "work", tiny.save_tiny_model(folder / "llama"))
+        self.base = tiny.save_tiny_model(folder / "llama")
+        self.work = command_line.make_workplace(folder / "work", self.base)
 
     # ---- Processes ----
 
@@ -103,10 +106,47 @@ class Bench:
         hold(process.returncode == 0, f"the same command ended with {process.returncode}: {said.strip()[-300:]}")
         return sha256(out / "adapter_model.safetensors")
 
+    def said(self, *words: str, code: int = 0, seconds: float = LONGEST, quick: bool = True, **options: Any) -> str:
+        """Return what a command prints, which must end with a code and without a traceback within so many seconds."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = self.start("-P", "-m", "qlora_neft", *words, quick=quick, **pipes, **options)
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            hold(False, f"{words[0]} hung")
+        hold("Traceback" not in printed, f"a traceback: {printed.strip()[-300:]}")
+        hold(process.returncode == code, f"{words[0]} ended with {process.returncode}: {printed.strip()[-300:]}")
+        return printed
+
     @cached_property
+    def finished(self) -> Path:
+        """The folder of a run that nothing happened to; to be copied, not changed."""
+        out = self.new()
+        self.finish(out)
+        return out
+
+    @cached_property
+    def stopped(self) -> Path:
+        """The folder of a run that was stopped in the middle, with two sound checkpoints; to be copied, not changed."""
+        return self.stop(self.new())
+
+    def stop(self, out: Path, *overrides: str) -> Path:
+        """Train into a folder, stop that run in the middle, and return the folder."""
+        process = self.start(*self.command(out, *overrides))
+        self.until(lambda: last_step(out) > 2 * SAVE_STEPS, process)
+        process.send_signal(signal.SIGTERM)
+        hold(process.wait(LONGEST) == 128 + signal.SIGTERM, "it was not stopped")
+        return out
+
+    def copy(self, folder: Path) -> Path:
+        """Copy a folder to a new place, and return that."""
+        return Path(shutil.copytree(folder, self.new()))
+
+    @property
     def reference(self) -> str:
         """Hash of the adapter of a run that nothing happened to."""
-        return self.finish(self.new())
+        return sha256(self.finished / "adapter_model.safetensors")
 
     def goes_on(self, out: Path, *overrides: str) -> None:
         """Require that the same command ends with the adapter of the run that nothing happened to, byte for byte."""
@@ -132,3 +172,8 @@ def last_step(out: Path) -> int:
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Return the hash of every file below a folder, by its path in it."""
+    return {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -371,14 +371,14 @@ def test_an_interrupted_file_keeps_what_is_there(out, folder, monkeypatch):
 
     monkeypatch.setattr(output, "with_progress", interrupted)
     code, _, stderr = invoke("generate", out, *TEXTS, *SHORT, "--output", "a.jsonl")
-    assert code == 1 and "interrupted after 1 prompts" in stderr
+    assert code == 130 and stderr.startswith("interrupted: stopped after 1 answers, kept in '.a.jsonl.part'. To go on")
     assert json.loads((folder / ".a.jsonl.part").read_text())["prompt"] == TEXTS[0]
     assert not (folder / "a.jsonl").exists()
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     message = refused("generate", out, *TEXTS[:-1], *SHORT, "--output", "a.jsonl")
-    assert "holds 1 answers of an interrupted command, made with other values of prompts" in message
-    assert "repetition_penalty" in refused(
+    assert "holds 1 answers of an interrupted command, made differently: other prompts. " in message
+    assert "repetition_penalty was 1.2, is now 1.0. " in refused(
         "generate", out, *TEXTS, *SHORT, "--repetition-penalty", "1", "--output", "a.jsonl"
     )
 

@@ -480,10 +480,32 @@ def test_a_folder_with_other_things_gets_a_mirror_of_its_own(run_dir, drive, pro
     assert names(run_dir) == ["checkpoint-5", "summary.json"] and problems == []
 
 
+def test_two_runs_at_one_drive_each_have_their_own(run_dir, drive, problems, tmp_path):
+    other = tmp_path / "other"
+    for folder, step in ((run_dir, 3), (other, 4)):
+        mirror = Mirror(folder, drive, problems.append)
+        mirror.checkpoint(write(folder, step))
+        assert mirror.close()
+    assert names(drive) == ["checkpoint-3", "other"] and names(drive / "other") == ["checkpoint-4"]
+    # One of the same name elsewhere, as long as the first is there: its own place; and of three there is none.
+    namesake = tmp_path / "deep" / "run"
+    assert mirror_place(drive, namesake) == drive / "run"
+    Mirror(namesake, drive, problems.append)
+    namesake.mkdir(parents=True)
+    (namesake / "run.json").write_text("{}")
+    with pytest.raises(UserInputError, match="holds other files, or another run's, and so does"):
+        mirror_place(drive, tmp_path / "deeper" / "run")
+    shutil.rmtree(run_dir)
+    shutil.rmtree(other)
+    for folder, step in ((run_dir, 3), (other, 4)):  # gone, as after a lost session: each finds its own again
+        assert restore(mirror_place(drive, folder), folder).step == step
+    assert problems == []
+
+
 def test_where_both_places_are_taken(run_dir, drive):
     (drive / "run").mkdir(parents=True)
     (drive / "run" / "mine.txt").write_text("x")
-    with pytest.raises(UserInputError, match="holds other files, and so does"):
+    with pytest.raises(UserInputError, match="holds other files, or another run's, and so does"):
         mirror_place(drive, run_dir)
 
 

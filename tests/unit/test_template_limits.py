@@ -1,5 +1,6 @@
 """Chat templates run with a limit: what would hang or fill the memory ends in one message, in a moment."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -40,6 +41,15 @@ ATTACKS = {
     "doubling by a sum": "{% set n = namespace(s='a') %}{% for a in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
     "recursion": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
     "recursive loop": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
+    "a chain of variables": "{% set b0 = messages[0].content %}"
+    + "".join(f"{{% set b{n} = b{n - 1} ~ b{n - 1} ~ 'a' %}}" for n in range(1, 40)),
+    "a chain of blocks": "{% set b0 = messages[0].content %}"
+    + "".join(f"{{% set b{n} %}}{{{{ b{n - 1} }}}}{{{{ b{n - 1} }}}}{{% endset %}}" for n in range(1, 40)),
+    "replaced": "{% set x = messages[0].content %}" + "{% set x = x | replace('9', '9999999999') %}" * 20,
+    "a list of lists": "{% set a0 = [1] %}" + "".join(f"{{% set a{n} = a{n - 1} + a{n - 1} %}}" for n in range(1, 40)),
+    "division by zero": "{{ 1 / 0 }}",
+    "a number of any length": "{{ " + "9" * 5000 + " }}",
+    "nothing called": "{{ nothing() }}",
     "nesting": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "length": "{# " + "a" * 2_000_000 + " #}",
 }
@@ -60,13 +70,36 @@ USES = (
 @pytest.mark.parametrize("template", ATTACKS.values(), ids=ATTACKS)
 def test_one_message_in_a_moment(template, monkeypatch):
     monkeypatch.setattr(template_limits, "SECONDS", 0.3)
+    monkeypatch.setattr(template_limits, "MEMORY", 2**28)
     renderer = ChatRenderer(byte_tokenizer(), TURN + template, None)
     began = time.monotonic()
     for nulls in (False, True):
         with pytest.raises(BadRow, match="the chat template refuses it") as caught:
             renderer.text([{"role": "user", "content": "9" * 9}], nulls=nulls)
-        assert len(str(caught.value)) < 300
+        assert len(str(caught.value)) < 700
     assert time.monotonic() - began < 3
+
+
+def test_other_threads_have_a_clock(monkeypatch):
+    monkeypatch.setattr(template_limits, "SECONDS", 0.3)
+    renderer, caught = ChatRenderer(byte_tokenizer(), TURN + ATTACKS["loops in loops"], None), []
+
+    def render():
+        try:
+            renderer.text([{"role": "user", "content": "Hi"}])
+        except BadRow as error:
+            caught.append(str(error))
+
+    thread = threading.Thread(target=render)
+    thread.start()
+    thread.join(5)
+    assert caught == ["the chat template refuses it: it takes longer than 0.3 s"]
+
+
+def test_values_for_a_template_that_is_refused():
+    for template in (ATTACKS["a number of any length"], ATTACKS["nesting"]):
+        with pytest.raises(BadRow, match="the chat template refuses it"):
+            ChatRenderer(byte_tokenizer(), "{{ thinking }}" + template, {"thinking": True}).check_kwargs()
 
 
 def test_what_templates_do_is_rendered():

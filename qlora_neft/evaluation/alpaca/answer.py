@@ -13,7 +13,7 @@ from ...adapter.folder import CONFIG, RECIPE, WEIGHTS, AdapterFolder, find_adapt
 from ...adapter.load import Loaded, load_trained, tokenizer_of_adapter
 from ...adapter.prompts import recorded_template
 from ...adapter.untuned import UntunedFolder, find_untuned, load_untuned, template_of_untuned
-from ...errors import UserInputError
+from ...errors import RunInterrupted, UserInputError
 from ...files import sha256_of_file
 from ...generation.answers import questions
 from ...generation.decode import Decoding
@@ -86,6 +86,7 @@ def answer_instructions(
 
     Raises:
         UserInputError: If model or instructions cannot be read, or the file holds answers made differently.
+        RunInterrupted: On a signal after the first batch.
     """
     machine = machine or Machine()
     untuned = find_untuned(source) if machine.base is None else None
@@ -248,6 +249,9 @@ def answer(
 
     Returns:
         Instructions that fill the model's context; their output is empty.
+
+    Raises:
+        RunInterrupted: On a signal, if answers are there.
     """
     instructions = asked_for if isinstance(asked_for, Asked) else Asked(list(asked_for))
     asked = set(file.missing())
@@ -261,9 +265,17 @@ def answer(
         for row, text in zip(rows, texts, strict=True)
     ]
     # Written batch by batch: hours of answers survive an interruption.
-    for batch in _batches(answer_texts(model, prompts, decoding, batch_size=batch_size), batch_size):
-        file.add([_row(rows[i], text) for i, text in batch])
-        progress(len(file.order) - len(file.missing()), len(file.order))
+    try:
+        for batch in _batches(answer_texts(model, prompts, decoding, batch_size=batch_size), batch_size):
+            file.add([_row(rows[i], text) for i, text in batch])
+            progress(len(file.order) - len(file.missing()), len(file.order))
+    except KeyboardInterrupt as stop:
+        there = len(file.order) - len(file.missing())
+        if not there:
+            raise
+        raise RunInterrupted.by(
+            stop, f"stopped after {there} answers, kept in {str(file.path)!r}. To go on, run the same command again."
+        ) from None
     too_long = file.missing()  # no answer came for these
     if too_long:  # judged like any other output: leaving hard rows out would flatter the model
         file.add([_row(row, "") for row in rows if row["instruction"] in set(too_long)])

@@ -27,8 +27,11 @@ from ..inputs import OF_MODEL, refuse_links, refuse_links_of_adapter
 DEQUANTIZED, ORIGINAL, NF4 = "dequantized", "original", "nf4"
 STRATEGIES = (DEQUANTIZED, ORIGINAL, NF4)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# No .bin and no adapters: the two patterns of weights are the names transformers itself writes.
-BASE_FILES = ["*.json", "model.safetensors", "model-*.safetensors"]
+# No .bin and no adapters: names that transformers itself writes, exactly, since the bars of a download print them.
+BASE_FILES = [
+    *("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"),
+    f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors",
+]
 NF4_BYTES = 0.53  # bytes of a weight in NF4: half, and its share of the block constants
 
 
