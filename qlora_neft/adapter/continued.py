@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import UserInputError
 from ..files import sha256_of_file
+from ..paths import resolve_bundled
 from ..recipe import Recipe
 from ..recipe.schema import OF_THE_ADAPTER, Lora
 from .folder import WEIGHTS, AdapterFolder, find_adapter
@@ -31,7 +32,7 @@ def resolved(recipe: Recipe) -> Recipe:
             if _is_open(recipe)
             else (_refusal(recipe, f"{folder.source}: names no base."))
         )
-    if not _is_open(recipe) and model.name_or_path != base:
+    if not _is_open(recipe) and resolve_bundled(model.name_or_path) != resolve_bundled(base):
         differences.append(("model.name_or_path", base, model.name_or_path))
     if not _is_open(recipe) and model.revision not in ("main", revision):
         differences.append(("model.revision", revision, model.revision))

@@ -102,6 +102,7 @@ def load_trained(
     section = folder.quantization
     policy = resolve_precision(precision, device, "auto" if section is None else section.bnb_4bit_compute_dtype)
     check_names(folder)
+    check_runs_nothing(folder)
     # Tokenizer and template come before gigabytes of weights, so that a mistake in them shows at once.
     tokenizer = tokenizer_of_adapter(folder)
     try:
@@ -152,7 +153,7 @@ def with_adapter(base: PreTrainedModel, folder: AdapterFolder, *, is_trainable: 
     Raises:
         UserInputError: If the adapter does not fit the base, or only a part of it would be loaded.
     """
-    _check_runs_nothing(folder)
+    check_runs_nothing(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder.path))
         if isinstance(config, LoraConfig):
@@ -176,7 +177,7 @@ def with_adapter(base: PreTrainedModel, folder: AdapterFolder, *, is_trainable: 
     return model.eval()
 
 
-def _check_runs_nothing(folder: AdapterFolder) -> None:
+def check_runs_nothing(folder: AdapterFolder) -> None:
     """Refuse what runs when PEFT loads it: a decomposition of the base, or a module that the configuration names.
 
     Raises:

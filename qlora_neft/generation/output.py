@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TypedDict
 
@@ -118,6 +118,8 @@ def write_as_they_come(path: Path, lines: Iterable[str], begun: Begun | None = N
         if begun is not None:
             begun.end()
     except OSError as error:
+        if not count:
+            _forget(draft, begun)
         there = f" Begun: {str(draft)!r}." if draft and draft.exists() else ""
         raise RunFailed(f"--output: {str(path)!r} cannot be written ({error.strerror}).{there}") from error
     except KeyboardInterrupt as stop:
@@ -125,12 +127,18 @@ def write_as_they_come(path: Path, lines: Iterable[str], begun: Begun | None = N
             raise RunInterrupted.by(
                 stop, f"stopped after {count} answers, kept in {str(draft)!r}. To go on, run the same command again."
             ) from None
-        if draft:
-            draft.unlink(missing_ok=True)  # nothing in it is worth keeping
-        if begun is not None:
-            begun.end()
+        _forget(draft, begun)
         raise
     return count
+
+
+def _forget(draft: Path | None, begun: Begun | None) -> None:
+    """Remove what holds no answer."""
+    with suppress(OSError):  # the error that is on its way is the one to report
+        if draft:
+            draft.unlink(missing_ok=True)
+        if begun is not None:
+            begun.end()
 
 
 class SavedChat:

@@ -266,6 +266,18 @@ def test_a_base_on_the_hub_is_pinned_to_the_commit_of_the_training(run_dir):
     assert public_base(find_adapter(run_dir), None, "f" * 40) == ("ann/tiny-base", "f" * 40)
 
 
+def test_of_a_repository_only_files_of_known_names_are_fetched(run_dir, tmp_path, monkeypatch, capfd):
+    """The bars of a download print names as they are, and a terminal would obey this one."""
+    with HubServer() as hub:
+        hub.use(monkeypatch, None, cache=tmp_path / "cache")
+        theirs = {"\x1b]0;owned\x07.json": b"{}", "more.json": b"{}", "deep/config.json": b"{}"}
+        known = ("adapter_config.json", "adapter_model.safetensors", "recipe.yaml", "summary.json", "tokenizer.json")
+        hub.add_repo("ann/x").add({name: (run_dir / name).read_bytes() for name in known} | theirs)
+        folder = find_adapter("ann/x")
+    assert {path.name for path in folder.path.iterdir()} == set(known)
+    assert "owned" not in "".join(capfd.readouterr())
+
+
 def test_a_base_the_hub_does_not_show_is_refused(run_dir, monkeypatch):
     with HubServer() as hub:
         hub.add_user("ann", write="hf_annwrite0123456789abcdef")

@@ -248,6 +248,8 @@ WRITING = {  # verbs that write, each into the disk
     "cp": ("cp", "demo", "disk/own.yaml"),
     "gguf": ("gguf", "whole", "disk/adapter.gguf"),
     "merge": ("merge", "whole", "disk/merged", "--no-proof"),
+    "generate": ("generate", "whole", "Hi", "--max-new-tokens", "2", "--output", "disk/answers.jsonl"),
+    "export": ("export", "whole", "--repo-id", "a/x", "--base-id", "a/b", "--dry-run", "--output", "disk/published"),
     "report": ("report", "whole", "--output", "disk/report.html"),
     "sweep": ("sweep", "mine.yaml", "neftune.noise_alpha=0,5", "--seeds", "1", "--output-dir", "disk/sweep"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -172,6 +173,27 @@ def test_all_ranks_write_the_date_of_the_first(llama, tmp_path, monkeypatch):
     expected = data_of(recipe, tokenizer, now=first)
     assert agreed.data.now == agreed.identity.now == first.isoformat()
     assert agreed.data.train[0] == expected.train[0] != theirs.train[0]
+
+
+def test_every_path_may_begin_at_home(interrupted, monkeypatch):
+    monkeypatch.setenv("HOME", str(interrupted))
+    Path("own.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}")
+    at_home = ("model.name_or_path=~/base", "data.path=~/train.jsonl", "data.eval_path=~/held.jsonl")
+    also = ("data.prompt_template=~/own.jinja", 'data.mixture=[{path: "~/held.jsonl"}]', "machine.mirror_dir=~/drive")
+    words = ("train", "~/mine.yaml", "--output-dir=~/new", "--dry-run", *at_home, *also)
+    monkeypatch.chdir("base")  # nothing is found from here otherwise
+    code, _, stderr = invoke(*words)
+    assert (code, stderr) == (0, "")
+    assert invoke("cp", "demo", "~/a.yaml")[0] == invoke("validate", "~/a.yaml")[0] == 0
+    assert invoke("train", "~/mine.yaml", "--output-dir=~/out", "--dry-run", *at_home)[0] == 0  # found, and compared
+    assert (interrupted / "a.yaml").exists() and not list(Path().glob("~*"))
+
+
+def test_files_have_the_mode_of_every_other(llama):
+    umask = os.umask(0o022)
+    os.umask(umask)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in never_stopped(llama).rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask) and len(modes) > 15
 
 
 # ---- A checkpoint that says something else ----

@@ -1,14 +1,16 @@
 """A finished run is found, loaded and prompted as it was trained."""
 
 import json
+import re
 import shutil
+import types
 
 import pytest
 import torch
 from command_line import adapter, cut_off, never_stopped
 
-from qlora_neft.adapter.folder import find_adapter
-from qlora_neft.adapter.load import load_trained
+from qlora_neft.adapter.folder import CONFIG, find_adapter
+from qlora_neft.adapter.load import load_trained, with_adapter
 from qlora_neft.data.templates import alpaca_prompt
 from qlora_neft.errors import UserInputError
 from qlora_neft.export.consumers import facts_of
@@ -102,6 +104,29 @@ def test_a_base_that_is_not_there_is_named_as_the_caller_knows_it(llama, tmp_pat
     (out / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/moved/away"}))
     with pytest.raises(UserInputError, match=f"^{out}: its base: no folder at '/moved/away'.*--base.$"):
         load_trained(out, device="cpu", precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("init_lora_weights", "pissa", "sets init_lora_weights: 'pissa', which changes the base as it is loaded"),
+        ("init_lora_weights", "pissa_niter_4", "sets init_lora_weights: 'pissa_niter_4'"),
+        ("init_lora_weights", "olora", "sets init_lora_weights: 'olora'"),
+        ("init_lora_weights", "corda", "sets init_lora_weights: 'corda'"),
+        ("megatron_config", {"a": 1}, "sets megatron_config, which is not loaded here"),
+    ],
+)
+def test_what_would_run_as_it_is_loaded_is_refused(llama, tmp_path, monkeypatch, key, value, said):
+    for name in (CONFIG, "adapter_model.safetensors"):
+        shutil.copyfile(never_stopped(llama) / name, tmp_path / name)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps({**config, key: value, "megatron_core": "os"}))
+    monkeypatch.setattr("qlora_neft.adapter.load.base_of_adapter", lambda *_: pytest.fail("the base was loaded"))
+    with pytest.raises(UserInputError, match=re.escape(said)):
+        load_trained(tmp_path)
+    base = types.SimpleNamespace()  # for a run that goes on from an adapter, whose base is there already
+    with pytest.raises(UserInputError, match=re.escape(said)):
+        with_adapter(base, find_adapter(tmp_path))
 
 
 def test_damaged_weights_are_not_mistaken_for_those_of_another_base(llama, tmp_path):
