@@ -28,7 +28,7 @@ test: $(VENV)/.dev ## install and run the tests
 test-slow: $(VENV)/.dev ## install and run the tests that take more than a minute each
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow
 
-faults: $(VENV)/.dev ## break runs in every way at hand and see what is kept (about 15 minutes)
+faults: $(VENV)/.dev ## break runs in every way at hand and see what is kept (about 20 minutes)
 	$(BIN)/python -m scripts.faults
 
 families: $(VENV)/.dev ## train, resume, merge a tiny model of every family, and write its page (about an hour)

@@ -11,11 +11,13 @@ from eval_place import ASKED, FAST, OTHER, found, make_place
 
 from qlora_neft.adapter.folder import find_adapter
 from qlora_neft.adapter.load import load_trained, tokenizer_of_adapter
+from qlora_neft.errors import RunInterrupted
 from qlora_neft.evaluation.alpaca.answer import answer, answers_file
 from qlora_neft.evaluation.overlap import rouge_l
 from qlora_neft.generation.answers import questions
 from qlora_neft.generation.decode import Decoding
 from qlora_neft.generation.generate import answer_texts
+from qlora_neft.run_folder.stop import StopNow
 from qlora_neft.runner.run_data import recipe_data
 
 
@@ -162,15 +164,13 @@ def test_answers_may_be_drawn_and_have_a_least_length(place):
 def test_what_was_answered_is_not_answered_again(place, trained):
     path, decoding, folder = Path("answers.json"), Decoding(max_new_tokens=12), find_adapter("out")
 
-    class Killed(Exception):
-        pass
-
     def stop(done, total):
-        raise Killed
+        raise StopNow(15)
 
     file = answers_file(path, folder, ASKED, generator="out", decoding=decoding)
-    with pytest.raises(Killed):
+    with pytest.raises(RunInterrupted, match="stopped after 3 answers, kept in 'answers") as stopped:
         answer(trained, file, ASKED, decoding, batch_size=3, progress=stop)
+    assert stopped.value.signal == 15
     begun = json.loads(path.read_text())
     assert len(begun) == 3  # one batch of the three
     begun[0]["output"] = "kept"
