@@ -14,6 +14,8 @@ import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what it puts in the background so
     signal.signal(signal.SIGINT, signal.default_int_handler)  # and what the tests start would inherit it
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # the same under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny tensors gain nothing from threads, and two test processes would fight
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

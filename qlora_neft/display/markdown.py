@@ -15,8 +15,13 @@ from markupsafe import Markup
 from .terminal import is_obeyed
 
 SPECIAL = "\\`*_[]#|~"
-# As entities, not behind a backslash: what is escaped twice by a careless reader is still no HTML.
-_ENTITIES = ((re.compile(r"&(?=#?\w+;)"), "&amp;"), (re.compile("<"), "&lt;"), (re.compile(">"), "&gt;"))
+# As entities, not behind a backslash: what is escaped twice by a careless reader is still no HTML. ">" alone ends no
+# tag that was not begun, and begins a quotation at the start of a line.
+_ENTITIES = (
+    (re.compile(r"&(?=#?\w+;)"), "&amp;"),
+    (re.compile("<"), "&lt;"),
+    (re.compile(r"(?m)^([ \t]*)>"), r"\1&gt;"),
+)
 
 
 def inline(text: str) -> str:
