@@ -84,6 +84,8 @@ class RowReader:
         found = _READERS[self.format](self.columns.of(row), self.roles)
         unread = self.columns.not_read(row)
         unread = frozenset(name for name in unread if not is_blank(row.get(name))) if unread else frozenset()
+        if self.format == "messages" and row.get("messages") is not None and not is_blank(row.get("conversations")):
+            unread |= {"conversations"}  # read of rows without messages
         if isinstance(found, Conversation):
             read = RowRead(found.dialogue, found.left_out, found.marks, unread, found.extra)
         else:

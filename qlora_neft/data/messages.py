@@ -37,6 +37,7 @@ SPEAKERS = {
     "reasoning": THOUGHT,
 }
 SPEAKER_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")
+THINK, END_OF_THINK = "<think>", "</think>"
 REASONING, REASONING_KEYS = "reasoning_content", ("reasoning_content", "reasoning", "thinking")
 # OpenAI's fine-tuning format has weight; the others are of axolotl (train, training), ms-swift (loss), and common.
 LOSS_KEYS = ("weight", "train", "training", "loss", "loss_mask")
@@ -115,12 +116,18 @@ def read_message(
     # A call comes without words (null), and many templates cannot join null to text.
     if "tool_calls" in message and content is None:
         message["content"] = ""
-    said = message["content"] = text_of(message["content"], f"{where}: {content_key}")
+    said = text_of(message["content"], f"{where}: {content_key}")
+    answer = said
+    if role == "assistant" and THINK in said:
+        said, answer = _without_its_thought(said, message.get(REASONING), where)
+        if answer is None and trained is not False:
+            raise EmptyRow(f"{where}: its thought has no {END_OF_THINK}, so it holds no response")
+    message["content"] = said
     if not shared:  # a template may read any key of a message
         message |= {key: normal(turn[key]) for key in sorted(map(str, turn)) if _is_passed_on(key, turn)}
     elif turn.get("name") is not None:
         message["name"] = turn["name"]
-    if role == "assistant" and not said.strip() and "tool_calls" not in message:
+    if role == "assistant" and answer is not None and not answer.strip() and "tool_calls" not in message:
         raise EmptyRow(f"{where}: the response is blank")
     return Read(message, trained, extra=extra)
 
@@ -132,7 +139,7 @@ def _plain(turn: Mapping[str, Any], number: int, roles: Mapping[str, str]) -> Re
     speaker, text = (turn.get("role"), turn.get("content")) if "role" in turn else (turn.get("from"), turn.get("value"))
     role = SPEAKERS.get(speaker) if isinstance(speaker, str) and speaker not in roles else None
     # What is wrong with others is said below.
-    if role not in ROLES or not isinstance(text, str) or not text.strip():
+    if role not in ROLES or not isinstance(text, str) or not text.strip() or THINK in text:
         return None
     return Read({"role": role, "content": text_of(text, f"turn {number}: content")})
 
@@ -184,6 +191,23 @@ def _thought(turn: Mapping[str, Any], parts: Sequence[str], where: str) -> str:
     if len(set(found)) > 1:
         raise BadRow(f"{where}: its thought is given twice, and differently")
     return found[0] if found else ""
+
+
+def _without_its_thought(said: str, thought: str | None, where: str) -> tuple[str, str | None]:
+    """Return a text without the thought it begins with, if that is given in a field too; and the answer in it.
+
+    The answer is None where the thought has no end: generation was cut in the middle of it.
+    """
+    if not said.lstrip().startswith(THINK):
+        return said, said
+    inner, end, answer = said.lstrip().removeprefix(THINK).partition(END_OF_THINK)
+    if not end:
+        return said, None
+    if not thought:
+        return said, answer
+    if inner.strip() not in ("", thought.strip()):
+        raise BadRow(f"{where}: its thought is given twice, and differently")
+    return answer.lstrip("\n"), answer
 
 
 def _joined_parts(parts: Sequence[Any], where: str) -> tuple[str, list[str]]:

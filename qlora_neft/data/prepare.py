@@ -22,7 +22,7 @@ from .identity import fingerprint, special_tokens, templates, tokenizer_parts
 from .parallel import map_rows
 from .reading import source_fingerprint
 from .report import DataReport, data_report
-from .source_facts import NotUsed, check_kwargs, chosen_template, facts_of, with_reader
+from .source_facts import NotUsed, chosen_template, facts_of, with_reader
 from .sources import Source, held_out_sources, row_size, training_sources
 from .store import SequenceWriter, SourceFacts, State, read_sequences
 from .template_date import reads_date, written
@@ -241,7 +241,6 @@ class _Preparation:
             compares = self.section.has_eval_rows
             train = Part(SequenceWriter(folder / TRAIN, weighted=weighted), compares)
             held_out = Part(SequenceWriter(folder / EVAL, weighted=weighted), compares) if compares else None
-            check_kwargs([*sources, *eval_sources], self.tokenizer, self.section, streaming=self.streaming)
             found = self._read(sources, train, held_out if self.section.eval_fraction is not None else None)
             found_eval = self._read(eval_sources, held_out) if held_out is not None else []
             for part in (train, held_out):

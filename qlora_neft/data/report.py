@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from ..paths import JINJA_SUFFIXES
 from ..recipe.schema import Data
 from ..steps.batch import split_rows
 from .columns import listed
@@ -127,6 +128,7 @@ def data_report(state: State, train: Dataset, held_out: Dataset | None, section:
                 "rows on one side. Give more rows or another fraction."
             )
         warnings += _warnings_on_overlap(state, section)
+    problems += _values_without_effect(state, section)
     return {
         "report_version": REPORT_VERSION,
         "rows": described["rows"],
@@ -154,6 +156,17 @@ def _warnings_on_ends(state: State) -> list[str]:
         "without."
         for d in state["sources"]
         if d["lacks_begin"] is not None
+    ]
+
+
+def _values_without_effect(state: State, section: Data) -> list[str]:
+    """Return a line if there are values for chat templates and no rows have one."""
+    named = dict.fromkeys(facts["prompt_template"] for facts in state["sources"] + state["eval_sources"])
+    if not section.chat_template_kwargs or any(name == "chat" or name.endswith(JINJA_SUFFIXES) for name in named):
+        return []
+    return [
+        f"data.chat_template_kwargs: no rows have a chat template, they get {', '.join(named)}. Remove it, or set "
+        "data.prompt_template to chat or a .jinja file."
     ]
 
 

@@ -8,7 +8,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from ..errors import UserInputError
-from ..paths import JINJA_SUFFIXES, shown_path
+from ..paths import shown_path
 from ..recipe.schema import Data
 from .chat_template import ChatTemplate
 from .columns import plain_columns
@@ -51,28 +51,6 @@ def chosen_template(name: str, reader: RowReader, tokenizer: PreTrainedTokenizer
         return reader.template(name)
     can = chat.wording.takes_thoughts if reader.beyond == "thoughts" else chat.calls is not None
     return "chat" if can else reader.template(name)
-
-
-def check_kwargs(
-    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, section: Data, *, streaming: bool
-) -> None:
-    """Refuse ``data.chat_template_kwargs`` where no source has a chat template to be given them.
-
-    Raises:
-        UserInputError: With the templates that they have.
-    """
-    if not section.chat_template_kwargs:
-        return
-    named = []
-    for source in sources:
-        reader, _ = with_reader(source, streaming=streaming)
-        chosen = chosen_template(source.prompt_template, reader, tokenizer, section)
-        named.append(resolve_template(chosen, reader.format))
-    if not any(name == "chat" or name.endswith(JINJA_SUFFIXES) for name in named):
-        raise UserInputError(
-            f"data.chat_template_kwargs: no rows have a chat template, they get {', '.join(dict.fromkeys(named))}. "
-            "Remove it, or set data.prompt_template to chat or a .jinja file."
-        )
 
 
 @dataclass

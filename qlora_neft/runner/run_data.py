@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+NAME_KEYS = (
+    "columns",
+    "roles",
+    "system_prompt",
+)  # what the user's names mean, and what rows without a system message get
 MAX_LENGTH = 1024  # tokens per sequence, for adapters without a recipe
 
 
@@ -54,9 +59,7 @@ def recipe_data(
 
 def other_data(trained: Trained, path: str) -> PreparedData:
     """Return the sequences of another data file or Hub dataset, in a run's own template and length."""
-    section = _like_the_runs(trained.folder, path, trained.prompts.name)
-    moment = moment_in(trained.folder.path)
-    return prepare_data(trained.tokenizer, section, key="--data", refuse=False, now=moment)
+    return _read_like_the_runs(trained.folder, trained.tokenizer, path, trained.prompts.name, "--data")
 
 
 def proof_rows(
@@ -77,8 +80,7 @@ def proof_rows(
     if path is not None:
         # A Jinja file of the user's was saved as the tokenizer's chat template; the recorded path may be gone.
         own = "chat" if template.endswith(JINJA_SUFFIXES) else "auto" if template == "none" else template
-        section = _like_the_runs(folder, path, own)
-        found = prepare_data(tokenizer, section, key="--proof-data", refuse=False, now=moment_in(folder.path)).train
+        found = _read_like_the_runs(folder, tokenizer, path, own, "--proof-data").train
         return ProofRows(_first(found, count), public_path(path))
     remedy = "Give rows like those it was trained on with --proof-data FILE, or merge unproven with --no-proof."
     if folder.recipe is None:
@@ -93,13 +95,27 @@ def proof_rows(
         ) from error
 
 
-def _like_the_runs(folder: AdapterFolder, path: str, template: str) -> Data:
-    """Return a data section for another path whose rows become sequences as the run's did."""
-    stated = {key: getattr(folder.recipe.data, key) for key in SEQUENCE_KEYS} if folder.recipe else {}
+def _read_like_the_runs(
+    folder: AdapterFolder, tokenizer: PreTrainedTokenizerBase, path: str, template: str, key: str
+) -> PreparedData:
+    """Prepare the rows of another path as the run's were; ``key`` is the option that names it."""
+    keys = (*SEQUENCE_KEYS, *NAME_KEYS)
+    stated = {name: getattr(folder.recipe.data, name) for name in keys} if folder.recipe else {}
     # Keys of a recorded recipe that another version wrote may be missing or None: the defaults stand for them.
-    kept = {"max_length": MAX_LENGTH} | {key: value for key, value in stated.items() if value is not None}
+    kept = {"max_length": MAX_LENGTH} | {name: value for name, value in stated.items() if value is not None}
     # Not validated: no recipe may state the template "none", which is what plain text is trained with.
-    return Data.model_construct(None, path=path, prompt_template=template, **kept)
+    section = Data.model_construct(None, path=path, prompt_template=template, **kept)
+    columns, now = dict(section.columns), moment_in(folder.path)
+    while True:
+        named = section.model_copy(update={"columns": columns})
+        try:
+            return prepare_data(tokenizer, named, key=key, refuse=False, now=now)
+        except UserInputError as error:
+            # It may have some of the columns that the run's rows have, or those of a format.
+            lacking = [name for name in columns if str(error).startswith(f"data.columns: {name!r} is no column")]
+            if not lacking:
+                raise
+            columns = {name: ours for name, ours in columns.items() if name not in lacking}
 
 
 def _own_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, now: datetime | None) -> tuple[Dataset, str]:

@@ -13,7 +13,8 @@ from command_line import HELD_OUT, ROWS, cut_off, invoke, never_stopped, refused
 from talker import CONTEXT, save_talker
 from transformers import Gemma3TextConfig, GenerationConfig, GPTNeoXConfig, LlamaConfig, OPTConfig
 
-from qlora_neft.adapter.load import load_trained
+from qlora_neft.adapter.folder import find_adapter
+from qlora_neft.adapter.load import load_trained, tokenizer_of_adapter
 from qlora_neft.adapter.prompts import Prompts
 from qlora_neft.data.examples import Dialogue, Instruction
 from qlora_neft.data.prepare import prepare_data
@@ -23,6 +24,7 @@ from qlora_neft.generation.decode import Decoding, continuations, may_outrun_its
 from qlora_neft.generation.generate import generate
 from qlora_neft.generation.requests import Names, requests_of_file, requests_of_texts
 from qlora_neft.recipe.schema import Data
+from qlora_neft.runner.run_data import proof_rows
 
 TEXTS = [f"Repeat {n}" + " please" * (n % 4) for n in range(6)]
 SHORT = ("--max-new-tokens", "12")
@@ -276,9 +278,19 @@ def test_a_run_is_asked_with_its_own_system_message(hen, folder):
     assert without == [asked_with[""], asked_with["No."]]
 
 
-def load_trained_tokenizer(trained):
-    from qlora_neft.adapter.load import tokenizer_of_adapter
+@pytest.mark.parametrize(
+    "row", [{"ask": "Go", "more": ["north"], "output": "ok"}, {"question": "Go\nnorth", "answer": "ok"}]
+)
+def test_other_rows_are_read_as_the_runs_were(hen, folder, row):
+    """In the run's names of columns or a format's; without a system message they get the run's."""
+    write_rows(folder / "p.jsonl", [row])
+    adapter = find_adapter(hen)
+    tokenizer = tokenizer_of_adapter(adapter)
+    [found] = proof_rows(adapter, tokenizer, "vicuna", "p.jsonl", 4).rows
+    assert tokenizer.decode(found["input_ids"]).startswith("<s>Answer as a hen. USER: Go\nnorth ASSISTANT: ok")
 
+
+def load_trained_tokenizer(trained):
     return tokenizer_of_adapter(trained.folder)
 
 

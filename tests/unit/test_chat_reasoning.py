@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from qlora_neft.data.chat_template import ChatTemplate
 from qlora_neft.data.examples import BadRow, Dialogue, Passage
 from qlora_neft.data.prepare import prepare_data
+from qlora_neft.data.sources import Row
 from qlora_neft.data.templates import JinjaTemplate, NoTemplate, VicunaTemplate, make_template
 from qlora_neft.data.worker import RowWorker
 from qlora_neft.errors import UserInputError
@@ -22,6 +23,7 @@ from qlora_neft.recipe.schema import Data
 from scripts.families.tokenizer import byte_tokenizer
 
 STOCK = Path(trl.__file__).parent / "chat_templates"
+QWEN3 = str(STOCK / "qwen3.jinja")
 DEEPSEEK = ("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 MORE = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|constrain|>", "<|eot_id|>", *DEEPSEEK]
 THINKING = talk("2+2?", "4", "3+3?", "6")
@@ -259,6 +261,35 @@ def test_every_special_token_of_a_tokenizer_is_known():
     assert found.search("a <turn>") and found.search("<|call|>") and not found.search("<table>")
 
 
+# ---- A thought in two places, and one without an end ----
+
+
+def a_response(said, **others):
+    row = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": said, **others}]}
+    [found] = RowWorker(stock("qwen3").tokenizer, "messages", QWEN3, Data(path="-.jsonl", max_length=999))(
+        [Row(1, "line 1", row)]
+    )
+    return found.problem, found.reason, [sequence.ids.tolist() for sequence in found.sequences]
+
+
+def test_a_thought_in_a_field_and_in_the_text_is_one():
+    alone = a_response("4", reasoning_content="Add.")
+    assert alone[0] is None
+    for said in ("<think>\nAdd.\n</think>\n\n4", "<think>Add.</think>\n4", "<think>\n\n</think>\n\n4"):
+        assert a_response(said, reasoning_content="Add.") == alone
+    assert a_response("<think>\nAdd.\n</think>\n\n4") == alone
+    problem, reason, _ = a_response("<think>\nCount.\n</think>\n\n4", reasoning_content="Add.")
+    assert (problem, reason) == ("bad", "turn 2: its thought is given twice, and differently")
+
+
+def test_a_thought_without_an_answer_is_no_response():
+    cut = a_response("<think>\nAdd the")
+    assert cut == ("empty", "turn 2: its thought has no </think>, so it holds no response", [])
+    for said, others in (("<think>\nAdd.\n</think>\n", {}), ("", {"reasoning_content": "Add."})):
+        assert a_response(said, **others)[:2] == ("empty", "turn 2: the response is blank")
+    assert a_response("A thought begins with <think>.")[0] is None
+
+
 # ---- A chat template by itself ----
 
 PLAIN = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo."}]}
@@ -300,9 +331,10 @@ def test_values_for_a_chat_template_need_one(tmp_path):
         ({"instruction": "Hi", "output": "Yo"}, "auto", "alpaca"),
         ({"prompt": "Hi", "completion": "Yo"}, "alpaca", "none"),
     ):
-        with pytest.raises(UserInputError) as caught:
-            prepared(tmp_path, [row], found, prompt_template=stated, **given)
-        assert f"data.chat_template_kwargs: no rows have a chat template, they get {named}." in str(caught.value)
+        problems = prepared(tmp_path, [row], found, prompt_template=stated, **given).report["problems"]
+        assert [problem.partition(". ")[0] for problem in problems] == [
+            f"data.chat_template_kwargs: no rows have a chat template, they get {named}"
+        ]
 
 
 def with_template(made, text):

@@ -124,6 +124,13 @@ def test_what_can_be_done_about_rows_depends_on_where_they_are(kind, remedy, pat
     assert problem.count(remedy) == 1 and problem.partition(remedy)[2].startswith((f"{where}.", f"{where}, or"))
 
 
+def test_conversations_beside_messages_are_listed():
+    both = read({"messages": TALK, "conversations": TALK})
+    assert both.columns_not_read == {"conversations"}
+    assert not read({"messages": TALK, "conversations": None}).columns_not_read
+    assert not read({"messages": None, "conversations": TALK}, format="messages").columns_not_read
+
+
 def test_turns_that_are_stored_field_by_field_are_read():
     """As `datasets` stores a sequence of objects, in Parquet too."""
     fields = {"role": ["user", "assistant"], "content": ["Hi", "Hello."], "name": None}
