@@ -69,7 +69,7 @@ def _tool(tool: Any, value: Any) -> Tool:
         function, tool = {key: tool[key] for key in tool if key != "type"}, {}
     parameters = function.get("parameters")
     if isinstance(parameters, str) and parameters.strip():
-        parameters = from_json(parameters, f"the parameters of {function.get('name')}")
+        parameters = from_json(parameters, f"the parameters of {function.get('name')}", "are")
     described = {**normal({**function, "parameters": None}), "parameters": _schema(parameters)}
     described = {key: described[key] for key in in_order(described, FUNCTION_KEYS) if described[key] is not None}
     rest = normal({**tool, "type": tool.get("type") or "function", "function": None})
@@ -117,7 +117,7 @@ def _call(call: Any, where: str, tools: Sequence[Tool]) -> Mapping[str, Any]:
 
 def _arguments(value: Any, name: str) -> Mapping[str, Any]:
     if isinstance(value, str):  # as OpenAI has them
-        value = from_json(value, name) if value.strip() else None
+        value = from_json(value, name, "are") if value.strip() else None
     if value is None:
         return {}
     if not isinstance(value, Mapping):

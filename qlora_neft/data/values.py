@@ -27,18 +27,18 @@ def text_of(value: Any, name: str) -> str:
     return value
 
 
-def from_json(text: str, name: str) -> Any:
+def from_json(text: str, name: str, verb: str = "is") -> Any:
     """Return the value that a JSON text states.
 
     Raises:
-        BadRow: If it is not JSON; the message begins with ``name``.
+        BadRow: If it is not JSON; the message begins with ``name`` and ``verb``.
     """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # too many digits in a number give a ValueError
         # What pandas writes for a list in a table's cell.
         hint = ", but Python's spelling of a list; write it with json.dumps" if text.startswith(("[{'", "{'")) else ""
-        raise BadRow(f"{name} is text that is not JSON{hint}") from error
+        raise BadRow(f"{name} {verb} text that is not JSON{hint}") from error
 
 
 def normal(value: Any, first: Sequence[str] = ()) -> Any:

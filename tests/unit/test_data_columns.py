@@ -344,7 +344,10 @@ def test_openais_older_calls_are_calls():
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        ({"name": "weather", "arguments": "{city: Rome}"}, "turn 2: the arguments of weather is text that is not JSON"),
+        (
+            {"name": "weather", "arguments": "{city: Rome}"},
+            "turn 2: the arguments of weather are text that is not JSON",
+        ),
         (
             {"name": "weather", "arguments": '"Rome"'},
             "turn 2: the arguments of weather are str 'Rome', not a JSON object",
