@@ -88,7 +88,9 @@ class Prompts:
                 raise UserInputError(f"the prompt template {self.name} has no place for tools; chat templates may.")
             return self.template.chat.prompt(messages, tools)
         except BadRow as error:
-            raise UserInputError(f"the conversation {error}.") from error
+            said = str(error)  # continues a sentence about the conversation, or is one about the template
+            subject = "" if said.startswith("the chat template") else "the conversation "
+            raise UserInputError(f"{subject}{said}.") from error
 
     def ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Return the token ids of `text`, as they stand before a response in training."""

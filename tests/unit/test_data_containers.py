@@ -159,6 +159,20 @@ def test_a_cloned_dataset_has_the_configurations_of_its_readme(tmp_path):
     assert values_of("clone") == ROWS[:5]
 
 
+@pytest.mark.parametrize("shape", ["aliases", "deep", "itself"])
+def test_a_readme_that_stands_for_billions_of_values_is_not_built(tmp_path, shape):
+    laughs = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    text = {
+        "aliases": f"a0: &a0 [x, x]\n{laughs}configs: *a11",
+        "deep": "configs: " + "[" * 9000,
+        "itself": "a: &a [*a]",
+    }
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "README.md").write_text(f"---\n{text[shape]}\n---\n")
+    (tmp_path / "clone" / "a.jsonl").write_bytes(LINES)
+    assert values_of("clone") == ROWS  # as a folder without one
+
+
 def test_files_of_a_folder_are_of_the_split_that_their_names_tell(tmp_path):
     for name in ("data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/validation.jsonl.gz"):
         path = tmp_path / "ours" / name
