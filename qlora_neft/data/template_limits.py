@@ -222,7 +222,8 @@ class _Ceiling:
     """
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, (-1, -1)
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: tuple[int, int] | None = None  # -1 is a limit, too: none
         self._size, self._asked = 0, -1.0
 
     @contextmanager
@@ -237,11 +238,11 @@ class _Ceiling:
         finally:
             with self._lock:
                 self._inside -= 1
-                if resource is not None and not self._inside and self._before != (-1, -1):
+                if resource is not None and not self._inside and self._before is not None:
                     resource.setrlimit(resource.RLIMIT_AS, self._before)
 
     def _lower(self) -> None:
-        self._before = (-1, -1)
+        self._before = None
         if resource is None:
             return
         # Asking how large the process is takes a tenth as long as rendering a short row: not for every row.

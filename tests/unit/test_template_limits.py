@@ -1,5 +1,6 @@
 """Chat templates run with a limit: what would hang or fill the memory ends in one message, in a moment."""
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import trl
 from qlora_neft.data import template_limits
 from qlora_neft.data.chat_renderer import ChatRenderer
 from qlora_neft.data.examples import BadRow
-from qlora_neft.data.template_limits import limited, refusal
+from qlora_neft.data.template_limits import TemplateLimit, limited, refusal
 from scripts.families.tokenizer import byte_tokenizer
 
 TURN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -124,6 +125,20 @@ def test_it_costs_a_row_next_to_nothing():
             pass
 
     assert min(clocked(limits) for _ in range(7)) < 0.5 * min(clocked(lambda: renderer.text(row)) for _ in range(7))
+
+
+def test_the_memory_of_this_process_is_limited_for_a_rendering_alone():
+    resource = pytest.importorskip("resource")
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("Linux alone says how large a process is")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    for _ in range(2):
+        with limited(TURN), limited(TURN):
+            assert resource.getrlimit(resource.RLIMIT_AS)[0] not in (before[0], resource.RLIM_INFINITY)
+        assert resource.getrlimit(resource.RLIMIT_AS) == before
+    with pytest.raises(TemplateLimit), limited(TURN):
+        raise MemoryError
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 def test_the_alarm_of_others_is_left_as_it_was():
