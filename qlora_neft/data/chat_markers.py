@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .examples import BadRow, Message
 
@@ -34,8 +33,7 @@ AMBIGUOUS = (
 )
 
 
-@dataclass(frozen=True)
-class Marker:
+class Marker(NamedTuple):
     """A marker's place in the rendering, the number of its message, its kind, and at which end of a string it was."""
 
     position: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import jinja2.meta
@@ -79,7 +80,7 @@ class ChatRenderer:
 
     def has_marks(self, tools: list[Any] | None) -> bool:
         """Whether the template says itself what is trained."""
-        return GENERATION_MARK.search(self.source(tools)) is not None
+        return _has_marks(self.source(tools))
 
     def check_kwargs(self) -> None:
         """Refuse values that the template never reads.
@@ -127,6 +128,11 @@ class ChatRenderer:
                 ),
             )
         return rendered[0], spans[0] if spans else []
+
+
+@lru_cache(maxsize=64)
+def _has_marks(source: str) -> bool:
+    return GENERATION_MARK.search(source) is not None
 
 
 GLOBALS = frozenset({"raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner"})

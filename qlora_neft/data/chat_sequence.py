@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .chat_markers import CONTENT, Span, thought_and_answer
 from .chat_turns import Rendering, Turn
@@ -31,6 +32,12 @@ class Shown:
     given: tuple[str, str] | None = None
     answer: Span = (0, 0)
 
+    @cached_property
+    def _missing(self) -> dict[int, str | None]:
+        """What each trained turn should say and the text leaves out, by the number of its message."""
+        has_thought = self.given is not None
+        return {turn.number: self.rendering.missing_from(turn, has_thought=has_thought) for turn in self.turns}
+
     def pieces(self) -> list[Piece]:
         """Return the text in pieces: trained, excluded, and the rest."""
         if self.given is None:
@@ -42,8 +49,7 @@ class Shown:
     def hidden(self) -> list[int]:
         """Return the numbers of turns that lack something which the template may show once they are the last."""
         last = len(self.rendering.messages) - 1
-        missing = {turn.number: self.rendering.missing_from(turn) for turn in self.turns}
-        return [number for number, what in missing.items() if what == "its thought" or (what and number != last)]
+        return [number for number, what in self._missing.items() if what == "its thought" or (what and number != last)]
 
     def left_out(self, num_tools: int) -> list[tuple[int, str]]:
         """Return what stands before a trained turn and not in the text.
@@ -57,8 +63,8 @@ class Shown:
         Raises:
             BadRow: If it is trained itself, or a request or a tool's result, which the turn answers.
         """
-        for turn in self.turns:
-            _refuse(turn.number, self.rendering.missing_from(turn, has_thought=self.given is not None))
+        for number, missing in self._missing.items():
+            _refuse(number, missing)
         return _context_left_out(self.rendering, self.turns[-1].number, num_tools)
 
 

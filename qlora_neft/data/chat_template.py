@@ -66,6 +66,7 @@ class ChatTemplate:
         except BadRow as error:
             raise UserInputError(self._unusable(error)) from error
         self.calls = learn_calls(self.renderer, self.wording.special)
+        self._ends = tuple(filter(None, (self.end_of_turn, self.end_of_call)))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -121,7 +122,9 @@ class ChatTemplate:
         hidden = whole.hidden()
         found = [self._alone(messages, tools, number, responses) for number in hidden]
         shown = [turn for turn in whole.turns if turn.number not in hidden]
-        if shown:
+        if shown and not hidden:  # nearly always
+            found = [whole]
+        elif shown:
             others = [*whole.others, *(turn for turn in whole.turns if turn.number in hidden)]
             found.insert(0, Shown(whole.rendering, shown, others))
         left_out: dict[str, None] = {}  # in order, each once
@@ -263,18 +266,18 @@ class ChatTemplate:
 
     def _never_ends(self, rendering: Rendering, turn: Turn) -> bool:
         """Whether nothing tells generation to stop behind a turn, of calls or with a template that writes no ends."""
-        ends = [*self.wording.ends, self.end_of_call, self.tokenizer.eos_token]
+        if self.wording.ends and not rendering.messages[turn.number].get("tool_calls"):
+            return False
         text = rendering.text[turn.begin : turn.end].rstrip()
-        is_checked = not self.wording.ends or bool(rendering.messages[turn.number].get("tool_calls"))
-        return is_checked and not any(end and text.endswith(end) for end in ends)
+        ends = (*self.wording.ends, self.end_of_call, self.tokenizer.eos_token)
+        return not any(end and text.endswith(end) for end in ends)
 
     def _doubles(self, messages: Messages, numbers: Sequence[int]) -> bool:
         """Whether a message spells the begin or end token that the template writes beside it."""
         begin = self.tokenizer.bos_token if self.wording.begins else None
         if begin and (messages[0].get("content") or "").lstrip().startswith(begin):
             return True
-        ends = tuple(filter(None, (self.end_of_turn, self.end_of_call)))
-        return any((messages[number].get("content") or "").rstrip().endswith(ends) for number in numbers)
+        return any((messages[number].get("content") or "").rstrip().endswith(self._ends) for number in numbers)
 
     def _unusable(self, error: BadRow) -> str:
         syntax = error.__cause__ if isinstance(error.__cause__, TemplateSyntaxError) else None

@@ -54,7 +54,7 @@ class Encoded:
 
     def num_trained(self) -> int:
         """Count the trained tokens as a causal LM does: nothing predicts the first token."""
-        return int(self.trained[1:].sum())
+        return int(np.count_nonzero(self.trained[1:]))
 
     def labels(self) -> np.ndarray:
         """Return the ids where trained and -100 elsewhere, int32 (L,)."""
@@ -129,9 +129,11 @@ class Encoder:
             return [self._by_prefixes(text, pieces) for text, pieces in zip(texts, sequences, strict=True)]
         if not texts:
             return []
-        encodings = self._tokenize(texts).encodings
-        assert encodings is not None  # every fast tokenizer's
-        return [self._encoded(p, t, e) for p, t, e in zip(sequences, texts, encodings, strict=True)]
+        found = self._tokenize(texts)
+        assert found.encodings is not None  # every fast tokenizer's
+        # Each encoding would make a new list of its ids; here they are already.
+        ids = found["input_ids"]
+        return [self._encoded(*each) for each in zip(sequences, texts, ids, found.encodings, strict=True)]
 
     def lengths(self, sequences: Sequence[Sequence[Piece]]) -> list[int]:
         """Return the number of tokens of each sequence."""
@@ -148,11 +150,15 @@ class Encoder:
     def _tokenize(self, texts: list[str]) -> BatchEncoding:
         # Not verbose: it would warn of texts longer than the model's context, which are cut or split later.
         return self.tokenizer(
-            texts, add_special_tokens=self.adds_special_tokens, return_attention_mask=False, verbose=False
+            texts,
+            add_special_tokens=self.adds_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         )
 
-    def _encoded(self, pieces: Sequence[Piece], text: str, encoding: Any) -> Encoded:
-        ids, offsets = _without_added_end(encoding.ids, encoding.offsets)
+    def _encoded(self, pieces: Sequence[Piece], text: str, ids: list[int], encoding: Any) -> Encoded:
+        ids, offsets = _without_added_end(ids, encoding.offsets)
         starts, ends = _ranges(text, offsets)
         responses = _responses(pieces)
         moved = False
@@ -372,7 +378,7 @@ def _without_added_end(ids: list[int], offsets: list[tuple[int, int]]) -> tuple[
     count = len(ids)
     while count and offsets[count - 1] == (0, 0):
         count -= 1
-    return ids[:count], offsets[:count]
+    return (ids, offsets) if count == len(ids) else (ids[:count], offsets[:count])
 
 
 def _find(part: list[int], whole: list[int]) -> int:

@@ -98,6 +98,8 @@ class Passage:
 Example = Instruction | Dialogue | Passage
 
 
+# default: values that JSON has no form for, such as the dates in a Parquet file.
+_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=True, default=str)
 # What templates write of a message. Ids, timestamps and notes beside them make no other row.
 SAID_KEYS = ("role", "content", "name", "reasoning_content", "reasoning", "thinking")
 
@@ -110,8 +112,7 @@ def content_hash(example: Example) -> bytes:
         said = [example.instruction, example.input, example.output]
     else:
         said = [example.prompt, example.completion]
-    # default: values that JSON has no form for, such as the dates in a Parquet file.
-    return _sha256(json.dumps(said, sort_keys=True, ensure_ascii=True, default=str))
+    return _sha256(_JSON.encode(said))
 
 
 def prompt_hash(example: Example) -> bytes | None:

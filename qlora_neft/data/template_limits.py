@@ -174,24 +174,49 @@ def _has_width(form: str) -> bool:
     return "%" in form and (any(len(run) > 2 for run in digits.split()) or "*" in form or ":{" in form)
 
 
+_has_alarm = False  # whether a block of `many_renderings` has the signal, and so every clock within it
+
+
 @contextmanager
-def _clock() -> Generator[None, None, None]:
-    """End the block by an exception after `SECONDS`."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        with _clock_of_thread():
-            yield
+def many_renderings() -> Generator[None, None, None]:
+    """Take the alarm's signal for a block of renderings: to take it for each costs more than what the clock does."""
+    global _has_alarm
+    if _has_alarm or not _can_tell_time():
+        yield
         return
 
     def late(signum: int, frame: FrameType | None) -> None:
         raise _Late
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    _has_alarm = True
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        _has_alarm = False
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _clock() -> Generator[None, None, None]:
+    """End the block by an exception after `SECONDS`."""
+    if not _can_tell_time():
+        with _clock_of_thread():
+            yield
+    elif not _has_alarm:
+        with many_renderings(), _clock():
+            yield
+    else:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _can_tell_time() -> bool:
+    """Whether signals come to this thread, as they do to a process's main one alone."""
+    return threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
 
 
 @contextmanager

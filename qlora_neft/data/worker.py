@@ -25,6 +25,7 @@ from .formats import RowRead, RowReader
 from .messages import MARKED_OTHERS, SPARED_OTHERS
 from .shorten import is_long
 from .sources import Row
+from .template_limits import many_renderings
 from .templates import make_template
 from .turns import last_exchanges, narrowed, split_dialogue
 
@@ -133,6 +134,10 @@ class RowWorker:
 
     def __call__(self, rows: Sequence[Row]) -> list[Outcome]:
         """Prepare some rows, in order; a fast tokenizer gets them as one batch."""
+        with many_renderings():
+            return self._outcomes(rows)
+
+    def _outcomes(self, rows: Sequence[Row]) -> list[Outcome]:
         read = [self._read(row) for row in rows]
         # Tokenized in one call: a fast tokenizer works on a batch much faster than on single texts.
         texts = [pieces for r in read if isinstance(r, _Readable) for pieces in r.rendered.sequences]
@@ -186,11 +191,6 @@ class RowWorker:
         marks |= {sequence.crossed for sequence, _ in kept if sequence.crossed} | rendered.marks
         # What a row says of messages that are not the assistant's counts only against what the recipe does with them.
         marks |= read.read.marks - {MARKED_OTHERS if self._prompt_weight else SPARED_OTHERS}
-        # Of a row without its middle, the number of tokens is not known.
-        most = self.encoder.most
-        is_short = most is None or not any(is_long(pieces, most) for pieces in rendered.sequences)
-        count = f"{max(len(e.ids) for e in found)}" if is_short else f"more than {most}"
-        reason = f"{count} tokens, none of the response within {self.section.max_length}"
         return Outcome(
             row.number,
             row.place,
@@ -199,9 +199,9 @@ class RowWorker:
             tuple(sequence.digest() for sequence in sequences),
             prompt_hash(example),
             problem=None if kept else NO_ROOM,
-            reason="" if kept else reason,
+            reason="" if kept else self._no_room(rendered, found),
             # On the sequences before prompts are trained as well.
-            num_ended=sum(int(sequence.ids[sequence.trained][-1]) in self.end_ids for sequence, _ in kept),
+            num_ended=sum(_last_trained(sequence) in self.end_ids for sequence, _ in kept),
             # A row that lost every trained token is counted once, as left out.
             num_truncated=sum(lost for _, lost in cut) if kept else 0,
             num_chunks=len(found) if self._is_chunked(found) else 0,
@@ -211,6 +211,13 @@ class RowWorker:
             columns_not_used=read.read.columns_not_read,
             keys_not_used=read.read.extra_keys - self._template_words,
         )
+
+    def _no_room(self, rendered: Rendered, found: Sequence[Encoded]) -> str:
+        # Of a row without its middle, the number of tokens is not known.
+        most = self.encoder.most
+        is_short = most is None or not any(is_long(pieces, most) for pieces in rendered.sequences)
+        count = f"{max(len(e.ids) for e in found)}" if is_short else f"more than {most}"
+        return f"{count} tokens, none of the response within {self.section.max_length}"
 
     def _spelled(self, text: str) -> set[str]:
         """Return what is found of special tokens in a row's own text."""
@@ -285,6 +292,11 @@ def _most_kept(section: Data, format: str) -> int | None:
     if section.split_text and format == "text":
         return None
     return max(section.max_length, section.max_prompt_length or 0, section.max_response_length or 0)
+
+
+def _last_trained(sequence: Encoded) -> int:
+    """Return the id of the last trained token, of which there is one."""
+    return int(sequence.ids[len(sequence.ids) - 1 - sequence.trained[::-1].argmax()])
 
 
 def _left_out(row: Row, problem: str, reason: str) -> Outcome:
