@@ -6,6 +6,11 @@ Each arm runs in a process of its own with a cache of its own: once from an empt
 second round takes the arms in reverse order, so that drift of the machine affects all alike. ``ours`` is timed from the
 file to the checked sequences. ``plain`` is timed only in `SFTTrainer._prepare_dataset`, after the file is read and the
 prompt is put around each row. The rows are made up here, from a seed.
+
+To compare two versions of this package, run one arm from each of their trees in turn (a missing file is made;
+``--conversations`` makes OpenAI's messages, for the tokenizer's own chat template):
+
+    PYTHONPATH=TREE python benchmarks/prepare_data.py --arm ours --rows-file rows.jsonl --ids-file ids.npz
 """
 
 from __future__ import annotations
@@ -51,12 +56,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", choices=ARMS, help="run one arm and print its figures as JSON")
     parser.add_argument("--rows-file", type=Path, help="file of the rows, for --arm")
+    parser.add_argument("--conversations", action="store_true", help="rows of messages, for --arm ours")
     parser.add_argument("--ids-file", type=Path, help="where --arm leaves its token ids")
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--tokenizer", default="bundled:demo/base", help="Hub id, folder, or bundled:NAME")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if options.arm:
+        if not options.rows_file.exists():
+            write_rows(options.rows_file, options.rows, conversations=options.conversations)
         print(json.dumps(run_arm(options.arm, options.rows_file, options.tokenizer, options.ids_file)))
         return
     result = compare(options.rows, options.tokenizer)
@@ -134,8 +142,11 @@ def sequences(arm: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     return list(zip(np.split(arm["input_ids"], places), np.split(arm["labels"], places), strict=True))
 
 
-def write_rows(path: Path, count: int) -> Path:
-    """Make up rows: instructions of 5 to 30 words, an input in 40% of them, responses of 5 to 150 words."""
+def write_rows(path: Path, count: int, *, conversations: bool = False) -> Path:
+    """Make up rows: instructions of 5 to 30 words, an input in 40% of them, responses of 5 to 150 words.
+
+    Conversations have one to three such exchanges without inputs, and a system message in 30% of them.
+    """
     draw = random.Random(SEED)
     weights = [1 / rank for rank in range(10, 10 + len(WORDS))]
 
@@ -145,7 +156,12 @@ def write_rows(path: Path, count: int) -> Path:
         return " ".join([*commas, words[-1]]).capitalize() + "."
 
     with path.open("w", encoding="utf-8") as stream:
-        for _ in range(count):
+        for _ in range(count if conversations else 0):
+            system = [{"role": "system", "content": text(3, 15)}] if draw.random() < 0.3 else []
+            turns = [("user", 5, 30), ("assistant", 5, 150)] * draw.choice((1, 1, 1, 2, 2, 3))
+            messages = [*system, *({"role": role, "content": text(*words)} for role, *words in turns)]
+            stream.write(json.dumps({"messages": messages}) + "\n")
+        for _ in range(0 if conversations else count):
             given = text(5, 60) if draw.random() < 0.4 else ""
             row = {"instruction": text(5, 30), "input": given, "output": text(5, 150)}
             stream.write(json.dumps(row) + "\n")
@@ -179,7 +195,13 @@ def spawned(command: list[str], cache: Path) -> str:
 
 def overrides(rows: Path, tokenizer: str) -> list[str]:
     """Return the changes to the recipe demo."""
-    data = [f"data.path={rows}", "data.eval_path=null", f"data.max_length={MAX_LENGTH}"]
+    data = [
+        f"data.path={rows}",
+        "data.format=auto",
+        "data.prompt_template=auto",
+        "data.eval_path=null",
+        f"data.max_length={MAX_LENGTH}",
+    ]
     return [f"model.name_or_path={tokenizer}", *data, "machine.eval_answers=auto", "machine.dataset_num_proc=1"]
 
 
