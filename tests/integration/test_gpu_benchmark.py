@@ -57,6 +57,7 @@ def measured(tmp_path_factory):
     gc.unfreeze()
 
 
+@pytest.mark.slow
 def test_arms_run_there_and_back_and_nothing_is_measured_twice(measured):
     _, first, second, codes = measured
     there = [*MAIN, "crash"]
@@ -66,6 +67,7 @@ def test_arms_run_there_and_back_and_nothing_is_measured_twice(measured):
     assert codes == [command.OUT_OF_TIME, command.FAILED]
 
 
+@pytest.mark.slow
 def test_every_arm_trained_the_same_base_and_computed_the_same(measured):
     parts = read_parts(measured[0] / "state")
     assert set(figures.arms_in(parts)) == set(MAIN)
@@ -79,6 +81,7 @@ def test_every_arm_trained_the_same_base_and_computed_the_same(measured):
     assert figures.void(parts) == {}
 
 
+@pytest.mark.slow
 def test_forward_passes_are_as_large_as_the_arms_say(measured):
     parts = read_parts(measured[0] / "state")
     padded, flat = (figures.runs_of(parts, arm, "7b", "alpaca")[0] for arm in ("unfused", "trl-tuned"))
@@ -97,6 +100,7 @@ def _all_tokens(run):
     return tokens_of_steps(distribution("alpaca", tiny=True), whole.warm_up + whole.steps + whole.profile)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_failed_and_what_was_measured(measured):
     folder, *_ = measured
     page = (folder / "out" / report.PAGE).read_text(encoding="utf-8")
@@ -109,6 +113,7 @@ def test_the_page_says_what_failed_and_what_was_measured(measured):
     assert (folder / "out" / "gpu_speed.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_results_of_other_code_are_put_aside_and_a_raw_file_is_taken_over(measured, tmp_path):
     raw = json.loads((measured[0] / "out" / report.RAW).read_text(encoding="utf-8"))
     identity = raw["identity"]

@@ -1,6 +1,7 @@
 """finetune.ipynb executed in a real kernel, offline, and what it left on disk."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -38,6 +39,9 @@ def test_finetune_with_rows_of_ones_own_goes_on_after_a_disconnect(tmp_path, mon
     with pytest.raises(RunInterrupted):
         run(load_recipe("demo", changes.split()), "first", quiet=True, trainer_class=Disconnected)
     lost = find_checkpoints(mirror).newest.step
+    shutil.rmtree(
+        "first"
+    )  # as the disk of a session that is gone; a run that is still there keeps its mirror to itself
 
     form = {"RECIPE": "demo", "DATA": "mine.jsonl", "ALPHA": 10, "MAX_STEPS": 4, "MORE": "machine.eval_answers=1"}
     notebook = execute("finetune.ipynb", tmp_path / "new", MIRROR=str(mirror), PROMPTS="Repeat 3 | Say hello", **form)
