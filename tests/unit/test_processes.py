@@ -20,7 +20,7 @@ WORKERS = """
 import os, time
 from qlora_neft.data.parallel import map_rows
 def work(rows):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())  # at once: both write to one pipe
     time.sleep(60)
 list(map_rows(work, range(1000), 2))
 """
