@@ -144,3 +144,11 @@ def max_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> fl
     """Largest absolute difference between two sets of weights of the same names."""
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def assert_learned_alike(a, b, tolerance=1e-4):
+    """Two trainers have the same losses and adapters within rounding."""
+    import pytest
+
+    assert losses(a) == pytest.approx(losses(b), abs=tolerance)
+    assert max_difference(adapter_weights(a), adapter_weights(b)) < tolerance

@@ -24,7 +24,7 @@ from .reading import source_fingerprint
 from .report import DataReport, data_report
 from .source_facts import NotUsed, chosen_template, facts_of, with_reader
 from .sources import Source, held_out_sources, row_size, training_sources
-from .store import SequenceWriter, SourceFacts, State, read_sequences
+from .store import SEQUENCE_KEYS, SequenceWriter, SourceFacts, State, read_sequences
 from .template_date import reads_date, written
 from .templates import read_jinja
 from .worker import Outcome, RowWorker
@@ -33,20 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRAIN, EVAL = "train.arrow", "eval.arrow"
-# The keys that decide how a row becomes sequences. With the sources they make the cache key: the other keys of the
-# section only say what the gate lets through, and changing them prepares nothing again.
-SEQUENCE_KEYS = (
-    "chat_template_kwargs",
-    "max_length",
-    "max_prompt_length",
-    "max_response_length",
-    "train_on",
-    "prompt_loss_weight",
-    "train_on_prompt",
-    "keep_end_token",
-    "split_conversations",
-    "split_text",
-)
 
 Progress = Callable[[int], None]
 NumProc = int | Literal["auto"]

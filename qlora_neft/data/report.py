@@ -14,21 +14,14 @@ from ..recipe.schema import Data
 from ..steps.batch import split_rows
 from .columns import listed
 from .gate import Tally, find_problems, find_warnings
-from .store import SourceFacts, State
+from .store import SEQUENCE_KEYS, SourceFacts, State
 from .worker import EMPTY, NO_ROOM, ONLY_END, UNFIT
 
 REPORT_VERSION = 1
-# Keys of the data section that the report repeats under ``settings``.
+# Keys of the data section that the report repeats under ``settings``: those that decide sequences, without the older
+# spelling of a weight that is stated anyway, and those of the gate.
 SETTINGS = (
-    "chat_template_kwargs",
-    "max_length",
-    "max_prompt_length",
-    "max_response_length",
-    "train_on",
-    "prompt_loss_weight",
-    "keep_end_token",
-    "split_conversations",
-    "split_text",
+    *(key for key in SEQUENCE_KEYS if key != "train_on_prompt"),
     "max_dropped_fraction",
     "max_truncated_fraction",
     "max_duplicate_fraction",

@@ -27,6 +27,20 @@ from .encode import Encoded
 
 STATE = "state.json"
 PREFIX = "qlora_neft-"  # of folders outside the cache
+# The keys that decide how a row becomes sequences. With the sources they make the cache key: the other keys of the
+# section only say what the gate lets through, and changing them prepares nothing again.
+SEQUENCE_KEYS = (
+    "chat_template_kwargs",
+    "max_length",
+    "max_prompt_length",
+    "max_response_length",
+    "train_on",
+    "prompt_loss_weight",
+    "train_on_prompt",
+    "keep_end_token",
+    "split_conversations",
+    "split_text",
+)
 COLUMNS = ("input_ids", "labels", "source", "row")  # and loss_weights, where a token counts for less than 1
 _SCHEMA = pa.schema(
     [

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from ..adapter.folder import RECIPE, AdapterFolder
 from ..adapter.load import Trained
-from ..data.prepare import SEQUENCE_KEYS, PreparedData, prepare_data
+from ..data.prepare import PreparedData, prepare_data
+from ..data.store import SEQUENCE_KEYS
 from ..errors import UserInputError, first_line
 from ..export.hub.public import public_path
 from ..export.merge.proof import ProofRows

@@ -122,7 +122,7 @@ def wendy(tmp_path, monkeypatch):
     "words",
     [
         "see /srv/homes/wendy/t",
-        "/home/wendy/work/t.jinja",
+        "/home/wendy/t.jinja",
         "C:\\Users\\wendy\\t",
         "by wendy.",
         "/Users/wendy",
