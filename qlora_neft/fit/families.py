@@ -156,6 +156,19 @@ def _qwen3(keys: SimpleNamespace) -> Parts:
     return _gated(keys, attention_bias=keys.attention_bias, head_norms=True)
 
 
+def _phi3(keys: SimpleNamespace) -> Parts:
+    """Mistral with queries, keys and values in one projection, and gate and up in another."""
+    parts, head_dim = _gated(keys), _head_dim(keys)
+    heads, grouped = keys.num_attention_heads, keys.num_key_value_heads or keys.num_attention_heads
+    shapes = {
+        "self_attn.qkv_proj": ((heads + 2 * grouped) * head_dim, keys.hidden_size),
+        "self_attn.o_proj": (keys.hidden_size, heads * head_dim),
+        "mlp.gate_up_proj": (2 * keys.intermediate_size, keys.hidden_size),
+        "mlp.down_proj": (keys.hidden_size, keys.intermediate_size),
+    }
+    return replace(parts, linears=_in_blocks(keys, "model.layers", shapes, False))
+
+
 def _gemma2(keys: SimpleNamespace) -> Parts:
     """Llama with a norm before and after attention and MLP."""
     return _gated(keys, attention_bias=keys.attention_bias, norms_per_block=4)
@@ -294,10 +307,24 @@ def _experts(kind: str, count: int, used: int) -> dict[str, int]:
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
 _QWEN = (151936, 4096, 22016, 32, 32, 32768)
 
+# Checkpoints with more parts, by model type: that of the text part, which alone is loaded (`base.text_part`).
+TEXT_PARTS = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+
 # By model type: the function that counts its parts, and the values transformers takes for keys that are left out.
 FAMILIES: dict[str, tuple[Callable[[SimpleNamespace], Parts], dict[str, int | bool | None]]] = {
     "llama": (_llama, _defaults(32000, 4096, 11008, 32, 32, 2048, num_key_value_heads=None, head_dim=None, **_NO_BIAS)),
     "mistral": (_gated, _defaults(32000, 4096, 14336, 32, 32, 131072, num_key_value_heads=8, head_dim=None)),
+    "ministral3": (_gated, _defaults(131072, 4096, 14336, 34, 32, 262144, num_key_value_heads=8, head_dim=128)),
+    "smollm3": (
+        _llama,
+        _defaults(
+            *(128256, 2048, 11008, 36, 16, 32768),
+            num_key_value_heads=4,
+            head_dim=None,
+            **{**_NO_BIAS, "tie_word_embeddings": True},
+        ),
+    ),
+    "phi3": (_phi3, _defaults(32064, 3072, 8192, 32, 32, 4096, num_key_value_heads=None, head_dim=None)),
     "qwen2": (_qwen2, _defaults(*_QWEN, num_key_value_heads=32, head_dim=None)),
     "qwen3": (_qwen3, _defaults(*_QWEN, num_key_value_heads=32, head_dim=128, attention_bias=False)),
     "gemma2": (_gemma2, _defaults(256000, 2304, 9216, 26, 8, 8192, **_GEMMA)),

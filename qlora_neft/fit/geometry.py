@@ -18,7 +18,7 @@ from ..base.expert_names import is_of_stack
 from ..base.flattening import why_padded
 from ..errors import UserInputError
 from ..files import read_json
-from .families import FAMILIES, Linear
+from .families import FAMILIES, TEXT_PARTS, Linear
 
 __all__ = ["FAMILIES", "Geometry", "Linear", "geometry_of", "shipped_config"]
 
@@ -192,8 +192,13 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
     """
     # The quantization of a whole checkpoint stands in its outer configuration.
     _check_stored_skips(config)
-    if not _parts_beside_text(config):
-        config = config.get("text_config") or config
+    others = _parts_beside_text(config)
+    text = config.get("text_config")
+    # Of a checkpoint with more parts the text part is loaded: of the families that are known, the formula counts it.
+    is_known = isinstance(text, Mapping) and text.get("model_type") == TEXT_PARTS.get(config.get("model_type", ""))
+    if is_known or not others:
+        config = text or config
+        return replace(_counted(config), left_out=tuple(sorted(others)), padded=why_padded(config))
     return replace(_counted(config), padded=why_padded(config))
 
 

@@ -43,6 +43,36 @@ PUBLISHED = {
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
     "allenai/OLMoE-1B-7B-0924": 6_919_161_856,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": 30_532_122_624,
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "google/gemma-3-4b-it": 3_880_263_168,  # of the text part, as of the next
+    "google/gemma-3-12b-it": 11_766_034_176,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "mistralai/Ministral-3-8B-Base-2512": 8_489_553_920,  # of the text part
+    "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+}
+# As their authors round or cut them: billions of weights, those outside embedding and head, those a token passes through.
+ROUNDED = {
+    "Qwen/Qwen3-0.6B": ("0.6", "0.44", None),
+    "Qwen/Qwen3-1.7B": ("1.7", "1.4", None),
+    "Qwen/Qwen3-4B-Instruct-2507": ("4.0", "3.6", None),
+    "Qwen/Qwen3-8B": ("8.2", "6.95", None),
+    "Qwen/Qwen3-14B": ("14.8", "13.2", None),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": ("30.5", "29.9", "3.3"),
+    "meta-llama/Llama-3.2-1B-Instruct": ("1.24", None, None),
+    "meta-llama/Llama-3.2-3B-Instruct": ("3.21", None, None),
+    "meta-llama/Llama-3.1-8B": ("8.03", None, None),
+    "google/gemma-3-4b-it": (None, "3.209", None),  # Gemma 3's report, Table 1, as the next
+    "google/gemma-3-12b-it": (None, "10.759", None),
+    "mistralai/Mistral-7B-v0.3": ("7.25", None, None),
+    "mistralai/Ministral-3-8B-Base-2512": ("8.4", None, None),  # "8.4B Language Model"
+    "microsoft/Phi-4-mini-instruct": ("3.8", None, None),
+    "HuggingFaceTB/SmolLM3-3B": ("3.08", None, None),
 }
 CASES = [(architecture, {}) for architecture in ARCHITECTURES]
 CASES += [(a, {"tie_word_embeddings": tied}) for a in ARCHITECTURES if a != "llama-tied" for tied in (True, False)]
@@ -177,6 +207,21 @@ def test_shipped_bases_have_their_published_totals(name):
     assert geometry.parameters() == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", ROUNDED)
+def test_shipped_bases_have_the_size_their_authors_give(name):
+    geometry = geometry_of(shipped_config(name))
+    inner = geometry.parameters() - geometry.embedding_parameters - geometry.head_parameters
+    # Qwen counts embedding and head among the weights a token passes through.
+    active = geometry.active_parameters() + geometry.unquantized_parameters()
+    for published, ours in zip(ROUNDED[name], (geometry.parameters(), inner, active), strict=True):
+        if published is not None:
+            digits = len(published.partition(".")[2])
+            assert published in (
+                f"{ours / 1e9:.{digits}f}",
+                f"{int(ours / 10 ** (9 - digits)) / 10**digits:.{digits}f}",
+            )
+
+
 def test_what_ships_is_what_is_checked_here():
     assert json.loads((ROOT / "qlora_neft" / "fit" / "base_configs.json").read_text()).keys() == PUBLISHED.keys()
     assert shipped_config("nobody/nothing") is None
@@ -280,7 +325,6 @@ MAMBA = {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 2, "state_si
     "config",
     [
         {"model_type": "gpt2", "vocab_size": 260, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_id": 0},
-        {"model_type": "phi3", **SMALL, "intermediate_size": 100, "num_key_value_heads": 2, "pad_token_id": 0},
         {"model_type": "olmo2", **SMALL, "intermediate_size": 100, "pad_token_id": 0},
         {"model_type": "granite", **SMALL, "intermediate_size": 100, "tie_word_embeddings": True},
         {"model_type": "mamba2", **MAMBA, "num_heads": 8, "head_dim": 16, "n_groups": 2},
@@ -289,7 +333,7 @@ MAMBA = {"vocab_size": 260, "hidden_size": 64, "num_hidden_layers": 2, "state_si
     ids=lambda config: config["model_type"],
 )
 def test_a_family_without_a_formula_is_counted_on_the_meta_device(config, tmp_path):
-    """As it is loaded: GPT-2 has linear layers of a class of its own, Phi-3 fused ones, and some are tied."""
+    """As it is loaded: GPT-2 has linear layers of a class of its own, and some are tied."""
     assert config["model_type"] not in FAMILIES
     geometry = geometry_of(config)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
