@@ -56,7 +56,7 @@ PUBLISHED = {
     "microsoft/Phi-4-mini-instruct": 3_836_021_760,
     "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
 }
-# As their authors round or cut them: billions of weights, those outside embedding and head, those a token passes through.
+# As their authors round or cut them: billions of weights, outside embedding and head, in use by a token.
 ROUNDED = {
     "Qwen/Qwen3-0.6B": ("0.6", "0.44", None),
     "Qwen/Qwen3-1.7B": ("1.7", "1.4", None),
