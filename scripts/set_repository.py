@@ -19,9 +19,11 @@ PLACES = (
     "docs/**/*.md",
     "notebooks/*.ipynb",
     "jobs/*",
+    "recipes/*.yaml",
     ".github/**/*.*",
 )
-HOSTS = ("https://github.com/", "https://colab.research.google.com/github/")
+RAW = "https://raw.githubusercontent.com/"
+HOSTS = ("https://github.com/", "https://colab.research.google.com/github/", RAW)
 
 
 def repository_of(root: Path) -> str:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,29 +22,62 @@ from .options import (
     print_json,
 )
 
+if TYPE_CHECKING:
+    from ..fit.shipped import Shipped
+
 
 def ls(as_json: JsonOption = False) -> None:
-    """List the recipes that ship with the package."""
-    from ..recipe import list_recipes, load_recipe
+    """List the recipes that ship with the package, with licenses and the smallest card each fits on.
 
-    rows: list[dict[str, Any]] = []
-    for name in list_recipes():
-        recipe = load_recipe(name)
-        rows.append(
-            {
-                "name": name,
-                "model": recipe.model.name_or_path,
-                "data": recipe.data.path,
-                "noise_alpha": recipe.neftune.noise_alpha if recipe.neftune else 0.0,
-                "effective_batch_size": recipe.train.effective_batch_size,
-                "learning_rate": recipe.train.learning_rate,
-            }
-        )
+    A card's size is the planner's answer, as `fit` gives it: not measured.
+    """
+    from ..fit.shipped import TITLES, shipped_recipes
+    from ..recipe.licenses import license_of_data, license_of_model
+
+    found = shipped_recipes()
     if as_json:
-        print_json(rows)
-    else:
-        cells = [[row["name"], row["model"], row["data"], f"alpha {row['noise_alpha']:g}"] for row in rows]
-        echo(Table((), cells, align="l").plain())
+        print_json([_listed(one) for one in found])
+        return
+
+    def cells(one: Shipped) -> list[str]:
+        base, data, noise = one.recipe.model.name_or_path, one.recipe.data.path, one.recipe.neftune
+        return [
+            one.name,
+            one.card_text,
+            f"{base} ({license_of_model(base)})",
+            f"{data} ({license_of_data(data)})",
+            f"alpha {noise.noise_alpha:g}" if noise is not None and noise.noise_alpha else "no noise",
+        ]
+
+    lines = Table((), [cells(one) for one in found], align="l").plain().splitlines()
+    for group, title in TITLES.items():
+        echo(f"{title}:")
+        for one, line in zip(found, lines, strict=True):
+            if one.group == group:
+                echo(f"  {line}")
+    echo("Card: the smallest by the planner, not measured; *: host memory must help. One in full: qlora-neft show NAME")
+
+
+def _listed(one: Shipped) -> dict[str, Any]:
+    from ..recipe.licenses import license_of_data, license_of_model
+
+    recipe = one.recipe
+    base, data = license_of_model(recipe.model.name_or_path), license_of_data(recipe.data.path)
+    return {
+        "name": one.name,
+        "group": one.group,
+        "model": recipe.model.name_or_path,
+        "model_license": base.name,
+        "model_gated": base.gated,
+        "data": recipe.data.path,
+        "data_license": data.name,
+        "data_gated": data.gated,
+        "card_gib": one.card,
+        "card_is_helped_by_host_memory": one.is_helped,
+        "noise_alpha": recipe.neftune.noise_alpha if recipe.neftune else 0.0,
+        "effective_batch_size": recipe.train.effective_batch_size,
+        "learning_rate": recipe.train.learning_rate,
+    }
 
 
 def show(

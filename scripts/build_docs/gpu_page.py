@@ -33,8 +33,8 @@ A cell is the planned peak in GiB. **-**: not even the smallest plan fits. `c`: 
 """
 
 ADVICE = """
-Recipes in one column have the same base, rank and length, and therefore the same plan; they differ in their data. They
-are explained in [recipes](recipes.md). Without a GPU: `demo`, or a recipe of your own with an equally small base.
+Recipes in one row have the same plan: the same base, rank and length, with other data. They are explained in
+[recipes](recipes.md). Without a GPU: `demo`, or a recipe of your own with an equally small base.
 
 ## It does not fit
 
@@ -72,15 +72,15 @@ def text() -> str:
 
 
 def _table(plans: Plans, cell: Callable[[dict[str, Any]], str]) -> str:
-    """One row per card, one column per group of recipes with the same plans, smaller bases first."""
+    """One column per card, one row per group of recipes with the same plans, smaller bases first."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(plans, key=lambda name: (plans[name]["t4"]["parameters"], name)):
         groups.setdefault(tuple(cell(plans[name][card]) for card in CARDS), []).append(name)
-    heads = ["<br>".join(f"`{name}`" for name in names) for names in groups.values()]
-    lines = ["| card, GiB | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(groups)]
-    for number, card in enumerate(CARDS):
-        memory = plans["qwen3-4b-chat"][card]["card"]["memory"] / GIB
-        lines.append(f"| {card}, {memory:.1f} | " + " | ".join(column[number] for column in groups) + " |")
+    some = next(iter(plans.values()))
+    heads = [f"{card}, {some[card]['card']['memory'] / GIB:.1f}" for card in CARDS]
+    lines = ["| recipe \\ card, GiB | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(CARDS)]
+    for cells, names in groups.items():
+        lines.append(f"| {'<br>'.join(f'`{name}`' for name in names)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -33,14 +33,34 @@ sets: [commands and keys](commands.md#recipe-keys).
 DIFFERENCES = """
 ## Where the others differ
 
-Only what differs from the above. Quality, memory and speed of the Llama and Qwen recipes on this trainer: **not
-measured**.
+Only what differs from the above. Quality, memory and speed of all but `demo` on this trainer: **not measured**.
 
 | recipe | differs in |
 |---|---|
 """
 
 THIRTY = """
+## Why the current models are trained differently
+
+`qlora-neft ls` lists two groups: recipes with the papers' numbers, and recipes for current models. In the latter:
+
+- **Rank 16, `lora_alpha` 32, all linear layers.** "LoRA Without Regret" (Thinking Machines, 2025) scales by 32 / r,
+  under which the best rate hardly depends on the rank; the rank must hold what the rows teach, so raise it for
+  many. The mixture divides it by the 8 experts a token passes through, as that text does.
+- **The learning rate is a starting point**, QLoRA's 2e-4. Once it is tuned, nine variants of LoRA lie within 2% of
+  each other ([arXiv:2602.04998](https://arxiv.org/abs/2602.04998)); a sweep is worth more than any of them.
+- **Noise only on bases**, at the paper's smallest alpha. Its evidence is on Llama 1 and 2 and OPT, with single
+  answers; for models that follow instructions already, nothing is shown ([will it help?](does_it_help.md)).
+- **Base or instruct.** A model that follows instructions keeps what it can and takes on your rows' manner; it gets
+  its own chat template. A base learns both from rows of instruction and answer, with Alpaca's prompt. Each file
+  says which it takes and how to take the other. Models that can think are told not to, since the rows hold no
+  thoughts.
+- **The data are stand-ins for yours**: [Dolly](https://huggingface.co/datasets/databricks/databricks-dolly-15k) (CC
+  BY-SA 3.0) for bases, [Capybara](https://huggingface.co/datasets/trl-lib/Capybara) (Apache-2.0) for the others.
+  Yours need one word: `data.path=my_rows.jsonl`; format, split and held-out share are the same for any rows.
+
+None of the bases was loaded from the Hub here; their sizes are checked against the published ones.
+
 ## Why the 30B recipe is different
 
 Twice the effective batch (32) and half the learning rate (1e-4), and dropout 0.05, as in QLoRA above 13B. The papers

@@ -129,9 +129,17 @@ def test_version():
 
 
 def test_ls_lists_every_recipe():
+    rows = json.loads(invoke("ls", "--json").stdout)
+    assert sorted(row["name"] for row in rows) == list_recipes()
     lines = invoke("ls").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == list_recipes()
-    assert [row["name"] for row in json.loads(invoke("ls", "--json").stdout)] == list_recipes()
+    listed = [line.split() for line in lines if line.startswith("  ")]
+    assert [line[0] for line in listed] == [row["name"] for row in rows]
+    assert [line[1] for line in listed] == [str(row["card_gib"]) for row in rows]
+    assert [line for line in lines if line.endswith(":")] == [
+        "to try, without a GPU or the Hub:",
+        "from the papers:",
+        "current models:",
+    ]
 
 
 def test_show_prints_a_recipe_that_loads_again(tmp_path):

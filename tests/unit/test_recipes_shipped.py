@@ -6,12 +6,17 @@ import pytest
 import yaml
 
 from qlora_neft import list_recipes, load_recipe
+from qlora_neft.fit import plan_recipe
+from qlora_neft.fit.shipped import CARDS, shipped_recipes
 from qlora_neft.recipe.keys import fields_of, section_names
+from qlora_neft.recipe.licenses import license_of_data, license_of_model
 from qlora_neft.recipe.load import recipe_dir
+from scripts.set_repository import RAW, ROOT, repository_of
 
-RECIPES = sorted(recipe_dir().rglob("*.yaml"))
-OTHERS = {"demo", "llama2-7b-platypus", "llama2-7b-sharegpt", "qwen3-4b-chat"}
-TABLE_3 = [path for path in RECIPES if path.stem not in OTHERS]
+RECIPES = sorted(recipe_dir().rglob("*.yaml"), key=lambda path: path.stem)
+TABLE_3 = [path for path in RECIPES if "(NEFTune, Table 3, " in path.read_text()]
+CURRENT = [path for path in RECIPES if path.stem != "demo" and not path.stem.startswith(("llama-", "llama2-"))]
+SCHEMA = f"{RAW}{repository_of(ROOT)}/main/docs/recipe.schema.json"
 TABLE_1 = {"llama2-7b-platypus": (15, 62.00, 70.61), "llama2-7b-sharegpt": (10, 68.74, 76.28)}
 
 
@@ -102,3 +107,72 @@ def test_30b_doubles_the_batch_and_halves_the_learning_rate(path):
     small, large = load_recipe(path).train, load_recipe("llama-30b-alpaca").train
     assert large.effective_batch_size == 2 * small.effective_batch_size
     assert large.learning_rate == small.learning_rate / 2
+
+
+# ---- Current models ----
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=by_name)
+def test_an_editor_finds_the_schema(path):
+    assert path.read_text().startswith(f"# yaml-language-server: $schema={SCHEMA}\n")
+    assert (ROOT / SCHEMA.partition("/main/")[2]).is_file()
+
+
+@pytest.mark.parametrize("path", [path for path in CURRENT if path.stem != "qwen3-4b-chat"], ids=by_name)
+def test_a_current_recipe_takes_your_rows_in_a_word(path):
+    text, recipe = path.read_text(), load_recipe(path.stem)
+    assert f"train {path.stem} --output-dir out/mine data.path=my_rows.jsonl\n" in text
+    # Nothing of its own data set is in the way of other rows.
+    assert (recipe.data.split, recipe.data.format, recipe.data.eval_fraction) == ("train", "auto", 0.02)
+    mine = load_recipe(path.stem, ["data.path=my_rows.jsonl"])
+    assert mine.data == recipe.data.model_copy(update={"path": "my_rows.jsonl"})
+    assert "not measured" in header(path) and f"qlora-neft tune {path.stem}." in header(path).replace("\n# ", " ")
+
+
+@pytest.mark.parametrize("path", CURRENT, ids=by_name)
+def test_a_model_that_was_tuned_gets_its_template_and_a_base_the_papers_prompt(path):
+    recipe = load_recipe(path.stem)
+    is_base = recipe.model.name_or_path in {
+        "meta-llama/Llama-3.1-8B",
+        "mistralai/Mistral-7B-v0.3",
+        "mistralai/Ministral-3-8B-Base-2512",
+    }
+    assert recipe.data.prompt_template == ("alpaca" if is_base else "chat")
+    if path.stem != "qwen3-4b-chat":  # the paper's settings on a current model
+        assert recipe.neftune.noise_alpha == (5.0 if is_base else 0.0)
+        assert recipe.lora.lora_alpha == 32
+    # Hybrids think unless they are told not to; these data sets hold no thoughts.
+    hybrids = {"qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "qwen3-14b", "smollm3-3b"}
+    assert recipe.data.chat_template_kwargs == ({"enable_thinking": False} if path.stem in hybrids else {})
+
+
+def test_licenses_are_told_of_what_the_recipes_name_and_of_nothing_else():
+    recipes = [load_recipe(path) for path in RECIPES]
+    table = yaml.safe_load((ROOT / "qlora_neft" / "recipe" / "licenses.json").read_text())
+    assert set(table["models"]) == {recipe.model.name_or_path for recipe in recipes}
+    assert set(table["data"]) == {recipe.data.path for recipe in recipes}
+    for path, recipe in zip(RECIPES, recipes, strict=True):
+        gated = license_of_model(recipe.model.name_or_path).gated
+        assert bool(gated) == ("hf auth login" in header(path)), path.stem
+    assert str(license_of_model("google/gemma-3-4b-it")) == "Gemma, gated"
+    assert str(license_of_data("ann/rows")) == "license not known here"
+
+
+def test_the_listed_card_is_the_smallest_that_fit_accepts():
+    listed = shipped_recipes()
+    assert {one.group for one in listed} == {"demo", "papers", "current"}
+    assert [one.name for one in listed if one.group == "current"] == [path.stem for path in CURRENT]
+    for one in listed:
+        if one.name in ("llama-30b-alpaca", "qwen3-30b-a3b", "qwen3-8b", "gemma3-12b"):
+            fits = [card for card in CARDS if plan_recipe(one.recipe, f"{card}GiB")["fits"]]
+            assert one.card == fits[0]
+            assert one.is_helped == (one.name in ("llama-30b-alpaca", "qwen3-8b"))
+    assert {one.name: one.card for one in listed}["qwen3-30b-a3b"] == 24
+
+
+def test_the_readmes_recipe_for_a_card_fits_on_it_without_help():
+    rows = re.findall(r"^\| (\d+) GB \| `qlora-neft train (\S+) ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [int(card) for card, _ in rows] == list(CARDS[:4])
+    for card, name in rows:
+        plan = plan_recipe(load_recipe(name), f"{card}GiB")
+        assert plan["fits"] and not plan["paged_out_bytes"] and plan["plan"]["activation_offloading"] is not True
