@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .runner.run import run
     from .trainer import QLoRANeftConfig, QLoRANeftTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The module that each public name comes from.
 _MODULES = {

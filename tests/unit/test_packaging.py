@@ -19,6 +19,7 @@ from qlora_neft import list_recipes
 from qlora_neft.errors import UserInputError
 from qlora_neft.paths import resolve_bundled
 from qlora_neft.recipe.load import recipe_dir
+from scripts.set_version import released
 
 ROOT = Path(__file__).resolve().parents[2]
 WHERE = (
@@ -149,6 +150,29 @@ def test_the_version_is_the_same_in_every_place_and_semantic():
     assert re.fullmatch(r"\d+\.\d+\.\d+(-[0-9A-Za-z.-]+)?", version)
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == version
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert f"## [{version}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_release_takes_the_unreleased_lines_under_their_headings():
+    head = "# Changes\n\n"
+    before = f"{head}## [Unreleased]\n\n### Fixed\n- c\n\n### Added\n- a\n\n## [0.2.0] - 2026-01-01\n\n### Added\n- b\n"
+    after = released(before, "0.2.0", "2026-01-02", "me/it")
+    assert after.startswith(
+        f"{head}## [Unreleased]\n\n## [0.2.0] - 2026-01-02\n\n### Added\n- a\n- b\n\n### Fixed\n- c\n"
+    )
+    assert "[0.2.0]: https://github.com/me/it/releases/tag/v0.2.0" in after
+    assert released(after, "0.2.0", "2026-01-02", "me/it") == after
+    with pytest.raises(SystemExit, match="Novelties"):
+        released(f"{head}## [Unreleased]\n\n### Novelties\n- a\n", "0.2.0", "2026-01-02", "me/it")
+
+
+def test_on_pypi_no_link_of_the_readme_is_relative(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        page = archive.read(name).decode()
+    place = f"https://github.com/qlora-neft/qlora_neft/blob/v{qlora_neft.__version__}"
+    assert f"]({place}/docs/quick_start.md)" in page
+    assert "](docs/" not in page and "raw.githubusercontent.com" in page
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda p: p.stem)
