@@ -144,6 +144,8 @@ def test_a_model_that_was_tuned_gets_its_template_and_a_base_the_papers_prompt(p
     # Hybrids think unless they are told not to; these data sets hold no thoughts.
     hybrids = {"qwen3-0.6b", "qwen3-1.7b", "qwen3-8b", "qwen3-14b", "smollm3-3b"}
     assert recipe.data.chat_template_kwargs == ({"enable_thinking": False} if path.stem in hybrids else {})
+    # Their templates write the empty thought before the last response alone, where generation writes it too.
+    assert recipe.data.train_on == ("last-response" if path.stem in hybrids else "responses")
 
 
 def test_licenses_are_told_of_what_the_recipes_name_and_of_nothing_else():
