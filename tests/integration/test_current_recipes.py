@@ -1,4 +1,4 @@
-"""Each recipe for a current model, previewed on rows with the columns of its data set, with its family's stock template.
+"""Each recipe for a current model, previewed on rows with the columns of its data set and a stock chat template.
 
 The bases are on the Hub: a byte tokenizer stands in for theirs, with the chat template that TRL ships for the family.
 """
