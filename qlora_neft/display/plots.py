@@ -63,7 +63,8 @@ def plot_losses(log_history: Sequence[LogEntry], path: Path, title: str) -> bool
     """Draw the loss curves of a run.
 
     Args:
-        log_history: Log entries with ``step`` and any of ``loss``, ``clean_loss``, ``eval_loss`` (nats per token).
+        log_history: Log entries with ``step`` and any of ``loss``, ``clean_loss``, ``eval_loss`` (nats per token);
+            ``kept_step`` is marked.
         path: The PNG file.
         title: Heading.
 
@@ -79,10 +80,18 @@ def plot_losses(log_history: Sequence[LogEntry], path: Path, title: str) -> bool
         if points:
             name = label.replace(", under noise", "") if not _has_noise(log_history) else label
             axes.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=4, linewidth=1.6)
+    _mark_kept(axes, log_history)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return save_picture(figure, path)
+
+
+def _mark_kept(axes: Axes, log_history: Sequence[LogEntry]) -> None:
+    """Mark the step whose weights are the result, where held-out rows decided it."""
+    step = next((entry["kept_step"] for entry in reversed(log_history) if entry.get("kept_step") is not None), None)
+    if step is not None:
+        axes.axvline(step, color=DARK_GREY, linestyle=":", linewidth=1.4, label=f"weights of step {step:g}")
 
 
 def _has_noise(log_history: Sequence[LogEntry]) -> bool:

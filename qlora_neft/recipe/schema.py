@@ -83,6 +83,21 @@ class Recipe(Section):
             raise ValueError("lora: is not known before the adapter is read. Use adapter.continued.resolved.")
         return self.lora
 
+    @field_validator("train")
+    @classmethod
+    def _selection_needs_held_out_rows(cls, value: Train, info: ValidationInfo) -> Train:
+        data = info.data.get("data")
+        if value.selects and data is not None and not data.has_eval_rows:
+            best = value.keep == "best"
+            key, got = ("keep", "best") if best else ("early_stopping_patience", value.early_stopping_patience)
+            raise broken_rule(
+                f"goes by the loss on held-out rows, and there are none, got {got}. Give data.eval_path, "
+                "data.eval_split or data.eval_fraction, or remove it.",
+                key=key,
+                involves=("data.eval_path", "data.eval_split", "data.eval_fraction"),
+            )
+        return value
+
     # On ``machine``, the last section: all others are in ``info.data``.
     @field_validator("machine")
     @classmethod

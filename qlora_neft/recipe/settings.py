@@ -27,9 +27,14 @@ NOT_LEARNED = frozenset(
 # Keys that earlier versions did not have, each with the value by which a run is as it was without it.
 AS_BEFORE = {"data.split_text": False, "train.loss_mean": "tokens", "neftune.symmetric": False}
 
+# What judges by held-out rows which weights are the result; without the first two, or with these values, nothing does.
+SELECTION_OFF = {"train.keep": "last", "train.early_stopping_patience": None}
+SELECTION = frozenset({*SELECTION_OFF, "train.selection_steps", "train.early_stopping_threshold"})
+HELD_OUT = frozenset({"data.eval_path", "data.eval_split"})
+
 # Keys that say where content is found, which is compared by itself. Templates of this package are no places.
 PLACES = frozenset({"model.name_or_path", "model.revision", "model.adapter", "model.adapter_revision"})
-_PLACES_OF_DATA = frozenset({"path", "revision"})
+_PLACES_OF_DATA = frozenset({"path", "revision", "eval_path"})
 
 
 def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +53,11 @@ def without_silent_noise(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("neftune.noise_alpha") or settings.get("neftune.final_alpha"):
         return settings
     return {key: value for key, value in settings.items() if not key.startswith("neftune.")}
+
+
+def selects(settings: Mapping[str, Any]) -> bool:
+    """Return whether held-out rows decide which weights are the result, from a recipe's flat settings."""
+    return any(settings.get(key, off) != off for key, off in SELECTION_OFF.items())
 
 
 def prompt_loss_weight(data: Mapping[str, Any]) -> float:
@@ -73,10 +83,12 @@ def with_one_prompt_weight(settings: dict[str, Any]) -> dict[str, Any]:
 def learned(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the trained weights as ``section.key`` to value: two runs equal in it learn the same."""
     settings = with_one_prompt_weight(without_silent_noise(flat(recipe)))
+    # Held-out rows only measure, unless a selection goes by them.
+    ignored = NOT_LEARNED - HELD_OUT if selects(settings) else NOT_LEARNED | SELECTION
     return {
         key: value
         for key, value in settings.items()
-        if key not in NOT_LEARNED and not key.startswith("machine.") and AS_BEFORE.get(key, ...) != value
+        if key not in ignored and not key.startswith("machine.") and AS_BEFORE.get(key, ...) != value
     }
 
 

@@ -8,6 +8,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from .section import Count, NotNegative, Positive, Section, broken_rule
 
+SELECTION_STEPS = 0.1  # ten evaluations in a run
+SELECTION_THRESHOLD = 0.001  # nats per token: far above what rounding moves, far below what anyone would notice
+
 
 class Neftune(Section):
     """Noise on the input embeddings during training. Omit the section for none."""
@@ -110,6 +113,21 @@ class Train(Section):
     max_bad_steps: Count = Field(
         10, description="steps in a row that may be skipped for NaN or infinity before the run fails"
     )
+    # Which step's weights are the result, and whether the run ends before its last step.
+    early_stopping_patience: Count | None = Field(
+        None, description="end after so many evaluations in a row without improvement of the held-out loss; null: never"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="whose weights are the result: the last step's, or those of the lowest held-out loss"
+    )
+    selection_steps: Positive = Field(
+        SELECTION_STEPS,
+        description="optimizer steps between the evaluations that keep and patience go by; below 1: a share of all "
+        "steps",
+    )
+    early_stopping_threshold: NotNegative = Field(
+        SELECTION_THRESHOLD, description="nats per token by which the held-out loss must fall to count as improved"
+    )
     # NumPy, which transformers seeds with the same number, takes 32 bits.
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = Field(
         description="seed of data order, dropout, noise and LoRA initialization"
@@ -132,5 +150,25 @@ class Train(Section):
                 "required under lr_scheduler_type: constant_with_warmup. "
                 "Write a number of steps or a share such as 0.03, or lr_scheduler_type: constant.",
                 involves=("lr_scheduler_type",),
+            )
+        return value
+
+    @property
+    def selects(self) -> bool:
+        """Whether evaluations on held-out rows decide which weights are the result."""
+        return self.keep == "best" or self.early_stopping_patience is not None
+
+    @field_validator("selection_steps", "early_stopping_threshold")
+    @classmethod
+    def _only_with_a_selection(cls, value: float, info: ValidationInfo) -> float:
+        if info.field_name == "selection_steps" and value >= 1 and value != int(value):
+            raise broken_rule(f"a whole number of steps, or a share below 1, got {value:g}.")
+        default = cls.model_fields[str(info.field_name)].default
+        known = {"keep", "early_stopping_patience"} <= info.data.keys()
+        if known and value != default and info.data["keep"] == "last" and info.data["early_stopping_patience"] is None:
+            raise broken_rule(
+                f"has no effect without keep: best or early_stopping_patience, got {value:g}. Remove it, or write "
+                "one of them.",
+                involves=("keep", "early_stopping_patience"),
             )
         return value

@@ -23,6 +23,7 @@ from ..files import (
     read_json,
     remove,
     sha256_of_file,
+    sweep_beside,
     whole_folder,
     write_json,
 )
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "checkpoint-"
+BEST = f"{PREFIX}best"  # the best weights of a run under way; no checkpoint, since no step can follow it
 MANIFEST = "manifest.json"
 Check = Callable[[Path, int], list[str]]  # from a checkpoint's folder and step to what is wrong with its content
 VERSION = 1
@@ -253,6 +255,7 @@ def prune(output_dir: Path, keep: int, newest: int | None = None) -> None:
 
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what killed processes left half written or half removed. Only the caller may be writing there."""
+    sweep_beside(output_dir / BEST)
     for path in list(output_dir.iterdir()) if output_dir.is_dir() else []:
         if hidden := _HIDDEN.fullmatch(path.name):
             # Groups: the name it was to have or had, its step, and why it is hidden.
@@ -261,6 +264,14 @@ def remove_leftovers(output_dir: Path) -> None:
                 path.rename(final)  # the process was killed between moving the old one aside and placing the new one
             else:
                 remove(path)
+
+
+def forget_best(output_dir: Path) -> None:
+    """Remove the best weights of a run that is done, since its result has them."""
+    if (output_dir / BEST).is_dir():
+        doomed = hidden_name(output_dir / BEST, "partial")  # a name that is swept if the process is killed halfway
+        (output_dir / BEST).rename(doomed)
+        remove(doomed)
 
 
 # ---- The weights ----

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import read_json
+from .checkpoints import BEST
 
 STATE, PROGRESS, OPTIMIZER, SCHEDULER, SCALER = (
     "trainer_state.json",
@@ -33,6 +34,7 @@ ADAPTER_CONFIG, ADAPTER, MODEL_CONFIG, INDEX = (
 )
 # What reading a file that was made for something else raises; torch refuses pickles with UnpicklingError.
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, AttributeError, UnpicklingError)
+JUDGEMENTS = {"best_step", "best_loss", "without_improvement", "judged_step", "judged_loss", "stopped"}
 COUNTERS = ("tokens_seen", "trained_tokens_seen", "bad_steps", "bad_in_a_row")
 
 
@@ -64,8 +66,13 @@ def problems(checkpoint: Path, step: int) -> list[str]:
     look(STATE, read_json, lambda state: _check_state(state, step))
     if (checkpoint / PROGRESS).exists():  # a checkpoint of plain SFTTrainer has none
         look(PROGRESS, read_json, lambda progress: _check_progress(progress, step))
-    for name, read, check in _weights(checkpoint):
-        look(name, read, check)
+    folders = [""]
+    if not found and (values.get(PROGRESS, {}).get("judgements") or {}).get("best_step") is not None:
+        # Judged so far, and with what is to be kept: an adapter or a model of its own.
+        folders += [f"{BEST}/"] * (checkpoint / BEST).is_dir()
+    for folder in folders:
+        for name, read, check in _weights(checkpoint / folder):
+            look(f"{folder}{name}", read, check)
     # Counted by the scaler alone, a step that overflows moves neither optimizer nor scheduler.
     scaled = (checkpoint / SCALER).exists()
     if scaled:
@@ -113,10 +120,26 @@ def _check_progress(progress: Any, step: int) -> None:
         and split[0] is not None
     ):
         wrong.append("split")
+    if "judgements" in progress and not _are_judgements(progress["judgements"], step):
+        wrong.append("judgements")
     if wrong:
         raise _Wrong(f"has no usable {', '.join(wrong)}")
     if max(progress["bad_steps"], progress["bad_in_a_row"]) > step:
         raise _Wrong(f"counts more bad steps than the {step} that were taken")
+
+
+def _are_judgements(found: Any, step: int) -> bool:
+    """Tell whether what was judged is as `trainer.selection.Judgements` has it, and not of a later step."""
+    if not isinstance(found, dict) or set(found) != JUDGEMENTS:
+        return False
+    steps, losses = (found["best_step"], found["judged_step"]), (found["best_loss"], found["judged_loss"])
+    return (
+        all(at is None or (_is_count(at) and at <= step) for at in steps)
+        and (steps[0] is None) == (steps[1] is None)
+        and all(loss is None or _is_number(loss) for loss in losses)
+        and _is_count(found["without_improvement"])
+        and isinstance(found["stopped"], bool)
+    )
 
 
 def _weights(checkpoint: Path) -> Iterable[tuple[str, Callable[[Path], Any], Callable[[Any], None]]]:

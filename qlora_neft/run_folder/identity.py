@@ -17,6 +17,7 @@ from .record import RunFile, RunIdentity
 NOT_LEARNED = frozenset({"_name_or_path", "transformers_version", "use_cache"})
 KEYS_NAMED = 8  # of a configuration, in messages
 BASE, DATA, TEMPLATE = "model.name_or_path", "data.path", "data.prompt_template"
+HELD_OUT = "data.eval_path"
 
 
 def check_same(before: RunFile, recipe: Recipe, where: Path, key: str = "--output-dir") -> list[str]:
@@ -101,9 +102,11 @@ def check_tokens(earlier: RunFile | None, now: RunIdentity, data_sha256: str) ->
         if earlier.data_sha256 not in (None, data_sha256):  # None: not recorded, as in a damaged file
             _refuse([_changed(DATA, "rows", several=True)])
         return
+    others = [] if before.held_out in (None, now.held_out) else [_changed(HELD_OUT, "held-out rows", several=True)]
     if before.tokens in (None, now.tokens):
+        _refuse(others)
         return
-    found = [] if before.rows == now.rows else [_changed(DATA, "rows", several=True)]
+    found = others + ([] if before.rows == now.rows else [_changed(DATA, "rows", several=True)])
     found += [] if _same_libraries(before, now) else _tokenizers(before, now)
     if before.now != now.now:
         found.append(f"{TEMPLATE}: the template wrote the date {before.now} when this run began, and {now.now} now.")

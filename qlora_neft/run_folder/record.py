@@ -122,6 +122,7 @@ class RunIdentity(Record):
     Attributes:
         tokens: SHA-256 of the training sequences: their ids, and how much each token counts in the loss.
         rows: SHA-256 of what the training rows say.
+        held_out: SHA-256 of the held-out sequences where they decide which weights are the result, else None.
         templates: SHA-256 of the chat templates they were rendered by: ``chat`` is the tokenizer's own, ``file`` the
             recipe's.
         tokenizer: SHA-256 of each part of the tokenizer.
@@ -133,6 +134,7 @@ class RunIdentity(Record):
 
     tokens: str | None = None
     rows: str | None = None
+    held_out: str | None = None
     templates: dict[str, str] = {}
     tokenizer: dict[str, str] = {}
     special_tokens: dict[str, str] = {}
@@ -297,6 +299,19 @@ def _percent(share: float) -> str:
     return "99.9%" if share < 1 and f"{share:.1%}" == "100.0%" else f"{share:.1%}"
 
 
+class Selection(Record):
+    """Which step's weights a run ended with, as `qlora_neft.trainer.selection.Selected` has it."""
+
+    keep: str | None = None
+    step: int | None = None
+    held_out_loss: float | None = None
+    best_step: int | None = None
+    best_held_out_loss: float | None = None
+    stopped_early: bool | None = None
+    planned_steps: int | None = None
+    without_improvement: int | None = None
+
+
 class RunSummary(Record):
     """The content of ``summary.json``: what a run was and what it led to.
 
@@ -310,6 +325,7 @@ class RunSummary(Record):
         plan: The resolved machine settings.
         fast_path: Which pieces of the fast path were on, and for how many layers one was not, by reason.
         resumed_from_step: Where the last session began, None for step 0.
+        selection: Which step's weights are the result; None where the recipe leaves that to the last step.
         parameters, lora_parameters: Counts of the loaded model.
         census: What of it is in NF4, has LoRA, and can be trained.
         before, after: Measures by name, such as ``held_out_loss``.
@@ -337,6 +353,7 @@ class RunSummary(Record):
     fast_path: dict[str, Any] | None = None
     decisions: list[str] = []
     resumed_from_step: int | None = None
+    selection: Selection | None = None
     parameters: int | None = None
     lora_parameters: int | None = None
     census: ModelCensus | None = None

@@ -117,6 +117,10 @@ def arguments_of(run: Run) -> QLoRANeftConfig:
         loss_mean=train.loss_mean,
         router_aux_loss_coef=train.router_aux_loss_coef,
         min_nf4_share=0.0 if recipe.quantization is None else recipe.quantization.min_nf4_share,
+        keep=train.keep,
+        early_stopping_patience=train.early_stopping_patience,
+        selection_steps=train.selection_steps,
+        early_stopping_threshold=train.early_stopping_threshold,
         max_bad_steps=train.max_bad_steps,
         report_to="none",  # never start a tracker only because it is installed
         disable_tqdm=True,  # `ProgressLines` shows progress, in a pipe too

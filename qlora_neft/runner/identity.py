@@ -36,10 +36,12 @@ def base_identity(recipe: Recipe, config: PreTrainedConfig, tokenizer: PreTraine
     )
 
 
-def run_identity(base: RunIdentity, data: PreparedData) -> RunIdentity:
+def run_identity(base: RunIdentity, data: PreparedData, recipe: Recipe) -> RunIdentity:
     """Return the whole identity, from what is known of the base and the rows."""
-    train = data.report["train"]
+    train, held_out = data.report["train"], data.report["eval"]
     found = {"tokens": train["tokens_sha256"], "rows": train["sha256"], "templates": data.templates, "now": data.now}
+    if recipe.train.selects and held_out:  # otherwise they only measure, and may change
+        found["held_out"] = held_out["tokens_sha256"]
     return base.model_copy(update=found)
 
 
@@ -56,7 +58,7 @@ def with_first_ranks_date(run: Run) -> Run:
         return run
     # On one day it is found in the cache.
     data = data_of(run.recipe, run.tokenizer, now=datetime.fromisoformat(moments[0]))
-    return replace(run, data=data, identity=run_identity(run.identity, data))
+    return replace(run, data=data, identity=run_identity(run.identity, data, run.recipe))
 
 
 def moment_of(run: RunFile | None) -> datetime | None:

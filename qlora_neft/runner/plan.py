@@ -26,6 +26,7 @@ from ..fused.flattening import choose_attention
 from ..paths import resolve_bundled
 from ..recipe import Recipe
 from ..recipe.schema import Auto, Machine, Train
+from ..trainer.selection import interval
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -147,7 +148,10 @@ def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.dev
     rows = machine.per_device_train_batch_size
     tokens, tokens_note = _tokens(machine.max_tokens_per_micro_batch, rows, device)
     optim, optim_note = _optimizer(train.optim, device)
-    eval_steps = _auto(machine.eval_steps, math.ceil(num_steps / EVALUATIONS))  # never 0, which would be "never"
+    judged = interval(train.selection_steps, num_steps) if train.selects else None
+    eval_steps = _auto(
+        machine.eval_steps, judged or math.ceil(num_steps / EVALUATIONS)
+    )  # never 0, which would be "never"
     return RunPlan(
         num_steps=num_steps,
         # A micro-batch is part of one optimizer step: rows beyond the step would belong to the next.
@@ -169,7 +173,9 @@ def plan_run(train: Train, machine: Machine, *, num_rows: int, device: torch.dev
         logging_steps=_auto(machine.logging_steps, max(1, num_steps // LOG_LINES)),
         eval_steps=eval_steps,
         clean_loss_steps=_auto(machine.clean_loss_steps, eval_steps),  # so that both curves have the same points
-        notes=tuple(note for note in (tokens_note, checkpointing_note, optim_note) if note),
+        notes=tuple(
+            note for note in (tokens_note, checkpointing_note, optim_note, _selection(train, num_steps)) if note
+        ),
     )
 
 
@@ -246,6 +252,21 @@ def _optimizer(asked: str, device: torch.device) -> tuple[str, str]:
         return asked, ""
     plain = PLAIN_OPTIMIZERS[asked]
     return plain, f"optimizer: {plain}, the same update as {asked}; there is no GPU memory to page out of"
+
+
+def _selection(train: Train, num_steps: int) -> str:
+    """Return what decides by held-out rows which weights are the result, and how often; empty if nothing does."""
+    if not train.selects:
+        return ""
+    every, patience = interval(train.selection_steps, num_steps), train.early_stopping_patience
+    count = math.ceil(num_steps / every)  # without step 0, which is measured in any case
+    times = "1 evaluation" if count == 1 else f"{count} evaluations"
+    what = [f"train.keep: {train.keep}"]
+    if patience is not None:
+        # After the best step, which is 0 at the earliest, come as many judgements as are left.
+        never = f", which {times} cannot reach before the last step" if patience >= count else ""
+        what.append(f"train.early_stopping_patience: {patience}{never}")
+    return f"{' and '.join(what)}, by {times} of all held-out rows, every {every} steps"
 
 
 # ---- By memory ----

@@ -157,11 +157,17 @@ def mirroring(run: Run, trainer: QLoRANeftTrainer) -> Generator[Mirror | None, N
 # ---- After training ----
 
 
-def log_result(run: Run, metrics: MetricsFile, step: int, after: Measurement) -> bool:
+def log_result(run: Run, metrics: MetricsFile, trainer: QLoRANeftTrainer, after: Measurement) -> bool:
     """Log the last measurement and draw the curves; return whether they could be drawn."""
     if not is_main_process():
         return True
-    metrics.write(step, after.log())
+    step, found = trainer.state.global_step, after.log()
+    if (selected := trainer.selected) is not None:
+        # Of weights that may be an earlier step's: under names of their own, or the curves would jump at their end.
+        names = {"clean_loss": "kept_clean_loss", "eval_loss": "kept_eval_loss"}
+        of_last = selected.step == step
+        found = {key if of_last else names[key]: loss for key, loss in found.items()} | {"kept_step": selected.step}
+    metrics.write(step, found)
     metrics.keep_up_to(step)  # a result that is made again has the same last line a second time
     return plot_losses(metrics.read(), run.output_dir / "loss.png", title(run.recipe))
 
@@ -200,6 +206,7 @@ def summary_of(
         "bad_steps": trainer.bad_steps,
         "fast_path": trainer.fast_path_record(),
         "decisions": list(decisions),
+        **({} if trainer.selected is None else {"selection": finite(dataclasses.asdict(trainer.selected))}),
         "resumed_from_step": beginning.checkpoint.step if beginning.checkpoint else None,
         "parameters": num_trained if in_full else _base_parameters(trainer),
         "lora_parameters": 0 if in_full else num_trained,
@@ -217,6 +224,12 @@ def summary_of(
         "files": dict(files),
     }
     return sealed(summary)
+
+
+def selection_lines(trainer: QLoRANeftTrainer) -> list[str]:
+    """Say why a run ended and whose weights its result has; nothing where the last step's were not in question."""
+    found = trainer.selected
+    return [] if found is None else found.lines(trainer.state.global_step, trainer.rule.threshold)
 
 
 def _base_parameters(trainer: QLoRANeftTrainer) -> int:

@@ -36,7 +36,7 @@ from ..export.abilities import facts_of as facts_of_adapter
 from ..files import SEAL, sealed, sha256_of_file, whole_files
 from ..output import outliving_its_reader
 from ..recipe import Recipe
-from ..run_folder.checkpoints import remove_leftovers, save_adapter
+from ..run_folder.checkpoints import forget_best, remove_leftovers, save_adapter
 from ..run_folder.finished import read_run_file, read_summary, set_aside
 from ..run_folder.identity import check_base, check_tokens, check_weights
 from ..run_folder.metrics import MetricsFile
@@ -71,6 +71,7 @@ from .records import (
     mirroring,
     open_records,
     precision_line,
+    selection_lines,
     summary_of,
     write_result,
 )
@@ -136,7 +137,7 @@ def run(
         check_base(beginning.earlier, identity)
         # A resume on another day writes the date of the run's beginning.
         data = data_of(recipe, tokenizer, progress=RowsProgress(console), now=moment_of(beginning.earlier))
-        identity = run_identity(identity, data)
+        identity = run_identity(identity, data, recipe)
         check_tokens(beginning.earlier, identity, data_sha256(data))
         if beginning.finished:  # its files lie elsewhere, and say the same
             return _finished(output_dir, beginning, console)
@@ -185,7 +186,7 @@ def _train_and_measure(
         decisions.append(line)
         say(run.console, [line])
 
-    trainer.say, trainer.checkpoint_about = decided, about
+    trainer.say, trainer.checkpoint_about, trainer.initial_loss = decided, about, before.held_out_loss
     with mirroring(run, trainer) as mirror, _interrupted(run, trainer, stop):
         _train(run, trainer, beginning, metrics, stop)
         if frozen_fingerprints(model) != frozen:
@@ -197,13 +198,16 @@ def _train_and_measure(
         # First: what comes after may fail, or be cut off. The checkpoint of the last step is there as well.
         files = _save_result(run, trainer, beginning) if is_main_process() else {}
         after = measure(run, trainer)
-        drawn = log_result(run, metrics, trainer.state.global_step, after)
+        drawn = log_result(run, metrics, trainer, after)
         known = {"base_sha256": base_sha256, "decisions": decisions, "files": files}
         summary = summary_of(run, trainer, beginning, before, after, **known)
         write_result(run, after, summary)
+        if is_main_process():
+            forget_best(run.output_dir)  # they are the result now
         if mirror is not None:  # the results, which were not there when the last checkpoint was copied
             mirror.files([path.name for path in run.output_dir.iterdir() if path.is_file()])
     _show(run, before, after)
+    say(run.console, selection_lines(trainer))
     seconds = trainer.train_seconds
     base, steps = run.recipe.model.name_or_path, summary["steps"]
     if in_full:
@@ -337,14 +341,14 @@ def _show(run: Run, before: Measurement, after: Measurement) -> None:
 
 
 def _stopping(trainer: QLoRANeftTrainer) -> str:
-    is_over = 0 < trainer.state.max_steps <= trainer.state.global_step
-    what = "giving the measurement up" if is_over else "finishing this step and writing a checkpoint"
+    what = "giving the measurement up" if trainer.is_over else "finishing this step and writing a checkpoint"
     return f"{what}; once more stops at once"
 
 
 def _how_to_go_on(run: Run, trainer: QLoRANeftTrainer) -> str:
     step, steps = trainer.state.global_step, trainer.state.max_steps
     done = f"stopped after step {step} of {steps}; the checkpoint is written"
-    if step >= steps:
-        done = f"stopped after the last of {steps} steps; the checkpoint is written, and only the measurement is left"
+    if trainer.is_over or step >= steps:
+        last = f"the last of {steps} steps" if step >= steps else f"step {step} of {steps}, the last"
+        done = f"stopped after {last}; the checkpoint is written, and only the measurement is left"
     return f"{done}. To go on:\n  {command_to_continue(run.output_dir)}"

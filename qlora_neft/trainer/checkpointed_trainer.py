@@ -11,10 +11,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -32,13 +32,12 @@ from ..errors import RunFailed, UserInputError
 from ..files import read_json
 from ..noise.streams import preserved_rng
 from ..run_folder.checkpoints import find_checkpoints, new_checkpoint, prune, read_checkpoint, save_adapter
-from ..run_folder.contents import UNREADABLE, problems
+from ..run_folder.contents import PROGRESS, STATE, UNREADABLE, problems
 from ..run_folder.stop import StopRequest
 from .config import QLoRANeftConfig
 from .memory import Split
 from .when_to_save import is_asked_to_stop
 
-PROGRESS = "progress.json"
 TRAINABLE = "trainable.safetensors"  # of prompt and prefix tuning, beside the file that PEFT reads
 KEEP = 2  # checkpoints, unless save_total_limit says otherwise
 
@@ -51,11 +50,16 @@ class EvaluationGivenUp(Exception):
     """An evaluation under way was abandoned because the run was asked to stop; it changed nothing."""
 
 
+class EndedEarly(Exception):
+    """Training ended where a session began, before it took a step."""
+
+
 class Progress(TypedDict):
     """Content of ``progress.json``: what a resume needs beyond upstream's state.
 
     ``split`` holds rows and tokens of the micro-batches found to fit, None if the run's own did. The other keys are the
-    attributes of `CheckpointedTrainer`; ``bad_in_a_row`` counts the bad steps just before the checkpoint.
+    attributes of `CheckpointedTrainer`; ``bad_in_a_row`` counts the bad steps just before the checkpoint, and
+    ``judgements`` is `selection.Judgements`, where a run is judged.
     """
 
     train_seconds: float
@@ -64,6 +68,7 @@ class Progress(TypedDict):
     bad_steps: int
     bad_in_a_row: int
     split: tuple[int, int | None] | None
+    judgements: NotRequired[dict[str, Any]]
 
 
 class CheckpointedTrainer(SFTTrainer):
@@ -126,10 +131,10 @@ class CheckpointedTrainer(SFTTrainer):
                 if resume_from_checkpoint:
                     checkpoint = read_checkpoint(Path(resume_from_checkpoint), problems)
                     # Upstream takes one step more, even if the checkpoint is that of the last step.
-                    if checkpoint.step >= self._last_step():
+                    if self._is_last(checkpoint.path, checkpoint.step):
                         return self._take_over(checkpoint.path)
                 return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
-            except (StepGivenUp, EvaluationGivenUp):
+            except (StepGivenUp, EvaluationGivenUp, EndedEarly):
                 # The weights are those of the last whole step, and so is the checkpoint; the half gradient is dropped.
                 self.model.zero_grad(set_to_none=True)
                 self._save_checkpoint(self.model, None)
@@ -164,10 +169,19 @@ class CheckpointedTrainer(SFTTrainer):
         # A batch of the dataloader is an optimizer step, so accumulation does not enter here.
         return math.ceil(self.args.num_train_epochs * len(self.get_train_dataloader()))
 
+    def _is_last(self, checkpoint: Path, step: int) -> bool:
+        """Return whether a checkpoint of a step is one that no step follows."""
+        return step >= self._last_step()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is left to take."""
+        return 0 < self.state.max_steps <= self.state.global_step
+
     def _take_over(self, checkpoint: Path) -> None:
         """Load a checkpoint of the last step, without training."""
         load_trained_weights(self.accelerator.unwrap_model(self.model), checkpoint)
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
         self._restore_progress(checkpoint)
 
     def check_stop(self) -> None:
@@ -193,31 +207,45 @@ class CheckpointedTrainer(SFTTrainer):
         """Replaces upstream's, which writes into the final folder, so that a crash leaves half a checkpoint."""
         self.store_flos()  # a collective operation: every rank takes part
         if self.args.should_save:
-            try:
+            with self.saving("checkpoint"):
                 self._write_checkpoint(self._output_dir)
-            # torch.save reports a full disk as a RuntimeError, safetensors as an error of its own.
-            except (OSError, RuntimeError, SafetensorError) as error:
-                cause = disk_problem(error) or (isinstance(error, OSError) and (error.strerror or str(error)))
-                if not cause:
-                    raise
-                raise RunFailed(self._cannot_save(cause)) from error
         # No rank leaves, and so ends the process group, while another still writes.
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def saving(self, what: str) -> Generator[None, None, None]:
+        """Say what failed, and what is sound, if the disk fails inside the block; ``what`` is being written."""
+        try:
+            yield
+        # torch.save reports a full disk as a RuntimeError, safetensors as an error of its own.
+        except (OSError, RuntimeError, SafetensorError) as error:
+            cause = disk_problem(error) or (isinstance(error, OSError) and (error.strerror or str(error)))
+            if not cause:
+                raise
+            raise RunFailed(self._cannot_save(what, cause)) from error
 
     def _write_checkpoint(self, output_dir: Path) -> None:
         step = self.state.global_step
         with new_checkpoint(output_dir, step, self.checkpoint_about) as folder:
-            save_trained(self.accelerator.unwrap_model(self.model), folder)
-            self._save_optimizer_and_scheduler(str(folder))
-            self._save_scaler(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
-            (folder / PROGRESS).write_text(json.dumps(self._progress()), encoding="utf-8")
+            self._write_into(folder)
         # Outside the manifest: nothing here needs the random states, so a checkpoint without them is sound.
         self._save_rng_state(str(output_dir / f"checkpoint-{step}"))
         # Only now that the new one is whole: a crash leaves at least one sound checkpoint.
         prune(output_dir, self.args.save_total_limit or KEEP, step)
         if self.on_checkpoint:
             self.on_checkpoint(output_dir / f"checkpoint-{step}")
+
+    def _write_into(self, folder: Path) -> None:
+        """Write the files of a checkpoint."""
+        save_trained(self.accelerator.unwrap_model(self.model), folder)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._describe(folder)
+
+    def _describe(self, folder: Path) -> None:
+        """Write down beside weights which step they are of."""
+        self.state.save_to_json(str(folder / STATE))
+        (folder / PROGRESS).write_text(json.dumps(self._progress()), encoding="utf-8")
 
     def _progress(self) -> Progress:
         return {
@@ -230,11 +258,11 @@ class CheckpointedTrainer(SFTTrainer):
             "split": (self.split.rows, self.split.tokens) if self.split.is_smaller else None,
         }
 
-    def _cannot_save(self, cause: str) -> str:
+    def _cannot_save(self, what: str, cause: str) -> str:
         newest = find_checkpoints(self._output_dir).newest
         state = f"The checkpoint of step {newest.step} is sound" if newest else "There is no earlier checkpoint"
         return (
-            f"the checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir!r} "
+            f"the {what} of step {self.state.global_step} cannot be written to {self.args.output_dir!r} "
             f"({cause}). {state}. Free space or fix the folder, and run the same command again."
         )
 

@@ -12,7 +12,9 @@ from trl import SFTConfig
 from ..base.precision import resolve_precision
 from ..fit.choose import CPU_TOKENS
 from ..noise.neftune import DISTRIBUTIONS, SCHEDULES
+from ..recipe.train import SELECTION_STEPS, SELECTION_THRESHOLD
 from ..steps.weights import SEQUENCES, TOKENS
+from .selection import KEEP
 
 # Renamed by transformers between 5.15 and 5.23, which warns about the old name. Can go when 5.15 need not be supported.
 CHECKPOINTING = next(
@@ -58,6 +60,12 @@ class QLoRANeftConfig(SFTConfig):
         router_aux_loss_coef: Weight of the load-balancing loss of experts; None and 0 are no such loss, where TRL takes
             the model's own weight for None. It is computed over the whole step, see `.router_loss`.
         min_nf4_share: Least share of the block weights in NF4 for a base that is loaded in 4 bits; fewer are refused.
+        keep: ``"best"``: end with the weights of the lowest loss on ``eval_dataset``, see `.selection`; ``"last"``:
+            with those of the last step.
+        early_stopping_patience: End after so many evaluations in a row without improvement; None for never.
+        selection_steps: Optimizer steps between the evaluations that these two go by; below 1, a share of all steps.
+            The last step is always one. ``eval_steps`` adds others, which count for nothing.
+        early_stopping_threshold: Nats per token by which the loss must fall below the best to count as improved.
         max_bad_steps: The run fails after this many steps in a row whose loss or gradient is not finite, each skipped.
         padding_free: Whether the rows of a micro-batch are flattened instead of padded; None decides by device and
             model family, see `qlora_neft.fused.flattening`. Works with ``max_length`` and without packing.
@@ -93,6 +101,10 @@ class QLoRANeftConfig(SFTConfig):
     effective_batch_size: int | None = field(default=None, metadata={"help": "sequences per step, of all ranks"})
     loss_mean: str = field(default="tokens", metadata={"help": "tokens or sequences"})
     min_nf4_share: float = field(default=0.9, metadata={"help": "least share of the block weights in NF4"})
+    keep: str = field(default="last", metadata={"help": "last or best"})
+    early_stopping_patience: int | None = field(default=None, metadata={"help": "evaluations; None = never"})
+    selection_steps: float = field(default=SELECTION_STEPS, metadata={"help": "steps, or a share of them"})
+    early_stopping_threshold: float = field(default=SELECTION_THRESHOLD, metadata={"help": "nats per token"})
     max_bad_steps: int = field(default=10, metadata={"help": "steps in a row that are not finite"})
     attn_implementation: str = field(default="auto", metadata={"help": "attention; auto decides"})
     fused_lora: bool = field(default=True, metadata={"help": "LoRA in fused functions"})
@@ -150,6 +162,7 @@ class QLoRANeftConfig(SFTConfig):
             "neftune_distribution": DISTRIBUTIONS,
             "neftune_schedule": SCHEDULES,
             "loss_mean": (TOKENS, SEQUENCES),
+            "keep": KEEP,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -185,12 +198,21 @@ class QLoRANeftConfig(SFTConfig):
             "max_tokens_per_micro_batch": 1,
             "checkpointed_blocks": 0,
             "max_bad_steps": 1,
+            "early_stopping_patience": 1,
+            "early_stopping_threshold": 0,
             "effective_batch_size": 1,
         }
         for name, least in rules.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: must be at least {least}, got {value}.")
+        steps = self.selection_steps
+        if not 0 < steps < math.inf or (steps >= 1 and steps != int(steps)):
+            raise ValueError(f"selection_steps: must be a number of steps, or a share of them below 1, got {steps}.")
+        if self.keep == "best" and self.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end: keep='best' does the same, by the steps of selection_steps. Leave one out."
+            )
 
     def _set_precision(self) -> None:
         """Choose bf16 or fp16 by capability if the caller left both open; upstream's default is bf16 everywhere."""

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from ..steps import LOSS_WEIGHTS
 from ..steps.batch import MicroBatch
 from ..steps.weights import TOKENS
-from .checkpointed_trainer import CheckpointedTrainer
+from .selecting_trainer import SelectingTrainer
 from .step_metrics import StepMetrics
 from .step_metrics import token_loss as loss_of
 
 
-class LossTrainer(CheckpointedTrainer):
+class LossTrainer(SelectingTrainer):
     """A trainer that does not wait for the device in a micro-batch.
 
     Args:
-        kwargs: As in `CheckpointedTrainer`.
+        kwargs: As in `SelectingTrainer`.
 
     Attributes:
         step_metrics: Of the micro-batches since the last step's loss was read.
