@@ -123,9 +123,19 @@ def runs_table(runs: Sequence[RunRecord]) -> Table:
     for run in runs:
         summary = run.summary or RunSummary()
         values = (name_of(kind.key).show(run.values.get(kind.key) if kind.is_of(run) else None) for kind in kinds)
-        steps = "not finished" if summary.steps is None else str(summary.steps)
-        rows.append((run.name, str(run.seed), steps, *values, _seconds(summary), _memory(summary)))
+        rows.append((run.name, str(run.seed), _steps(summary), *values, _seconds(summary), _memory(summary)))
     return Table(columns, rows, "Runs")
+
+
+def _steps(summary: RunSummary) -> str:
+    """Return the steps taken, of how many, and whose weights the result has, where held-out rows decided."""
+    if summary.steps is None:
+        return "not finished"
+    found = summary.selection
+    if found is None or found.step is None:
+        return str(summary.steps)
+    planned = f" of {found.planned_steps}" if found.stopped_early else ""
+    return f"{summary.steps}{planned}, weights of {found.step}"
 
 
 def facts_table(runs: Sequence[RunRecord]) -> Table:

@@ -22,7 +22,10 @@ from ..export.hub.base import ask_about_base, public_base
 from ..export.hub.failures import Patience
 from ..export.hub.folder import Export, build_folder, license_of
 from ..export.hub.push import check_push, push_folder
+from ..files import read_record
 from ..recipe import Recipe
+from ..run_folder.checkpoints import BEST, PREFIX
+from ..run_folder.contents import STATE
 from .build import command_to_continue
 
 BRANCH = "checkpoints"
@@ -52,13 +55,21 @@ class CheckpointPusher(TrainerCallback):
         self._is_working = False
         self._num_saved = 0
         self._reported: set[str] = set()
+        self._pushed: str | None = None  # the step on the Hub
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Queue every n-th checkpoint."""
         assert args.output_dir is not None  # TrainingArguments fills it in
         self._num_saved += 1
         if self._num_saved % self.every == 0:
-            self.push(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            self.push(_best(args) or Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Queue the best weights: the last step is judged after its checkpoint was queued."""
+        if (best := _best(args)) is not None:
+            self.push(best)
 
     def push(self, checkpoint: Path) -> None:
         """Queue a checkpoint. It may vanish at any time: then a newer one is queued or about to be."""
@@ -117,7 +128,9 @@ class CheckpointPusher(TrainerCallback):
         return True
 
     def _push(self, checkpoint: Path) -> None:
-        step = checkpoint.name.removeprefix("checkpoint-")
+        step = step_of(checkpoint)
+        if step == self._pushed:  # still the best
+            return
         again = ["qlora-neft", "export", str(checkpoint), "--repo-id", self.repo_id, "--revision", BRANCH]
         # Built outside the run's folder: nothing half made may lie there if the machine vanishes.
         with tempfile.TemporaryDirectory(prefix="qlora_neft-push-") as temporary:
@@ -132,6 +145,7 @@ class CheckpointPusher(TrainerCallback):
                 resume_command=shlex.join(again),
                 patience=self.patience,
             )
+        self._pushed = step
 
     def _say_of_try(self, line: str) -> None:
         """Say nothing of waits between attempts: a progress bar is on the screen, and training goes on anyway."""
@@ -144,6 +158,19 @@ class CheckpointPusher(TrainerCallback):
             self._reported.add(kind)
             what = str(error).split("\n")[0].removesuffix(" Then:")
             self.say(f"push to {self.repo_id}: {what}\nTraining goes on; the next checkpoint is tried again.")
+
+
+def _best(args: TrainingArguments) -> Path | None:
+    """Return the folder of the best weights, if those are what the run will end with."""
+    assert args.output_dir is not None  # TrainingArguments fills it in
+    folder = Path(args.output_dir) / BEST
+    return folder if getattr(args, "keep", "last") == "best" and folder.is_dir() else None
+
+
+def step_of(folder: Path) -> str:
+    """Return the step whose weights a checkpoint's folder, or that of the best weights, holds."""
+    named = folder.name.removeprefix(PREFIX)
+    return named if folder.name != BEST else str(read_record(folder / STATE)["global_step"])
 
 
 def ready_to_push(

@@ -160,7 +160,10 @@ def run(
             check_tokens(beginning.earlier, decided.identity, data_sha256(decided.data))
             trainer = trainer_of(decided, trainer_class)
             with pushing(pusher, trainer):
-                return _train_and_measure(decided, trainer, beginning, stop, notes)
+                summary = _train_and_measure(decided, trainer, beginning, stop, notes)
+            if main:
+                forget_best(output_dir)  # they are the result now, and pushed
+            return summary
 
 
 def _train_and_measure(
@@ -202,8 +205,6 @@ def _train_and_measure(
         known = {"base_sha256": base_sha256, "decisions": decisions, "files": files}
         summary = summary_of(run, trainer, beginning, before, after, **known)
         write_result(run, after, summary)
-        if is_main_process():
-            forget_best(run.output_dir)  # they are the result now
         if mirror is not None:  # the results, which were not there when the last checkpoint was copied
             mirror.files([path.name for path in run.output_dir.iterdir() if path.is_file()])
     _show(run, before, after)

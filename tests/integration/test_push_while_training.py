@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from command_line import (
@@ -19,9 +20,11 @@ from command_line import (
     refused,
 )
 from hub_server import HubServer
+from transformers import TrainerControl
 
 from qlora_neft.export.hub.failures import Patience
 from qlora_neft.recipe import load_recipe
+from qlora_neft.run_folder.checkpoints import BEST
 from qlora_neft.runner.push import ready_to_push
 
 TOKEN = "hf_annwritessecretly"
@@ -144,6 +147,19 @@ def test_of_several_that_wait_only_the_newest_is_pushed(hub, pusher):
     pusher.push(newest)
     assert pusher.close(30)
     assert [commit.title for commit in hub.repo("ann/tuned").pushes("checkpoints")] == [f"step {newest.name[11:]}"]
+
+
+def test_the_best_weights_are_pushed_where_they_are_the_result(hub, pusher):
+    checkpoint = next(Path("out").glob("checkpoint-*"))
+    best = checkpoint.with_name(BEST)
+    shutil.copytree(checkpoint, best)
+    at = {"output_dir": "out", "keep": "best"}
+    pusher.on_save(SimpleNamespace(**at), SimpleNamespace(global_step=99), TrainerControl())
+    assert pusher.close(30)
+    pusher.on_train_end(SimpleNamespace(**at), SimpleNamespace(global_step=99), TrainerControl())  # the same: no commit
+    assert pusher.close(30)
+    titles = [commit.title for commit in hub.repo("ann/tuned").pushes("checkpoints")]
+    assert titles == [f"step {checkpoint.name[11:]}"]
 
 
 def test_what_failed_is_pushed_at_the_end(hub, pusher):

@@ -25,6 +25,7 @@ from qlora_neft.data.formats import to_example
 from qlora_neft.data.prepare import unit_interval
 from qlora_neft.data.templates import AlpacaTemplate
 from qlora_neft.display.plots import plot_losses
+from qlora_neft.errors import UserInputError
 from qlora_neft.files import finite, write_json
 from qlora_neft.generation.answers import Answer, Question, exact_match, greedy_answers, questions
 from qlora_neft.run_folder.metrics import versions
@@ -105,6 +106,89 @@ def metrics_of(output_dir):
 
 def adapter_of(output_dir):
     return (output_dir / "adapter_model.safetensors").read_bytes()
+
+
+# ---- The best weights ----
+
+BEST = ("train.keep=best", "train.early_stopping_patience=2", "train.selection_steps=1", "train.num_train_epochs=6")
+SOON_WORSE = (*BEST, "train.learning_rate=0.1", "machine.eval_answers=0")
+
+
+@pytest.fixture(scope="module")
+def selected(llama, tmp_path_factory):
+    """A run that ended early, with the weights of an earlier step."""
+    folder = tmp_path_factory.mktemp("selected")
+    recipe = recipe_for(llama, folder, *SOON_WORSE)
+    return folder, recipe, run(recipe, folder / "out")
+
+
+def test_a_run_says_whose_weights_it_ended_with(selected):
+    folder, _, summary = selected
+    found = RunSummary.of(summary).selection
+    assert summary["steps"] == found.step + 2 < found.planned_steps == 18 and found.stopped_early
+    assert summary["after"]["held_out_loss"] == pytest.approx(found.held_out_loss, abs=1e-6)
+    judged = {entry["step"]: entry["eval_loss"] for entry in metrics_of(folder / "out") if "eval_loss" in entry}
+    assert list(judged) == list(range(summary["steps"] + 1)) and found.held_out_loss == judged[found.step]
+    assert metrics_of(folder / "out")[-1]["kept_step"] == found.step
+    assert not (folder / "out" / "checkpoint-best").exists()
+    [checkpoint] = (folder / "out").glob(f"checkpoint-{summary['steps']}")
+    assert (checkpoint / "checkpoint-best" / "adapter_model.safetensors").read_bytes() == adapter_of(folder / "out")
+
+
+def test_a_run_that_ended_early_is_finished_and_its_lost_result_is_made_again(selected, tmp_path, llama):
+    folder, recipe, summary = selected
+    before = (folder / "out" / "summary.json").stat().st_mtime_ns
+    assert run(recipe, folder / "out")["selection"] == summary["selection"]
+    assert (folder / "out" / "summary.json").stat().st_mtime_ns == before
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out", out)
+    (out / "adapter_model.safetensors").unlink()
+    again = run(recipe, out, quiet=True)
+    assert again["selection"] == summary["selection"] and adapter_of(out) == adapter_of(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.keep=last", 'train.keep: "best" before'),
+        ("train.early_stopping_patience=3", "train.early_stopping_patience: 2 before, 3 now"),
+        ("train.selection_steps=2", "train.selection_steps"),
+        ("train.early_stopping_threshold=0", "train.early_stopping_threshold"),
+    ],
+)
+def test_a_resume_by_another_rule_is_refused(selected, llama, override, said):
+    folder = selected[0]
+    with pytest.raises(UserInputError, match=said):
+        run(recipe_for(llama, folder, *SOON_WORSE, override), folder / "out")
+
+
+def test_the_rows_that_decide_are_part_of_the_run(selected, llama, tmp_path):
+    folder, _, summary = selected
+    out, moved = tmp_path / "out", tmp_path / "moved.jsonl"
+    shutil.copytree(folder / "out", out)
+    (out / "summary.json").unlink()
+    shutil.copy(folder / "held.jsonl", moved)
+    elsewhere = recipe_for(llama, folder, *SOON_WORSE, f"data.eval_path={moved}")
+    assert run(elsewhere, out)["selection"] == summary["selection"]  # a path is no part of it
+    (out / "summary.json").unlink()
+    moved.write_text(json.dumps(HELD_OUT[0]) + "\n")
+    with pytest.raises(UserInputError, match=r"data\.eval_path: the held-out rows are not those"):
+        run(elsewhere, out)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (without_held_out("train.keep=best"), "train.keep: goes by the loss on held-out rows"),
+        (without_held_out("train.early_stopping_patience=2"), "train.early_stopping_patience: goes by the loss"),
+        (("train.selection_steps=5",), "train.selection_steps: has no effect without keep: best"),
+        (("train.early_stopping_threshold=0",), "train.early_stopping_threshold: has no effect"),
+        (("train.keep=best", "train.selection_steps=2.5"), "a whole number of steps, or a share below 1, got 2.5"),
+    ],
+)
+def test_a_selection_that_cannot_be_is_refused(llama, tmp_path, overrides, said):
+    with pytest.raises(UserInputError, match=said):
+        recipe_for(llama, tmp_path, *overrides)
 
 
 # ---- What is written ----

@@ -34,7 +34,19 @@ def main(model: Path, output: Path, per_rank: int) -> None:
     trainer.train()
     weighted = tiny_trainer(model, output, rows.add_column(LOSS_WEIGHTS, weights), loss_mean="sequences", **options)
     weighted.train()
+    selected = tiny_trainer(
+        model,
+        output,
+        rows,
+        **{**options, "max_steps": 4, "learning_rate": 0.1, "eval_dataset": mixed_rows(5, seed=6)},
+        keep="best",
+        early_stopping_patience=1,
+        selection_steps=1,
+    )
+    selected.train()
     found = {
+        "ended": (selected.state.global_step, selected.selected.step),
+        "selected": adapter_weights(selected),
         "noise": probe.by_sequence(rows),
         "adapter": adapter_weights(trainer),
         "weighted": adapter_weights(weighted),

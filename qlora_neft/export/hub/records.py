@@ -160,6 +160,7 @@ class Training:
             "data": facts.data and self._data_summary(facts.data),
             "seed": facts.seed,
             "steps": facts.steps,
+            "selection": facts.selection and facts.selection.model_dump(exclude_none=True),
             "tokens_seen": facts.tokens_seen,
             "trained_tokens_seen": facts.trained_tokens_seen,
             "bad_steps": facts.bad_steps,
