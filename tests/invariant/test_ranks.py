@@ -35,7 +35,7 @@ def test_two_ranks_draw_the_noise_of_one_process_and_learn_the_same(llama, tmp_p
     for run in ("adapter", "weighted", "selected"):
         for name, weight in one[run].items():
             assert torch.equal(two[0][run][name], two[1][run][name])
-            # A rate that overshoots at once, so that there is an earlier step to go back to, moves a hundred times as far.
+            # A rate that overshoots at once, to have an earlier step to go back to, moves a hundred times as far.
             tolerance = 1e-3 if run == "selected" else 1e-5
             torch.testing.assert_close(weight, two[0][run][name], rtol=0, atol=tolerance)
     assert not all(torch.equal(weight, one["weighted"][name]) for name, weight in one["adapter"].items())
