@@ -97,6 +97,7 @@ def _settings(folder: AdapterFolder) -> Lora:
         r=config["r"],
         lora_alpha=config["lora_alpha"],
         lora_dropout=float(config.get("lora_dropout") or 0.0),
+        use_rslora=bool(config.get("use_rslora")),
         target_modules=sorted(targets) if isinstance(targets, list) else targets,
     )
 

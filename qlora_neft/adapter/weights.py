@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..base.model_files import stored_tensors
 from ..errors import UserInputError
+from ..recipe.model import lora_scale
 from .folder import MEND, WEIGHTS, AdapterFolder, beyond_merging, stack_owners
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class AdapterWeights:
         patterns = config.get("alpha_pattern") or {}
         # PEFT's own matching: a regular expression for the end of the module's name.
         alpha = patterns.get(get_pattern_key(list(patterns), module), config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return lora_scale(alpha, rank, use_rslora=bool(config.get("use_rslora")))
 
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """Read A (r, in) and B (out, r) of a module."""

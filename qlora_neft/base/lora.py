@@ -21,6 +21,7 @@ def lora_config(section: Lora) -> LoraConfig:
         lora_alpha=section.lora_alpha,  # ty: ignore[invalid-argument-type]  # PEFT divides it by r: any number will do
         lora_dropout=section.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        use_rslora=section.use_rslora,
         bias="none",
         task_type="CAUSAL_LM",
     )

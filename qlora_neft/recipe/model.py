@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -69,8 +70,25 @@ class Lora(Section):
 
     r: Count = Field(description="rank of the update")
     # Both types, so that 16 stays a whole number in PEFT's configuration.
-    lora_alpha: Count | Positive = Field(description="the update is scaled by lora_alpha / r")
+    lora_alpha: Count | Positive = Field(description="the update is scaled by lora_alpha / r; see use_rslora")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="dropout probability on the adapter's input")
     target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)] = Field(
         description="all linear layers except the output, or a list of layer names"
     )
+    use_rslora: bool = Field(
+        False, description="scale the update by lora_alpha / sqrt(r) instead (rank-stabilized LoRA, for high ranks)"
+    )
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return lora_scale(self.lora_alpha, self.r, use_rslora=self.use_rslora)
+
+
+def lora_scale(lora_alpha: float, r: int, *, use_rslora: bool) -> float:
+    """Return what PEFT multiplies B A by.
+
+    Source: Hu et al. 2021, LoRA, section 4.1, arXiv:2106.09685; with the square root Kalajdzievski 2023,
+    rank-stabilized LoRA, arXiv:2312.03732.
+    """
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)

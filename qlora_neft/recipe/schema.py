@@ -98,6 +98,17 @@ class Recipe(Section):
             )
         return value
 
+    @field_validator("train")
+    @classmethod
+    def _loraplus_needs_lora(cls, value: Train, info: ValidationInfo) -> Train:
+        model, ratio = info.data.get("model"), value.loraplus_lr_ratio
+        in_full = info.data.get("lora", ...) is None and model is not None and model.adapter is None
+        if ratio is not None and in_full:
+            raise broken_rule(
+                f"has no effect without LoRA, got {ratio:g}. Remove it.", key="loraplus_lr_ratio", involves=("lora.",)
+            )
+        return value
+
     # On ``machine``, the last section: all others are in ``info.data``.
     @field_validator("machine")
     @classmethod

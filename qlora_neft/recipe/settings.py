@@ -25,7 +25,13 @@ NOT_LEARNED = frozenset(
 )
 
 # Keys that earlier versions did not have, each with the value by which a run is as it was without it.
-AS_BEFORE = {"data.split_text": False, "train.loss_mean": "tokens", "neftune.symmetric": False}
+AS_BEFORE = {
+    "data.split_text": False,
+    "train.loss_mean": "tokens",
+    "neftune.symmetric": False,
+    "lora.use_rslora": False,
+    "train.loraplus_lr_ratio": None,
+}
 
 # What judges by held-out rows which weights are the result; without the first two, or with these values, nothing does.
 SELECTION_OFF = {"train.keep": "last", "train.early_stopping_patience": None}
@@ -80,9 +86,16 @@ def with_one_prompt_weight(settings: dict[str, Any]) -> dict[str, Any]:
     return {**others, "data.train_on": train_on, "data.prompt_loss_weight": prompt_loss_weight(data)}
 
 
+def with_one_rate(settings: dict[str, Any]) -> dict[str, Any]:
+    """Spell one learning rate for A and B in one way: a ratio of 1 is none."""
+    if settings.get("train.loraplus_lr_ratio") != 1:
+        return settings
+    return {**settings, "train.loraplus_lr_ratio": None}
+
+
 def learned(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the trained weights as ``section.key`` to value: two runs equal in it learn the same."""
-    settings = with_one_prompt_weight(without_silent_noise(flat(recipe)))
+    settings = with_one_rate(with_one_prompt_weight(without_silent_noise(flat(recipe))))
     # Held-out rows only measure, unless a selection goes by them.
     ignored = NOT_LEARNED - HELD_OUT if selects(settings) else NOT_LEARNED | SELECTION
     return {

@@ -105,6 +105,9 @@ class Train(Section):
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="decay rate of the squared gradient's running mean"
     )
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
+        None, description="learning rate of LoRA's matrices B over that of A (LoRA+); null: one rate for both"
+    )
     router_aux_loss_coef: NotNegative | None = Field(
         None, description="weight of the experts' load-balancing loss, over the whole step; null: none"
     )

@@ -115,6 +115,7 @@ def arguments_of(run: Run) -> QLoRANeftConfig:
         save_steps=save_steps or 500,  # upstream's default; it refuses 0
         save_total_limit=machine.save_total_limit,
         loss_mean=train.loss_mean,
+        loraplus_lr_ratio=train.loraplus_lr_ratio,
         router_aux_loss_coef=train.router_aux_loss_coef,
         min_nf4_share=0.0 if recipe.quantization is None else recipe.quantization.min_nf4_share,
         keep=train.keep,

@@ -327,7 +327,10 @@ def _what_is_trained(recipe: Recipe) -> str:
     if recipe.trains_all:
         return "not quantized, every weight trained in float32"
     base = "a base that is not quantized" if recipe.quantization is None else "NF4 base"
-    return f"{base}, LoRA r {recipe.adapter.r}{_going_on(recipe)}"
+    lora, ratio = recipe.adapter, recipe.train.loraplus_lr_ratio
+    scaled = f", scaled by {lora.scale:g} (rank-stabilized)" if lora.use_rslora else ""
+    faster = f", B at {ratio:g} times the learning rate (LoRA+)" if ratio is not None and ratio > 1 else ""
+    return f"{base}, LoRA r {lora.r}{scaled}{faster}{_going_on(recipe)}"
 
 
 def _going_on(recipe: Recipe) -> str:

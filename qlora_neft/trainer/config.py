@@ -59,6 +59,8 @@ class QLoRANeftConfig(SFTConfig):
             over the trained tokens of each. Evaluation is over tokens in either.
         router_aux_loss_coef: Weight of the load-balancing loss of experts; None and 0 are no such loss, where TRL takes
             the model's own weight for None. It is computed over the whole step, see `.router_loss`.
+        loraplus_lr_ratio: Learning rate of LoRA's matrices B over that of A, at least 1 (LoRA+, arXiv:2402.12354); None
+            and 1 are one rate for both.
         min_nf4_share: Least share of the block weights in NF4 for a base that is loaded in 4 bits; fewer are refused.
         keep: ``"best"``: end with the weights of the lowest loss on ``eval_dataset``, see `.selection`; ``"last"``:
             with those of the last step.
@@ -100,6 +102,7 @@ class QLoRANeftConfig(SFTConfig):
     checkpointed_blocks: int | None = field(default=None, metadata={"help": "decoder blocks; None = all"})
     effective_batch_size: int | None = field(default=None, metadata={"help": "sequences per step, of all ranks"})
     loss_mean: str = field(default="tokens", metadata={"help": "tokens or sequences"})
+    loraplus_lr_ratio: float | None = field(default=None, metadata={"help": "learning rate of B over that of A"})
     min_nf4_share: float = field(default=0.9, metadata={"help": "least share of the block weights in NF4"})
     keep: str = field(default="last", metadata={"help": "last or best"})
     early_stopping_patience: int | None = field(default=None, metadata={"help": "evaluations; None = never"})
@@ -190,6 +193,9 @@ class QLoRANeftConfig(SFTConfig):
             )
 
     def _check_counts(self) -> None:
+        ratio = self.loraplus_lr_ratio
+        if ratio is not None and not 1 <= ratio < math.inf:
+            raise ValueError(f"loraplus_lr_ratio: must be a finite number >= 1, got {ratio}. Use None for one rate.")
         rules = {
             "neftune_adversarial_steps": 1,
             "clean_loss_steps": 0,

@@ -43,6 +43,7 @@ from ..steps.weights import WeightedCollator, weighs_rows
 from .callbacks import CheckpointSomeBlocks, CleanLossDue, SaidOnce
 from .checkpointed_trainer import EvaluationGivenUp
 from .config import QLoRANeftConfig
+from .loraplus import check_loraplus, loraplus_optimizer
 from .loss_head import PLAIN, LossCheck, settle_loss_head
 from .memory import Split
 from .router_loss import RouterLoss
@@ -113,6 +114,7 @@ class QLoRANeftTrainer(StepTrainer):
         if getattr(model, "is_loaded_in_4bit", False):
             check_nf4_share(census(model), args.min_nf4_share, model.config._name_or_path)
         model = _with_adapters(model, peft_config, args.seed)
+        check_loraplus(model, args.loraplus_lr_ratio)
         attention = attention_of(model, args, given_collator=data_collator is not None)
         # Taken now, since TRL's constructor rounds them to bf16; put back right after it.
         initial = _quantized_trainable(model)
@@ -216,6 +218,16 @@ class QLoRANeftTrainer(StepTrainer):
             "attn_implementation": self.attention_implementation,
         }
         return {**self.fast_path.record(), **attention, **self.pieces.record()}
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create upstream's optimizer, with LoRA+'s groups if B has a rate of its own."""
+        ratio = self.args.loraplus_lr_ratio
+        if self.optimizer is None and ratio is not None and ratio > 1:  # at 1 all rates are one
+            trained = cast(Any, self.model if model is None else model)
+            found = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, trained)
+            decay = self.args.weight_decay
+            self.optimizer = loraplus_optimizer(trained, *found, ratio=ratio, weight_decay=decay)
+        return super().create_optimizer(model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as upstream does, on the fast path where there is one."""

@@ -18,7 +18,8 @@ WHY = {
     ),
     "lora.r": "Rank of each layer's update. The memory of adapter, gradients and optimizer grows with it.",
     "lora.lora_alpha": (
-        "The update is scaled by `lora_alpha / r`. Change both, or the learning rate means something else."
+        "The update is scaled by `lora_alpha / r`. Change both, or the learning rate means something else "
+        "([scale and rates](#scale-and-rates-of-lora))."
     ),
     "lora.lora_dropout": (
         "Dropout on the input of each adapter, while training; keyed by seed and step, so that a "

@@ -86,6 +86,23 @@ qlora-neft diff llama2-7b-alpaca llama2-7b-alpaca @full
 [What differs from the papers and why](departures.md); [each table and figure with its command](tables_and_figures.md).
 None of the three was measured with this trainer.
 
+## Scale and rates of LoRA
+
+- `lora.use_rslora: true` scales the update by `lora_alpha / sqrt(r)` instead of `lora_alpha / r` (rank-stabilized
+  LoRA, [arXiv:2312.03732](https://arxiv.org/abs/2312.03732)). Divided by r, an update shrinks as the rank grows, and
+  a high rank learns as slowly as if it were a low one. It is for ranks of 64 and more, and for comparing ranks at one
+  learning rate; at r 16 it is four times the scale, so divide `lora_alpha` by sqrt(r) to keep the one you have.
+- `train.loraplus_lr_ratio: 16` lets the matrices B learn at 16 times `learning_rate`, which is then that of A (LoRA+,
+  [arXiv:2402.12354](https://arxiv.org/abs/2402.12354)). It is for tasks that a base is far from; halve
+  `learning_rate` first, and tune both. 1 and null are the same run. The schedule scales both rates alike;
+  `weight_decay` is multiplied by each matrix's own rate, as in the released code. LoRA on an embedding learns at
+  `learning_rate`, A and B.
+
+Neither is on in any recipe here: once the learning rate is tuned, variants of LoRA lie within 2% of each other
+([arXiv:2602.04998](https://arxiv.org/abs/2602.04998)). What they gain with this trainer is not measured. Both are
+part of what a run learns, so a resume with another value is refused. Merged models and GGUF files carry the scale; of
+other tools [the table](serving.md#check) says which read it.
+
 ## Without NF4, and every weight
 
 - `quantization=null` loads the base as it is, in bfloat16, float16 or float32 by the machine, and trains plain LoRA

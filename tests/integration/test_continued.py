@@ -79,7 +79,9 @@ def test_it_begins_with_the_adapters_weights_and_settings(first, llama, tmp_path
     assert begun.keys() == stored.keys() and all(torch.equal(begun[name], stored[name]) for name in stored)
     assert again["before"]["held_out_loss"] == summary["after"]["held_out_loss"]
     assert again["after"]["held_out_loss"] != again["before"]["held_out_loss"]
-    assert again["recipe"]["lora"] == LORA and again["recipe"]["model"]["name_or_path"] == str(llama)
+    assert again["recipe"]["lora"] == {**LORA, "use_rslora": False} and again["recipe"]["model"]["name_or_path"] == str(
+        llama
+    )
     record = json.loads((tmp_path / "out/run.json").read_text())
     assert record["adapter_sha256"] == again["adapter_sha256"] and len(record["adapter_sha256"]) == 64
     # The folder's own recipe repeats it, whatever it began from being stated in full.
@@ -104,6 +106,16 @@ def test_what_the_recipe_states_otherwise_is_named_with_both_values(first, tmp_p
     message = str(caught.value)
     assert "lora.r: 4 in the adapter, 16 in the recipe" in message and "'another/base' in the recipe" in message
     assert resolved(load_recipe(recipe_file(tmp_path, model={"adapter": str(first[0])}))).lora.r == 4
+
+
+def test_the_scale_is_the_adapters(first, tmp_path):
+    adapter = shutil.copytree(first[0], tmp_path / "adapter", ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
+    taken = resolved(load_recipe(recipe_file(tmp_path, model={"adapter": str(adapter)}, lora=None)))
+    assert taken.lora.use_rslora and taken.lora.scale == 8 / 4**0.5
+    with pytest.raises(UserInputError, match=r"lora\.use_rslora: True in the adapter, False in the recipe"):
+        resolved(load_recipe(recipe_file(tmp_path, model={"adapter": str(adapter)})))
 
 
 def test_without_an_adapter_no_lora_is_a_full_model(llama, tmp_path):

@@ -32,7 +32,9 @@ def main(model: Path, output: Path, per_rank: int) -> None:
     trainer = tiny_trainer(model, output, rows, **options)
     probe = NoiseProbe(trainer)
     trainer.train()
-    weighted = tiny_trainer(model, output, rows.add_column(LOSS_WEIGHTS, weights), loss_mean="sequences", **options)
+    weighted = tiny_trainer(
+        model, output, rows.add_column(LOSS_WEIGHTS, weights), loss_mean="sequences", loraplus_lr_ratio=4, **options
+    )
     weighted.train()
     selected = tiny_trainer(
         model,

@@ -92,11 +92,19 @@ def test_the_receipt_has_every_number():
         "Tesla T4 (cuda:0)",
         "11.00 GiB on the GPU, 2.00 GiB in the process",
         "2.0 h",
-        "r 64, lora_alpha 16, dropout 0.1, on k_proj, q_proj",
+        "r 64, lora_alpha 16, dropout 0.1, on k_proj, q_proj; the update is scaled by 0.25 |",
         "qlora-neft train recipe.yaml",
     ):
         assert fact in text, fact
     assert "secret-host" not in text + str(summary) and "trl" not in text.split("versions")[1].split("\n")[0]
+
+
+def test_scale_and_rates_are_said():
+    overrides = "lora.use_rslora=true", "train.loraplus_lr_ratio=16"
+    text = made(*overrides, config={**CONFIG, "use_rslora": True})[0].text
+    assert "; the update is scaled by 2, lora_alpha / sqrt(r): use_rslora |" in text  # 16 / sqrt(64)
+    assert "learning rate 0.0002, times 16 for the matrices B (LoRA+), constant" in text
+    assert "scaled by" not in made(config={**CONFIG, "alpha_pattern": {"q_proj": 3}})[0].text
 
 
 def test_without_noise_nothing_says_neftune_but_that_there_was_none():

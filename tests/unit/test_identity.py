@@ -131,3 +131,15 @@ def test_another_model_of_the_hub_is_another_base():
     there = run_of(model={"name_or_path": "owner/one"})
     assert is_another_base(there, recipe_of(model={"name_or_path": "owner/two"}))
     assert not is_another_base(there, recipe_of(model={"name_or_path": "./downloaded"}))
+
+
+def test_another_scale_or_another_rate_of_b_is_another_run():
+    with pytest.raises(UserInputError, match=r"lora\.use_rslora: null before, true now"):
+        check_same(run_of(), recipe_of(lora={"use_rslora": True}), "out")
+    with pytest.raises(UserInputError, match=r"train\.loraplus_lr_ratio: 4\.0 before, 16\.0 now"):
+        check_same(run_of(train={"loraplus_lr_ratio": 4}), recipe_of(train={"loraplus_lr_ratio": 16}), "out")
+    # At 1 there is one rate, as there is without the key, and as there was in versions that did not know it.
+    assert check_same(run_of(train={"loraplus_lr_ratio": 1}), recipe_of(), "out") == []
+    earlier = run_of()
+    earlier.recipe["train"].pop("loraplus_lr_ratio"), earlier.recipe["lora"].pop("use_rslora")
+    assert check_same(earlier, recipe_of(), "out") == []

@@ -132,6 +132,8 @@ def test_the_error_counts_its_problems(write):
     [
         ("lora.rank", "lora.r"),
         ("lora.alpha", "lora.lora_alpha"),
+        ("lora.rslora", "lora.use_rslora"),
+        ("lora.loraplus_lr_ratio", "train.loraplus_lr_ratio"),
         ("neftune.alpha", "neftune.noise_alpha"),
         ("neftune.noise_alhpa", "neftune.noise_alpha"),
         ("train.batch_size", "train.effective_batch_size"),
@@ -176,6 +178,8 @@ def test_a_full_model_is_two_sections_that_are_null(write):
     assert load_recipe(write(text), ["quantization.bnb_4bit_use_double_quant=false"]).quantization is not None
     [problem] = problems_of(write(text), "lora=null", "machine.fused_lora=true")
     assert "machine.fused_lora: has no effect without LoRA" in problem
+    [problem] = problems_of(write(text), "lora=null", "train.loraplus_lr_ratio=4")
+    assert "train.loraplus_lr_ratio: has no effect without LoRA, got 4. Remove it." in problem
 
 
 def test_a_section_must_be_a_mapping(write):
@@ -210,6 +214,9 @@ def test_a_section_must_be_a_mapping(write):
         (["data.mixture=[{path: a, wieght: 2}]"], "data.mixture[1].wieght: unknown key. Did you mean weight?"),
         (["data.mixture=[{path: a, weight: 0}]"], "data.mixture[1].weight: expected number > 0, got 0"),
         (["data.max_truncated_fraction=1.5"], "data.max_truncated_fraction: expected number >= 0 and <= 1, got 1.5"),
+        (["train.loraplus_lr_ratio=0.5"], "train.loraplus_lr_ratio: expected number >= 1 or null, got 0.5"),
+        (["train.loraplus_lr_ratio=.inf"], "train.loraplus_lr_ratio: expected number >= 1 or null, got inf"),
+        (["lora.use_rslora=1"], "lora.use_rslora: expected true or false, got 1"),
         (["train.seed=4294967296"], "train.seed: expected whole number >= 0 and <= 4294967295"),
     ],
 )
@@ -232,6 +239,7 @@ def test_rules_that_look_at_more_than_a_type(write, overrides, fragment):
         ["data.split=train[:128]", "data.eval_split=train[128:248]"],
         ["lora.target_modules=[q_proj, v_proj]"],
         ["lora.lora_alpha=0.5"],
+        ["lora.use_rslora=true", "train.loraplus_lr_ratio=16"],
         ["machine.activation_checkpointing=12"],
         ["machine.activation_checkpointing=false"],
     ],
@@ -407,7 +415,7 @@ def test_a_folder_and_a_missing_file_are_told_apart(tmp_path, write):
 def test_an_unknown_name_brings_a_suggestion_and_the_list(write):
     [problem] = problems_of("lama2-7b-alpaca")
     assert "Did you mean llama2-7b-alpaca?" in problem
-    assert "demo, llama-30b-alpaca" in problem
+    assert "demo, gemma3-12b" in problem
 
 
 def test_a_recipe_name_wins_over_a_file_of_that_name(write):

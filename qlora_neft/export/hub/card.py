@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ...display.markdown import inline, value
 from ...noise.neftune import expected_norm
 from ...recipe import Recipe
+from ...recipe.model import lora_scale
 from ...recipe.schema import Data
 from .public import TEMPLATE_FILE, data_paths, is_hub_id, is_public, uses_template_file
 from .records import Training
@@ -74,6 +75,7 @@ def render_card(
         unpublished_files=[path for path in data_paths(public) if not is_public(path)],
         snippets=snippets,
         has_curves=has_curves,
+        scale=_scale(config),
         targets=_targets(config.get("target_modules"), config.get("target_parameters") or []),
         counted=training.records.facts.census.lines() if training.records.facts.census else [],
     )
@@ -184,6 +186,13 @@ def _losses(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if first or last:
             rows.append((label, first, last))
     return rows
+
+
+def _scale(config: Mapping[str, Any]) -> float | None:
+    """Return what the update is multiplied by; None if modules differ in it."""
+    if config.get("rank_pattern") or config.get("alpha_pattern") or not config.get("lora_alpha"):
+        return None
+    return lora_scale(config["lora_alpha"], config["r"], use_rslora=bool(config.get("use_rslora")))
 
 
 def _targets(modules: str | Sequence[str] | None, parameters: Sequence[str]) -> str:
