@@ -41,6 +41,11 @@ class Beginning:
     moved: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
+    @property
+    def step(self) -> int:
+        """The optimizer steps taken when it starts."""
+        return self.checkpoint.step if self.checkpoint else 0
+
 
 def find_beginning(output_dir: Path, recipe: Recipe, resume: str = "auto") -> Beginning:
     """Find out how a run starts. Nothing is written.

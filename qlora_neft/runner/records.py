@@ -18,6 +18,7 @@ from ..display.console import title
 from ..display.plots import plot_lengths, plot_losses
 from ..files import finite, sealed, sha256_of_text, write_json, write_text
 from ..generation.answers import Answer
+from ..run_folder.live import LIVE_FILE
 from ..run_folder.metrics import MetricsFile, hardware, peak_memory, versions
 from ..run_folder.mirror import Mirror
 from ..run_folder.record import ANSWERS_FILE, RECIPE_FILE, RUN_FILE, SUMMARY_FILE
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 SUMMARY_VERSION = 1
 METRICS_FILE, DATA_REPORT_FILE = "metrics.jsonl", "data_report.json"
-WRITTEN_EARLY = (RUN_FILE, RECIPE_FILE, DATA_REPORT_FILE, METRICS_FILE)  # mirrored with every checkpoint
+WRITTEN_EARLY = (RUN_FILE, RECIPE_FILE, DATA_REPORT_FILE, METRICS_FILE, LIVE_FILE)  # mirrored with every checkpoint
 MIRROR_SECONDS = 600  # to wait at the end for what is still to be copied
 
 

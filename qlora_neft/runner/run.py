@@ -39,6 +39,8 @@ from ..recipe import Recipe
 from ..run_folder.checkpoints import forget_best, remove_leftovers, save_adapter
 from ..run_folder.finished import read_run_file, read_summary, set_aside
 from ..run_folder.identity import check_base, check_tokens, check_weights
+from ..run_folder.live import FINISHED, MEASURING, LiveFile
+from ..run_folder.live_record import LiveRecord, told_how_it_ends
 from ..run_folder.metrics import MetricsFile
 from ..run_folder.notes import RunNotes
 from ..run_folder.resume import (
@@ -158,16 +160,24 @@ def run(
                 return _finished(output_dir, beginning, console)
             check_base(beginning.earlier, decided.identity)
             check_tokens(beginning.earlier, decided.identity, data_sha256(decided.data))
-            trainer = trainer_of(decided, trainer_class)
-            with pushing(pusher, trainer):
-                summary = _train_and_measure(decided, trainer, beginning, stop, notes)
+            live = LiveFile(output_dir, is_kept=main)
+            live.open(beginning.step)
+            with told_how_it_ends(live):
+                trainer = trainer_of(decided, trainer_class)
+                with pushing(pusher, trainer):
+                    summary = _train_and_measure(decided, trainer, beginning, stop, notes, live)
             if main:
                 forget_best(output_dir)  # they are the result now, and pushed
             return summary
 
 
 def _train_and_measure(
-    run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, stop: StopRequest, notes: RunNotes
+    run: Run,
+    trainer: QLoRANeftTrainer,
+    beginning: Beginning,
+    stop: StopRequest,
+    notes: RunNotes,
+    live: LiveFile,
 ) -> dict[str, Any]:
     """Carry a run to its end, or to the checkpoint at which it is asked to stop, and return its summary."""
     model = trainer.model
@@ -182,6 +192,7 @@ def _train_and_measure(
     before = measured_before(run, beginning) or measure(run, trainer)
     about = about_run(run, base_sha256, before)
     metrics = open_records(run, beginning, about, before)
+    live.open(beginning.step)
     notes.open()  # only now, since a folder that holds anything before run.json is no run's
     decisions: list[str] = []
 
@@ -191,7 +202,8 @@ def _train_and_measure(
 
     trainer.say, trainer.checkpoint_about, trainer.initial_loss = decided, about, before.held_out_loss
     with mirroring(run, trainer) as mirror, _interrupted(run, trainer, stop):
-        _train(run, trainer, beginning, metrics, stop)
+        _train(run, trainer, beginning, metrics, stop, live)
+        live.write(MEASURING, trainer.state.global_step)
         if frozen_fingerprints(model) != frozen:
             raise RunFailed("the frozen base changed during training; nothing was saved. Please report this.")
         # The model leaves with the template it was trained in; the base's own would format prompts differently.
@@ -205,6 +217,7 @@ def _train_and_measure(
         known = {"base_sha256": base_sha256, "decisions": decisions, "files": files}
         summary = summary_of(run, trainer, beginning, before, after, **known)
         write_result(run, after, summary)
+        live.write(FINISHED, trainer.state.global_step)
         if mirror is not None:  # the results, which were not there when the last checkpoint was copied
             mirror.files([path.name for path in run.output_dir.iterdir() if path.is_file()])
     _show(run, before, after)
@@ -227,7 +240,14 @@ def _save_result(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning) -> d
         return {path.name: sha256_of_file(path) for path in sorted(draft.iterdir())}
 
 
-def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: MetricsFile, stop: StopRequest) -> None:
+def _train(
+    run: Run,
+    trainer: QLoRANeftTrainer,
+    beginning: Beginning,
+    metrics: MetricsFile,
+    stop: StopRequest,
+    live: LiveFile,
+) -> None:
     """Train to the last step.
 
     Raises:
@@ -239,6 +259,7 @@ def _train(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning, metrics: M
     callbacks = [
         WhenToSave(machine.save_every_minutes or None, stop),  # 0: not by the clock
         metrics,
+        LiveRecord(live, lambda: {"tokens": trainer.tokens_seen, "bad_steps": trainer.bad_steps}),
         progress,
         SpeedLine(lambda: trainer.tokens_seen, lambda line: say(console, [line])),
         cuda_probe(trainer, estimate.peak_bytes if estimate else None),
