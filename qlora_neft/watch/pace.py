@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 
 from ..run_folder.live import EVALUATING, PREPARING, TRAINING, LiveLine
@@ -55,7 +56,7 @@ def pace_of(lines: Sequence[LiveLine]) -> Pace:
             after.step - before.step,
             None if before.tokens is None or after.tokens is None else after.tokens - before.tokens,
         )
-        for before, after in zip(session, session[1:], strict=False)
+        for before, after in pairwise(session)
     ]
     trained = [s for s in stretches if s.phase == TRAINING and s.steps > 0 and s.seconds > 0]
     # The first makes caches and kernels.

@@ -12,9 +12,7 @@ from typing import Any
 from ..run_folder.checkpoints import MANIFEST, step_folders
 from ..run_folder.live import (
     EVALUATING,
-    FAILED,
     FINISHED,
-    INTERRUPTED,
     LIVE_FILE,
     MEASURING,
     PREPARING,
@@ -125,11 +123,10 @@ class WatchedRun:
         held_out = curves["held_out"]
         checkpoint, checkpoint_age = self._checkpoint(clock)
         step = last.step if last else max((line["step"] for line in self._metrics.lines), default=0)
-        is_over = state == FINISHED
+        is_over, selection = state == FINISHED, _mapping(summary.get("selection"))
         counters = _counters(self.folder, checkpoint)
         recipe = _mapping(run.get("recipe")) or _mapping(summary.get("recipe"))
         train = _mapping(recipe.get("train"))
-        steps = summary.get("steps") if is_over else (last.steps if last else None) or _latest_steps(lines)
         return Snapshot(
             folder=str(self.folder),
             state=state,
@@ -137,20 +134,25 @@ class WatchedRun:
             quiet_seconds=quiet,
             title=_title(recipe),
             step=summary.get("steps", step) if is_over else step,
-            steps=steps or counters.get("max_steps"),
+            steps=_first(
+                summary.get("steps") if is_over else None,
+                *(line.steps for line in reversed(lines)),
+                counters.get("max_steps"),
+            ),
             epoch=_latest(self._metrics.lines, "epoch"),
             epochs=None if number(train.get("max_steps")) else number(train.get("num_train_epochs")),
             learning_rate=_latest(self._metrics.lines, "learning_rate"),
             losses={name: found[-1] for name, found in curves.items() if found},
             lowest_held_out=min(held_out, key=lambda loss: loss.value) if held_out else None,
-            tokens=next((line.tokens for line in reversed(lines) if line.tokens is not None), counters.get("tokens_seen")),
+            tokens=_first(*(line.tokens for line in reversed(lines)), counters.get("tokens_seen")),
             pace=pace if state in (TRAINING, EVALUATING) else Pace(pace.seconds_per_step, pace.tokens_per_second),
             memory=_memory(lines, summary),
             checkpoint_step=checkpoint,
             checkpoint_seconds=checkpoint_age,
-            kept_step=_count(summary.get("kept_step")),
-            bad_steps=next((line.bad_steps for line in reversed(lines) if line.bad_steps is not None), None)
-            or _count(summary.get("bad_steps", counters.get("bad_steps"))),
+            kept_step=_count(selection.get("step")),
+            bad_steps=_first(
+                *(line.bad_steps for line in reversed(lines)), summary.get("bad_steps"), counters.get("bad_steps")
+            ),
             train_seconds=number(summary.get("train_seconds")),
             is_mirror=(self.folder / MARK).is_file(),
             problems=[problem for problem in (self._metrics.problem, self._live.problem) if problem],
@@ -161,7 +163,8 @@ class WatchedRun:
         self, last: LiveLine | None, summary: Mapping[str, Any], lines: list[LiveLine], quiet: float | None, pace: Pace
     ) -> tuple[str, str]:
         if summary and (last is None or last.phase not in UNDER_WAY or self._is_older(SUMMARY_FILE)):
-            return FINISHED, ""
+            stopped = _mapping(summary.get("selection")).get("stopped_early") is True
+            return FINISHED, "stopped early" if stopped else ""
         if not self.folder.is_dir():
             return WAITING, "there is no such folder yet"
         if last is None and not (self.folder / RUN_FILE).exists():
@@ -238,8 +241,9 @@ def _latest(lines: list[dict[str, Any]], key: str) -> float | None:
     return next((value for line in reversed(lines) if (value := number(line.get(key))) is not None), None)
 
 
-def _latest_steps(lines: list[LiveLine]) -> int | None:
-    return next((line.steps for line in reversed(lines) if line.steps is not None), None)
+def _first(*values: Any) -> int | None:
+    """Return the first that is a count."""
+    return next((value for value in values if _count(value) is not None), None)
 
 
 def _memory(lines: list[LiveLine], summary: Mapping[str, Any]) -> dict[str, int]:
@@ -263,7 +267,11 @@ def _counters(folder: Path, step: int | None) -> dict[str, int]:
     for name in ("progress.json", "trainer_state.json"):
         with suppress(OSError, ValueError, RecursionError):
             found |= _mapping(json.loads((folder / f"checkpoint-{step}" / name).read_text(encoding="utf-8")))
-    return {key: value for key, value in found.items() if key in ("tokens_seen", "bad_steps", "max_steps") and _count(value) is not None}
+    return {
+        key: value
+        for key, value in found.items()
+        if key in ("tokens_seen", "bad_steps", "max_steps") and _count(value) is not None
+    }
 
 
 def _pace_of_checkpoints(folder: Path) -> Pace:

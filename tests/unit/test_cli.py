@@ -17,7 +17,7 @@ from qlora_neft import __version__, list_recipes, load_recipe
 from qlora_neft.errors import RunFailed, UserInputError
 from qlora_neft.recipe.load import recipe_path
 
-VERBS = ["ls", "show", "diff", "cp", "validate", "schema", "train", "preview", "fit", "noise", "doctor"]
+VERBS = ["ls", "show", "diff", "cp", "validate", "schema", "train", "watch", "preview", "fit", "noise", "doctor"]
 VERBS += ["generate", "chat", "merge", "export", "check", "gguf", "sweep", "report", "eval"]
 HELP_SECONDS = 0.5
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "matplotlib")

@@ -24,6 +24,7 @@ LAYERS = (
     {"runner"},
     {"evaluation"},
     {"compare"},
+    {"watch"},
     {"cli"},
     {"__main__", "notebook"},
 )
