@@ -161,7 +161,6 @@ def run(
             check_base(beginning.earlier, decided.identity)
             check_tokens(beginning.earlier, decided.identity, data_sha256(decided.data))
             live = LiveFile(output_dir, is_kept=main)
-            live.open(beginning.step)
             with told_how_it_ends(live):
                 trainer = trainer_of(decided, trainer_class)
                 with pushing(pusher, trainer):
@@ -192,7 +191,7 @@ def _train_and_measure(
     before = measured_before(run, beginning) or measure(run, trainer)
     about = about_run(run, base_sha256, before)
     metrics = open_records(run, beginning, about, before)
-    live.open(beginning.step)
+    live.open(beginning.step)  # and no earlier: a resume that is refused changes nothing
     notes.open()  # only now, since a folder that holds anything before run.json is no run's
     decisions: list[str] = []
 

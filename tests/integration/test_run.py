@@ -198,7 +198,7 @@ def test_every_file_of_a_run_is_there_and_no_pickle(finished):
     output_dir = finished[0]
     files = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if path.is_file()}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-    records = {"recipe.yaml", "run.json", "metrics.jsonl", "summary.json", "data_report.json"}
+    records = {"recipe.yaml", "run.json", "metrics.jsonl", "live.jsonl", "summary.json", "data_report.json"}
     records |= {"answers.json", "loss.png", "lengths.png"}
     kept = {name for name in files if name.startswith("checkpoint-")}
     assert {name.partition("/")[0] for name in kept} == {"checkpoint-3"}  # of the last step, before it was measured
