@@ -21,6 +21,11 @@ PLACES_NAMED = 5  # rows named of each kind
 DROPPED = (EMPTY, UNFIT, NO_ROOM, ONLY_END)  # kinds of readable rows that are left out
 WARN_TRUNCATED = 0.01  # share of rows from which cut responses are worth a line
 FEW_TRAINED = 0.02  # share of trained tokens below which nearly all computing is spent on prompts
+HARDLY_TRAINED = 0.01  # and below which the cause is more likely a mistake
+HARDLY_ANY = (
+    " So few are mostly a mistake: the answers in another column, responses cut at data.max_length, data.train_on. "
+    "qlora-neft preview marks what is trained."
+)
 # What is said of rows that may be as intended, by the kind of finding: ``n`` rows, at the places ``p``.
 SUSPICIOUS = {
     "special": "{n} with the spelling of a special token, read as that token: {p}.",
@@ -190,8 +195,10 @@ def find_warnings(tally: Tally, section: Data, key: str = "data.path") -> list[s
     cut = tally.findings.get("truncated", Finding()).count
     if cut and WARN_TRUNCATED <= _share(cut, tally) <= section.max_truncated_fraction:
         lines.append(f"{_limit(section)}: {_of(cut, tally)} ({_percent(cut, tally)}) cut inside a response.")
-    if tally.tokens and tally.trained_tokens < FEW_TRAINED * tally.tokens:
-        lines.append(f"{key}: {tally.trained_tokens / tally.tokens:.1%} of the tokens are trained; the rest is prompt.")
+    share = tally.trained_tokens / tally.tokens if tally.tokens else 1.0
+    if share < FEW_TRAINED:
+        few = f"{key}: {share:.1%} of the tokens are trained; the rest is prompt."
+        lines.append(few + (HARDLY_ANY if share < HARDLY_TRAINED else ""))
     return lines
 
 

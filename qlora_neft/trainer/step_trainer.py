@@ -52,6 +52,8 @@ class StepTrainer(LossTrainer):
         under_way: The micro-batch of the pass under way.
         attention: How the model attends over flattened batches.
         router_loss: The load-balancing loss of a mixture of experts; None without one.
+        last_loss: Of the step just taken, on this rank.
+        last_norm: Of its gradient; NaN if the step was skipped.
     """
 
     # Upstream's unions of datasets and collators have no operation in common.
@@ -70,6 +72,8 @@ class StepTrainer(LossTrainer):
         self.router_loss: RouterLoss | None = None
         self._steps: StepSampler | None = None
         self._loss_is_finite = True
+        self.last_loss: float = 0.0
+        self.last_norm: Tensor | float = 0.0
         self._noise_statistics = NoiseStatistics()
         self._perturbation: Perturbation | None = None  # FreeLB's, of the micro-batch under way
         self._adversarial_norms: list[Tensor] = []
@@ -94,7 +98,8 @@ class StepTrainer(LossTrainer):
         self.tokens_seen += step.num_tokens()
         self.trained_tokens_seen += step.num_trained_tokens()
         # Acted upon in `_get_grad_norm`, which upstream calls next.
-        self._loss_is_finite = math.isfinite(self.read_metrics(loss))
+        self.last_loss = self.read_metrics(loss)
+        self._loss_is_finite = math.isfinite(self.last_loss)
         return loss
 
     def _accumulate(self, model: nn.Module, step: StepBatch, num_items: Tensor | int | None) -> Tensor | None:
@@ -331,10 +336,11 @@ class StepTrainer(LossTrainer):
         itself and lowers its scale.
         """
         # Upstream asks between the backward pass and the optimizer's step: the last chance to drop a gradient.
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = self.last_norm = super()._get_grad_norm(model, grad_norm)
         if self._loss_is_finite and (self.args.fp16 or math.isfinite(float(norm))):
             self._bad_in_a_row = 0
             return norm
+        self.last_norm = math.nan  # nothing of this step is applied
         self.bad_steps += 1
         self._bad_in_a_row += 1
         what = "gradient" if self._loss_is_finite else "loss"

@@ -43,6 +43,7 @@ from ..steps.weights import WeightedCollator, weighs_rows
 from .callbacks import CheckpointSomeBlocks, CleanLossDue, SaidOnce
 from .checkpointed_trainer import EvaluationGivenUp
 from .config import QLoRANeftConfig
+from .learning_guard import LearningGuard
 from .loraplus import check_loraplus, loraplus_optimizer
 from .loss_head import PLAIN, LossCheck, settle_loss_head
 from .memory import Split
@@ -142,6 +143,7 @@ class QLoRANeftTrainer(StepTrainer):
         self._eval_loss: TokenMean | None = None  # of the evaluation under way
         self._clean_loss_due = CleanLossDue(args.clean_loss_steps)
         self.add_callback(self._clean_loss_due)
+        self.add_callback(LearningGuard(self))
         if self.loss_check.head == PLAIN:
             self.add_callback(SaidOnce(self, str(self.loss_check)))
         # Who asked for what is done needs no line.

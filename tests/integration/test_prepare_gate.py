@@ -284,9 +284,14 @@ def test_cut_responses_are_told_from_one_in_a_hundred(tmp_path):
 
 
 def test_few_trained_tokens_are_told(tmp_path):
-    rows = [{"prompt": "p" * 199, "completion": "r"}]
-    warning = "data.path: PATH: 1.0% of the tokens are trained; the rest is prompt."
+    rows = [{"prompt": "p" * 149, "completion": "r"}]
+    warning = "data.path: PATH: 1.3% of the tokens are trained; the rest is prompt."
     assert said(rows, tmp_path, max_length=300) == [[], [warning]]
+    fewer = [{"prompt": "p" * 239, "completion": "r"}]
+    [[], [line]] = said(fewer, tmp_path, max_length=300)
+    assert line.startswith(
+        "data.path: PATH: 0.8% of the tokens are trained; the rest is prompt. So few are mostly a mistake"
+    )
     assert said(rows, tmp_path, max_length=300, train_on_prompt=True) == [[], []]
 
 
