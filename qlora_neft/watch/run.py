@@ -122,7 +122,8 @@ class WatchedRun:
         curves = _curves(self._metrics.lines)
         held_out = curves["held_out"]
         checkpoint, checkpoint_age = self._checkpoint(clock)
-        step = last.step if last else max((line["step"] for line in self._metrics.lines), default=0)
+        # A log may be newer than the last of the times, which are a second apart.
+        step = max((line["step"] for line in (*self._metrics.lines[-1:], *self._live.lines[-1:])), default=0)
         is_over, selection = state == FINISHED, _mapping(summary.get("selection"))
         counters = _counters(self.folder, checkpoint)
         recipe = _mapping(run.get("recipe")) or _mapping(summary.get("recipe"))
