@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from .. import __version__
+from ..runner.trackers.ready import TRACKERS, is_installed
 
 _RANK = ("ok", "warn", "fail")
 _GIB = 2**30
@@ -73,6 +74,7 @@ def examine() -> Report:
     findings = [_package_finding(requirement) for requirement in _requirements()]
     # Not required, but one breaks PEFT by being there, and the other is missed for pictures.
     findings += [_torchao_finding(_version("torchao")), _matplotlib_finding(_version("matplotlib"))]
+    findings.append(_trackers_finding())
     devices, device_findings = _devices()
     findings += device_findings
     return {
@@ -160,6 +162,14 @@ def _matplotlib_finding(version: str | None) -> Finding:
     if version is None:
         return _finding("matplotlib", "warn", "not installed: runs draw no loss.png", "pip install 'qlora-neft[plots]'")
     return _finding("matplotlib", "ok", version)
+
+
+def _trackers_finding() -> Finding:
+    lines = [
+        f"{tracker} {_version(tracker) or ''}".rstrip() if is_installed(tracker) else f"no {tracker}"
+        for tracker in TRACKERS
+    ]
+    return _finding("trackers", "ok", f"{', '.join(lines)} (for machine.report_to; each an extra of this package)")
 
 
 def _devices() -> tuple[list[Device], list[Finding]]:

@@ -43,7 +43,7 @@ def train_and_measure(folder: Path, recipe: Path, names: Sequence[str], asking: 
         from ..runner.run import run
 
     if not is_trained(folder):
-        run(load_recipe(recipe), folder)
+        run(load_recipe(recipe), folder, group=folder.resolve().parent.name)
         _release_memory()
     if names:
         from .measures import measure_run  # evaluation and generation, which a run without measures does not need

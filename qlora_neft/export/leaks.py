@@ -70,6 +70,14 @@ def paths_in(folder: Path, local_paths: Iterable[str] = ()) -> list[Leak]:
     return [leak for name, text in _texts(folder) for leak in _leaks(name, text, patterns)]
 
 
+def is_private(text: str) -> bool:
+    """Return whether a text holds a credential, or a path below the home folder or the working folder."""
+    if SECRETS.search(text) or any(token in text for token in _own_tokens()) or HOME.search(text):
+        return True
+    own = [_pattern(path) for path in (str(Path.home()), str(Path.cwd())) if len(path) > 1]
+    return any(pattern.search(text) for pattern, _ in own)
+
+
 def _leaks(name: str, text: str, patterns: list[tuple[re.Pattern[str], bool]]) -> Iterator[Leak]:
     seen: set[tuple[int, str]] = set()
     matches = [

@@ -8,6 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from .section import Auto, Count, CountOrZero, NotNegative, Positive, Section, Text, broken_rule
 
+Tracker = Literal["trackio", "wandb", "tensorboard", "mlflow"]  # as transformers names them; each is an extra
+
 
 class Machine(Section):
     """How the run is carried out: nothing here changes what is learned. With auto, the machine decides."""
@@ -94,6 +96,16 @@ class Machine(Section):
     clean_loss_steps: Auto | CountOrZero = Field(
         "auto", description="optimizer steps between measurements of the train loss without noise and dropout; 0: never"
     )
+    report_to: Tracker | list[Tracker] = Field(
+        [], description="trackers that receive what is logged, beside metrics.jsonl; each is an extra to install"
+    )
+
+    @field_validator("report_to")
+    @classmethod
+    def _each_tracker_once(cls, value: Tracker | list[Tracker]) -> Tracker | list[Tracker]:
+        if isinstance(value, list) and len(set(value)) < len(value):
+            raise broken_rule(f"names a tracker twice, got {', '.join(value)}. Name each once.")
+        return value
 
     @field_validator("push_every")
     @classmethod
@@ -104,3 +116,8 @@ class Machine(Section):
                 involves=("push_to",),
             )
         return value
+
+    @property
+    def trackers(self) -> tuple[Tracker, ...]:
+        """The trackers of ``report_to``, in its order."""
+        return (self.report_to,) if isinstance(self.report_to, str) else tuple(self.report_to)

@@ -25,6 +25,7 @@ from ..files import read_record_if_there, write_json
 RUN_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 ANSWERS_FILE = "answers.json"
+TRACKERS_FILE = "trackers.json"  # what a resume needs to go on with the same tracked runs
 MEASURES_FILE = "measures.json"
 MADE = "made"  # in a measure: how its numbers were made; measures of earlier versions lack it
 RECIPE_FILE = "recipe.yaml"

@@ -41,6 +41,7 @@ class Run:
         data: The sequences.
         plan: How steps are carried out.
         identity: What decides what it trains on.
+        group: What trackers put it under, such as the name of its sweep.
     """
 
     recipe: Recipe
@@ -53,6 +54,7 @@ class Run:
     data: PreparedData
     plan: RunPlan
     identity: RunIdentity = field(default_factory=RunIdentity)
+    group: str | None = None
 
 
 def policy_of(recipe: Recipe) -> PrecisionPolicy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +21,7 @@ from ..generation.answers import Answer
 from ..run_folder.live import LIVE_FILE
 from ..run_folder.metrics import MetricsFile, hardware, peak_memory, versions
 from ..run_folder.mirror import Mirror
-from ..run_folder.record import ANSWERS_FILE, RECIPE_FILE, RUN_FILE, SUMMARY_FILE
+from ..run_folder.record import ANSWERS_FILE, RECIPE_FILE, RUN_FILE, SUMMARY_FILE, TRACKERS_FILE
 from ..run_folder.resume import Beginning, write_run_file
 from ..trainer import QLoRANeftTrainer
 from .build import Run, report_of
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 SUMMARY_VERSION = 1
 METRICS_FILE, DATA_REPORT_FILE = "metrics.jsonl", "data_report.json"
-WRITTEN_EARLY = (RUN_FILE, RECIPE_FILE, DATA_REPORT_FILE, METRICS_FILE, LIVE_FILE)  # mirrored with every checkpoint
+# Mirrored with every checkpoint.
+WRITTEN_EARLY = (RUN_FILE, RECIPE_FILE, DATA_REPORT_FILE, METRICS_FILE, LIVE_FILE, TRACKERS_FILE)
 MIRROR_SECONDS = 600  # to wait at the end for what is still to be copied
 
 
@@ -158,8 +159,14 @@ def mirroring(run: Run, trainer: QLoRANeftTrainer) -> Generator[Mirror | None, N
 # ---- After training ----
 
 
-def log_result(run: Run, metrics: MetricsFile, trainer: QLoRANeftTrainer, after: Measurement) -> bool:
-    """Log the last measurement and draw the curves; return whether they could be drawn."""
+def log_result(
+    run: Run,
+    metrics: MetricsFile,
+    trainer: QLoRANeftTrainer,
+    after: Measurement,
+    tell: Callable[[int, dict[str, float]], None] = lambda step, logs: None,
+) -> bool:
+    """Log the last measurement, ``tell`` it to who else listens, and draw the curves; return whether they are drawn."""
     if not is_main_process():
         return True
     step, found = trainer.state.global_step, after.log()
@@ -169,6 +176,7 @@ def log_result(run: Run, metrics: MetricsFile, trainer: QLoRANeftTrainer, after:
         of_last = selected.step == step
         found = {key if of_last else names[key]: loss for key, loss in found.items()} | {"kept_step": selected.step}
     metrics.write(step, found)
+    tell(step, found)
     metrics.keep_up_to(step)  # a result that is made again has the same last line a second time
     return plot_losses(metrics.read(), run.output_dir / "loss.png", title(run.recipe))
 

@@ -78,6 +78,8 @@ from .records import (
     write_result,
 )
 from .rehearsal import rehearse
+from .trackers.ready import check_trackers
+from .trackers.tracking import tracking
 
 
 def run(
@@ -87,6 +89,7 @@ def run(
     resume: str = "auto",
     dry_run: bool = False,
     quiet: bool = False,
+    group: str | None = None,
     trainer_class: type[QLoRANeftTrainer] = QLoRANeftTrainer,
 ) -> dict[str, Any]:
     """Train what a recipe states and record the result, continuing where an earlier call was interrupted.
@@ -103,6 +106,7 @@ def run(
         dry_run: Whether to stop before the weights are loaded: model, adapters and arguments are built without them,
             data and plan checked and shown.
         quiet: Whether to print lines for people on stderr, leaving stdout to programs.
+        group: What trackers put the run under, such as the name of its sweep.
         trainer_class: A subclass to train with, for experiments.
 
     Returns:
@@ -125,6 +129,8 @@ def run(
         beginning = find_beginning(output_dir, recipe, resume)
         if beginning.finished and not beginning.moved:
             return _finished(output_dir, beginning, console)
+        if main:
+            check_trackers(recipe.machine.trackers)
         # Before rows are prepared and weights loaded, so that a wrong token costs no time.
         pusher = ready_to_push(recipe, output_dir, lambda line: say(console, [line])) if main and not dry_run else None
 
@@ -145,7 +151,7 @@ def run(
             return _finished(output_dir, beginning, console)
         check_vocabulary(config, data.largest_token_id)
         plan = plan_of(recipe, policy, data, config)
-        decided = Run(recipe, output_dir, console, started, policy, config, tokenizer, data, plan, identity)
+        decided = Run(recipe, output_dir, console, started, policy, config, tokenizer, data, plan, identity, group)
         decided = with_first_ranks_date(rehearse(decided))
         say(console, _lines_before(decided))
         if dry_run:
@@ -200,7 +206,10 @@ def _train_and_measure(
         say(run.console, [line])
 
     trainer.say, trainer.checkpoint_about, trainer.initial_loss = decided, about, before.held_out_loss
-    with mirroring(run, trainer) as mirror, _interrupted(run, trainer, stop):
+    trackers = tracking(run, trainer, beginning)
+    with mirroring(run, trainer) as mirror, _interrupted(run, trainer, stop), trackers as tracked:
+        if beginning.checkpoint is None:
+            tracked.log(0, before.log())
         _train(run, trainer, beginning, metrics, stop, live)
         live.write(MEASURING, trainer.state.global_step)
         if frozen_fingerprints(model) != frozen:
@@ -212,7 +221,7 @@ def _train_and_measure(
         # First: what comes after may fail, or be cut off. The checkpoint of the last step is there as well.
         files = _save_result(run, trainer, beginning) if is_main_process() else {}
         after = measure(run, trainer)
-        drawn = log_result(run, metrics, trainer, after)
+        drawn = log_result(run, metrics, trainer, after, tracked.log)
         known = {"base_sha256": base_sha256, "decisions": decisions, "files": files}
         summary = summary_of(run, trainer, beginning, before, after, **known)
         write_result(run, after, summary)

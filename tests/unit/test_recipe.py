@@ -57,6 +57,7 @@ def test_defaults_are_filled_in(write):
     assert {key: machine.pop(key) for key in saving} == saving
     assert machine.pop("streaming") is False
     assert (machine.pop("push_to"), machine.pop("push_every")) == (None, 1)
+    assert machine.pop("report_to") == []
     assert set(machine.values()) == {"auto", 0}
 
 

@@ -17,7 +17,7 @@ from ..leaks import paths_in, secrets_in
 
 CARD, SUMMARY, TEMPLATE_FILE = "README.md", "training_summary.json", "chat_template.jinja"
 # Keys of the machine section that concern only the author of a run.
-AUTHORS_KEYS = ("mirror_dir", "push_to", "push_every")
+AUTHORS_KEYS = ("mirror_dir", "push_to", "push_every", "report_to")
 # Files written here, from which every path is left out.
 WRITTEN_HERE = (CARD, CONFIG, RECIPE, SUMMARY)
 SHOWN = 5  # places that a message names

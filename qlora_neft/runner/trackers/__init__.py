@@ -1,0 +1,1 @@
+"""A run's logs in the trackers that people watch their runs with, through transformers' own callbacks."""

@@ -1,0 +1,46 @@
+"""Environment variables and loggers, set for a while."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+
+
+@contextmanager
+def environment(values: Mapping[str, str | None]) -> Generator[None, None, None]:
+    """Set variables inside the block, or remove them for None, and restore them afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    _set(values)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def unless_set(values: Mapping[str, str]) -> dict[str, str]:
+    """Return those variables that the user has not set."""
+    return {name: value for name, value in values.items() if name not in os.environ}
+
+
+@contextmanager
+def only_errors_of(names: tuple[str, ...]) -> Generator[None, None, None]:
+    """Keep loggers from saying anything but errors inside the block."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _set(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
