@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACES = (
     "pyproject.toml",
     "CITATION.cff",
+    "Dockerfile",
     "mkdocs.yml",
     "*.md",
     "docs/**/*.md",

@@ -50,7 +50,7 @@ def says_more_than_an_end(case):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_what_is_trained_is_each_response_with_its_end_and_nothing_else(kind):
-    @examples(150)
+    @examples(75)
     @given(cases(ASKED, ANSWERED))
     def check(case):
         [sequence] = outcome_of(case, kind).sequences
@@ -64,7 +64,7 @@ def test_what_is_trained_is_each_response_with_its_end_and_nothing_else(kind):
 
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 def test_texts_that_spell_the_template_change_nothing(kind):
-    @examples(150)
+    @examples(75)
     @given(cases(HOSTILE, HOSTILE).filter(says_more_than_an_end))
     def check(case):
         [sequence] = outcome_of(case, kind).sequences
@@ -76,7 +76,7 @@ def test_texts_that_spell_the_template_change_nothing(kind):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_generation_begins_with_the_tokens_that_training_saw(kind):
-    @examples(200)
+    @examples(100)
     @given(
         cases(HOSTILE, HOSTILE).filter(says_more_than_an_end)
         | cases(ASKED, ANSWERED)
@@ -116,7 +116,7 @@ def test_labels_are_the_inputs_where_trained(kind, on_prompt):
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("keep_end_token", [True, False])
 def test_a_cut_sequence_is_the_beginning_of_the_whole_but_for_its_end_token(kind, keep_end_token):
-    @examples(100)
+    @examples(50)
     @given(cases(HOSTILE, HOSTILE), st.integers(0, 15), st.integers(-2, 4))
     def check(case, edge, beyond):
         [whole] = outcome_of(case, kind).sequences
@@ -172,7 +172,7 @@ def exchanges_in(messages):
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe-across"])
 def test_splitting_loses_and_repeats_no_turn(kind):
-    @examples(150)
+    @examples(75)
     @given(dialogues(), st.integers(20, 300))
     def check(dialogue, max_length):
         tokenizer = tokenizer_of(kind, "chatml")
@@ -199,7 +199,7 @@ def test_splitting_loses_and_repeats_no_turn(kind):
 def test_the_pieces_of_a_conversation_train_each_response_once(kind):
     ways = [(format, template) for format, template in WAYS if format in ("sharegpt", "messages")]
 
-    @examples(100)
+    @examples(50)
     @given(cases(ASKED, ANSWERED, ways, max_exchanges=6), st.integers(100, 900))
     def check(case, max_length):
         outcome = outcome_of(case, kind, section(max_length))

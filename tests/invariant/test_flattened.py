@@ -38,7 +38,13 @@ def assert_alike(a, b, atol=1e-5):
     assert max_difference(adapter_weights(a), adapter_weights(b)) < atol
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# In every run of the tests: tied, its own attention, learned positions, normed heads, fused projections.
+QUICK = ("llama-tied", "gemma2", "opt", "qwen3", "phi3")
+
+
+@pytest.mark.parametrize(
+    "architecture", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES]
+)
 def test_noise_dropout_and_evaluation_are_those_of_padded_rows(architecture_dir, tmp_path, architecture):
     shared = {"lora_dropout": 0.2, "eval_dataset": HELD_OUT, "clean_loss_steps": 1}
     padded = trained(architecture_dir(architecture), tmp_path, padding_free=False, **shared)

@@ -121,7 +121,9 @@ def test_an_sdist_holds_what_users_developers_and_tests_need(sdist):
         ".github benchmarks constraints docs jobs notebooks qlora_neft recipes scripts tests".split()
     )
     pages = "AGENTS.md CHANGELOG.md CONTRIBUTING.md README.md SECURITY.md"
-    single = f"{pages} CITATION.cff LICENSE Makefile mkdocs.yml pyproject.toml .gitignore PKG-INFO"
+    single = (
+        f"{pages} CITATION.cff Dockerfile .dockerignore LICENSE Makefile mkdocs.yml pyproject.toml .gitignore PKG-INFO"
+    )
     assert {name for name in names if "/" not in name} == set(single.split())
     assert {"recipes/demo.yaml", "constraints/cpu.txt", "docs/index.md", "tests/unit/test_packaging.py"} <= names
 

@@ -35,10 +35,11 @@ def test_one_command_moves_them_all(tmp_path):
     assert repository_of(tmp_path) == "me/my.fork"
     assert names_in(tmp_path) == {place: {"me/my.fork"} if names else set() for place, names in before.items()}
     assert not [path for path in texts(tmp_path) for host in HOSTS if host + old in path.read_text(encoding="utf-8")]
-    (tmp_path / "README.md").write_text(f"{HOSTS[0]}me/my.fork-two", encoding="utf-8")
+    (tmp_path / "other.md").write_text(f"{HOSTS[0]}me/my.fork-two", encoding="utf-8")
     set_repository(tmp_path, old)  # and back, but not what only begins like it
+    assert (tmp_path / "other.md").read_text(encoding="utf-8").endswith("me/my.fork-two")
+    (tmp_path / "other.md").unlink()
     assert names_in(tmp_path) == before
-    assert (tmp_path / "README.md").read_text(encoding="utf-8").endswith("me/my.fork-two")
 
 
 @pytest.mark.parametrize("name", ["fork", "https://github.com/me/fork", ""])
