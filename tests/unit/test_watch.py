@@ -278,7 +278,7 @@ def test_a_terminal_without_unicode_gets_ascii(tmp_path, options):
     folder = write(tmp_path / "läuft", lines=steps(0, 30), metrics=metrics(30))
     text = shown(folder, **options)
     assert text.isascii()
-    assert "l\\xe4uft" in text
+    assert "l\\xe4uft" in text.replace("\n", "")  # wrapped where the folder's name is long
     assert "." * 3 in text
 
 
