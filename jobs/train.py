@@ -14,24 +14,31 @@ job that was cut short. Runs anywhere: ``uv run jobs/train.py demo --throw-away`
 
 import os
 import sys
+from typing import NoReturn
 
 KEEPS = ("--push-to", "machine.push_to=", "machine.mirror_dir=")
 USAGE = "usage: train.py RECIPE --push-to OWNER/NAME [options and overrides of qlora-neft train]"
 
 
+def refuse(message: str) -> NoReturn:
+    """Exit as ``qlora-neft`` does for what was written wrongly."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
 def command_of(arguments: list[str]) -> list[str]:
     """The words behind ``qlora-neft``, or an exit with what is missing."""
     if not arguments or arguments[0].startswith("-"):
-        sys.exit(f"RECIPE: required as the first argument.\n{USAGE}")
+        refuse(f"RECIPE: required as the first argument.\n{USAGE}")
     throw_away = "--throw-away" in arguments
     words = [word for word in arguments if word != "--throw-away"]
     if not throw_away and not any(word.startswith(KEEPS) for word in words):
-        sys.exit(
+        refuse(
             "--push-to: required, since a job's disk is gone when it ends. Write --push-to OWNER/NAME, "
             "machine.mirror_dir=FOLDER of a mounted bucket, or --throw-away to keep nothing."
         )
     if any(word.startswith(KEEPS[:2]) for word in words) and not os.environ.get("HF_TOKEN"):
-        sys.exit("HF_TOKEN: required to push. Add --secrets HF_TOKEN to hf jobs uv run, or export it.")
+        refuse("HF_TOKEN: required to push. Add --secrets HF_TOKEN to hf jobs uv run, or export it.")
     if not any(word == "--output-dir" or word.startswith("--output-dir=") for word in words):
         words += ["--output-dir", "out"]
     return ["train", *words]
