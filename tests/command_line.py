@@ -19,6 +19,7 @@ import pytest
 import typer
 import yaml
 from forked import environment, quick_python
+from json_outputs import check_json
 
 from qlora_neft import load_recipe
 from qlora_neft.cli import app
@@ -120,6 +121,7 @@ def invoke(*arguments: str) -> tuple[int, str, str]:
         pytest.raises(SystemExit) as caught,
     ):
         built_app()(list(arguments))
+    check_json(arguments, caught.value.code or 0, stdout.getvalue())
     return caught.value.code or 0, stdout.getvalue(), stderr.getvalue()
 
 

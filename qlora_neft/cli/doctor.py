@@ -10,11 +10,12 @@ import shutil
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import psutil
 from packaging.requirements import Requirement
 from packaging.version import Version
+from typing_extensions import TypedDict
 
 from .. import __version__
 from ..runner.trackers.ready import TRACKERS, is_installed

@@ -215,11 +215,21 @@ def validate(
         raise typer.Exit(2)
 
 
-def schema() -> None:
+def schema(
+    of: Annotated[
+        str | None,
+        typer.Option(metavar="VERB", help="Instead: of what a verb prints under --json, such as 'eval loss'."),
+    ] = None,
+) -> None:
     """Print the JSON Schema of recipes, for editors.
 
     They complete keys and values by it, and underline what is wrong.
     """
+    if of is not None:
+        from .json_output import output_schema
+
+        print_json(output_schema(of))
+        return
     from ..recipe.json_schema import json_schema
 
     print_json(json_schema())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
 
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
+from typing_extensions import TypedDict
 
 from ..paths import JINJA_SUFFIXES
 from ..recipe.schema import Data

@@ -14,12 +14,12 @@ import shutil
 import tempfile
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import datasets.config
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from typing_extensions import TypedDict
 
 from ..files import SEAL, is_whole, new_held, put_folder, read_json, sealed, sha256_of_file, sweep, write_json
 from ..steps import LOSS_WEIGHTS

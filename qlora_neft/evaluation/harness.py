@@ -13,7 +13,9 @@ import statistics
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, cast
+
+from typing_extensions import TypedDict
 
 from ..adapter.folder import find_adapter
 from ..adapter.load import Trained, load_trained

@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, NotRequired, cast
 
 import torch
 from datasets import Dataset
 from trl.trainer.utils import add_fused_lm_head
+from typing_extensions import TypedDict
 
 from ..adapter.folder import RECIPE
 from ..adapter.load import Trained, load_trained

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from ..base.flattening import flattening_is_wanted, flattens
 from ..display.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, new_picture, save_picture

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from typing_extensions import TypedDict
 
 from .kernel_check import failures, use_kernels, why_not
 from .layers import FusedMLP, Swapped

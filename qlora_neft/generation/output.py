@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TypedDict
 
 from rich.progress import track
+from typing_extensions import TypedDict
 
 from ..data.examples import Message
 from ..display.safe_console import SafeConsole

@@ -6,9 +6,9 @@ This needs the tokenizer, the data and the model's configuration, but no weights
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
 
 from rich.console import Console
+from typing_extensions import TypedDict
 
 from ..adapter.continued import resolved
 from ..base.config import check_base_config, load_tokenizer

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired
 
 from rich.console import Console
+from typing_extensions import TypedDict
 
 from ..adapter.continued import resolved
 from ..base.config import load_tokenizer

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import SCALER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
+from typing_extensions import TypedDict
 
 from ..adapter.spelling import respelled
 from ..disks import disk_problem

@@ -12,6 +12,7 @@ import types
 import pytest
 import yaml
 from command_line import built_app
+from json_outputs import check_json
 
 from qlora_neft import __version__, list_recipes, load_recipe
 from qlora_neft.errors import RunFailed, UserInputError
@@ -33,6 +34,7 @@ def invoke(*arguments):
         built_app()(list(arguments))
     result = types.SimpleNamespace(stdout=stdout.getvalue(), stderr=stderr.getvalue())
     result.exit_code = caught.value.code or 0
+    check_json(arguments, result.exit_code, result.stdout)
     return result
 
 
@@ -71,7 +73,7 @@ def fake_run(monkeypatch):
     def run(recipe, output_dir, **kwargs):
         module.calls.append((recipe, output_dir, kwargs))
         print("a library talks")
-        return {"final": 1.5}
+        return {"status": "done", "steps": 15}
 
     module.run = run
     monkeypatch.setitem(sys.modules, "qlora_neft.runner.run", module)
@@ -226,7 +228,7 @@ def test_train_hands_the_recipe_to_run(fake_run, tmp_path):
 
 def test_train_json_prints_the_summary_alone(fake_run, tmp_path):
     result = invoke("train", "demo", "--output-dir", str(tmp_path), "--json")
-    assert json.loads(result.stdout) == {"final": 1.5}
+    assert json.loads(result.stdout) == {"status": "done", "steps": 15}
     assert "a library talks" in result.stderr
     assert fake_run.calls[0][2] == {"resume": "auto", "dry_run": False, "quiet": True}
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, NotRequired, TypedDict, TypeVar, cast
+from typing import Any, Generic, NotRequired, TypeVar, cast
+
+from typing_extensions import TypedDict
 
 from ...errors import UserInputError, first_line
 from ...files import write_json

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from ...display.plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_picture, save_picture
 from ...display.tables import Table

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from ...adapter.folder import WEIGHTS, AdapterFolder
 from ...adapter.prompts import recorded_template
