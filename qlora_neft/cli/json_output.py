@@ -11,7 +11,20 @@ from ..errors import UserInputError
 
 
 class Listed(TypedDict):
-    """A recipe that ships; ``card_gib`` is the smallest card it fits on by the planner, null if none does."""
+    """A recipe that ships.
+
+    Attributes:
+        name: What `train`, `show` and the others take.
+        group: ``demo``, ``papers`` or ``current``.
+        model, data: The base and the rows: Hub ids, or ``bundled:``.
+        model_license, data_license: Names of the licenses.
+        model_gated, data_gated: Whether the Hub asks for consent first; null if that is not known.
+        card_gib: GiB of the smallest card it fits on by the planner, null if none does.
+        card_is_helped_by_host_memory: Whether it fits there only with optimizer states on the host.
+        noise_alpha: 0 without noise.
+        effective_batch_size: Sequences per optimizer step.
+        learning_rate: The peak.
+    """
 
     name: str
     group: str
@@ -29,7 +42,13 @@ class Listed(TypedDict):
 
 
 class Validated(TypedDict):
-    """Whether a recipe is right, and every problem of it."""
+    """A recipe that was checked.
+
+    Attributes:
+        recipe: As it was named.
+        ok: Whether nothing is wrong with it.
+        problems: One message each.
+    """
 
     recipe: str
     ok: bool
@@ -44,7 +63,14 @@ class Example(TypedDict):
 
 
 class Checked(TypedDict):
-    """An adapter, what of its base is in NF4, and a verdict for each tool."""
+    """An adapter, and whether tools can use it.
+
+    Attributes:
+        source: As it was named.
+        base: The model it was trained on.
+        census: Counted when it was trained: what of the base is in NF4 and has LoRA.
+        verdicts: For each tool: consumer, verdict, flag, reasons, remedy, command, notes.
+    """
 
     source: str
     base: str | None
@@ -53,7 +79,14 @@ class Checked(TypedDict):
 
 
 class Overfit(TypedDict):
-    """ROUGE-L and BLEU on training prompts, in percent; lengths are means in characters."""
+    """How close answers to training prompts are to those trained on.
+
+    Attributes:
+        rows: Prompts asked.
+        rouge_l, bleu, exact_match: Percent.
+        characters, reference_characters: Mean lengths of answers and of what was trained.
+        answers: Each prompt, answer and reference, with --answers.
+    """
 
     rows: int
     rouge_l: float
@@ -65,19 +98,40 @@ class Overfit(TypedDict):
 
 
 class LossSets(TypedDict):
-    """Losses without noise, by run and set of rows."""
+    """Losses without noise.
+
+    Attributes:
+        sets: For each run and set of rows: where they are from, tokens, loss; with --samples that of each row.
+    """
 
     sets: list[dict[str, Any]]
 
 
 class Outputs(TypedDict):
-    """The file that holds the answers."""
+    """Where answers are.
+
+    Attributes:
+        outputs: The file, as AlpacaEval reads it.
+    """
 
     outputs: str
 
 
 class Scored(TypedDict):
-    """A win rate in percent, a tie counting half, under the names of AlpacaEval's leaderboards."""
+    """A win rate, under the names of AlpacaEval's leaderboards.
+
+    Attributes:
+        win_rate, standard_error: Percent; a tie counts half.
+        n: Preferences counted.
+        wins, losses, ties: Preferences above, below and at one half.
+        excluded: Pairs without a usable preference, not in ``n``.
+        wins_without_draws: Percent of those that are no ties.
+        avg_length: Mean characters of the outputs.
+        not_annotated: Outputs that no annotation is about.
+        length_controlled: Percent, or why there is none.
+        made: Who judged against whom, and how the answers were made.
+        annotations: The file of the annotations.
+    """
 
     win_rate: float
     standard_error: float | None
@@ -112,7 +166,11 @@ class Failure(TypedDict):
 
 
 class Failed(TypedDict):
-    """What any verb prints instead if it ends with an error."""
+    """What any verb prints instead if it ends with an error.
+
+    Attributes:
+        error: Exit code, message, and a list of problems, each with place, key, message and remedy.
+    """
 
     error: Failure
 

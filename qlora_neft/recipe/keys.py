@@ -68,7 +68,13 @@ _ACCUMULATION = (
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a recipe, as tables show it: its type and default in words, and what it means."""
+    """One key of a recipe, as tables show it.
+
+    Attributes:
+        name: ``section.key``.
+        type, default: In words.
+        about: What it means.
+    """
 
     name: str
     type: str

@@ -9,8 +9,8 @@ from qlora_neft.cli.json_output import OUTPUTS, output_schema
 
 HEAD = """# What verbs print as JSON
 
-With `--json` stdout holds one document; `generate` prints one a line. `qlora-neft schema --of "eval loss"` prints a verb's JSON Schema,
-against which the tests hold what the verbs really print. A later version may add keys. How to drive the program is in
+With `--json` stdout holds one document; `generate` prints one a line. `qlora-neft schema --of "eval loss"` prints a
+verb's JSON Schema, against which the tests hold what the verbs really print. A later version may add keys. How to drive the program is in
 [from a script or an agent](scripting.md).
 """
 SHAPES = {
@@ -36,11 +36,14 @@ def _section(verb: str) -> str:
     document = output_schema(verb)["$defs"]["Document"]
     described = _attributes(document.get("description", ""))
     required = set(document.get("required", ()))
-    rows = [
-        f"| `{key}` | {_type(part)}{'' if key in required or not required else ', not always'} | {described.get(key, '')} |"
-        for key, part in document["properties"].items()
-    ]
-    return "\n".join([head, "", "| key | type | meaning |", "|---|---|---|", *rows, ""])
+    rows = [_row(key, part, described, required) for key, part in document["properties"].items()]
+    said = re.sub(r"`+([^`]+)`+", r"`\1`", " ".join(document.get("description", "").partition("\n\n")[0].split()))
+    return "\n".join([f"{head} {said}".rstrip(), "", "| key | type | meaning |", "|---|---|---|", *rows, ""])
+
+
+def _row(key: str, part: dict[str, Any], described: dict[str, str], required: set[str]) -> str:
+    sometimes = ", not always" if required and key not in required else ""
+    return f"| `{key}` | {_type(part)}{sometimes} | {described.get(key) or part.get('description', '')} |"
 
 
 def _type(part: dict[str, Any]) -> str:
@@ -60,9 +63,8 @@ def _attributes(docstring: str) -> dict[str, str]:
     """Meanings by key, from a docstring's section Attributes."""
     section = re.sub(r"\s*\n\s{8,}", " ", docstring.partition("Attributes:\n")[2])
     found = re.findall(r"(?m)^\s*((?:\w+, )*\w+): (.+)$", section)
-    plain = {
-        name: re.sub(r"`+([^`]+)`+", r"`\1`", about).replace("|", "\\|")
-        for names, about in found
-        for name in names.split(", ")
-    }
-    return {name: about[0].lower() + about[1:] if about[:2].istitle() else about for name, about in plain.items()}
+    plain: dict[str, str] = {}
+    for names, about in found:
+        said = re.sub(r"`+([^`]+)`+", r"`\1`", about).replace("|", "\\|")
+        plain |= dict.fromkeys(names.split(", "), said)
+    return plain
