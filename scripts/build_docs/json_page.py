@@ -9,9 +9,9 @@ from qlora_neft.cli.json_output import OUTPUTS, output_schema
 
 HEAD = """# What verbs print as JSON
 
-With `--json` stdout holds one document; `generate` prints one a line. `qlora-neft schema --of "eval loss"` prints a
-verb's JSON Schema, against which the tests hold what the verbs really print. A later version may add keys. How to drive the program is in
-[from a script or an agent](scripting.md).
+With `--json` stdout holds one document; `generate` prints one a line. `qlora-neft schema --of "eval loss"` prints the
+JSON Schema of one, against which the tests hold what the verbs really print. A later version may add keys. How to drive
+the program is in [from a script or an agent](scripting.md).
 """
 SHAPES = {
     "one": "An object",
