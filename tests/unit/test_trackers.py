@@ -2,6 +2,7 @@
 
 import logging
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,6 +74,8 @@ def test_wandb_without_a_key_is_refused_before_it_would_ask(monkeypatch):
         assert asked == {"prompt": False}
         raise wandb.errors.UsageError("no key")
 
+    settings = SimpleNamespace(mode="online")
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=settings))  # the real one reads variables once
     monkeypatch.setattr(wandb, "login", no_key)
     with pytest.raises(UserInputError, match=r"wandb login.*WANDB_API_KEY.*WANDB_MODE=offline"):
         ready.check_trackers(["wandb"])
