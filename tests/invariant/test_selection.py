@@ -77,7 +77,7 @@ def stop_in(trainer, step):
 
 
 # Just before a judgement, at the best step, at the last: there a checkpoint is written without one.
-@pytest.mark.parametrize("before_the_end", [-1, 0, 3, 4, 5])
+@pytest.mark.parametrize("before_the_end", [-1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 4, 5))])
 def test_stopped_anywhere_and_resumed(llama, tmp_path, whole, before_the_end):
     step = whole.state.global_step - before_the_end if before_the_end >= 0 else 1
     trainer = trainer_for(llama, tmp_path)
