@@ -103,6 +103,15 @@ def parse_value(text: str) -> Any:
         raise ValueError(_reason(error)) from error
 
 
+def compose_text(text: str) -> yaml.Node | None:
+    """Return a recipe as a tree, in which every node knows its place in the text; None for an empty one.
+
+    Raises:
+        yaml.YAMLError: If it is not valid YAML.
+    """
+    return _compose(text)[0]
+
+
 def dump_yaml(values: dict[str, Any]) -> str:
     """Return YAML from which `read_recipe_text` reads the same values, in the given order."""
     # Wide enough that no text is folded over several lines.
