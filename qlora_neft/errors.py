@@ -42,6 +42,10 @@ class RunFailed(RuntimeError):
     """A run failed although the input was right. Exit code 1."""
 
 
+class Diverged(RunFailed):
+    """Training left the range of numbers: its loss or gradient stayed NaN or infinite."""
+
+
 class RunInterrupted(Exception):
     """A command stopped, and keeps what it has done, because a signal asked it to. Exit code 128 + signal.
 

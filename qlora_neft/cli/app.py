@@ -22,7 +22,7 @@ from ..errors import RunFailed, RunInterrupted, UserInputError, as_record
 from ..output import ending_with_its_reader
 from ..processes import end_with_starter
 from ..run_folder.stop import StopNow, StopRequest, answered
-from . import compare, evaluate, generate, look, publish, recipes, watch
+from . import compare, evaluate, generate, look, publish, recipes, tune, watch
 from .options import JsonOption, OverridesArgument, RecipeArgument, Verb, json_is_due, json_only, print_json
 
 
@@ -125,7 +125,7 @@ app = typer.Typer(
 # In the order of --help: look at recipes, train, use, hand over, compare.
 for verb in (
     *(recipes.ls, recipes.show, recipes.diff, recipes.cp, recipes.validate, recipes.schema),
-    *(train, watch.watch, look.preview, look.fit, look.noise),
+    *(tune.tune, train, watch.watch, look.preview, look.fit, look.noise),
     *(generate.generate, generate.chat),
     *(publish.merge, publish.check, publish.gguf, publish.export),
     *(compare.sweep, compare.report),

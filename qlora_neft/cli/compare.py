@@ -125,7 +125,7 @@ def sweep(
     combine: Literal["grid", "list"] = "list" if as_list else "grid"
     # Every run's recipe is checked here: a wrong value is reported before the first run begins.
     plan, notes = _planned(name, words, seeds, combine, decision, measures, asking, output_dir)
-    _check_parallel(plan, parallel)
+    check_parallel(plan, parallel)
     notes += [f"note: {line}" for line in check_asking(asking, measures)]
     output_dir = output_dir or _default_folder(name, plan)
     # Heavier imports from here on.
@@ -138,7 +138,7 @@ def sweep(
         return
     from ..compare.sweep import sweep as run_sweep
 
-    with _outliving_its_reader(output_dir), SweepDisplay(quiet=as_json) as display:
+    with outliving_the_reader(output_dir), SweepDisplay(quiet=as_json) as display:
         runner = runner_of(output_dir, measures, parallel, asking)
         options = {
             "--seeds": None if protocol else seeds,
@@ -171,7 +171,7 @@ def sweep(
 
 
 @contextmanager
-def _outliving_its_reader(output_dir: Path) -> Generator[None, None, None]:
+def outliving_the_reader(output_dir: Path) -> Generator[None, None, None]:
     """Train on when nobody reads the output any more, and note that in the sweep's folder."""
     from ..output import outliving_its_reader
     from ..run_folder.notes import RunNotes
@@ -248,15 +248,17 @@ def _default_folder(name: str, plan: SweepPlan) -> Path:
     return Path("-".join(["sweep", Path(name).stem, *(key.split(".")[-1] for key in plan.keys)]))
 
 
-def runner_of(output_dir: Path, measures: list[str], parallel: int, asking: Asking) -> Runner:
+def runner_of(output_dir: Path, measures: list[str], parallel: int, asking: Asking | None = None) -> Runner:
     """Return the runner that trains the runs; several at a time share the machine's threads."""
+    from ..compare.asking import Asking
     from ..compare.queue import ProcessRunner
 
     threads = None if parallel == 1 else max((os.cpu_count() or 1) // parallel, 1)
-    return ProcessRunner(output_dir, measures, threads, asking)
+    return ProcessRunner(output_dir, measures, threads, asking or Asking())
 
 
-def _check_parallel(plan: SweepPlan, parallel: int) -> None:
+def check_parallel(plan: SweepPlan, parallel: int) -> None:
+    """Refuse several runs at a time on one GPU."""
     # "auto" takes the GPU where there is one. Two runs would share its memory, which the planner gives to each as a
     # whole.
     if parallel == 1 or all(run.recipe.machine.device == "cpu" for run in plan.runs):

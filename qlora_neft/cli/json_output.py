@@ -194,6 +194,8 @@ OUTPUTS: dict[str, tuple[str, Kind, str]] = {
     "check": (".json_output:Checked", "one", "a verdict for each tool"),
     "sweep": ("..compare.results_file:SweepResults", "one", "the content of results.json"),
     "sweep --dry-run": ("..compare.results_file:DryRun", "one", "what would be trained"),
+    "tune": ("..compare.results_file:TuneResults", "one", "the content of tune.json"),
+    "tune --dry-run": ("..compare.results_file:DryRun", "one", "what would be trained"),
     "doctor": (".doctor:Report", "one", "what this machine can do"),
     "eval text": ("..evaluation.texts:TextMeasures", "one or by name", "measures of texts; of several sources by name"),
     "eval overfit": (".json_output:Overfit", "by name", "by run"),

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserInputError
-from ..files import visible, write_json, write_text
+from ..files import read_record_if_there, visible, write_json, write_text
 from ..recipe import recipe_of_record
 from ..recipe.settings import flat
 from ..run_folder.record import RUN_FILE, SUMMARY_FILE
 from .asking import Asking
 from .plan import SweepPlan
 from .records import SWEEP_FILE, read_run, read_sweep
+
+DIVERGED_FILE = "diverged.json"  # in the folder of a run for which that is a result
 
 
 def open_sweep(plan: SweepPlan, output_dir: Path, *, write: bool = True) -> list[str]:
@@ -80,6 +82,17 @@ def is_trained(folder: Path) -> bool:
 def is_done(folder: Path, measures: Sequence[str] = (), asking: Asking | None = None) -> bool:
     """Whether a run is trained and has all the measures asked for."""
     return is_trained(folder) and not missing(folder, measures, asking)
+
+
+def note_divergence(folder: Path, reason: str) -> None:
+    """Write down that a run diverged: more training would not change it."""
+    write_json(folder / DIVERGED_FILE, {"reason": reason})
+
+
+def divergence_of(folder: Path) -> str | None:
+    """Return why a run diverged, None if it did not."""
+    record = read_record_if_there(folder / DIVERGED_FILE, "Remove it to train the run again.")
+    return None if record is None else str(record.get("reason", ""))
 
 
 def missing(folder: Path, measures: Sequence[str], asking: Asking | None = None) -> list[str]:

@@ -9,18 +9,23 @@ from __future__ import annotations
 import gc
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..disks import told_of_disk
 from ..display.terminal import echo
-from ..errors import RunFailed, RunInterrupted, UserInputError
+from ..errors import Diverged, RunFailed, RunInterrupted, UserInputError
 from ..imports import imports_that_stay
 from ..output import outliving_its_reader
 from ..processes import end_with_starter
 from ..run_folder.stop import StopNow, StopRequest, answered
 from .asking import Asking
 from .folder import is_trained
+from .queue import DIVERGED
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
 
 
 def train_and_measure(folder: Path, recipe: Path, names: Sequence[str], asking: Asking | None = None) -> None:
@@ -43,12 +48,26 @@ def train_and_measure(folder: Path, recipe: Path, names: Sequence[str], asking: 
         from ..runner.run import run
 
     if not is_trained(folder):
-        run(load_recipe(recipe), folder, group=folder.resolve().parent.name)
+        group = folder.resolve().parent.name
+        if "rows" in names:
+            _train_and_keep_rows(run, load_recipe(recipe), folder, group)
+        else:
+            run(load_recipe(recipe), folder, group=group)
         _release_memory()
     if names:
         from .measures import measure_run  # evaluation and generation, which a run without measures does not need
 
         measure_run(folder, names, asking)
+
+
+def _train_and_keep_rows(run: Callable[..., Any], recipe: Recipe, folder: Path, group: str) -> None:
+    """Train a run; the losses of its held-out rows are kept as it is measured, which spares loading the base again."""
+    from .row_losses import RowLossesTrainer, trainer_class_keeping, write_row_losses
+
+    kept: list[RowLossesTrainer] = []
+    run(recipe, folder, group=group, trainer_class=trainer_class_keeping(kept))
+    for trainer in kept[-1:]:  # none where another process has finished the run meanwhile
+        write_row_losses(folder, trainer)
 
 
 def _release_memory() -> None:
@@ -61,7 +80,7 @@ def _release_memory() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the process; return the exit code that the command line has for the same outcome."""
+    """Run the process; return the exit code that the command line has for the same outcome, or `DIVERGED`."""
     # bitsandbytes says, as it is imported on some CPUs, that an optional kernel package is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     folder, recipe, *names = arguments
@@ -77,7 +96,7 @@ def _run(folder: Path, recipe: Path, names: Sequence[str], asking: Asking) -> in
     except UserInputError as error:
         line, code = f"error: {error}", 2
     except RunFailed as error:
-        line, code = f"failed: {error}", 1
+        line, code = f"failed: {error}", DIVERGED if isinstance(error, Diverged) else 1
     except RunInterrupted as error:
         line, code = f"interrupted: {error}", 128 + error.signal
     except StopNow as error:

@@ -25,6 +25,7 @@ from .folder import is_done, log_of, recipe_of
 
 POLL_SECONDS = 0.2  # how soon a signal is noticed
 GRACE_SECONDS = 10  # from the second signal to the end by force
+DIVERGED = 3  # exit code of a run whose loss or gradient stayed NaN or infinite
 LINES_KEPT = 200  # of a run's output, to find the reason of a failure in
 
 

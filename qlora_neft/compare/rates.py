@@ -58,7 +58,7 @@ class Choice:
 
 def text_of(rate: float) -> str:
     """Return a rate as people write it: ``2e-4``, ``1.6e-3``."""
-    return np.format_float_scientific(rate, trim="-", exp_digits=1)
+    return np.format_float_scientific(rate, trim="-", exp_digits=1).replace("+", "")
 
 
 def rounded(rate: float) -> float:
@@ -68,9 +68,7 @@ def rounded(rate: float) -> float:
 
 def grid(rate: float) -> list[float]:
     """Return the rates to begin with: half decades around the recipe's own, which stays as it is."""
-    return [
-        rate if step == 0 else rounded(rate * STEP**step) for step in range(-ON_EACH_SIDE, ON_EACH_SIDE + 1)
-    ]
+    return [rate if step == 0 else rounded(rate * STEP**step) for step in range(-ON_EACH_SIDE, ON_EACH_SIDE + 1)]
 
 
 def rates_of(text: str) -> list[float]:

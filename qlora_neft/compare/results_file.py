@@ -122,3 +122,57 @@ class DryRun(TypedDict):
     decides: list[str]
     runs: list[DryRunEntry]
     tokens: int
+
+
+class RateTried(TypedDict):
+    """A learning rate of a search.
+
+    Attributes:
+        rate: The rate.
+        losses: Held-out loss by seed, in nats per token, null for a run that diverged.
+        loss: Their mean, null if one is.
+        difference: Mean paired difference to the lowest rate, null for itself and for one that diverged.
+        interval: Of the difference, at the confidence that many comparisons ask for: over seeds, with one seed over
+            held-out rows.
+        verdict: What can be told.
+    """
+
+    rate: float
+    losses: dict[int, float | None]
+    loss: float | None
+    difference: float | None
+    interval: Interval | None
+    verdict: Literal["lowest", "not measurably worse", "worse", "diverged"]
+
+
+class TuneResults(TypedDict):
+    """``tune.json``: a search for the learning rate.
+
+    Attributes:
+        recipe: As given.
+        own_rate: The recipe's.
+        rate: The one to train with, null if every rate diverged.
+        how: ``parabola``, ``grid``, ``edge`` or ``kept``, see `rates.Choice`; null without a rate.
+        interval: The lowest and the highest rate around the lowest that are not measurably worse.
+        steps, full_steps: Of each run, and of the recipe's own.
+        seeds: Of the runs of each rate.
+        untrained_loss: Held-out loss before the first step.
+        rates: The curve, ascending.
+        sentences: What it shows.
+        picture: Whether ``curve.png`` was drawn.
+        written: The copy of the recipe, null if none was written.
+    """
+
+    recipe: str
+    own_rate: float
+    rate: float | None
+    how: Literal["parabola", "grid", "edge", "kept"] | None
+    interval: Interval | None
+    steps: int
+    full_steps: int
+    seeds: list[int]
+    untrained_loss: float | None
+    rates: list[RateTried]
+    sentences: list[str]
+    picture: bool
+    written: str | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +14,9 @@ from ..errors import RunFailed, RunInterrupted
 from ..run_folder.lock import run_lock
 from ..runner.run import run
 from .asking import Asking
-from .folder import is_begun, is_done, is_trained, open_sweep
+from .folder import divergence_of, is_begun, is_done, is_trained, note_divergence, open_sweep
 from .plan import PlannedRun, SweepPlan
-from .queue import Outcome, Runner, run_queue
+from .queue import DIVERGED, Outcome, Runner, run_queue
 from .records import read_run
 from .results_file import DryRun, DryRunEntry, SweepResults
 from .show import MARKDOWN_FILE, write_results
@@ -68,28 +69,90 @@ def sweep(
         RunFailed: If a run failed; the others are done.
         RunInterrupted: If a signal asked to stop; every run under way has written a checkpoint.
     """
-    with failing_with_the_disk(_disk_message(output_dir)), _held(output_dir):
-        new = open_sweep(plan, output_dir)
-        names = [run.name for run in plan.runs]
-        todo = [name for name in names if not is_done(output_dir / name, measures, asking)]
+    with held(output_dir):
         for line in notes:
             display.say(line)
-        if len(new) < len(names):
-            grown = f", {len(new)} of them new" if new else ""
-            display.say(f"going on: {len(names) - len(todo)} of {len(names)} runs are finished{grown}")
-        outcomes, signal = _train(todo, names, output_dir, runner, display, parallel)
+        trained = train_missing(plan, output_dir, runner, display, measures=measures, asking=asking, parallel=parallel)
         results = write_results(plan, output_dir)  # also after a failure or a signal: what is finished is shown
-    finished = sum(is_done(output_dir / name, measures, asking) for name in names)
-    state = f"{finished} of {len(names)} runs are finished; results so far: {output_dir / MARKDOWN_FILE}"
-    # A signal that came when all was done changes nothing.
-    if signal is not None and finished < len(names):
-        raise RunInterrupted(signal, f"{state}. To continue from the checkpoints:\n  {command}")
-    # Only now: the others were to be trained first.
-    failed = [outcome for outcome in outcomes if outcome.code]
-    if failed:
-        lines = [f"  {outcome.name}: {outcome.reason}" for outcome in failed]
-        raise RunFailed("\n".join([f"{state}. Failed:", *lines, "Once fixed, to continue:", f"  {command}"]))
+    trained.check(f"results so far: {output_dir / MARKDOWN_FILE}", command)
     return results
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How the runs of a plan stand after a session.
+
+    Attributes:
+        finished: Runs that are finished.
+        of: Runs of the plan.
+        failed: Those that failed in this session.
+        signal: The signal that asked to stop; None without one, and if all is finished all the same.
+    """
+
+    finished: int
+    of: int
+    failed: tuple[Outcome, ...] = ()
+    signal: int | None = None
+
+    def check(self, results: str, command: str) -> None:
+        """Raise what kept runs from being finished.
+
+        Args:
+            results: Where the results of the others are.
+            command: The command with which to continue.
+
+        Raises:
+            RunInterrupted: If a signal asked to stop.
+            RunFailed: If a run failed.
+        """
+        state = f"{self.finished} of {self.of} runs are finished; {results}"
+        if self.signal is not None:
+            raise RunInterrupted(self.signal, f"{state}. To continue from the checkpoints:\n  {command}")
+        if self.failed:
+            lines = [f"  {outcome.name}: {outcome.reason}" for outcome in self.failed]
+            raise RunFailed("\n".join([f"{state}. Failed:", *lines, "Once fixed, to continue:", f"  {command}"]))
+
+
+def train_missing(
+    plan: SweepPlan,
+    output_dir: Path,
+    runner: Runner,
+    display: Display,
+    *,
+    measures: Sequence[str] = (),
+    asking: Asking | None = None,
+    parallel: int = 1,
+    divergence_is_a_result: bool = False,
+) -> Trained:
+    """Write the plan down and train every run that is not finished; arguments as in `sweep`.
+
+    Args:
+        plan, output_dir, runner, display, measures, asking, parallel: As in `sweep`; the folder is `held`.
+        divergence_is_a_result: Whether a run that diverged is finished: it is noted in its folder, not trained again.
+
+    Raises:
+        UserInputError: If the folder holds something else.
+    """
+
+    def is_over(name: str) -> bool:
+        folder = output_dir / name
+        return is_done(folder, measures, asking) or (divergence_is_a_result and divergence_of(folder) is not None)
+
+    new, names = open_sweep(plan, output_dir), [run.name for run in plan.runs]
+    todo = [name for name in names if not is_over(name)]
+    if len(new) < len(names):
+        grown = f", {len(new)} of them new" if new else ""
+        display.say(f"going on: {len(names) - len(todo)} of {len(names)} runs are finished{grown}")
+    outcomes, signal = _train(todo, names, output_dir, runner, display, parallel)
+    failed = [outcome for outcome in outcomes if outcome.code]  # told at the end: the others were to be trained first
+    if divergence_is_a_result:
+        for outcome in failed:
+            if outcome.code == DIVERGED:
+                note_divergence(output_dir / outcome.name, outcome.reason)
+        failed = [outcome for outcome in failed if outcome.code != DIVERGED]
+    finished = sum(map(is_over, names))
+    # A signal that came when all was done changes nothing.
+    return Trained(finished, len(names), tuple(failed), signal if finished < len(names) else None)
 
 
 def _disk_message(output_dir: Path) -> Callable[[str], str]:
@@ -105,8 +168,14 @@ def _disk_message(output_dir: Path) -> Callable[[str], str]:
 
 
 @contextmanager
-def _held(output_dir: Path) -> Generator[None, None, None]:
+def held(output_dir: Path) -> Generator[None, None, None]:
     """Hold the folder for this sweep alone; remove it again if it was made for a sweep that was refused."""
+    with failing_with_the_disk(_disk_message(output_dir)), _locked(output_dir):
+        yield
+
+
+@contextmanager
+def _locked(output_dir: Path) -> Generator[None, None, None]:
     check_writable(output_dir, "--output-dir")
     is_new = not output_dir.exists()
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,9 @@ def _entry(mapping: yaml.Node | None, key: str) -> tuple[yaml.Node, yaml.Node] |
 
 def _added(text: str, keys: yaml.MappingNode, entry: str, remarks: Sequence[str]) -> str:
     if not keys.value:  # {}
-        return text[: keys.start_mark.index] + f"{{{entry}}}" + text[keys.end_mark.index :]
+        start, end = keys.start_mark, keys.end_mark
+        assert start is not None and end is not None  # it was read from a text
+        return text[: start.index] + f"{{{entry}}}" + text[end.index :]
     last_key, last_value = keys.value[-1]
     if keys.flow_style:
         end = last_value.end_mark.index

@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..errors import RunFailed
+from ..errors import Diverged, RunFailed
 from ..fused.attention import FlattenedAttention
 from ..fused.expert_dropout import key_expert_dropout
 from ..fused.under_way import UnderWay
@@ -347,7 +347,7 @@ class StepTrainer(LossTrainer):
         self.say(f"step {self.state.global_step + 1}: the {what} is not finite; the step is skipped")
         model.zero_grad(set_to_none=True)  # an optimizer passes over parameters without a gradient
         if self._bad_in_a_row >= self.args.max_bad_steps:
-            raise RunFailed(self._diverged(what))
+            raise Diverged(self._diverged(what))
         return norm
 
     def _diverged(self, what: str) -> str:

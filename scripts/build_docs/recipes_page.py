@@ -48,7 +48,8 @@ THIRTY = """
   under which the best rate hardly depends on the rank; the rank must hold what the rows teach, so raise it for
   many. The mixture divides it by the 8 experts a token passes through, as that text does.
 - **The learning rate is a starting point**, QLoRA's 2e-4. Once it is tuned, nine variants of LoRA lie within 2% of
-  each other ([arXiv:2602.04998](https://arxiv.org/abs/2602.04998)); a sweep is worth more than any of them.
+  each other ([arXiv:2602.04998](https://arxiv.org/abs/2602.04998)); [`qlora-neft tune`](tuning.md) finds it for your
+  rows.
 - **Noise only on bases**, at the paper's smallest alpha. Its evidence is on Llama 1 and 2 and OPT, with single
   answers; for models that follow instructions already, nothing is shown ([will it help?](does_it_help.md)).
 - **Base or instruct.** A model that follows instructions keeps what it can and takes on your rows' manner; it gets

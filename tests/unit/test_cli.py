@@ -19,7 +19,7 @@ from qlora_neft.errors import RunFailed, UserInputError
 from qlora_neft.recipe.load import recipe_path
 
 VERBS = ["ls", "show", "diff", "cp", "validate", "schema", "train", "watch", "preview", "fit", "noise", "doctor"]
-VERBS += ["generate", "chat", "merge", "export", "check", "gguf", "sweep", "report", "eval"]
+VERBS += ["generate", "chat", "merge", "export", "check", "gguf", "tune", "sweep", "report", "eval"]
 HELP_SECONDS = 0.5
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "accelerate", "matplotlib")
 

@@ -126,7 +126,7 @@ def test_a_current_recipe_takes_your_rows_in_a_word(path):
     assert (recipe.data.split, recipe.data.format, recipe.data.eval_fraction) == ("train", "auto", 0.02)
     mine = load_recipe(path.stem, ["data.path=my_rows.jsonl"])
     assert mine.data == recipe.data.model_copy(update={"path": "my_rows.jsonl"})
-    assert "not measured" in header(path) and "docs/sweeps.md" in header(path)
+    assert "not measured" in header(path) and f"qlora-neft tune {path.stem}." in header(path)
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=by_name)
