@@ -1,7 +1,7 @@
 """A curve of held-out loss over learning rates: which rates to try, and which to choose. NumPy only.
 
 The choice is the minimum of a parabola in log(rate) through the lowest rate tried and its two neighbors. What the curve
-cannot tell apart is said with it: a rate counts as worse only if its loss is measurably above the lowest.
+cannot tell apart is said with it: the choice's interval ends at rates whose loss is measurably above the lowest.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ MOST_ADDED = 3  # beyond an end of the grid, one after another, while the lowest
 DIGITS = 2  # significant ones, of rates that are made here
 
 How = Literal["parabola", "grid", "edge", "kept"]
+Bracket = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ class Choice:
         how: ``parabola``; ``grid``, the lowest rate tried, where a neighbor diverged; ``edge``, the lowest rate tried,
             beyond which nothing was tried; ``kept``, the recipe's own, where no rate is measurably worse than another.
         lowest: The rate tried that has the lowest loss.
-        interval: The lowest and the highest of the rates around it that are not measurably worse.
+        interval: The nearest rates below and above ``lowest`` that are measurably worse or diverged: the best lies
+            between them if the curve has one valley. None on a side where no such rate was tried.
     """
 
     rate: float
     how: How
     lowest: float
-    interval: tuple[float, float]
+    interval: Bracket
 
 
 def text_of(rate: float) -> str:
@@ -139,9 +141,8 @@ def choose(points: Sequence[Point], own: float) -> Choice | None:
     place = _lowest(curve)
     if place is None:
         return None
-    low, high = _not_worse(curve, place)
-    lowest, interval = curve[place].rate, (curve[low].rate, curve[high].rate)
-    if (low, high) == (0, len(curve) - 1) and any(point.rate == own for point in curve):
+    lowest, interval = curve[place].rate, _bracket(curve, place)
+    if interval == (None, None) and any(point.rate == own for point in curve):
         return Choice(own, "kept", lowest, interval)
     if place in (0, len(curve) - 1):
         return Choice(lowest, "edge", lowest, interval)
@@ -162,18 +163,13 @@ def _lowest(curve: Sequence[Point]) -> int | None:
     return min(found)[1] if found else None
 
 
-def _not_worse(curve: Sequence[Point], place: int) -> tuple[int, int]:
-    """Return the first and the last place of the unbroken row of points around one that are not measurably worse."""
+def _bracket(curve: Sequence[Point], place: int) -> Bracket:
+    """Return the nearest rates on both sides of a point that are ruled out."""
 
-    def is_in(i: int) -> bool:
-        return 0 <= i < len(curve) and curve[i].loss is not None and not curve[i].is_worse
+    def nearest(points: Sequence[Point]) -> float | None:
+        return next((point.rate for point in points if point.loss is None or point.is_worse), None)
 
-    low = high = place
-    while is_in(low - 1):
-        low -= 1
-    while is_in(high + 1):
-        high += 1
-    return low, high
+    return nearest(curve[:place][::-1]), nearest(curve[place + 1 :])
 
 
 def _vertex(rates: Sequence[float], losses: Sequence[float]) -> float:

@@ -153,7 +153,8 @@ class TuneResults(TypedDict):
         own_rate: The recipe's.
         rate: The one to train with, null if every rate diverged.
         how: ``parabola``, ``grid``, ``edge`` or ``kept``, see `rates.Choice`; null without a rate.
-        interval: The lowest and the highest rate around the lowest that are not measurably worse.
+        interval: The nearest rates tried below and above the lowest that are measurably worse or diverged, between
+            which the best lies; null on a side where none was. Null without a rate.
         steps, full_steps: Of each run, and of the recipe's own.
         seeds: Of the runs of each rate.
         untrained_loss: Held-out loss before the first step.
@@ -167,7 +168,7 @@ class TuneResults(TypedDict):
     own_rate: float
     rate: float | None
     how: Literal["parabola", "grid", "edge", "kept"] | None
-    interval: Interval | None
+    interval: tuple[float | None, float | None] | None
     steps: int
     full_steps: int
     seeds: list[int]

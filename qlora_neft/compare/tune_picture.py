@@ -38,7 +38,10 @@ def draw_curve(results: TuneResults, path: Path) -> bool:
             )
     if results["interval"] is not None:
         low, high = results["interval"]
-        axes.axvspan(low, high, color=SKY, alpha=0.25, label="not measurably worse than the lowest")
+        ends = [row["rate"] for row in results["rates"]]
+        if (low, high) != (None, None):
+            span = (ends[0] if low is None else low, ends[-1] if high is None else high)
+            axes.axvspan(*span, color=SKY, alpha=0.25, label="the best lies here: the ends are measurably worse")
     axes.plot(
         [row["rate"] for row in rows], [row["loss"] or 0 for row in rows], "o-", color=BLUE, label="mean of seeds"
     )

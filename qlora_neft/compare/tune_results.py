@@ -11,7 +11,7 @@ from .arms import Arm, arms_by, compare, rows_interval
 from .decide import HELD_OUT_LOSS, is_measurable
 from .folder import divergence_of, is_trained
 from .plan import SweepPlan
-from .rates import Choice, Point, choose, text_of
+from .rates import Bracket, Choice, Point, choose, text_of
 from .records import RunRecord, read_run
 from .results_file import RateTried, TuneResults
 from .statistics import CONFIDENCE, Interval, leaves_zero_out
@@ -134,7 +134,6 @@ def sentences_of(
     if choice is None:
         lower = text_of(rows[0]["rate"] / 100)
         return [*said, f"no rate can be chosen, as all diverged. Look at the data, or begin lower: --rates {lower},..."]
-    low, high = map(text_of, choice.interval)
     ends = [text_of(rows[0]["rate"]), text_of(rows[-1]["rate"])]
     lowest = text_of(choice.lowest)
     if choice.how == "kept":
@@ -146,12 +145,10 @@ def sentences_of(
         said.append(f"{lowest}: the lowest of the rates tried; a neighbor diverged, so nothing was fitted between them")
     else:
         said.append(f"{text_of(choice.rate)}: the minimum of a parabola in log(rate) around {lowest}, the lowest tried")
-    if choice.how != "kept" and [low, high] == ends:
-        said.append(f"no measurable difference between {low} and {high}: more --steps or held-out rows may tell")
-    elif choice.how != "kept" and low != high:
-        said.append(f"not measurably worse than the lowest: {low} to {high}")
-    elif choice.how != "kept":
-        said.append("every other rate tried is measurably worse")
+    if choice.how != "kept":
+        within = within_of(choice.interval)
+        nothing = f"no measurable difference between {ends[0]} and {ends[1]}: more --steps or held-out rows may tell"
+        said.append(f"the best lies {within}" if within else nothing)
     over = "held-out rows; another seed may move it" if seeds == 1 else f"{seeds} seeds"
     said.append(f"the intervals are over {over}")
     loss = min(row["loss"] for row in rows if row["loss"] is not None)
@@ -163,6 +160,16 @@ def sentences_of(
             "brings the search closer"
         )
     return said
+
+
+def within_of(interval: Bracket) -> str | None:
+    """Say between which rates the best lies; None if no rate is ruled out."""
+    low, high = (None if rate is None else text_of(rate) for rate in interval)
+    if low and high:
+        return f"between {low} and {high}, which are measurably worse or diverged"
+    if low:
+        return f"above {low}, which is measurably worse or diverged"
+    return f"below {high}, which is measurably worse or diverged" if high else None
 
 
 def write_files(
@@ -200,7 +207,6 @@ def write_files(
 def _remarks(results: TuneResults) -> list[str]:
     rates, seeds = results["rates"], len(results["seeds"])
     assert results["rate"] is not None and results["interval"] is not None
-    low, high = map(text_of, results["interval"])
     how = {
         "parabola": "the minimum of a parabola through the lowest three",
         "grid": "the lowest tried; a neighbor diverged",
@@ -210,5 +216,6 @@ def _remarks(results: TuneResults) -> list[str]:
     return [
         f"qlora-neft tune: {len(rates)} rates from {text_of(rates[0]['rate'])} to {text_of(rates[-1]['rate'])}, "
         f"{results['steps']} steps, {seeds} seed{'s' * (seeds > 1)}",
-        f"{how}; not measurably worse: {low} to {high}",
+        how,
+        *([f"the best lies {within}"] if (within := within_of(results["interval"])) else []),
     ]

@@ -79,18 +79,18 @@ def test_the_curve_is_extended_three_times_at_most():
 def test_a_parabola_is_found_exactly():
     points = [Point(rate, bowl(rate, 2.5e-4), rate in (1e-5, 1e-2)) for rate in RATES]
     choice = choose(points, 1e-4)
-    assert (choice.rate, choice.how, choice.lowest, choice.interval) == (2.5e-4, "parabola", 1e-4, (1e-4, 1e-3))
+    assert (choice.rate, choice.how, choice.lowest, choice.interval) == (2.5e-4, "parabola", 1e-4, (1e-5, 1e-2))
 
 
 @pytest.mark.parametrize(
     ("points", "expected"),
     [
-        (curve(3, 2.5, 2, 1.5, worse=(0, 1, 2)), (1e-2, "edge", (1e-2, 1e-2))),
-        (curve(1.5, 2, 2.5, 3, worse=(1, 2, 3)), (1e-5, "edge", (1e-5, 1e-5))),
-        (curve(2.1, 2.0, 2.05, 2.1), (1e-4, "kept", (1e-5, 1e-2))),  # flat, or too noisy to tell
-        (curve(3, 2.5, 2, None, worse=(0, 1)), (1e-3, "grid", (1e-3, 1e-3))),
-        (curve(3, 2, 2.1, 3, worse=(0, 3)), (2.6e-4, "parabola", (1e-4, 1e-3))),
-        (curve(None, 2, None), (1e-4, "grid", (1e-4, 1e-4))),
+        (curve(3, 2.5, 2, 1.5, worse=(0, 1, 2)), (1e-2, "edge", (1e-3, None))),
+        (curve(1.5, 2, 2.5, 3, worse=(1, 2, 3)), (1e-5, "edge", (None, 1e-4))),
+        (curve(2.1, 2.0, 2.05, 2.1), (1e-4, "kept", (None, None))),  # flat, or too noisy to tell
+        (curve(3, 2.5, 2, None, worse=(0, 1)), (1e-3, "grid", (1e-4, 1e-2))),
+        (curve(3, 2, 2.1, 3, worse=(0, 3)), (2.6e-4, "parabola", (1e-5, 1e-2))),
+        (curve(None, 2, None), (1e-4, "grid", (1e-5, 1e-3))),
     ],
 )
 def test_what_is_chosen(points, expected):
@@ -101,6 +101,13 @@ def test_what_is_chosen(points, expected):
 def test_a_parabola_never_leaves_its_neighbors():
     choice = choose(curve(2.0001, 2.0, 9, worse=(2,)), 1e-3)
     assert 1e-5 < choice.rate < 1e-3
+
+
+@pytest.mark.parametrize("worse", [(), (0,), (2,), (0, 2), (0, 1, 3), (0, 2, 3)])
+def test_the_interval_holds_the_choice(worse):
+    choice = choose([Point(rate, bowl(rate, 3.9e-4), i in worse) for i, rate in enumerate(RATES)], 1e-4)
+    low, high = choice.interval
+    assert (low or 0) < choice.rate < (high or math.inf)
 
 
 def test_nothing_is_chosen_if_all_diverged():
@@ -123,8 +130,10 @@ def said(points, own=1e-4, *, seeds=1, steps=(50, 500), before=4.0):
         (curve(1.5, 2, 2.5, 3, worse=(1, 2, 3)), "the best is at the edge, nothing below it"),
         (curve(3, 2, 2.1, None, worse=(0,)), "diverged, and counted as worse than any loss: 1e-2"),
         (curve(None, None, None), "no rate can be chosen, as all diverged"),
-        (curve(3, 2, 2.1, 3, worse=(0, 3)), "not measurably worse than the lowest: 1e-4 to 1e-3"),
-        (curve(3, 2, 2.1, 3, worse=(0, 2, 3)), "every other rate tried is measurably worse"),
+        (curve(3, 2, 2.1, 3, worse=(0, 3)), "the best lies between 1e-5 and 1e-2, which are measurably worse"),
+        (curve(3, 2, 2.1, 3, worse=(0, 2, 3)), "the best lies between 1e-5 and 1e-3, which"),
+        (curve(3, 2, 2.1, 2.2, worse=(0,)), "the best lies above 1e-5, which is measurably worse"),
+        (curve(3, 2, 2.1, 2.2, worse=(2,)), "the best lies below 1e-3, which is measurably worse"),
         (curve(5, 4.5, 6, worse=(0, 2)), "no rate lowered the held-out loss, 4.0000 before training"),
         (curve(3, 2, 2.1, 3, worse=(0, 3)), "the best rate of all 500 may differ"),
         (curve(3, 2, 2.1, 3, worse=(0, 3)), "over held-out rows; another seed may move it"),
