@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..display.terminal import echo
 from ..errors import UserInputError
@@ -19,6 +18,7 @@ from .options import (
     BaseOption,
     BatchOption,
     DeviceOption,
+    Group,
     InstructionsOption,
     JsonOption,
     LeastTokensOption,
@@ -76,7 +76,7 @@ AnnotatorOption = Annotated[
 ]
 
 
-class _Alpaca(TyperGroup):
+class _Alpaca(Group):
     """Also takes the form before there were three verbs, ``eval alpaca DIR|--score FILE ...``, for one more version."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

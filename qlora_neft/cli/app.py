@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
 from ..display.terminal import echo
 from ..errors import RunFailed, RunInterrupted, UserInputError, as_record
@@ -23,11 +22,11 @@ from ..output import ending_with_its_reader
 from ..processes import end_with_starter
 from ..run_folder.stop import StopNow, StopRequest, answered
 from . import compare, evaluate, generate, look, publish, recipes, tune, watch
-from .options import JsonOption, OverridesArgument, RecipeArgument, Verb, json_is_due, json_only, print_json
+from .options import Group, JsonOption, OverridesArgument, RecipeArgument, Verb, json_is_due, json_only, print_json
 
 
 # In the group rather than in `main`, so that Typer's test runner sees the same messages and exit codes.
-class _Verbs(TyperGroup):
+class _Verbs(Group):
     """Turns the errors meant for the user into one message and an exit code.
 
     Any other exception is a bug of ours and keeps its traceback.

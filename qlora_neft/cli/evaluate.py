@@ -20,6 +20,7 @@ from .options import (
     BaseOption,
     BatchOption,
     DeviceOption,
+    Group,
     InstructionsOption,
     JsonOption,
     OverridesArgument,
@@ -47,6 +48,7 @@ OUTPUT_SUFFIXES = (".json", ".jsonl", ".txt", ".csv", ".md")  # a name that ends
 
 app = typer.Typer(
     name="eval",
+    cls=Group,
     help="Measure what the NEFTune paper measures.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

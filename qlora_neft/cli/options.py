@@ -7,13 +7,13 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ..display.terminal import echo
 from ..errors import UserInputError
@@ -58,6 +58,12 @@ _PATHS = re.compile("DIR|FILE|FOLDER|OUT|BASE")  # in what --help calls a value 
 class Verb(TyperCommand):
     """A verb whose paths may begin with ``~``, which no shell expands in ``--output=~/answers.json``."""
 
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Read the options."""
+        command = f"{parent.command_path} {info_name}" if parent else info_name
+        with usage_errors_in_json(list(args), f"{command} --help"):  # a copy, as parsing consumes the list
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the verb."""
         for param in self.params:
@@ -65,6 +71,15 @@ class Verb(TyperCommand):
                 is_path = bool(_PATHS.search(param.metavar or ""))
                 ctx.params[param.name] = _at_home(value, is_path=is_path)
         return super().invoke(ctx)
+
+
+class Group(TyperGroup):
+    """A group of verbs."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the verb."""
+        with usage_errors_in_json(args, f"{ctx.command_path} --help"):
+            return super().resolve_command(ctx, args)
 
 
 def _at_home(value: Any, *, is_path: bool) -> Any:
@@ -214,6 +229,26 @@ def quiet() -> Generator[None, None, None]:
 
     with json_only(), quiet_libraries():
         yield
+
+
+@contextlib.contextmanager
+def usage_errors_in_json(words: Sequence[str], command: str) -> Generator[None, None, None]:
+    """Print an error in the command line itself as JSON too, if ``--json`` is among its words.
+
+    Args:
+        words: Of the command line.
+        command: What to run instead, for the remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        # click's UsageError, of which some versions of Typer carry a copy: neither can be named for all of them.
+        said = getattr(error, "format_message", None)
+        if "--json" in words and said is not None:
+            names = getattr(getattr(error, "param", None), "opts", None) or [getattr(error, "option_name", None)]
+            problem = {"place": None, "key": names[-1], "message": said(), "remedy": f"See {command}."}
+            print_json({"error": {"code": 2, "message": problem["message"], "problems": [problem]}})
+        raise
 
 
 def say(*lines: str) -> None:

@@ -51,6 +51,26 @@ def test_every_problem_is_one_object_on_stdout(arguments, keys):
     assert result.stderr.strip().startswith("error: ") and error["message"] in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["train", "demo", "--json"], "--output-dir"),
+        (["fit", "demo", "--json", "--vran", "8GiB"], "--vran"),
+        (["tune", "demo", "--steps", "0", "--json"], "--steps"),
+        (["doctor", "--json", "--picture"], "--picture"),
+        (["shows", "demo", "--json"], None),
+        (["eval", "losses", "--json"], None),
+    ],
+)
+def test_so_is_an_error_in_the_command_line_itself(arguments, key):
+    result = invoke(*arguments)
+    error = json.loads(result.stdout)["error"]
+    [problem] = error["problems"]
+    assert result.exit_code == error["code"] == 2
+    assert problem["key"] == key and problem["message"] in result.stderr and "--help" in problem["remedy"]
+    assert invoke(*(word for word in arguments if word != "--json")).stdout == ""
+
+
 def test_a_verb_that_says_what_is_wrong_in_its_own_json_says_it_once():
     result = invoke("validate", "demo", "lora.r=0", "--json")
     [found] = json.loads(result.stdout)
