@@ -13,7 +13,7 @@ from typing import Any
 from . import DOCS
 
 RESULTS = DOCS / "results"
-PAGES = ("results/signature.md", "results/ablations.md")
+PAGES = ("results/signature.md", "results/ablations.md", "results/tune.md")
 _MARK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _LOSS, _SCORE = ".3f", ".1f"
 MEASURES = {
@@ -82,7 +82,27 @@ def answers(result: Result) -> list[str]:
     return lines
 
 
-KINDS: dict[str, Callable[[Result], list[str]]] = {"arms": arms, "settings": settings, "answers": answers}
+def found_rates(result: Result) -> list[str]:
+    """One row per setting: what a search found, and what whole runs say of it."""
+    head = ["", "the search", "it found", "held-out loss of a whole run", "lowest of the grid", "difference", "at 2e-4"]
+    lines = _head(head)
+    for name, found in result.items():
+        search, whole = found["search"], {point["rate"]: point["loss"] for point in found["whole"]}
+        runs, (low, high) = search["rates"], search["interval"]
+        cost = f"{len(runs)} runs of {search['steps']} steps, the whole run has {search['full_steps']}"
+        edges = ", ".join(f"{edge:+.3f}" for edge in found["above_interval"])
+        cells = [name, cost, f"{search['rate']:g}, between {low:g} and {high:g}", f"{found['found_loss']:.3f}"]
+        cells += [f"{found['best_loss']:.3f} at {found['best_of_grid']:g}", f"{found['above']:+.3f} [{edges}]"]
+        lines.append(_line([*cells, f"{whole[search['own_rate']]:.3f}"]))
+    return lines
+
+
+KINDS: dict[str, Callable[[Result], list[str]]] = {
+    "arms": arms,
+    "settings": settings,
+    "answers": answers,
+    "found_rates": found_rates,
+}
 
 
 # ---- Their cells ----

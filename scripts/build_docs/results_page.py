@@ -114,6 +114,12 @@ def _signature() -> str:
     return f"alpha 15 where two models memorise: {by_heart}; {many}"
 
 
+def _tune() -> str:
+    found = _raw("tune").values()
+    above = ", ".join(f"{result['above']:+.3f}" for result in found)
+    return f"whole runs at the found rate against the best of a grid, held-out loss: {above}"
+
+
 def _gpu() -> str:
     return gpu_report.headline(_raw("gpu") if (RESULTS / "gpu.json").exists() else {})
 
@@ -138,4 +144,5 @@ HEADLINES: dict[str, Callable[[], str]] = {
     "gguf": _gguf,
     "merge": _merge,
     "signature": _signature,
+    "tune": _tune,
 }
