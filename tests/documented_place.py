@@ -47,9 +47,9 @@ def make_documented_place(llama: Path, folder: Path) -> Path:
     recipe = yaml.safe_load((folder / "mine.yaml").read_text())
     recipe["train"]["max_steps"] = 2
     (folder / "mine.yaml").write_text(yaml.safe_dump(recipe))
-    # A recipe without held-out rows, as a chat recipe is with local ones.
+    # A recipe without held-out rows, as a copy of a chat recipe has none with local ones.
     recipe |= {"data": {"path": "train.jsonl", "max_length": 250}, "machine": {"device": "cpu", "precision": "fp32"}}
-    (folder / "tuned.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "my-qwen.yaml").write_text(yaml.safe_dump(recipe))
     for checkpoint in (folder / "out").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     finished = copied(folder / "out", folder / "out-demo")

@@ -118,10 +118,10 @@ other tools [the table](serving.md#check) says which read it.
 ## Change one
 
 ```
-qlora-neft cp qwen3-4b-chat tuned.yaml
-qlora-neft validate tuned.yaml data.path=my_rows.jsonl data.format=auto data.eval_split=null
-qlora-neft preview tuned.yaml data.path=my_rows.jsonl data.format=auto data.eval_split=null
-qlora-neft fit tuned.yaml --vram t4
+qlora-neft cp qwen3-4b my-qwen.yaml
+qlora-neft validate my-qwen.yaml data.path=my_rows.jsonl
+qlora-neft preview my-qwen.yaml data.path=my_rows.jsonl
+qlora-neft fit my-qwen.yaml --vram t4
 ```
 
 - **Your data**: `data.path`; `data.format` and `data.prompt_template` may be `auto` ([data](data.md)). `preview` needs

@@ -1,7 +1,7 @@
 """What a stranger gets: sdist, a wheel made from it, installed where nothing else is, and the demo run from there.
 
-Needs the package index: it installs torch and all the rest (minutes, a gigabyte). `make package` runs it and leaves
-what it has built in ``dist/``; `make test-slow` builds into a temporary folder.
+Needs the package index: it installs torch and all the rest (minutes, a gigabyte), with pip and, where it is at hand,
+uv. `make package` runs it and leaves what it has built in ``dist/``; `make test-slow` builds into a temporary folder.
 """
 
 import json
@@ -109,3 +109,31 @@ def test_the_demo_learns_and_answers(place):
     answer = json.loads(place.run("qlora-neft", "generate", "out", "Say thank you to Clara the swan.", "--json"))
     assert "Clara" in answer["text"]
     assert not place.log.exists(), place.log.read_text()
+
+
+def test_uv_installs_it_as_a_tool_and_runs_it_without_installing(dist, tmp_path):
+    uv = shutil.which("uv")
+    if uv is None:
+        pytest.skip("uv is not at hand")
+    [wheel] = dist.glob(f"qlora_neft-{qlora_neft.__version__}-*.whl")
+    wanted, work = f"qlora-neft[plots] @ {wheel.as_uri()}", tmp_path / "work"
+    work.mkdir()
+    # UV_CONSTRAINT names the torch where uv's own index of CPU builds is out of reach.
+    cpu = [] if has_nvidia_driver() or "UV_CONSTRAINT" in os.environ else ["--torch-backend", "cpu"]
+    bins, own = (
+        tmp_path / "bin",
+        {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "UV_TOOL_DIR": str(tmp_path / "tools")},
+    )
+    environment = {**os.environ, **own, "HOME": str(tmp_path), "UV_TOOL_BIN_DIR": str(bins)}
+
+    def run(*words):
+        done = subprocess.run(words, capture_output=True, text=True, cwd=work, env=environment, check=False)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return done.stdout
+
+    run(uv, "tool", "install", *cpu, wanted)
+    assert "torch" in run(bins / "qlora-neft", "doctor", "--json")
+    run(bins / "qlora-neft", "train", "demo", "--output-dir", "out", "train.max_steps=2", "machine.eval_answers=0")
+    assert (work / "out" / "loss.png").stat().st_size > 0  # the extra came along
+    listed = run(uv, "tool", "run", *cpu, "--from", wanted, "qlora-neft", "ls")
+    assert all(path.stem in listed for path in (ROOT / "recipes").glob("*.yaml"))
