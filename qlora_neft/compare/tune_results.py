@@ -146,7 +146,7 @@ def sentences_of(
     else:
         said.append(f"{text_of(choice.rate)}: the minimum of a parabola in log(rate) around {lowest}, the lowest tried")
     if choice.how != "kept":
-        within = within_of(choice.interval)
+        within = within_of(choice.interval, rows)
         nothing = f"no measurable difference between {ends[0]} and {ends[1]}: more --steps or held-out rows may tell"
         said.append(f"the best lies {within}" if within else nothing)
     over = "held-out rows; another seed may move it" if seeds == 1 else f"{seeds} seeds"
@@ -162,14 +162,15 @@ def sentences_of(
     return said
 
 
-def within_of(interval: Bracket) -> str | None:
-    """Say between which rates the best lies; None if no rate is ruled out."""
-    low, high = (None if rate is None else text_of(rate) for rate in interval)
+def within_of(interval: Bracket, rows: Sequence[RateTried]) -> str | None:
+    """Say between which rates the best lies, and why not beyond; None if no rate is ruled out."""
+    why = {row["rate"]: "diverged" if row["loss"] is None else "measurably worse" for row in rows}
+    low, high = (None if rate is None else f"{text_of(rate)} ({why[rate]})" for rate in interval)
     if low and high:
-        return f"between {low} and {high}, which are measurably worse or diverged"
+        return f"between {low} and {high}"
     if low:
-        return f"above {low}, which is measurably worse or diverged"
-    return f"below {high}, which is measurably worse or diverged" if high else None
+        return f"above {low}"
+    return f"below {high}" if high else None
 
 
 def write_files(
@@ -217,5 +218,5 @@ def _remarks(results: TuneResults) -> list[str]:
         f"qlora-neft tune: {len(rates)} rates from {text_of(rates[0]['rate'])} to {text_of(rates[-1]['rate'])}, "
         f"{results['steps']} steps, {seeds} seed{'s' * (seeds > 1)}",
         how,
-        *([f"the best lies {within}"] if (within := within_of(results["interval"])) else []),
+        *([f"the best lies {within}"] if (within := within_of(results["interval"], rates)) else []),
     ]
