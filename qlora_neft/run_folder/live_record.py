@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import RunInterrupted
+from ..errors import RunInterrupted, first_line
 from .live import EVALUATING, FAILED, INTERRUPTED, TRAINING, LiveFile
 from .metrics import peak_memory
 
@@ -68,6 +68,6 @@ def told_how_it_ends(file: LiveFile) -> Generator[None, None, None]:
         yield
     except BaseException as error:
         is_asked = isinstance(error, RunInterrupted | KeyboardInterrupt)
-        said = str(error).strip().splitlines()
-        file.write(INTERRUPTED if is_asked else FAILED, note=said[0] if said else type(error).__name__)
+        # The command with which to go on stands in the lines that follow.
+        file.write(INTERRUPTED if is_asked else FAILED, note=first_line(error).removesuffix(" To go on:"))
         raise

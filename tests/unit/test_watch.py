@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 from test_cli import invoke
 
-from qlora_neft.errors import UserInputError
+from qlora_neft.errors import RunInterrupted, UserInputError
 from qlora_neft.run_folder import live
 from qlora_neft.run_folder.live import LiveFile, LiveLine
+from qlora_neft.run_folder.live_record import told_how_it_ends
 from qlora_neft.run_folder.stop import StopNow
 from qlora_neft.watch.clock import Clock
 from qlora_neft.watch.curve import plot
@@ -242,6 +243,28 @@ def test_the_live_file_is_bounded_and_never_stops_a_run(tmp_path, monkeypatch):
     (tmp_path / "live.jsonl").mkdir()
     LiveFile(tmp_path).open(0)
     resumed.write("training", 96)
+
+
+@pytest.mark.parametrize(
+    ("error", "phase", "note"),
+    [
+        (
+            RunInterrupted(2, "stopped after step 3 of 9. To go on:\n  qlora-neft train x"),
+            "interrupted",
+            "stopped after step 3 of 9.",
+        ),
+        (RuntimeError("out of memory\nsee below"), "failed", "out of memory"),
+        (KeyboardInterrupt(), "interrupted", "KeyboardInterrupt"),
+    ],
+)
+def test_how_a_run_ends_is_one_line(tmp_path, error, phase, note):
+    (tmp_path / "run.json").write_text("{}")
+    file = LiveFile(tmp_path)
+    file.open(3)
+    with pytest.raises(type(error)), told_how_it_ends(file):
+        raise error
+    last = live.lines_of((tmp_path / "live.jsonl").read_text())[-1]
+    assert (last["phase"], last["step"], last["note"]) == (phase, 3, note)
 
 
 def test_watching_changes_nothing_and_needs_no_right_to_write(tmp_path):
