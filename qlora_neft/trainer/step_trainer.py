@@ -99,8 +99,15 @@ class StepTrainer(LossTrainer):
         self.trained_tokens_seen += step.num_trained_tokens()
         # Acted upon in `_get_grad_norm`, which upstream calls next.
         self.last_loss = self.read_metrics(loss)
-        self._loss_is_finite = math.isfinite(self.last_loss)
+        self._loss_is_finite = self._on_all_ranks(math.isfinite(self.last_loss))
         return loss
+
+    def _on_all_ranks(self, is_so: bool) -> bool:
+        """Whether something is so on every rank: a step that one of them dropped alone would part their weights."""
+        if self.args.world_size == 1:
+            return is_so
+        agreed = torch.tensor(int(is_so), device=self.args.device)
+        return int(self.accelerator.reduce(agreed, reduction="sum")) == self.args.world_size
 
     def _accumulate(self, model: nn.Module, step: StepBatch, num_items: Tensor | int | None) -> Tensor | None:
         """Accumulate the gradient of a step and return its loss; None if it did not fit.

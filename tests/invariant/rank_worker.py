@@ -16,6 +16,18 @@ from tiny import adapter_weights, mixed_rows, tiny_trainer
 from qlora_neft.steps import LOSS_WEIGHTS
 
 
+def drop_a_step(trainer) -> None:
+    """Make the loss of step 2 infinite on the last rank alone; its gradient stays finite."""
+    read = trainer.read_metrics
+    is_last = trainer.args.process_index == trainer.args.world_size - 1
+
+    def read_metrics(loss):
+        value = read(loss)
+        return float("inf") if is_last and trainer.state.global_step == 1 else value
+
+    trainer.read_metrics = read_metrics
+
+
 def main(model: Path, output: Path, per_rank: int) -> None:
     rows = mixed_rows(16, seed=3)
     # Every third token counts a quarter, and every sequence as much as any other.
@@ -46,7 +58,12 @@ def main(model: Path, output: Path, per_rank: int) -> None:
         selection_steps=1,
     )
     selected.train()
+    dropping = tiny_trainer(model, output, rows, **{**options, "max_steps": 3})
+    drop_a_step(dropping)
+    dropping.train()
     found = {
+        "dropped": adapter_weights(dropping),
+        "bad_steps": dropping.bad_steps,
         "ended": (selected.state.global_step, selected.selected.step),
         "selected": adapter_weights(selected),
         "noise": probe.by_sequence(rows),

@@ -32,7 +32,8 @@ def test_two_ranks_draw_the_noise_of_one_process_and_learn_the_same(llama, tmp_p
         for a, b in zip(visits, together[ids], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
     assert one["ended"] == two[0]["ended"] == two[1]["ended"] and one["ended"][0] > one["ended"][1] > 0
-    for run in ("adapter", "weighted", "selected"):
+    assert one["bad_steps"] == two[0]["bad_steps"] == two[1]["bad_steps"] == 1
+    for run in ("adapter", "weighted", "selected", "dropped"):
         for name, weight in one[run].items():
             assert torch.equal(two[0][run][name], two[1][run][name])
             # A rate that overshoots at once, to have an earlier step to go back to, moves a hundred times as far.
