@@ -21,6 +21,7 @@ from .when_to_save import agreed
 
 FIRST = 5  # steps after which nothing that moved is no accident
 SOME = 10  # and after which a single adapter should have
+EXACT_LOSSES = {"clean_loss": "clean loss", "eval_loss": "held-out loss"}  # as logged; without noise
 NAMED = 4  # modules that a line names
 FROZEN = (
     "model: no weight is trainable, so nothing can be learned. Load an adapter with is_trainable=True, or leave "
@@ -65,8 +66,9 @@ class LearningGuard(TrainerCallback):
         self._without_gradient = self._steps = 0  # steps that count: finite, and for the second at a rate worth it
         self._has_gradient = False
         self._losses: list[float] = []
-        self._clean: tuple[int, float] | None = None  # the first of the session, and its step
-        self._watches_weights, self._watches_clean_loss = bool(weights), True
+        self._full_steps = 0  # at half the peak rate or more, so that something may be expected of them
+        self._first: dict[str, tuple[int, float]] = {}  # losses without noise: their first, and the full steps before
+        self._watches_weights, self._watches_exact_losses = bool(weights), True
 
     # ---- When ----
 
@@ -88,6 +90,7 @@ class LearningGuard(TrainerCallback):
     ) -> None:
         """Take down the learning rate of the step about to be taken."""
         self._rate = _rate_of(self.trainer.optimizer)
+        self._full_steps += self._rate >= self._peak / 2 > 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Look at a step, while anything is still open."""
@@ -109,20 +112,20 @@ class LearningGuard(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Compare the clean loss with its first measurement of the session: one slice of rows, without noise."""
-        loss = (logs or {}).get("clean_loss")
-        if loss is None or not self._watches_clean_loss:
-            return
-        if self._clean is None:
-            self._clean = state.global_step, loss
-        elif self._clean[1] != loss or loss == 0:
-            self._watches_clean_loss = False
-        elif (count := state.global_step - self._clean[0]) >= SOME and self._rate >= self._peak / 2:
-            self._watches_clean_loss = False
-            self._say(
-                f"the clean loss is {loss:g} to the last bit, {count} steps after it was first measured: what the "
-                f"model says has not changed. {self._too_small()}"
-            )
+        """Compare the losses without noise, each of the same rows, with their first measurement of the session."""
+        for key, what in EXACT_LOSSES.items():
+            loss = (logs or {}).get(key)
+            if loss is None or not self._watches_exact_losses:
+                continue
+            before, first = self._first.setdefault(key, (self._full_steps, loss))
+            if loss != first or loss == 0:
+                self._watches_exact_losses = False
+            elif (count := self._full_steps - before) >= SOME:
+                self._watches_exact_losses = False
+                self._say(
+                    f"the {what} is {loss:g} to the last bit, at least {count} steps after it was first measured: what "
+                    f"the model says has not changed. {self._too_small()}"
+                )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -128,6 +128,15 @@ def test_a_rate_that_moves_weights_but_not_the_loss_is_said(llama, tmp_path):
     assert all(param.abs().max() > 0 for param in weights_of(trainer, "lora_B.default.weight"))
 
 
+def test_a_held_out_loss_that_does_not_move_is_said(llama, tmp_path):
+    held_out = {"eval_dataset": ROWS.select(range(4)), "eval_strategy": "steps", "eval_steps": 6}
+    options = {"learning_rate": 1e-14, "max_steps": 32, "lr_scheduler_type": "linear", "neftune_noise_alpha": None}
+    trainer, lines = made(llama, tmp_path, **options, **held_out)
+    trainer.train()  # from step 18 on at less than half the rate
+    [line] = warnings(lines)
+    assert "the held-out loss is" in line and "too small, 1e-14 at its peak" in line
+
+
 def test_the_same_loss_in_every_step_is_said(llama, tmp_path):
     rows = ROWS.select([0] * 24)
     trainer, lines = made(llama, tmp_path, rows, learning_rate=1e-14, neftune_noise_alpha=None)
