@@ -11,7 +11,8 @@ LABEL org.opencontainers.image.title="qlora_neft" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.source="https://github.com/qlora-neft/qlora_neft"
 
-# gcc and Python's headers: Triton compiles a launcher for its kernels when a run begins.
+# gcc and Python's headers: Triton compiles a launcher for its kernels when a run begins. Ubuntu's newest of each.
+# hadolint ignore=DL3008
 RUN apt-get update \
  && apt-get install -y --no-install-recommends python3 python3-dev python3-venv gcc libc6-dev git ca-certificates \
  && rm -rf /var/lib/apt/lists/*
@@ -20,7 +21,7 @@ RUN apt-get update \
 # that number already.
 RUN userdel --remove ubuntu 2>/dev/null; useradd --create-home --uid 1000 tuner \
  && mkdir -p /work /cache /opt/venv && chown tuner:tuner /work /cache /opt/venv
-USER tuner
+USER 1000
 ENV PATH=/opt/venv/bin:$PATH \
     HF_HOME=/cache/huggingface \
     XDG_CACHE_HOME=/cache \
