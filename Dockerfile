@@ -1,7 +1,7 @@
 # One GPU, one image. Needs the NVIDIA container toolkit on the host; without a GPU it runs too, slowly.
 #   docker build -t qlora-neft .
 #   docker run --rm --gpus all --shm-size 2g -v "$PWD":/work -v qlora-neft-cache:/cache qlora-neft train demo --output-dir out
-# Not built here yet: no container engine was at hand (docs/install.md says what was tried).
+# What of it was tried, and on what: docs/install.md.
 #
 # Only the CUDA driver's interface is needed from the base: torch's wheels bring the CUDA libraries they were built with.
 FROM nvidia/cuda:12.8.1-base-ubuntu24.04
@@ -20,7 +20,8 @@ RUN apt-get update \
 # 1000, as the first person on most machines, so that what is written into /work is theirs; Ubuntu's image has a user of
 # that number already.
 RUN userdel --remove ubuntu 2>/dev/null; useradd --create-home --uid 1000 tuner \
- && mkdir -p /work /cache /opt/venv && chown tuner:tuner /work /cache /opt/venv
+ && mkdir -p /work /cache /opt/venv /opt/qlora_neft \
+ && chown tuner:tuner /work /cache /opt/venv /opt/qlora_neft
 USER 1000
 ENV PATH=/opt/venv/bin:$PATH \
     HF_HOME=/cache/huggingface \
