@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 import signal
 import socket
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,17 @@ class FailingLog(Failing):
 
 class FailingSave(Failing):
     where = "save"
+
+
+class Unsending(Notes):
+    """One whose thread says at every log that it could not send, as MLflow's does."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs, **kwargs)
+        said = "Run Id 1: Failed to log run data: Exception: API request failed: Connection refused"
+        thread = threading.Thread(target=logging.getLogger(tracking.SENDER[1]).error, args=(said,))
+        thread.start()
+        thread.join()
 
 
 class StoppedAtTwo(QLoRANeftTrainer):
@@ -176,6 +189,16 @@ def test_a_tracker_that_fails_is_dropped_with_one_line(llama, tmp_path, untracke
     assert "a line on stdout" not in stdout
     assert same_run(tmp_path / "out", untracked)
     [notes] = [tracker for tracker in trackers if type(tracker) is Notes]
+    assert notes.how == "done" and notes.told[-1][0] == STEPS
+
+
+def test_what_cannot_be_sent_is_said_once_and_still_tried(llama, tmp_path, trackers, capfd, monkeypatch):
+    monkeypatch.setitem(tracking.CALLBACKS, "mlflow", Unsending)
+    run(recipe_for(llama, tmp_path, *WITHOUT, "machine.report_to=mlflow"), tmp_path / "out")
+    out, err = capfd.readouterr()
+    [line] = [line for line in (out + err).splitlines() if "refused" in line]
+    assert line.startswith("mlflow cannot send what is logged (API request failed: Connection refused).")
+    [notes] = trackers
     assert notes.how == "done" and notes.told[-1][0] == STEPS
 
 

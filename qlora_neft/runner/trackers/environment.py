@@ -38,6 +38,24 @@ def only_errors_of(names: tuple[str, ...]) -> Generator[None, None, None]:
             logger.setLevel(level)
 
 
+@contextmanager
+def errors_kept_of(name: str) -> Generator[list[str], None, None]:
+    """Keep what a logger says from being shown inside the block; yield its errors, also those of other threads."""
+    errors: list[str] = []
+    logger = logging.getLogger(name)
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.ERROR:
+            errors.append(record.getMessage())
+        return False
+
+    logger.addFilter(keep)
+    try:
+        yield errors
+    finally:
+        logger.removeFilter(keep)
+
+
 def _set(values: Mapping[str, str | None]) -> None:
     for name, value in values.items():
         if value is None:

@@ -20,7 +20,7 @@ from ...trainer import QLoRANeftTrainer
 from ..build import Run
 from ..plan import is_main_process
 from .callbacks import CALLBACKS, End, Tracked, TrackerCallback
-from .environment import environment, only_errors_of, unless_set
+from .environment import environment, errors_kept_of, only_errors_of, unless_set
 from .told import OnlyWeights, ToldArguments, config_of, numbers_of
 
 # In force while a run is tracked, unless the user has set them: reports about the use of the trackers themselves, and
@@ -32,6 +32,8 @@ VARIABLES = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 LOGGERS = ("mlflow.store.db.utils", "mlflow.tracking.fluent", "alembic")  # every table made for a new store
+# MLflow's thread, which sends what is logged: one error for each log while its server is away.
+SENDER: tuple[Tracker, str] = ("mlflow", "mlflow.utils.async_logging.async_logging_queue")
 
 
 class Tracking(TrainerCallback):
@@ -39,11 +41,16 @@ class Tracking(TrainerCallback):
 
     Args:
         trainer: The run's.
+
+    Attributes:
+        unsent: What `SENDER` says it could not send, filled in by its thread.
     """
 
     def __init__(self, trainer: QLoRANeftTrainer) -> None:
         self._trainer = trainer
         self._active: dict[Tracker, Any] = {}
+        self.unsent: list[str] = []
+        self._has_said_unsent = False
 
     def begin(self, tracker: Tracker, run: Tracked) -> None:
         """Begin a tracked run."""
@@ -101,6 +108,7 @@ class Tracking(TrainerCallback):
             with self._surviving(tracker, "cannot end its run"):
                 callback.end(how)
         self._active = {}
+        self._say_unsent()
 
     def _tell(self, state: TrainerState, logs: Mapping[str, Any]) -> None:
         numbers = numbers_of(logs)
@@ -108,6 +116,18 @@ class Tracking(TrainerCallback):
             with self._surviving(tracker, "has failed"):
                 # A copy each: upstream's may add to it.
                 callback.on_log(self._trainer.args, state, self._trainer.control, logs=dict(numbers))
+        self._say_unsent()
+
+    def _say_unsent(self) -> None:
+        """Say once that a tracker cannot send, from this thread; it goes on trying with what is logged later."""
+        if not self.unsent or self._has_said_unsent:
+            return
+        self._has_said_unsent = True
+        detail = self.unsent[0].rpartition("Exception: ")[2].removesuffix(".")
+        self._trainer.say(
+            f"{SENDER[0]} cannot send what is logged ({detail}). Training goes on, and so do attempts to send; this is "
+            "said once."
+        )
 
     def _each(self) -> list[tuple[Tracker, Any]]:
         return list(self._active.items())
@@ -143,6 +163,7 @@ def tracking(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning) -> Gener
     with ExitStack() as stack:
         stack.enter_context(environment(unless_set(VARIABLES)))
         stack.enter_context(only_errors_of(LOGGERS))
+        found.unsent = stack.enter_context(errors_kept_of(SENDER[1]))
         how: End = "failed"
         try:
             _begin_all(found, run, trainer, beginning)
