@@ -130,7 +130,8 @@ class Trackio(TrackioCallback):
         trackio.config["_Username"] = None  # trackio asks the Hub whose token this is, and notes the name
         self._space_id = trackio.context_vars.current_space_id.get()
         self._initialized = True
-        return f"{self._name}, {self._space_id or f'trackio show --project {self._project}'}"
+        here = "on its server" if os.environ.get("TRACKIO_SERVER_URL") else f"trackio show --project {self._project}"
+        return f"{self._name}, {self._space_id or here}"
 
     def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
         """Log under the optimizer's step, not as the next of trackio's own count, which upstream leaves it to."""
