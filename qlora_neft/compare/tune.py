@@ -11,6 +11,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import RecipeError, UserInputError
 from ..recipe import Recipe, load_recipe
@@ -103,32 +104,19 @@ def plan_search(
     Raises:
         UserInputError: If the recipe, its data or a word is wrong.
     """
-    given, unread = expanded(words, recipe_dir())
-    if unread:
-        raise RecipeError(unread, name)
-    if any(word.partition("=")[0] == RATE and "," in word for word in given):
-        raise UserInputError(f"{RATE}: one rate, the middle of the search. Name those to try with --rates.")
+    given = _checked_words(name, words)
     recipe, notes = _without_selection(name, given)
     own, kept = recipe.train.learning_rate, [word for word in given if word.partition("=")[0] != RATE]
     added = [*SELECTION_OFF, *BARE]
     if recipe.machine.push_every != 1:
         added.append("machine.push_every=1")
     if not recipe.data.has_eval_rows:
-        if names_held_out(given):
-            raise UserInputError(
-                "tune: needs held-out rows, whose loss decides, and these overrides hold out none. Leave "
-                "data.eval_fraction to the search, or give data.eval_path."
-            )
-        added.append(f"data.eval_fraction={HELD_OUT_SHARE}")
+        added.append(_share_held_out(given))
         notes.append(
             f"held out: {HELD_OUT_SHARE:.0%} of the rows (data.eval_fraction={HELD_OUT_SHARE}) for the search alone, "
             "as the recipe has none: the same rows in every run, trained on in none"
         )
-    # Everything is checked before the first run begins; a dry run of the whole recipe also knows its steps.
-    with contextlib.redirect_stderr(io.StringIO()):  # each run's log has these lines
-        whole = load_recipe(name, [*given, *added])
-        facts = run(whole, output_dir / "whole", dry_run=True, quiet=True)
-    full, rows = facts["plan"]["num_steps"], facts["data"]["train"]
+    full, rows = _whole_run(name, [*given, *added], output_dir)
     short = min(steps or STEPS, full)
     if steps is not None and steps > full:
         notes.append(f"--steps: the recipe's own run has {full}, so {full} it is, got {steps}")
@@ -141,6 +129,33 @@ def plan_search(
     search = Search(name, tuple(kept), tuple(added), own, to_try, not rates, short, full, tokens, seeds, tuple(notes))
     search.plan(to_try)
     return search
+
+
+def _checked_words(name: str, words: Sequence[str]) -> list[str]:
+    """Return the overrides, those of files among them; several rates are refused."""
+    given, unread = expanded(words, recipe_dir())
+    if unread:
+        raise RecipeError(unread, name)
+    if any(word.partition("=")[0] == RATE and "," in word for word in given):
+        raise UserInputError(f"{RATE}: one rate, the middle of the search. Name those to try with --rates.")
+    return given
+
+
+def _share_held_out(words: Sequence[str]) -> str:
+    """Return the override that holds out rows for the search."""
+    if names_held_out(words):
+        raise UserInputError(
+            "tune: needs held-out rows, whose loss decides, and these overrides hold out none. Leave "
+            "data.eval_fraction to the search, or give data.eval_path."
+        )
+    return f"data.eval_fraction={HELD_OUT_SHARE}"
+
+
+def _whole_run(name: str, words: Sequence[str], output_dir: Path) -> tuple[int, dict[str, Any]]:
+    """Return the steps of the recipe's own run, and its data: a dry run, which checks all before the first run."""
+    with contextlib.redirect_stderr(io.StringIO()):  # each run's log has these lines
+        facts = run(load_recipe(name, words), output_dir / "whole", dry_run=True, quiet=True)
+    return facts["plan"]["num_steps"], facts["data"]["train"]
 
 
 def _without_selection(name: str, words: Sequence[str]) -> tuple[Recipe, list[str]]:
