@@ -134,21 +134,7 @@ def sentences_of(
     if choice is None:
         lower = text_of(rows[0]["rate"] / 100)
         return [*said, f"no rate can be chosen, as all diverged. Look at the data, or begin lower: --rates {lower},..."]
-    ends = [text_of(rows[0]["rate"]), text_of(rows[-1]["rate"])]
-    lowest = text_of(choice.lowest)
-    if choice.how == "kept":
-        said.append(f"no measurable difference between {ends[0]} and {ends[1]}: the recipe's {text_of(own)} is kept")
-    elif choice.how == "edge":
-        side = "above" if lowest == ends[1] else "below"
-        said.append(f"{lowest}: the best is at the edge, nothing {side} it was tried; the true best may lie beyond")
-    elif choice.how == "grid":
-        said.append(f"{lowest}: the lowest of the rates tried; a neighbor diverged, so nothing was fitted between them")
-    else:
-        said.append(f"{text_of(choice.rate)}: the minimum of a parabola in log(rate) around {lowest}, the lowest tried")
-    if choice.how != "kept":
-        within = within_of(choice.interval, rows)
-        nothing = f"no measurable difference between {ends[0]} and {ends[1]}: more --steps or held-out rows may tell"
-        said.append(f"the best lies {within}" if within else nothing)
+    said += _about_choice(choice, rows, own)
     over = "held-out rows; another seed may move it" if seeds == 1 else f"{seeds} seeds"
     said.append(f"the intervals are over {over}")
     loss = min(row["loss"] for row in rows if row["loss"] is not None)
@@ -160,6 +146,22 @@ def sentences_of(
             "brings the search closer"
         )
     return said
+
+
+def _about_choice(choice: Choice, rows: Sequence[RateTried], own: float) -> list[str]:
+    """Say which rate was chosen and why, and between which rates the best lies."""
+    first, last, lowest = text_of(rows[0]["rate"]), text_of(rows[-1]["rate"]), text_of(choice.lowest)
+    if choice.how == "kept":
+        return [f"no measurable difference between {first} and {last}: the recipe's {text_of(own)} is kept"]
+    side = "above" if lowest == last else "below"
+    why = {
+        "edge": f"{lowest}: the best is at the edge, nothing {side} it was tried; the true best may lie beyond",
+        "grid": f"{lowest}: the lowest of the rates tried; a neighbor diverged, so nothing was fitted between them",
+        "parabola": f"{text_of(choice.rate)}: the minimum of a parabola in log(rate) around {lowest}, the lowest tried",
+    }
+    within = within_of(choice.interval, rows)
+    nothing = f"no measurable difference between {first} and {last}: more --steps or held-out rows may tell"
+    return [why[choice.how], f"the best lies {within}" if within else nothing]
 
 
 def within_of(interval: Bracket, rows: Sequence[RateTried]) -> str | None:
