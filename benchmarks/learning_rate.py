@@ -1,16 +1,17 @@
-"""The rate that `qlora-neft tune` finds in 50 steps, against a grid of whole runs.
+"""The rate that `qlora-neft tune` finds in short runs, against a grid of whole runs.
 
     python benchmarks/learning_rate.py --models MODELS --data ALPACA.json --runs RUNS [--output docs/results]
 
-Three settings, one seed: many rows seen three times, few rows learned by heart, and many rows seen once at a constant
-rate. The search begins at the rate of the recipe, 2e-4, which is far too small for these bases. The same command
-continues. With --output, tune.json and tune.png are written there.
+Three settings, one seed: many rows seen three times, few rows learned by heart (searched in 50 steps, and in all 96),
+and many rows seen once at a constant rate. A search begins at the rate of the recipe, 2e-4, which is far too small
+for these bases. The same command continues. With --output, tune.json and tune.png are written there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ COMMON = (
     "machine.threads=1",
 )
 STORIES = ("data.eval_split=train[864:992]", "train.effective_batch_size=16", "train.lr_scheduler_type=cosine")
-SETTINGS: dict[str, tuple[str, Sequence[str]]] = {
-    "stories-epochs": ("stories", (*STORIES, "data.split=train[:864]", "train.num_train_epochs=3")),
-    "stories-memorise": ("stories", (*STORIES, "data.split=train[:128]", "train.num_train_epochs=12")),
+# Base, overrides, and the steps of the searches' runs.
+SETTINGS: dict[str, tuple[str, Sequence[str], Sequence[int]]] = {
+    "stories-epochs": ("stories", (*STORIES, "data.split=train[:864]", "train.num_train_epochs=3"), (50,)),
+    "stories-memorise": ("stories", (*STORIES, "data.split=train[:128]", "train.num_train_epochs=12"), (50, 96)),
     "baby-constant": (
         "baby",
         (
@@ -52,23 +54,36 @@ SETTINGS: dict[str, tuple[str, Sequence[str]]] = {
             "train.num_train_epochs=1",
             "train.lr_scheduler_type=constant",
         ),
+        (50,),
     ),
 }
 
 
-def measured(setting: str, runs: Path, data: Path, models: Path) -> dict[str, Any]:
-    """Search, then train the grid and the found rate to the end."""
-    name, own = SETTINGS[setting]
+def measured(setting: str, runs: Path, data: Path, models: Path) -> dict[str, dict[str, Any]]:
+    """Search, then train the grid and the found rates to the end; return what each search found."""
+    name, own, lengths = SETTINGS[setting]
     base = BASES[name]
     rows = write_rows(runs / f"{name}.json", data, base, models)
     words = [*COMMON, f"model.name_or_path={base.path(models)}", f"data.path={rows}", *own]
-    folder = runs / f"{setting}-tune"
-    search = json.loads(qlora_neft("tune", RECIPE, *words, "--output-dir", str(folder), "--force", "--json"))
-    search["written"] = None  # a path of this machine
-    found, whole = search["rate"], runs / f"{setting}-full"
-    grid = [text for text in GRID if float(text) != found]
-    run_sweep(RECIPE, [f"{RATE}={','.join([*grid, f'{found:g}'])}", *words], whole, "--seeds", "1", "--measure", "rows")
-    return {"search": search, **_whole_runs(whole, found)}
+    searches = {}
+    for steps in lengths:
+        folder = runs / f"{setting}-tune-{steps}"
+        options = ["--output-dir", str(folder), "--steps", str(steps), "--force", "--json"]
+        search = json.loads(qlora_neft("tune", RECIPE, *words, *options))
+        search["written"] = None  # a path of this machine
+        searches[f"{setting}, {steps} steps"] = search
+    found = [search["rate"] for search in searches.values()]
+    rates = [*(text for text in GRID if float(text) not in found), *(f"{rate:g}" for rate in found)]
+    whole = runs / f"{setting}-full"
+    run_sweep(RECIPE, [f"{RATE}={','.join(rates)}", *words], whole, "--seeds", "1", "--measure", "rows")
+    return {
+        key: {
+            "search": search,
+            **_whole_runs(whole, search["rate"]),
+            **_best_kept(search, words, runs / f"{setting}-keep"),
+        }
+        for key, search in searches.items()
+    }
 
 
 def _whole_runs(folder: Path, found: float) -> dict[str, Any]:
@@ -86,13 +101,21 @@ def _whole_runs(folder: Path, found: float) -> dict[str, Any]:
     }
 
 
+def _best_kept(search: dict[str, Any], words: Sequence[str], folder: Path) -> dict[str, Any]:
+    """Train once more at the found rate, and keep the weights of the lowest held-out loss of twelve."""
+    rate, steps = f"{search['rate']:g}", search["full_steps"] // 12
+    keeping = [f"{RATE}={rate}", "train.keep=best", f"train.selection_steps={steps}"]
+    done = json.loads(qlora_neft("train", RECIPE, *words, *keeping, "--output-dir", f"{folder}-{rate}", "--json"))
+    return {"kept_loss": done["after"]["held_out_loss"]}
+
+
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw both curves of each setting."""
-    picture = new_picture("", (4.4 * len(results), 4.4))
+    picture = new_picture("", (10, 4.4 * math.ceil(len(results) / 2)))
     assert picture is not None, "pip install 'qlora-neft[plots]'"
     figure, axes = picture
     axes.remove()
-    panels = figure.subplots(1, len(results), squeeze=False)[0]
+    panels = figure.subplots(math.ceil(len(results) / 2), 2).flat
     for panel, (name, result) in zip(panels, results.items(), strict=True):
         search = result["search"]
         low, high = search["interval"]
@@ -107,7 +130,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
         panel.set_ylim(result["best_loss"] - 0.1, search["untrained_loss"] + 0.1)
         panel.grid(alpha=0.25)
         panel.legend(frameon=False, fontsize=8, ncol=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    panels[0].set_ylabel("held-out loss (nats per token)")
+        panel.set_ylabel("held-out loss (nats per token)")
     save_picture(figure, path)
 
 
@@ -120,7 +143,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder that gets the results")
     options = parser.parse_args()
     paths = [path.resolve() for path in (options.runs, options.data, options.models)]
-    results = {setting: measured(setting, *paths) for setting in SETTINGS}
+    results = {key: found for setting in SETTINGS for key, found in measured(setting, *paths).items()}
     if options.output is not None:
         text = json.dumps(results, indent=2) + "\n"
         (options.output / "tune.json").write_text(text, encoding="utf-8")

@@ -84,16 +84,25 @@ def answers(result: Result) -> list[str]:
 
 def found_rates(result: Result) -> list[str]:
     """One row per setting: what a search found, and what whole runs say of it."""
-    head = ["", "the search", "it found", "held-out loss of a whole run", "lowest of the grid", "difference", "at 2e-4"]
+    head = [
+        "",
+        "the search",
+        "it found",
+        "held-out loss of a whole run",
+        "lowest of the grid",
+        "difference",
+        "at 2e-4",
+        "best weights kept",
+    ]
     lines = _head(head)
     for name, found in result.items():
         search, whole = found["search"], {point["rate"]: point["loss"] for point in found["whole"]}
         runs, (low, high) = search["rates"], search["interval"]
-        cost = f"{len(runs)} runs of {search['steps']} steps, the whole run has {search['full_steps']}"
+        cost = f"{len(runs)} runs; a whole run has {search['full_steps']} steps"
         edges = ", ".join(f"{edge:+.3f}" for edge in found["above_interval"])
         cells = [name, cost, f"{search['rate']:g}, between {low:g} and {high:g}", f"{found['found_loss']:.3f}"]
         cells += [f"{found['best_loss']:.3f} at {found['best_of_grid']:g}", f"{found['above']:+.3f} [{edges}]"]
-        lines.append(_line([*cells, f"{whole[search['own_rate']]:.3f}"]))
+        lines.append(_line([*cells, f"{whole[search['own_rate']]:.3f}", f"{found['kept_loss']:.3f}"]))
     return lines
 
 

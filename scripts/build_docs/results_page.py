@@ -117,7 +117,7 @@ def _signature() -> str:
 def _tune() -> str:
     found = _raw("tune").values()
     above = ", ".join(f"{result['above']:+.3f}" for result in found)
-    return f"whole runs at the found rate against the best of a grid, held-out loss: {above}"
+    return f"whole runs at the rates found by four searches, against the best of a grid, held-out loss: {above}"
 
 
 def _gpu() -> str:
