@@ -88,12 +88,18 @@ def show(
         ),
     ] = None,
     overrides: OverridesArgument = None,
-    keys: Annotated[bool, typer.Option("--keys", help="List every key with its type, default and unit.")] = False,
+    keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys",
+            help="List every key with its type, default and unit, or those that begin with NAME, such as lora.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print a complete recipe, overrides applied."""
     if keys:
-        _show_keys(as_json)
+        _show_keys([word for word in (name, *(overrides or ())) if word is not None], as_json)
         return
     if name is None:
         raise UserInputError("show: name a recipe (qlora-neft ls lists them), or ask for --keys.")
@@ -106,16 +112,21 @@ def show(
         echo_result(recipe.to_yaml().rstrip())
 
 
-def _show_keys(as_json: bool) -> None:
+def _show_keys(beginnings: list[str], as_json: bool) -> None:
     from dataclasses import asdict
 
     from ..recipe.keys import key_table
 
+    keys = list(key_table())
+    for word in beginnings:
+        if not any(key.name.startswith(word) for key in keys):
+            raise UserInputError(f"--keys: no key begins with {word!r}. All of them: qlora-neft show --keys")
+    keys = [key for key in keys if not beginnings or key.name.startswith(tuple(beginnings))]
     if as_json:
-        print_json([asdict(key) for key in key_table()])
+        print_json([asdict(key) for key in keys])
         return
     rows = []
-    for key in key_table():
+    for key in keys:
         default = key.default if key.default == "required" else f"default {key.default}"
         rows.append([key.name, f"{key.about}. {key.type}; {default}"])
     echo(Table((), rows, align="l").plain())

@@ -157,6 +157,13 @@ def test_show_keys_lists_every_key():
     assert {key["name"] for key in json.loads(invoke("show", "--keys", "--json").stdout)} > {"lora.r"}
 
 
+def test_show_keys_lists_those_that_begin_so():
+    named = json.loads(invoke("show", "--keys", "lora.", "train.seed", "--json").stdout)
+    assert {key["name"].partition(".")[0] for key in named} == {"lora", "train"} and named[-1]["name"] == "train.seed"
+    refused = invoke("show", "demo", "--keys")
+    assert refused.exit_code == 2 and "no key begins with 'demo'" in refused.stderr
+
+
 def test_show_without_a_name_says_what_to_do():
     result = invoke("show")
     assert result.exit_code == 2
