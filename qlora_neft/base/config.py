@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,7 +121,18 @@ def stored_config(name_or_path: str, config: PreTrainedConfig, *, revision: str 
     # By its commit, a file of the Hub is found in the download cache, and is the one that was read.
     commit = getattr(config, "_commit_hash", None) or revision
     stored, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=commit)
-    return {key: value for key, value in stored.items() if key != "_commit_hash"}
+    return {key: _as_stored(value) for key, value in stored.items() if key != "_commit_hash"}
+
+
+def _as_stored(value: Any) -> Any:
+    """Spell infinity (Mamba's limit of time steps) and NaN as transformers stores them: JSON has no words for them."""
+    if isinstance(value, dict):
+        return {key: _as_stored(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_as_stored(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": json.dumps(value)}
+    return value
 
 
 def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:

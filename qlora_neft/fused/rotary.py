@@ -190,6 +190,8 @@ def _known_attention(module: nn.Module) -> AttentionState | None:
     if not has_parts or not callable(eager) or not callable(names.get("apply_rotary_pos_emb")):
         return None
     own = cast(Any, module)
+    if any(not hasattr(getattr(own, part), name) for part in parts for name in ("weight", "out_features")):
+        return None  # projections of a class of their own
     device = own.o_proj.weight.device
     device = torch.device("cpu") if device.type == "meta" else device
     if own.head_dim % 2 or not isinstance(own.scaling, float):

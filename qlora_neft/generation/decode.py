@@ -186,7 +186,9 @@ def may_outrun_its_context(config: PreTrainedConfig) -> bool:
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     # Models with sliding layers hold one set of parameters for each kind of layer.
     kinds = [rope] if "rope_type" in rope else list(rope.values())
-    return bool(kinds) and all(kind["rope_type"] in ("default", "linear", "llama3", "yarn") for kind in kinds)
+    known = ("default", "linear", "llama3", "yarn")
+    # None for a kind of layer without any.
+    return bool(kinds) and all(kind is not None and kind["rope_type"] in known for kind in kinds)
 
 
 # ---- Choosing a token ----

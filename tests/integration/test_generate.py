@@ -28,6 +28,8 @@ from qlora_neft.runner.run_data import proof_rows
 
 TEXTS = [f"Repeat {n}" + " please" * (n % 4) for n in range(6)]
 SHORT = ("--max-new-tokens", "12")
+SOME_WITHOUT = LlamaConfig()  # as Beam's: kinds of layers with rotary positions and without
+SOME_WITHOUT.rope_parameters = {"sliding_attention": {"rope_type": "default"}, "full_attention": None}
 TURN = [{"role": "user", "content": "Go"}]
 CHATML = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -113,8 +115,9 @@ def test_prompts_near_the_end_of_the_context_answer_together_as_each_alone(train
         (GPTNeoXConfig(), True),
         (OPTConfig(), False),
         (LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}), False),
+        (SOME_WITHOUT, False),
     ],
-    ids=["llama", "gemma3", "gpt-neox", "opt", "dynamic"],
+    ids=["llama", "gemma3", "gpt-neox", "opt", "dynamic", "some layers without"],
 )
 def test_rows_run_past_the_context_only_where_positions_are_computed_one_by_one(config, may):
     assert may_outrun_its_context(config) is may

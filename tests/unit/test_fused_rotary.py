@@ -82,6 +82,25 @@ def test_attention_of_another_form_is_left_alone(family):
     assert install_rotary(model_of(family, **OTHERS[family])) == 0
 
 
+class Wrapped(torch.nn.Module):
+    """A projection without a weight of its own, as Moshi's and Zaya's."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "o_proj"])
+def test_projections_of_a_class_of_their_own_are_left_alone(part):
+    model = model_of("llama")
+    for layer in model.model.layers:
+        setattr(layer.self_attn, part, Wrapped(getattr(layer.self_attn, part)))
+    assert install_rotary(model) == 0
+
+
 def test_layers_without_rotary_embeddings_are_left_alone():
     model = model_of("smollm3", no_rope_layers=[1, 0], no_rope_layer_interval=2)
     assert install_rotary(model) == 1
