@@ -31,7 +31,7 @@ test-slow: $(VENV)/.dev ## install and run the tests that take more than a minut
 faults: $(VENV)/.dev ## break runs in every way at hand and see what is kept (about 20 minutes)
 	$(BIN)/python -m scripts.faults
 
-families: $(VENV)/.dev ## train, resume, merge a tiny model of every family, and write its page (about an hour)
+families: $(VENV)/.dev ## train, resume, merge a tiny model of every family, and write its page (about 20 minutes)
 	$(BIN)/python -m scripts.families --again
 
 package: $(VENV)/.dev ## build sdist and wheel into dist/, install the wheel in an empty environment, run the demo there
