@@ -100,7 +100,12 @@ def as_record(error: Exception, code: int) -> dict[str, Any]:
         code: The command's exit code.
     """
     problems = getattr(error, "problems", None) or [str(error)]
-    return {"error": {"code": code, "message": str(error), "problems": [problem_of(line) for line in problems]}}
+    return error_record(code, str(error), [problem_of(line) for line in problems])
+
+
+def error_record(code: int, message: str, problems: Sequence[dict[str, str | None]]) -> dict[str, Any]:
+    """Return what ``--json`` prints instead of a result; ``problems`` have the keys of `problem_of`."""
+    return {"error": {"code": code, "message": message, "problems": list(problems)}}
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ..display.terminal import echo
-from ..errors import UserInputError
+from ..errors import UserInputError, error_record
 from ..imports import imports_that_stay
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def usage_errors_in_json(words: Sequence[str], command: str) -> Generator[None, 
         if "--json" in words and said is not None:
             names = getattr(getattr(error, "param", None), "opts", None) or [getattr(error, "option_name", None)]
             problem = {"place": None, "key": names[-1], "message": said(), "remedy": f"See {command}."}
-            print_json({"error": {"code": 2, "message": problem["message"], "problems": [problem]}})
+            print_json(error_record(2, said(), [problem]))
         raise
 
 

@@ -20,7 +20,7 @@ from ...trainer import QLoRANeftTrainer
 from ..build import Run
 from ..plan import is_main_process
 from .callbacks import CALLBACKS, End, Tracked, TrackerCallback
-from .environment import environment, errors_kept_of, only_errors_of, unless_set
+from .environment import environment, first_error_of, only_errors_of, unless_set
 from .told import OnlyWeights, ToldArguments, config_of, numbers_of
 
 # In force while a run is tracked, unless the user has set them: reports about the use of the trackers themselves, and
@@ -43,7 +43,7 @@ class Tracking(TrainerCallback):
         trainer: The run's.
 
     Attributes:
-        unsent: What `SENDER` says it could not send, filled in by its thread.
+        unsent: The first error of `SENDER`, filled in by its thread.
     """
 
     def __init__(self, trainer: QLoRANeftTrainer) -> None:
@@ -163,7 +163,7 @@ def tracking(run: Run, trainer: QLoRANeftTrainer, beginning: Beginning) -> Gener
     with ExitStack() as stack:
         stack.enter_context(environment(unless_set(VARIABLES)))
         stack.enter_context(only_errors_of(LOGGERS))
-        found.unsent = stack.enter_context(errors_kept_of(SENDER[1]))
+        found.unsent = stack.enter_context(first_error_of(SENDER[1]))
         how: End = "failed"
         try:
             _begin_all(found, run, trainer, beginning)
